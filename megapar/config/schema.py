@@ -1,0 +1,232 @@
+"""Every configuration key, its type, its default and a one-line description.
+
+`conf/*.yaml` holds compositions of these groups; the dataclasses are the one place where a key exists. `None` means
+"derived": `megapar.config.resolve` fills it in before a run starts, so a worker never sees one it has to guess.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the line that `--info config` prints beside it."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def group(kind: type, help: str) -> Any:
+    """A nested group of options."""
+    return field(default_factory=kind, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer, Llama-style or GPT-2-style by its switches."""
+
+    layers: int = option(4, "number of Transformer layers")
+    hidden: int = option(128, "width of the residual stream")
+    heads: int = option(4, "query heads")
+    kv_heads: int | None = option(None, "key/value heads (grouped-query attention); default: heads")
+    head_dim: int | None = option(None, "channels of a head; default: hidden / heads")
+    ffn: int | None = option(None, "inner width of the MLP; default: 4*hidden, for swiglu 8/3*hidden rounded up to 32")
+    vocab_size: int | None = option(None, "rows of the embedding; default: the tokenizer's size, never smaller")
+    norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "normalisation before attention, MLP and head")
+    norm_eps: float = option(1e-5, "epsilon inside the normalisation")
+    position: Literal["rope", "learned"] = option("rope", "rotary embedding of q and k, or a learned table added once")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    activation: Literal["swiglu", "gelu"] = option("swiglu", "MLP nonlinearity")
+    bias: bool = option(False, "biases in the linear layers")
+    tied: bool = option(False, "the output head shares the embedding's weight")
+    dropout: float = option(0.0, "dropout of hidden states (embedding, attention output, MLP output)")
+    attention_dropout: float = option(0.0, "not supported: must be 0")
+    init_std: float = option(0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks share what."""
+
+    tp: int = option(1, "tensor-parallel ranks: matrices are split over them")
+    pp: int = option(1, "pipeline ranks: layers are split over them")
+    dp: int | None = option(None, "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU")
+    auto: bool = option(False, "choose tp, pp and dp for `devices` ranks")
+    sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
+    zero: Literal[0, 1] = option(0, "1: shard the optimizer state over dp (ZeRO-1)")
+    bucket_size: int = option(1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The pipeline schedule and the partition of layers."""
+
+    schedule: Literal["1f1b", "gpipe"] = option("1f1b", "order of forward and backward passes")
+    partition: str | list[int] = option("uniform", "layers per stage: uniform, or a list such as [5,3]")
+    chunks: int = option(1, "virtual stages per rank (1 for 1f1b and gpipe)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    path: str = option("stdlib", "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)")
+    tokenizer: str = option("bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file")
+    vocab_size: int = option(1024, "size of the tokenizer to train")
+    split: float = option(0.05, "share of the documents held out for validation, chosen by hash")
+    verify: Literal["quick", "full"] = option("quick", "check of the token files at start: sizes and samples, or every byte")
+    prefix: str | None = option(None, "PREFIX of the prepared token files; default: found in the cache or made from data.path")
+    cache: str | None = option(None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned."""
+
+    name: Literal["lm"] = option("lm", "lm: next-token prediction")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = option(3e-4, "peak learning rate")
+    min_lr: float = option(0.1, "final learning rate as a share of lr")
+    warmup_steps: int = option(0, "steps of linear warm-up from lr / warmup_steps")
+    weight_decay: float = option(0.1, "decoupled weight decay of parameters with two or more dimensions")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.95, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "bound of the global gradient norm; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The loop: how long, how much at once, in which precision."""
+
+    steps: int = option(100, "optimizer steps")
+    seq_length: int = option(128, "tokens per sample")
+    micro_batch_size: int = option(4, "samples of one forward pass on one data-parallel rank")
+    global_batch_size: int = option(16, "samples per optimizer step over all ranks")
+    seed: int = option(1234, "seed of initial values, sample order and dropout")
+    dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype; bf16 keeps fp32 master weights and gradients")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
+    eval_every: int = option(0, "steps between evaluations on the held-out split (also after the last step); 0: off")
+    eval_samples: int = option(64, "held-out samples of one evaluation")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activations recomputed in backward: none, attention only, whole layers"
+    )
+    timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every: int = option(0, "steps between checkpoints; 0: only at the end")
+    load: str | None = option(None, "checkpoint folder to start from, written in any layout")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = option("offline", "offline: write to run.dir/wandb; online: upload")
+    project: str = option("megapar", "project name")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: WandbConfig = group(WandbConfig, "Weights & Biases")
+    progress: bool = option(True, "progress bar on a terminal")
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation of the kernels runs."""
+
+    backend: Literal["auto", "torch", "triton", "interpret"] = option(
+        "auto", "auto: triton on a GPU, torch on a CPU; interpret: triton kernels in its interpreter"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run directory."""
+
+    name: str = option("run", "name of the run, part of the default directory")
+    dir: str | None = option(None, "folder of everything the run writes; default: runs/DATE-TIME-NAME")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`megapar train`: train a model."""
+
+    model: ModelConfig = group(ModelConfig, "the model")
+    parallel: ParallelConfig = group(ParallelConfig, "the layout")
+    pipeline: PipelineConfig = group(PipelineConfig, "the pipeline")
+    data: DataConfig = group(DataConfig, "the data")
+    task: TaskConfig = group(TaskConfig, "the task")
+    optim: OptimConfig = group(OptimConfig, "the optimizer")
+    train: TrainSection = group(TrainSection, "the loop")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoints")
+    logger: LoggerConfig = group(LoggerConfig, "loggers")
+    kernels: KernelsConfig = group(KernelsConfig, "kernels")
+    run: RunConfig = group(RunConfig, "the run directory")
+    devices: int | None = option(None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1")
+    out: str | None = option(None, "file for the run's summary as JSON; default: run.dir/summary.json")
+
+
+@dataclass(frozen=True)
+class VerifyConfig(TrainConfig):
+    """`megapar verify`: compare layouts with the one-process run."""
+
+    layouts: list[str] | None = option(None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks")
+    out: str | None = option(None, "file for the comparison as JSON; default: run.dir/verify.json")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the next token is chosen."""
+
+    max_tokens: int = option(100, "tokens to write")
+    temperature: float = option(0.8, "softmax temperature; 0: greedy")
+    top_k: int = option(0, "keep only the k likeliest tokens; 0: all")
+    top_p: float = option(1.0, "keep the smallest set of tokens with this much probability")
+    seed: int = option(0, "seed of the draws")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`megapar generate`: let a trained model write."""
+
+    prompt: str = option("", "text to continue, verbatim")
+    sample: SampleConfig = group(SampleConfig, "sampling")
+    parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
+    kernels: KernelsConfig = group(KernelsConfig, "kernels")
+    run: RunConfig = group(RunConfig, "run.dir: the run to load")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
+    dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
+    devices: int | None = option(None, "number of ranks that parallel=auto divides")
+    out: str | None = option(None, "file to write the text to; default: the terminal")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """`megapar data`: make token files from text, or check existing ones."""
+
+    data: DataConfig = group(DataConfig, "the data")
+    out: str | None = option(None, "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache")
+
+
+COMMANDS: dict[str, type] = {
+    "train": TrainConfig,
+    "verify": VerifyConfig,
+    "generate": GenerateConfig,
+    "data": PrepareConfig,
+}
+
+# Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
+VERBATIM = ("prompt", "run.dir", "run.name", "data.path", "data.tokenizer", "data.cache", "checkpoint.load", "out")

@@ -1,0 +1,32 @@
+"""Packaging. `kernels/` and `conf/` are top-level folders that install as `megapar.kernels` and `megapar.conf`."""
+
+from setuptools import find_packages, setup
+
+# Never ship `kernels` or `conf` as top-level packages: other projects own those names in site-packages.
+PACKAGES = {*find_packages(include=["megapar", "megapar.*"]), "megapar.kernels", "megapar.conf"}
+
+setup(
+    name="megapar",
+    version="0.1.0",
+    description="Research framework for 3D-parallel Transformer training",
+    python_requires=">=3.11",
+    packages=sorted(PACKAGES),
+    package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
+    package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"]},
+    install_requires=[
+        "torch>=2.8",
+        "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "numpy",
+        "einops",
+        "sentencepiece",
+        "wandb",
+        "hydra-core>=1.3.2,<1.4",
+        "safetensors",
+        "tqdm",
+    ],
+    extras_require={
+        "sweep": ["hydra-joblib-launcher>=1.2"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "hydra-joblib-launcher>=1.2"],
+    },
+    entry_points={"console_scripts": ["megapar=megapar.cli:main"]},
+)
