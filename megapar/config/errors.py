@@ -12,5 +12,14 @@ class ConfigError(UserError):
     """A configuration value that can't work, named by its dotted key."""
 
     def __init__(self, key: str, value: object, problem: str) -> None:
-        super().__init__(f"{key}={value}: {problem}")
+        super().__init__(f"{key}={show(value)}: {problem}")
         self.key = key
+
+
+def show(value: object) -> str:
+    """A value as it is written on the command line: `true`, `null`, `[5,3]`."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    return (
+        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

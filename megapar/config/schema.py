@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 (`option` and `group` return dataclass fields)
 """Every configuration key, its type, its default and a one-line description.
 
 `conf/*.yaml` holds compositions of these groups; the dataclasses are the one place where a key exists. `None` means
@@ -69,13 +70,21 @@ class PipelineConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = option("stdlib", "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)")
+    path: str = option(
+        "stdlib", "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)"
+    )
     tokenizer: str = option("bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file")
     vocab_size: int = option(1024, "size of the tokenizer to train")
     split: float = option(0.05, "share of the documents held out for validation, chosen by hash")
-    verify: Literal["quick", "full"] = option("quick", "check of the token files at start: sizes and samples, or every byte")
-    prefix: str | None = option(None, "PREFIX of the prepared token files; default: found in the cache or made from data.path")
-    cache: str | None = option(None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar")
+    verify: Literal["quick", "full"] = option(
+        "quick", "check of the token files at start: sizes and samples, or every byte"
+    )
+    prefix: str | None = option(
+        None, "PREFIX of the prepared token files; default: found in the cache or made from data.path"
+    )
+    cache: str | None = option(
+        None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar"
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,9 @@ class TrainSection:
     micro_batch_size: int = option(4, "samples of one forward pass on one data-parallel rank")
     global_batch_size: int = option(16, "samples per optimizer step over all ranks")
     seed: int = option(1234, "seed of initial values, sample order and dropout")
-    dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype; bf16 keeps fp32 master weights and gradients")
+    dtype: Literal["fp64", "fp32", "bf16"] = option(
+        "fp32", "compute dtype; bf16 keeps fp32 master weights and gradients"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     eval_every: int = option(0, "steps between evaluations on the held-out split (also after the last step); 0: off")
     eval_samples: int = option(64, "held-out samples of one evaluation")
@@ -130,7 +141,9 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases."""
 
-    mode: Literal["offline", "online", "disabled"] = option("offline", "offline: write to run.dir/wandb; online: upload")
+    mode: Literal["offline", "online", "disabled"] = option(
+        "offline", "offline: write to run.dir/wandb; online: upload"
+    )
     project: str = option("megapar", "project name")
 
 
@@ -182,7 +195,9 @@ class TrainConfig:
 class VerifyConfig(TrainConfig):
     """`megapar verify`: compare layouts with the one-process run."""
 
-    layouts: list[str] | None = option(None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks")
+    layouts: list[str] | None = option(
+        None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks"
+    )
     out: str | None = option(None, "file for the comparison as JSON; default: run.dir/verify.json")
 
 

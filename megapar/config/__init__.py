@@ -1,0 +1,29 @@
+"""The configuration: `schema` says which keys exist, `parse` reads them strictly, `check` derives and refuses."""
+
+from megapar.config.check import check, check_generate, feasible_layouts, layout_of, with_layout
+from megapar.config.derive import resolve, resolve_generate
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.layout import Layout
+from megapar.config.parse import parse, to_dict
+from megapar.config.schema import COMMANDS, VERBATIM, GenerateConfig, PrepareConfig, TrainConfig, VerifyConfig
+
+__all__ = [
+    "COMMANDS",
+    "VERBATIM",
+    "ConfigError",
+    "GenerateConfig",
+    "Layout",
+    "PrepareConfig",
+    "TrainConfig",
+    "UserError",
+    "VerifyConfig",
+    "check",
+    "check_generate",
+    "feasible_layouts",
+    "layout_of",
+    "parse",
+    "resolve",
+    "resolve_generate",
+    "to_dict",
+    "with_layout",
+]

@@ -1,0 +1,271 @@
+"""Refusals before anything starts: values out of range, layouts that do not divide the model, absent hardware.
+
+Pure functions of a config (and of facts about the machine and the data passed as arguments). Each raises ConfigError,
+one line with the key, its value and the remedy.
+"""
+
+from typing import Any, TypeVar
+
+from megapar.config.errors import ConfigError
+from megapar.config.layout import Layout, layouts_up_to
+from megapar.config.parse import changed, keys
+from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
+
+T = TypeVar("T", TrainConfig, VerifyConfig)
+
+AT_LEAST: dict[str, float] = {
+    "model.layers": 1,
+    "model.hidden": 1,
+    "model.heads": 1,
+    "model.kv_heads": 1,
+    "model.head_dim": 1,
+    "model.ffn": 1,
+    "model.vocab_size": 1,
+    "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.dp": 1,
+    "parallel.bucket_size": 1,
+    "pipeline.chunks": 1,
+    "data.vocab_size": 1,
+    "optim.lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "train.steps": 1,
+    "train.seq_length": 1,
+    "train.micro_batch_size": 1,
+    "train.global_batch_size": 1,
+    "train.seed": 0,
+    "train.eval_every": 0,
+    "train.eval_samples": 1,
+    "checkpoint.every": 0,
+    "devices": 1,
+    "sample.max_tokens": 1,
+    "sample.temperature": 0,
+    "sample.top_k": 0,
+    "sample.seed": 0,
+}
+MORE_THAN_ZERO = (
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.init_std",
+    "optim.eps",
+    "train.timeout_s",
+    "sample.top_p",
+)
+BELOW_ONE = ("model.dropout", "data.split", "optim.beta1", "optim.beta2")  # in [0, 1)
+AT_MOST_ONE = ("optim.min_lr", "sample.top_p")
+
+
+def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None) -> None:
+    """Refuse what can't work in a resolved config.
+
+    num_gpus: GPUs visible here; world_size: ranks that something else has already started, None if we start them.
+    """
+    check_values(config)
+    check_model(config.model)
+    check_layout(config)
+    check_training(config)
+    check_machine(config, num_gpus=num_gpus, world_size=world_size)
+    if isinstance(config, VerifyConfig):
+        check_verify(config)
+
+
+def check_values(config: Any) -> None:
+    """Refuse single values out of range; None (not derived yet) passes."""
+    for key in keys(type(config)):
+        value = value_of(config, key)
+        if value is None or isinstance(value, str):
+            continue
+        if key in AT_LEAST and value < AT_LEAST[key]:
+            raise ConfigError(key, value, f"must be at least {AT_LEAST[key]}")
+        if key in MORE_THAN_ZERO and value <= 0:
+            raise ConfigError(key, value, "must be more than 0")
+        if key in BELOW_ONE and not 0 <= value < 1:
+            raise ConfigError(key, value, "must be at least 0 and less than 1")
+        if key in AT_MOST_ONE and not 0 <= value <= 1:
+            raise ConfigError(key, value, "must be between 0 and 1")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that no layout can run."""
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        problem = f"model.heads={model.heads} is not a multiple of it; use {_divisors(model.heads)}"
+        raise ConfigError("model.kv_heads", model.kv_heads, problem)
+    if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
+        raise ConfigError(
+            "model.head_dim", model.head_dim, "rotary embedding needs it even; or use model.position=learned"
+        )
+    if model.attention_dropout:
+        raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")
+
+
+def check_layout(config: TrainConfig) -> None:
+    """Refuse a layout that does not divide the model, the stages or the batch."""
+    check_tensor_parallel(config.model, config.parallel.tp)
+    check_pipeline(config)
+    train, parallel = config.train, config.parallel
+    tokens = train.micro_batch_size * train.seq_length
+    if parallel.sequence_parallel and tokens % parallel.tp:
+        problem = (
+            f"train.micro_batch_size * seq_length = {tokens} is not divisible by parallel.tp={parallel.tp}; turn it off"
+        )
+        raise ConfigError("parallel.sequence_parallel", True, problem)
+    dp, batch = parallel.dp or 1, train.global_batch_size
+    step = train.micro_batch_size * dp
+    if batch % step:
+        product = f"train.micro_batch_size * parallel.dp = {train.micro_batch_size} * {dp} = {step}"
+        raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
+
+
+def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
+    """Refuse a tp that does not divide the model. A vocabulary need not divide: its last shards are padded."""
+    for key, size in (("model.heads", model.heads), ("model.ffn", model.ffn)):
+        if size is not None and size % tp:
+            raise ConfigError(key, size, f"not divisible by parallel.tp={tp}; use {_near(size, tp)}, or another tp")
+    kv_heads = model.kv_heads
+    if kv_heads is not None and kv_heads % tp and tp % kv_heads:
+        problem = f"neither divides parallel.tp={tp} nor is a multiple of it; use a tp of {_divisors(kv_heads)}"
+        raise ConfigError("model.kv_heads", kv_heads, problem)
+    if model.vocab_size is not None and model.vocab_size < tp:
+        raise ConfigError("model.vocab_size", model.vocab_size, f"smaller than parallel.tp={tp}; use at least {tp}")
+
+
+def check_pipeline(config: TrainConfig) -> None:
+    """Refuse stages without layers and partitions that do not add up."""
+    layers, pp, partition = config.model.layers, config.parallel.pp, config.pipeline.partition
+    if pp > layers:
+        raise ConfigError("parallel.pp", pp, f"more stages than model.layers={layers}; use at most {layers}")
+    if config.pipeline.chunks != 1:
+        problem = f"the {config.pipeline.schedule} schedule has one stage per rank; use 1"
+        raise ConfigError("pipeline.chunks", config.pipeline.chunks, problem)
+    if isinstance(partition, str):
+        if partition != "uniform":
+            raise ConfigError("pipeline.partition", partition, "use uniform, or the layers of each stage such as [5,3]")
+        return
+    if len(partition) != pp:
+        raise ConfigError(
+            "pipeline.partition", partition, f"needs {pp} numbers, one per stage (parallel.pp={pp}); or uniform"
+        )
+    if min(partition) < 1 or sum(partition) != layers:
+        problem = f"must be {pp} numbers of at least 1 that add up to model.layers={layers}; or uniform"
+        raise ConfigError("pipeline.partition", partition, problem)
+
+
+def check_training(config: TrainConfig) -> None:
+    """Refuse contradictions of the loop, the optimizer and the data."""
+    train, optim = config.train, config.optim
+    if optim.warmup_steps > train.steps:
+        raise ConfigError(
+            "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
+        )
+    if train.eval_every and not config.data.split:
+        raise ConfigError(
+            "train.eval_every", train.eval_every, "data.split=0 holds nothing out; raise it or use eval_every=0"
+        )
+
+
+def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None) -> None:
+    """Refuse what the hardware or the number of started ranks does not allow."""
+    check_backend(config.kernels.backend, num_gpus)
+    if isinstance(config, VerifyConfig):
+        return
+    layout = layout_of(config)
+    check_ranks(layout, config.train.device, "train.device", num_gpus=num_gpus, world_size=world_size)
+    if config.devices is not None and config.devices != layout.world:
+        problem = f"the layout {layout} has {layout.world} ranks; leave it out, or use parallel=auto"
+        raise ConfigError("devices", config.devices, problem)
+
+
+def check_ranks(layout: Layout, device: str, key: str, *, num_gpus: int, world_size: int | None) -> None:
+    """Refuse a layout of another size than the ranks or GPUs that are there. `key` names the device's key."""
+    if world_size is not None and layout.world != world_size:
+        problem = (
+            f"tp*pp*dp = {layout.tp}*{layout.pp}*{layout.dp} = {layout.world}, but {world_size} ranks were started"
+        )
+        raise ConfigError("parallel", layout, f"{problem}; start {layout.world}, or choose a layout of {world_size}")
+    if device == "cuda" and num_gpus == 0:
+        raise ConfigError(key, device, "no GPU is visible; use cpu")
+    if device == "cuda" and world_size is None and layout.world > num_gpus:
+        problem = f"needs {layout.world} GPUs, {num_gpus} visible; use {key}=cpu or a smaller layout"
+        raise ConfigError("parallel", layout, problem)
+
+
+def check_backend(backend: str, num_gpus: int) -> None:
+    """Refuse a kernel backend that can't run here."""
+    if backend == "triton" and num_gpus == 0:
+        raise ConfigError("kernels.backend", backend, "no GPU is visible; use torch, or auto")
+    if backend in ("triton", "interpret"):
+        raise ConfigError("kernels.backend", backend, "this version has no Triton kernels yet; use torch, or auto")
+
+
+def check_verify(config: VerifyConfig) -> None:
+    """Refuse layouts that the config can't take, and a device or dtype that the bounds are not made for."""
+    if config.train.device == "cuda":
+        raise ConfigError("train.device", "cuda", "verify compares on the CPU in this version; use cpu")
+    if config.train.dtype == "bf16":
+        raise ConfigError("train.dtype", "bf16", "verify compares in fp64 or fp32; use one of them")
+    if config.layouts is not None and not config.layouts:
+        raise ConfigError("layouts", [], "nothing to compare; name layouts such as [tp2,pp2], or leave it out for all")
+    for name in config.layouts or []:
+        refusal = why_not(config, Layout.parse(name))
+        if refusal:
+            raise ConfigError("layouts", name, str(refusal))
+
+
+def check_generate(
+    config: GenerateConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
+) -> None:
+    """Refuse a layout that the trained model does not divide into, and absent hardware."""
+    check_values(config)
+    check_backend(config.kernels.backend, num_gpus)
+    if config.parallel.pp > trained.model.layers:
+        problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
+        raise ConfigError("parallel.pp", config.parallel.pp, problem)
+    check_tensor_parallel(trained.model, config.parallel.tp)
+    if config.sample.max_tokens and not config.prompt:
+        raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
+    check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
+
+
+def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
+    """The layout of a resolved config."""
+    return Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1)
+
+
+def with_layout(config: T, layout: Layout) -> T:
+    """The same config in another layout; a partition for another number of stages becomes uniform."""
+    values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
+    if config.pipeline.partition != "uniform" and len(config.pipeline.partition) != layout.pp:
+        values["pipeline.partition"] = "uniform"
+    return changed(config, values | {"parallel.auto": False})
+
+
+def why_not(config: TrainConfig, layout: Layout) -> ConfigError | None:
+    """Why a resolved config can't run in a layout, None if it can."""
+    try:
+        check_layout(with_layout(config, layout))
+    except ConfigError as refusal:
+        return refusal
+    return None
+
+
+def feasible_layouts(config: TrainConfig, ranks: int = 8) -> list[Layout]:
+    """Every layout of 2 to `ranks` ranks that divides the config."""
+    return [layout for layout in layouts_up_to(ranks) if why_not(config, layout) is None]
+
+
+def value_of(config: Any, key: str) -> Any:
+    """Value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _near(value: int, step: int) -> str:
+    below, above = value // step * step, (value // step + 1) * step
+    return f"{below} or {above}" if below else str(above)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

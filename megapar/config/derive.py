@@ -1,0 +1,117 @@
+"""What a config leaves open: sizes derived from other sizes, the vocabulary, the layout, the device."""
+
+from typing import Any
+
+from megapar.config.check import (
+    T,
+    check_values,
+    feasible_layouts,
+    layouts_up_to,
+    why_not,
+    with_layout,
+)
+from megapar.config.errors import ConfigError
+from megapar.config.layout import Layout
+from megapar.config.parse import changed
+from megapar.config.schema import GenerateConfig, ModelConfig, VerifyConfig
+
+
+def resolve(
+    config: T,
+    *,
+    vocab_size: int | None = None,
+    max_token: int | None = None,
+    num_gpus: int = 0,
+    world_size: int | None = None,
+) -> T:
+    """`config` with every derived None filled in; resolving a resolved config changes nothing.
+
+    vocab_size: the tokenizer's; None where it is unknown, as for token files made elsewhere
+    max_token: largest token id in the data; None before the data was read (model.vocab_size may then stay None)
+    num_gpus: GPUs visible on this machine
+    world_size: ranks that torchrun or srun has started; None if we start them
+
+    Raises ConfigError where nothing can be derived. Call `check` afterwards.
+    """
+    check_values(config)
+    sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
+    config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
+    if isinstance(config, VerifyConfig):
+        if config.train.device == "auto":
+            config = changed(config, {"train.device": "cpu"})
+        if config.parallel.auto:
+            raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
+        config = with_layout(config, Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1))
+        if config.layouts is None:
+            config = changed(config, {"layouts": [str(layout) for layout in feasible_layouts(config)]})
+        return config
+    if config.train.device == "auto":
+        config = changed(config, {"train.device": "cuda" if num_gpus else "cpu"})
+    gpus = num_gpus if config.train.device == "cuda" else 0
+    ranks = world_size or config.devices or gpus or 1
+    if config.parallel.auto:
+        return with_layout(config, _auto(config, ranks))
+    if config.parallel.dp is None:
+        config = changed(config, {"parallel.dp": max(1, ranks // (config.parallel.tp * config.parallel.pp))})
+    return config
+
+
+def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: int | None = None) -> GenerateConfig:
+    """The same for generation. One replica writes, so dp is 1; `parallel=auto` takes tp, as the answer comes sooner."""
+    check_values(config)
+    if config.parallel.auto:
+        config = changed(config, {"parallel.auto": False, "parallel.tp": world_size or config.devices or num_gpus or 1})
+    if config.parallel.dp is None:
+        config = changed(config, {"parallel.dp": 1})
+    if config.device == "auto":
+        config = changed(config, {"device": "cuda" if num_gpus else "cpu"})
+    return config
+
+
+def _model_sizes(model: ModelConfig) -> dict[str, Any]:
+    if model.head_dim is None and model.hidden % model.heads:
+        problem = f"not divisible by model.heads={model.heads}; change one, or set model.head_dim"
+        raise ConfigError("model.hidden", model.hidden, problem)
+    inner = model.ffn
+    if inner is None:
+        # 8/3 gives the gated MLP's three matrices as many weights as 4 gives the plain one's two; 32 keeps tp free.
+        inner = -(-8 * model.hidden // (3 * 32)) * 32 if model.activation == "swiglu" else 4 * model.hidden
+    return {
+        "kv_heads": model.kv_heads or model.heads,
+        "head_dim": model.head_dim or model.hidden // model.heads,
+        "ffn": inner,
+    }
+
+
+def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | None) -> dict[str, Any]:
+    if model.vocab_size is None:
+        if vocab_size is None and max_token is not None:
+            problem = (
+                f"these token files do not say it; their largest token is {max_token}, so use at least {max_token + 1}"
+            )
+            raise ConfigError("model.vocab_size", None, problem)
+        return {"vocab_size": vocab_size}
+    if vocab_size is not None and model.vocab_size < vocab_size:
+        problem = f"smaller than the tokenizer's {vocab_size}; use at least that, or leave it out"
+        raise ConfigError("model.vocab_size", model.vocab_size, problem)
+    if max_token is not None and model.vocab_size <= max_token:
+        problem = f"the data holds token {max_token}; use at least {max_token + 1}"
+        raise ConfigError("model.vocab_size", model.vocab_size, problem)
+    return {}
+
+
+def _auto(config: T, ranks: int) -> Layout:
+    """The layout that `parallel=auto` picks: as much dp as the batch allows (it talks least), then tp, then pp.
+
+    Raises ConfigError when no layout of so many ranks is feasible, with the largest number that is.
+    """
+    if (config.parallel.tp, config.parallel.pp, config.parallel.dp) != (1, 1, None):
+        raise ConfigError("parallel.auto", True, "it chooses tp, pp and dp itself; leave them out, or use auto=false")
+    everything = [Layout(), *layouts_up_to(ranks)]
+    fitting = [layout for layout in everything if why_not(config, layout) is None]
+    exact = [layout for layout in fitting if layout.world == ranks]
+    if not exact:
+        most = max((layout.world for layout in fitting), default=0)
+        problem = f"no tp*pp*dp of {ranks} ranks divides heads, ffn, layers and batch"
+        raise ConfigError("parallel.auto", True, f"{problem}; " + (f"devices={most} works" if most else "change them"))
+    return max(exact, key=lambda layout: (layout.dp, layout.tp))

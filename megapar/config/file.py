@@ -1,0 +1,33 @@
+"""A configuration on disk or on its way to other ranks: YAML text, without Hydra."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from megapar.config.errors import UserError
+from megapar.config.parse import parse, to_dict
+
+T = TypeVar("T")
+
+
+def dump(config: object) -> str:
+    """The YAML text that `loads` turns back into an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=1 << 30)
+
+
+def loads(kind: type[T], text: str) -> T:
+    """Config from YAML text. Raises ConfigError for keys or values that `kind` refuses."""
+    return parse(kind, yaml.safe_load(text))
+
+
+def load(kind: type[T], path: str | Path) -> T:
+    """Config from a YAML file, such as a run's `config.yaml`. Raises UserError naming the file."""
+    try:
+        return loads(kind, Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this the folder of a run?") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable configuration ({' '.join(str(error).split())})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,154 @@
+"""Plain nested dicts to the frozen dataclasses of `schema`, strictly, and back.
+
+Every refusal is a ConfigError of one line: the dotted key, the value, what is allowed.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import Field, asdict, fields, is_dataclass, replace
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megapar.config.errors import ConfigError
+from megapar.config.schema import COMMANDS
+
+T = TypeVar("T")
+
+
+@cache
+def keys(kind: Any) -> dict[str, Field[Any]]:
+    """Every dotted key of a configuration class, groups left out, in the order of the schema."""
+    found: dict[str, Field[Any]] = {}
+    for name, (field, hint) in _fields(kind).items():
+        if is_dataclass(hint):
+            found |= {f"{name}.{below}": f for below, f in keys(hint).items()}
+        else:
+            found[name] = field
+    return found
+
+
+@cache
+def groups(kind: Any) -> dict[str, str]:
+    """Dotted key of every group of a configuration class, with its description."""
+    found: dict[str, str] = {}
+    for name, (field, hint) in _fields(kind).items():
+        if is_dataclass(hint):
+            found[name] = field.metadata["help"]
+            found |= {f"{name}.{below}": text for below, text in groups(hint).items()}
+    return found
+
+
+def parse(kind: type[T], data: Mapping[str, Any]) -> T:
+    """`kind` filled from a nested dict; keys left out keep their default.
+
+    Raises ConfigError for an unknown key or a value of another type. An integer counts as a float, text such as
+    "1e-3" (what YAML 1.1 makes of it) too; a bool counts as nothing else.
+    """
+    return _parse(kind, data, "", kind)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested dict that `parse` turns back into an equal config."""
+    return asdict(config)
+
+
+def changed(config: T, values: Mapping[str, Any]) -> T:
+    """A copy of a config with values set by dotted key. The values are taken as they are, without `parse`'s checks."""
+    for key, value in values.items():
+        name, _, below = key.partition(".")
+        if below:
+            value = changed(getattr(config, name), {below: value})
+        config = replace(config, **{name: value})
+    return config
+
+
+def unknown_key(kind: type, key: str, value: object) -> ConfigError:
+    """The refusal of a key that `kind` does not have, with the nearest one that it has."""
+    command = next((name for name, other in COMMANDS.items() if other is kind), "train")
+    near = nearest(key, kind)
+    hint = f"did you mean {near}?" if near else f"`megapar {command} --info config` lists the keys"
+    return ConfigError(key, value, f"unknown key; {hint}")
+
+
+def nearest(key: str, kind: type) -> str | None:
+    """The known key nearest to a mistyped one: the same last word first, then the most similar spelling."""
+    known = [*keys(kind), *groups(kind)]
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if not near:  # a good last word in a wrong group, or without its group
+        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+        near = [leaves[k] for k in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
+    return near[0] if near else None
+
+
+@cache
+def _fields(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
+    hints = get_type_hints(kind)
+    return {f.name: (f, hints[f.name]) for f in fields(kind)}
+
+
+def _parse(kind: type[T], data: object, prefix: str, root: type) -> T:
+    known = _fields(kind)
+    if not isinstance(data, Mapping):
+        example = f"{prefix}{next(iter(known))}"
+        raise ConfigError(prefix.rstrip("."), data, f"this is a group of keys; set one of them, such as {example}")
+    values = {}
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise unknown_key(root, key, value)
+        hint = known[name][1]
+        values[name] = _parse(hint, value, key + ".", root) if is_dataclass(hint) else _convert(key, value, hint)  # type: ignore[type-var,arg-type]
+    return kind(**values)
+
+
+def _convert(key: str, value: object, hint: Any) -> Any:
+    for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        good, result = _as(value, choice)
+        if good:
+            return result
+    raise ConfigError(key, value, f"expects {describe(hint)}{_remedy(key, value, hint)}")
+
+
+def _as(value: object, hint: Any) -> tuple[bool, Any]:
+    """(fits, value converted)"""
+    if hint is NoneType:
+        return value is None, None
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint)), value
+    if get_origin(hint) is list:
+        items = [_as(item, get_args(hint)[0]) for item in value] if isinstance(value, list | tuple) else [(False, None)]
+        return all(good for good, _ in items), [item for _, item in items]
+    if isinstance(value, bool):
+        return hint is bool, value
+    if hint is float:
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value):
+            value = float(value)
+        good = isinstance(value, int | float) and math.isfinite(value)
+        return good, float(value) if good else None  # type: ignore[arg-type]
+    return isinstance(value, hint), value
+
+
+def describe(hint: Any) -> str:
+    """What a type allows, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(choice) for choice in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in args)
+    if origin is list:
+        return f"a list such as [{'5,3' if args[0] is int else 'a,b'}]"
+    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+    return words[hint]
+
+
+def _remedy(key: str, value: object, hint: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in (hint, *get_args(hint)):
+        return f"; quote a number that is meant as text: {key}='\"{value}\"'"
+    return ""
