@@ -75,6 +75,8 @@ def check_values(config: Any) -> None:
     """Refuse single values out of range; None (not derived yet) passes."""
     for key in keys(type(config)):
         value = value_of(config, key)
+        if key == "data.path" and not value:
+            raise ConfigError(key, value, "names no data; give a file, a folder, a PREFIX of token files, or stdlib")
         if value is None or isinstance(value, str):
             continue
         if key in AT_LEAST and value < AT_LEAST[key]:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, is_dataclass, replace
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +17,6 @@ from megapar.config.schema import COMMANDS
 T = TypeVar("T")
 
 
-@cache
 def keys(kind: Any) -> dict[str, Field[Any]]:
     """Every dotted key of a configuration class, groups left out, in the order of the schema."""
     found: dict[str, Field[Any]] = {}
@@ -30,7 +28,6 @@ def keys(kind: Any) -> dict[str, Field[Any]]:
     return found
 
 
-@cache
 def groups(kind: Any) -> dict[str, str]:
     """Dotted key of every group of a configuration class, with its description."""
     found: dict[str, str] = {}
@@ -61,7 +58,7 @@ def changed(config: T, values: Mapping[str, Any]) -> T:
         name, _, below = key.partition(".")
         if below:
             value = changed(getattr(config, name), {below: value})
-        config = replace(config, **{name: value})
+        config = replace(config, **{name: value})  # type: ignore[type-var]
     return config
 
 
@@ -87,13 +84,12 @@ def nearest(key: str, kind: type) -> str | None:
     return near[0] if near else None
 
 
-@cache
 def _fields(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
     hints = get_type_hints(kind)
     return {f.name: (f, hints[f.name]) for f in fields(kind)}
 
 
-def _parse(kind: type[T], data: object, prefix: str, root: type) -> T:
+def _parse(kind: Any, data: object, prefix: str, root: type) -> Any:
     known = _fields(kind)
     if not isinstance(data, Mapping):
         example = f"{prefix}{next(iter(known))}"
@@ -103,8 +99,8 @@ def _parse(kind: type[T], data: object, prefix: str, root: type) -> T:
         key = f"{prefix}{name}"
         if name not in known:
             raise unknown_key(root, key, value)
-        hint = known[name][1]
-        values[name] = _parse(hint, value, key + ".", root) if is_dataclass(hint) else _convert(key, value, hint)  # type: ignore[type-var,arg-type]
+        hint: Any = known[name][1]
+        values[name] = _parse(hint, value, key + ".", root) if is_dataclass(hint) else _convert(key, value, hint)
     return kind(**values)
 
 

@@ -1,0 +1,179 @@
+"""Hydra, and nothing but Hydra: from command-line overrides to a config object. Imported lazily, in the launcher only.
+
+Three things stand between the command line and Hydra. Verbatim keys are cut out, as free text and paths are not Hydra
+grammar. Every key and file name is checked first, as Hydra accepts unknown keys after `+` and does not suggest.
+And what Hydra itself refuses becomes one line.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megapar.config import COMMANDS, VERBATIM, ConfigError, UserError, parse, to_dict
+from megapar.config.parse import groups, keys, nearest, unknown_key
+
+CONF = Path(str(files("megapar.conf")))
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The overrides of one command line: those for Hydra, and the verbatim ones by key (the last one wins)."""
+
+    hydra: list[str]
+    verbatim: dict[str, str]
+
+    def as_list(self) -> list[str]:
+        """All of them, as they could be typed again."""
+        return [*self.hydra, *(f"{key}={value}" for key, value in self.verbatim.items())]
+
+
+def split(arguments: Iterable[str]) -> Overrides:
+    """Cut the verbatim keys out: everything after their first `=` is their value."""
+    hydra, verbatim = [], {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in VERBATIM:
+            if not value and key != "prompt":
+                raise ConfigError(key, "", "empty; give a value or leave it out")
+            verbatim[key] = value
+        else:
+            hydra.append(argument)
+    return Overrides(hydra, verbatim)
+
+
+def compose(command: str, overrides: Overrides) -> Any:
+    """The config object of a command. Raises UserError, one line, for anything that can't be composed."""
+    refuse_unknown(command, overrides)
+    import hydra
+    from omegaconf import OmegaConf
+
+    register_defaults()
+    with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose(command, overrides=overrides.hydra), resolve=True)
+    assert isinstance(composed, dict)
+    return read(command, composed, overrides.verbatim)
+
+
+def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) -> Any:
+    """The config object from what Hydra composed and the verbatim values."""
+    for key, value in verbatim.items():
+        *path, name = key.split(".")
+        node = composed
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return parse(COMMANDS[command], composed)
+
+
+def register_defaults() -> None:
+    """Make the dataclasses' defaults available to Hydra as `base/COMMAND`, the first of every root file's defaults."""
+    from hydra.core.config_store import ConfigStore
+
+    for command, kind in COMMANDS.items():
+        node = to_dict(kind())
+        ConfigStore.instance().store(group="base", name=command, node=node, package="_global_", provider="megapar")
+
+
+def group_files(command: str) -> dict[str, list[str]]:
+    """The groups of a command, in the order of its defaults list, and the files of each."""
+    root = yaml.safe_load((CONF / f"{command}.yaml").read_text(encoding="utf-8"))
+    names = [next(iter(entry)) for entry in root["defaults"] if isinstance(entry, dict)]
+    return {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in names}
+
+
+def refuse_unknown(command: str, overrides: Overrides, multirun: bool = False) -> None:
+    """Refuse keys, groups and files that do not exist, and operators that can't do good here."""
+    kind = COMMANDS[command]
+    for key, value in overrides.verbatim.items():
+        if key not in keys(kind):
+            raise unknown_key(kind, key, value)
+    known_groups = group_files(command)
+    for parsed in _parsed(overrides.hydra):
+        name, text = parsed.key_or_group, parsed.input_line or ""
+        value = text.partition("=")[2]
+        if name.split("/")[0].split(".")[0] == "hydra":
+            if not multirun:
+                raise ConfigError(name, value, "Hydra's own settings only matter in a sweep; add -m, or leave it out")
+            continue
+        if parsed.is_delete():
+            raise UserError(f"{text}: a key can't be removed; give it another value, or leave it out for its default")
+        if parsed.package is not None:
+            raise UserError(f"{text}: files can't be moved to another place; write {name}=FILE")
+        if parsed.is_sweep_override() and not multirun:
+            raise ConfigError(name, value, "several values are a sweep: add -m, or write a list as [a,b]")
+        if name in known_groups:
+            _refuse_file(name, parsed, known_groups[name])
+        elif name not in keys(kind) and name not in groups(kind):
+            folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+            if name in folders:
+                raise ConfigError(
+                    name, value, f"`megapar {command}` has no such group; it has {', '.join(known_groups)}"
+                )
+            raise _unknown(kind, name, value, list(known_groups))
+        if parsed.is_add():
+            raise ConfigError("+" + name, value, f"{name} exists already; leave out the +")
+
+
+def _unknown(kind: type, name: str, value: str, known_groups: list[str]) -> ConfigError:
+    similar = [group for group in known_groups if _similar(name, group)]
+    if similar and nearest(name, kind) is None:
+        return ConfigError(name, value, f"unknown key; did you mean {similar[0]}?")
+    return unknown_key(kind, name, value)
+
+
+def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
+    if parsed.is_sweep_override():
+        chosen = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else []
+    else:
+        value = parsed.value()
+        chosen = value if isinstance(value, list) else [value]
+    for name in chosen:
+        if name is not None and name != "null" and str(name) not in known:
+            near = [f for f in known if _similar(str(name), f)]
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(group, name, f"no such file; {hint}conf/{group}/ has {', '.join(known)}")
+
+
+def _parsed(overrides: list[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, parsed = OverridesParser.create(), []
+    for text in overrides:
+        if text.startswith("-"):
+            raise UserError(f"{text}: unknown option; `megapar --help` lists them")
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"{text}: not an override; write key=value")
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            problem = str(error).splitlines()[0]
+            hint = """put special characters in quotes: key='"text"'"""
+            raise UserError(f"{text}: not readable as key=value ({problem}); {hint}") from None
+    return parsed
+
+
+class one_line_errors:
+    """Context that turns what Hydra and OmegaConf raise into a UserError of one line."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            key = getattr(error, "full_key", None)
+            raise UserError((f"{key}: " if key else "") + lines[0]) from None
+
+
+def _similar(a: str, b: str) -> bool:
+    import difflib
+
+    return difflib.SequenceMatcher(None, a, b).ratio() >= 0.7
