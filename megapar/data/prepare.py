@@ -1,0 +1,351 @@
+"""Text to token files, once: in the launcher, before any worker starts."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.schema import DataConfig
+from megapar.data.corpus import TextSource, find_text
+from megapar.data.indexed import IndexedTokens, has_token_files, token_dtype, write_indexed
+from megapar.data.manifest import FILES, build_manifest, check, read_manifest, write_manifest
+from megapar.data.split import check_holdout, held_out, text_hash, token_hashes
+from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
+
+__all__ = ["Prepared", "check", "open_prepared", "prepare"]
+
+# Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
+CODE_VERSION = 1
+TRAINING_CHARS = 4_000_000  # text that the tokenizer is trained on: more changes little and costs time
+BATCH_CHARS = 4_000_000  # text tokenised at once
+NUM_THREADS = min(2, os.cpu_count() or 1)
+
+Log = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus ready to train on: files `prefix`.bin, .idx, .json (the manifest) and, where known, .model.
+
+    vocab_size      entries of the tokenizer; None for token files that came without one
+    max_token       largest id in the corpus; `model.vocab_size` must be above it
+    tokenizer_path  the SentencePiece model; None where there is none
+    """
+
+    prefix: str
+    vocab_size: int | None
+    max_token: int
+    tokens: int
+    documents: int
+    tokenizer_path: Path | None
+    manifest: dict[str, Any]
+
+
+def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = None) -> Prepared:
+    """Find or make the token files of `config`.
+
+    `data.prefix`, or a `data.path` that is a PREFIX of existing token files, is opened as it is; a manifest is made
+    on first use (beside the files, or in the cache where their folder is read-only). Text is tokenised into the
+    cache, or to `prefix` where given, and found there again as long as text and settings are the same. Several
+    launchers may prepare the same corpus at once.
+
+    Raises ConfigError naming the key, or UserError naming file and offset. Callers `check` the result.
+    """
+    say: Log = log or (lambda line: None)
+    check_holdout(config.split)
+    if prefix is None and config.prefix is not None:
+        if not has_token_files(config.prefix):
+            raise ConfigError(
+                "data.prefix", config.prefix, "no token files there: PREFIX.bin and PREFIX.idx must exist"
+            )
+        return _open_token_files(config.prefix, config, say)
+    if has_token_files(config.path):
+        if prefix is not None:
+            raise ConfigError(
+                "out", prefix, f"data.path={config.path} is token files already; there is nothing to write"
+            )
+        return _open_token_files(config.path, config, say)
+
+    if config.path.endswith((".bin", ".idx")) and has_token_files(config.path[:-4]):
+        raise ConfigError("data.path", config.path, f"give the PREFIX without its ending: data.path={config.path[:-4]}")
+    source = find_text(config.path)
+    settings = _settings(config, source)
+    key = _hash([settings, source.listing()])
+    if prefix is not None:
+        return _prepare_at(Path(prefix).expanduser().absolute(), source, config, settings, key, say)
+    folder = _cache_folder(config) / f"{source.name[:40]}-{key[:16]}"
+    if ready := _reusable(folder / "tokens", key, say):
+        return ready
+    with _new_folder(folder.parent, source.name) as temporary:
+        _make(temporary / "tokens", source, config, settings, key, say)
+        _publish(temporary, folder, key)
+    return open_prepared(folder / "tokens")
+
+
+def open_prepared(prefix: str | Path) -> Prepared:
+    """What the manifest at `prefix` says. Raises UserError where there is none."""
+    prefix = os.path.abspath(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise UserError(f"{prefix}.json: no such file; `megapar data data.path={prefix}` makes it")
+    return Prepared(
+        prefix=prefix,
+        vocab_size=manifest["vocab_size"],
+        max_token=manifest["max_token"],
+        tokens=manifest["tokens"],
+        documents=manifest["documents"],
+        tokenizer_path=Path(f"{prefix}.model") if ".model" in manifest["files"] else None,
+        manifest=manifest,
+    )
+
+
+def _settings(config: DataConfig, source: TextSource) -> dict[str, Any]:
+    """Everything besides the text that the files depend on."""
+    python = platform.python_version() if source.kind == "stdlib" else None
+    return {"code": CODE_VERSION, "kind": source.kind, "python": python, "tokenizer": _tokenizer_settings(config)}
+
+
+def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
+    if config.tokenizer != "bpe":
+        try:
+            model = Path(config.tokenizer).expanduser().read_bytes()
+        except OSError as error:
+            problem = f"must be bpe or the path of a SentencePiece .model file ({error.strerror})"
+            raise ConfigError("data.tokenizer", config.tokenizer, problem) from None
+        return {"sha256": hashlib.sha256(model).hexdigest()}
+    import sentencepiece
+
+    return {
+        "sentencepiece": sentencepiece.__version__,
+        "vocab_size": config.vocab_size,
+        "trainer": TRAINER,
+        "trained_on": {"characters": TRAINING_CHARS, "not_held_out_by": config.split},
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    base = config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megapar")
+    folder = Path(base).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "data.cache", folder, f"can't be made: {error.strerror}; name a folder that can be written"
+        ) from None
+    return folder
+
+
+# Text -> token files
+
+
+def _make(prefix: Path, source: TextSource, config: DataConfig, settings: dict[str, Any], key: str, say: Log) -> None:
+    """Write all files of a corpus at `prefix`, the manifest last."""
+    source.keep_text()
+    sizes, hashes = _measure(source)
+    say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
+    model_path = Path(f"{prefix}.model")
+    if config.tokenizer == "bpe":
+        begin = time.perf_counter()
+        train_bpe(
+            _training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path, num_threads=NUM_THREADS
+        )
+        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
+    else:
+        shutil.copyfile(Path(config.tokenizer).expanduser(), model_path)
+    tokenizer = Tokenizer(model_path)
+    begin = time.perf_counter()
+    written = write_indexed(prefix, _tokenised(source, tokenizer), token_dtype(tokenizer.vocab_size))
+    if written != len(sizes) or source.changed():
+        raise ConfigError("data.path", config.path, "the text changed while it was read; run again when it is at rest")
+    np.save(f"{prefix}.split.npy", hashes)
+    manifest = build_manifest(
+        prefix,
+        source={
+            "kind": source.kind,
+            "name": source.name,
+            "files": len(source.files),
+            "skipped_files": source.skipped,
+            "characters": int(sizes.sum()),
+        },
+        tokenizer=settings["tokenizer"],
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+        key=key,
+    )
+    write_manifest(prefix, manifest)
+    say(f"data: {manifest['tokens'] / 1e6:.2f} M tokens in {time.perf_counter() - begin:.1f} s")
+
+
+def _measure(source: TextSource) -> tuple[np.ndarray, np.ndarray]:
+    """(characters, hash) of each document: int64 [documents], uint64 [documents]."""
+    sizes, hashes = [], []
+    for text in source.documents():
+        sizes.append(len(text))
+        hashes.append(text_hash(text))
+    return np.array(sizes, dtype=np.int64), np.array(hashes, dtype=np.uint64)
+
+
+def _training_texts(source: TextSource, sizes: np.ndarray, hashes: np.ndarray, holdout: float) -> Iterator[str]:
+    """Documents to train the tokenizer on: a random sample of those that are not held out.
+
+    In the order of their hashes, which is random and yet the same wherever the documents lie.
+    """
+    order = np.argsort(hashes, kind="stable")
+    order = order[~held_out(hashes, holdout)[order]]
+    before = np.cumsum(sizes[order]) - sizes[order]
+    chosen = set(order[before < TRAINING_CHARS].tolist())
+    for number, text in enumerate(source.documents()):
+        if number in chosen:
+            yield text
+
+
+def _tokenised(source: TextSource, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of each document with the end-of-text token behind, in the dtype of the file."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    for texts in _batches(source.documents()):
+        for ids in tokenizer.encode_batch(texts, num_threads=NUM_THREADS):
+            ids.append(tokenizer.end_of_text)
+            yield np.array(ids, dtype=dtype)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# Where the files go
+
+
+@contextmanager
+def _new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A temporary folder in `parent`, on the same file system as what it will become."""
+    try:
+        # Not tempfile.mkdtemp: that one closes the folder to everyone else, and a cache may be shared.
+        folder = parent / f".{name[:40]}-{uuid.uuid4().hex}"
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"{parent}: can't be written ({error.strerror}); set data.cache to another folder") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path, key: str) -> None:
+    """Move a finished folder to its place. Where another launcher was faster, its files stand, if they are intact."""
+    for _ in range(10):
+        try:
+            os.rename(temporary, folder)
+            return
+        except OSError:
+            if _reusable(folder / "tokens", key, lambda line: None):
+                return
+            # Moved aside in one step, so that nobody ever sees half a folder.
+            with _new_folder(folder.parent, "broken") as aside:
+                try:
+                    os.rename(folder, aside / "old")
+                except FileNotFoundError:
+                    continue
+    raise UserError(f"{folder}: can't be replaced; delete it and run again")
+
+
+def _reusable(prefix: Path, key: str, say: Log) -> Prepared | None:
+    """The corpus at `prefix` if it is there, made with `key`, and intact."""
+    if not os.path.exists(f"{prefix}.json"):
+        return None
+    try:
+        manifest = check(prefix, "quick")
+    except UserError as error:
+        say(f"data: prepared files are made anew: {error}")
+        return None
+    return open_prepared(prefix) if manifest.get("key") == key else None
+
+
+def _prepare_at(
+    prefix: Path, source: TextSource, config: DataConfig, settings: dict[str, Any], key: str, say: Log
+) -> Prepared:
+    """Prepare text at a place that the user named. What lies there is replaced only if it is ours."""
+    if ready := _reusable(prefix, key, say):
+        return ready
+    exists = [end for end in FILES if os.path.exists(f"{prefix}{end}")]
+    if exists and not os.path.exists(f"{prefix}.json"):
+        raise ConfigError(
+            "out", prefix, f"{prefix}{exists[0]} exists and was not made by megapar; choose another PREFIX"
+        )
+    read_manifest(prefix)  # raises if that file is not ours
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("out", prefix, f"its folder can't be made: {error.strerror}") from None
+    with _new_folder(prefix.parent, prefix.name) as temporary:
+        _make(temporary / "tokens", source, config, settings, key, say)
+        # Without a manifest while the files are replaced, and with it only when they are complete.
+        Path(f"{prefix}.json").unlink(missing_ok=True)
+        for end in (*FILES, ".json"):
+            os.replace(f"{temporary / 'tokens'}{end}", f"{prefix}{end}")
+    return open_prepared(prefix)
+
+
+# Token files that exist
+
+
+def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
+    """Open token files; where they have no manifest (another project's corpus), make one."""
+    prefix = Path(path).expanduser().absolute()
+    if os.path.exists(f"{prefix}.json"):
+        return open_prepared(prefix)
+    if os.access(prefix.parent, os.W_OK):
+        _describe(prefix, prefix.name, say)
+        return open_prepared(prefix)
+    # A folder in the cache with links to the files, so that everything else still needs one PREFIX only.
+    folder = _cache_folder(config) / f"{prefix.name[:40]}-{_hash(str(prefix))[:16]}"
+    if not os.path.exists(folder / "tokens.json"):
+        with _new_folder(folder.parent, prefix.name) as temporary:
+            for end in (".bin", ".idx"):
+                os.symlink(f"{prefix}{end}", temporary / f"tokens{end}")
+            _describe(temporary / "tokens", prefix.name, say)
+            try:
+                os.rename(temporary, folder)
+            except OSError:  # another launcher was faster
+                if not os.path.exists(folder / "tokens.json"):
+                    raise
+    return open_prepared(folder / "tokens")
+
+
+def _describe(prefix: Path, name: str, say: Log) -> None:
+    """Make split hashes and manifest of token files whose tokenizer is not known."""
+    say(f"data: {name}: token files without a manifest: reading them once to make it")
+    corpus = IndexedTokens(prefix)
+    if corpus.num_tokens == 0:
+        raise UserError(f"{prefix}.bin: offset 0: no tokens in it; check data.path")
+    hashes = token_hashes(corpus.tokens, corpus.document_offsets)
+    temporary = Path(f"{prefix}.tmp-{os.getpid()}.split.npy")
+    np.save(temporary, hashes)
+    os.replace(temporary, f"{prefix}.split.npy")
+    source = {"kind": "megatron", "name": name}
+    write_manifest(
+        prefix, build_manifest(prefix, source=source, tokenizer=None, vocab_size=None, end_of_text=None, key=None)
+    )

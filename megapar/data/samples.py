@@ -1,0 +1,178 @@
+"""Samples: windows over the documents of one split, in an order that is a function of (seed, epoch, index) alone."""
+
+import math
+import os
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.data.indexed import IndexedTokens
+from megapar.data.split import held_out, load_hashes, token_hashes
+
+ROUNDS = 6
+MASK64 = (1 << 64) - 1
+
+
+def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
+    """Where `position` of an epoch goes: a permutation of 0..count-1 that depends on (seed, epoch) alone.
+
+    A Feistel network on the grid of about sqrt(count) x sqrt(count) (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains"), walked on while it lands outside. It needs no table, so the order of a corpus of any size costs
+    no memory, and unlike numpy's `permutation` it can't change with a library's version.
+    """
+    rows, columns = _grid(count)
+    keys = _round_keys(seed, epoch)
+    while True:
+        row, column = divmod(position, columns)
+        for turn in range(0, ROUNDS, 2):
+            row = (row + _mix(column ^ keys[turn])) % rows
+            column = (column + _mix(row ^ keys[turn + 1])) % columns
+        position = row * columns + column
+        if position < count:
+            return position
+
+
+@lru_cache(maxsize=64)
+def _grid(count: int) -> tuple[int, int]:
+    rows = max(1, math.isqrt(count - 1) + 1)
+    return rows, -(-count // rows)
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    digest = blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(int.from_bytes(digest[8 * turn : 8 * turn + 8], "little") for turn in range(ROUNDS))
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64 on a Python int."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+class SampleSet:
+    """The samples of one split of a corpus.
+
+    The split's documents lie end to end in the order of the file; sample w of an epoch is the window of
+    `seq_length + 1` tokens from w * seq_length on (the last token of a window is the first of the next: it is only
+    predicted there). A window may span documents; an end-of-text token marks where. "train" shuffles every epoch
+    anew, "valid" keeps the order of the file. What is left at the end, less than a window, is not used.
+
+    num_samples    samples of one epoch
+    num_tokens     tokens of the split
+    num_documents  documents of the split
+
+    prefix: token files, with or without what `prepare` leaves beside them. holdout: `data.split`.
+    Raises UserError where the files are faulty, or the split has not tokens enough for one sample.
+    """
+
+    def __init__(
+        self, prefix: str, *, split: Literal["train", "valid"], seq_length: int, seed: int, holdout: float
+    ) -> None:
+        if split not in ("train", "valid"):
+            raise ValueError(f"split must be train or valid, got {split!r}")
+        if seq_length < 1:
+            raise ConfigError("train.seq_length", seq_length, "must be at least 1")
+        self.prefix, self.split, self.seq_length, self.seed = str(prefix), split, seq_length, seed
+        corpus = IndexedTokens(prefix)
+        self._tokens = corpus.tokens
+        mask = self._documents_of_split(corpus, holdout)
+        self.num_documents = int(mask.sum())
+        self._ends, self._shift = _runs(corpus.document_offsets, mask)
+        self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.num_samples = max(0, (self.num_tokens - 1) // seq_length)
+        if self.num_samples == 0:
+            raise self._too_few(corpus, holdout)
+
+    def sample(self, index: int) -> np.ndarray:
+        """Sample `index`, counted from 0 over all epochs: int64 [seq_length + 1]."""
+        out = np.empty(self.seq_length + 1, dtype=np.int64)
+        self._read(self.window(index) * self.seq_length, out)
+        return out
+
+    def batch(self, indices: Iterable[int]) -> np.ndarray:
+        """The samples of `indices`, each counted from 0 over all epochs: int64 [number of indices, seq_length + 1]."""
+        numbers = [int(index) for index in indices]
+        out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
+        for row, index in zip(out, numbers, strict=True):
+            self._read(self.window(index) * self.seq_length, row)
+        return out
+
+    def window(self, index: int) -> int:
+        """Which window, 0..num_samples-1, sample `index` is."""
+        if index < 0:
+            raise ValueError(f"samples are counted from 0, got {index}")
+        epoch, position = divmod(int(index), self.num_samples)
+        return shuffled(position, self.num_samples, self.seed, epoch) if self.split == "train" else position
+
+    @cached_property
+    def char_counts(self) -> np.ndarray | None:
+        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer."""
+        model = f"{self.prefix}.model"
+        if not os.path.exists(model):
+            return None
+        from megapar.data.tokenizer import Tokenizer
+
+        return Tokenizer(model).char_counts()
+
+    def _documents_of_split(self, corpus: IndexedTokens, holdout: float) -> np.ndarray:
+        hashes = load_hashes(self.prefix, corpus.num_documents)
+        if hashes is None:
+            hashes = token_hashes(corpus.tokens, corpus.document_offsets)
+        mask = held_out(hashes, holdout)
+        return mask if self.split == "valid" else ~mask
+
+    def _read(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` with the split's tokens from `begin` on, run by run."""
+        run = int(self._ends.searchsorted(begin, side="right"))
+        filled = 0
+        while filled < len(out):
+            place = begin + filled
+            take = min(len(out) - filled, int(self._ends[run]) - place)
+            source = place + int(self._shift[run])
+            out[filled : filled + take] = self._tokens[source : source + take]
+            filled += take
+            run += 1
+
+    def _too_few(self, corpus: IndexedTokens, holdout: float) -> UserError:
+        need = self.seq_length + 1
+        if self.split == "valid" and holdout == 0:
+            return ConfigError(
+                "data.split", holdout, "nothing is held out; set data.split above 0 or train.eval_every=0"
+            )
+        if self.split == "valid" and self.num_documents == 0:
+            return ConfigError(
+                "data.split",
+                holdout,
+                f"{self.prefix} has {corpus.num_documents} document(s), no two of them different: none can be held out; "
+                "give more documents or set train.eval_every=0",
+            )
+        return ConfigError(
+            "train.seq_length",
+            self.seq_length,
+            f"a sample needs {need} tokens, the {self.split} split of {self.prefix} has {self.num_tokens} "
+            f"in {self.num_documents} document(s); "
+            f"lower train.seq_length, change data.split={holdout} or give more text",
+        )
+
+
+def _runs(document_offsets: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of a split, neighbours in the file joined to runs.
+
+    Returns int64 [runs] each: where the run ends in the split's tokens, and what to add to a place in the split's
+    tokens to find it in the file.
+    """
+    begins, ends = document_offsets[:-1][mask], document_offsets[1:][mask]
+    filled = ends > begins
+    begins, ends = begins[filled], ends[filled]
+    if len(begins) == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    opens = np.append(True, begins[1:] != ends[:-1])  # not the neighbour of the document before
+    run_begins, run_ends = begins[opens], ends[np.append(opens[1:], True)]
+    split_ends = np.cumsum(run_ends - run_begins)
+    return split_ends, run_ends - split_ends
