@@ -1,0 +1,126 @@
+"""Who sits where: the ranks of a run as a grid with named axes.
+
+Rank = (pp_index * dp + dp_index) * tp + tp_index: tensor-parallel peers, which talk most, are neighbours.
+A `Mesh` is an object that is passed along; nothing about parallelism is kept in module state.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from megapar.timeline import Timeline
+
+AXES = ("pp", "dp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis as seen from one rank: its peers along it and how to reach them."""
+
+    name: str
+    size: int
+    index: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    timeline: Timeline
+
+    def blocked(self, operation: str) -> AbstractContextManager[None]:
+        """Time an operation over this axis for which computation stands still."""
+        return self.timeline.span(self.name, operation)
+
+
+@dataclass
+class Mesh:
+    """A grid of ranks with one process group per axis and set of axes asked for.
+
+    `sizes` gives the extent of every axis. Building a mesh of more than one rank needs an initialised default process
+    group of exactly `prod(sizes)` ranks and is collective: every rank asks for the same axes in the same order.
+    """
+
+    sizes: dict[str, int]
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        assert tuple(self.sizes) == AXES, f"axes are {AXES}"
+        assert 0 <= self.rank < self.world_size
+        self.timeline = Timeline(self.device)
+        self._axes: dict[str, Axis] = {}
+        self._groups: list[dist.ProcessGroup] = []
+        for name in AXES:
+            self._axes[name] = self._join(name, (name,))
+        self._axes["model"] = self._join("model", ("pp", "tp"))
+        self._axes["world"] = self._join("world", AXES)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.sizes.values())
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Index along every axis of a global rank."""
+        found = {}
+        for name in reversed(AXES):
+            rank, found[name] = divmod(rank, self.sizes[name])
+        return {name: found[name] for name in AXES}
+
+    def rank_at(self, **coordinates: int) -> int:
+        """Global rank at this rank's coordinates with some of them replaced."""
+        place = self.coordinates(self.rank) | coordinates
+        rank = 0
+        for name in AXES:
+            rank = rank * self.sizes[name] + place[name]
+        return rank
+
+    def __getitem__(self, name: str) -> Axis:
+        return self._axes[name]
+
+    def pipeline_channel(self, name: str) -> Axis:
+        """A further group along pp. One per direction of transfer: two transfers on one NCCL communicator wait for
+        each other."""
+        if name not in self._axes:
+            self._axes[name] = self._join("pp", ("pp",))
+        return self._axes[name]
+
+    def part_of(self, name: str, size: int) -> Axis:
+        """The block of `size` neighbours along an axis that this rank belongs to (replicas of a kv head)."""
+        key = f"{name}/{size}"
+        if key not in self._axes:
+            whole = self._axes[name]
+            assert whole.size % size == 0
+            first = whole.index // size * size
+            self._axes[key] = self._axis(name, whole.ranks[first : first + size])
+        return self._axes[key]
+
+    def ends_of_pipeline(self) -> Axis:
+        """First and last pipeline rank at this rank's other coordinates: the holders of tied embeddings."""
+        if "ends" not in self._axes:
+            last = self.sizes["pp"] - 1
+            ranks = sorted({self.rank_at(pp=0), self.rank_at(pp=last)})
+            self._axes["ends"] = self._axis("pp", ranks)
+        return self._axes["ends"]
+
+    def close(self) -> None:
+        """Destroy the groups. The default group belongs to whoever made it."""
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups.clear()
+        self._axes.clear()
+
+    def _join(self, name: str, along: Sequence[str]) -> Axis:
+        ranges = [range(self.sizes[axis]) for axis in along]
+        ranks = [self.rank_at(**dict(zip(along, place, strict=True))) for place in product(*ranges)]
+        return self._axis(name, ranks)
+
+    def _axis(self, name: str, ranks: Sequence[int]) -> Axis:
+        group = None
+        if len(ranks) > 1 and self.rank in ranks:
+            # Only members take part, so a mesh never waits for ranks that a group does not concern.
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            self._groups.append(group)
+        index = ranks.index(self.rank) if self.rank in ranks else -1
+        return Axis(name, len(ranks), index, tuple(ranks), group, self.timeline)

@@ -1,0 +1,1 @@
+"""Transformers, written once and readable without knowing a layout."""

@@ -1,0 +1,1 @@
+"""AdamW on flat buffers, its learning rate and the global gradient norm."""

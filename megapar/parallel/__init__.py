@@ -1,0 +1,1 @@
+"""Who holds what: parameter records, collectives with their duals, parallel layers, gradient reduction."""

@@ -1,0 +1,161 @@
+"""One flat buffer of parameters and one of main gradients per stage, cut into buckets.
+
+Parameters lie in reverse order of construction, so that buckets fill up in the order of backward. Every bucket is a
+multiple of the data-parallel size, which makes ZeRO-1's shards equal slices. Padding stays zero.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megapar.mesh import Mesh
+from megapar.parallel.collectives import all_gather
+from megapar.parallel.record import Given, fill
+from megapar.parallel.stage import StageContext, hook_plain_gradient
+from megapar.parallel.weight_grad import LocalParameter, Piece
+
+_ALIGN = 16  # elements: a cache line of fp32
+
+
+@dataclass
+class Bucket:
+    """A run [start, stop) of the flat buffers whose gradients are reduced together."""
+
+    start: int
+    stop: int
+    parameters: list[LocalParameter]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class StageBuffers:
+    """The flat buffers of one stage.
+
+    params: [n] compute dtype. grads: [n] wide dtype (main gradients).
+    zero: with True every data-parallel rank owns an equal slice of each bucket, else all own everything.
+    """
+
+    def __init__(self, context: StageContext, *, bucket_size: int, zero: bool) -> None:
+        self.context = context
+        self.mesh: Mesh = context.mesh
+        self.zero = zero and self.mesh["dp"].size > 1
+        self.buckets: list[Bucket] = []
+        self.offsets: dict[LocalParameter, int] = {}
+        self._lay_out(bucket_size)
+        size = self.buckets[-1].stop if self.buckets else 0
+        self.params = torch.zeros(size, dtype=context.dtype, device=context.device)
+        self.grads = torch.zeros(size, dtype=context.wide_dtype, device=context.device)
+        for parameter in context.parameters:
+            self._install(parameter)
+
+    def _lay_out(self, bucket_size: int) -> None:
+        granule = _ALIGN * self.mesh["dp"].size
+        position = start = 0
+        held: list[LocalParameter] = []
+
+        def close() -> None:
+            nonlocal position, start, held
+            position = _round_up(position, granule)
+            self.buckets.append(Bucket(start, position, held))
+            start, held = position, []
+
+        for parameter in reversed(self.context.parameters):
+            tied = is_tied_across_stages(parameter)
+            # A tied parameter waits for another stage, so it gets a bucket of its own and holds nobody up.
+            if held and (position - start + parameter.numel > bucket_size or tied):
+                close()
+            self.offsets[parameter] = position
+            position = _round_up(position + parameter.numel, _ALIGN)
+            held.append(parameter)
+            if tied:
+                close()
+        if held:
+            close()
+
+    def _install(self, parameter: LocalParameter) -> None:
+        offset = self.offsets[parameter]
+        place = slice(offset, offset + parameter.numel)
+        view = self.params[place].view(parameter.shape)
+        for piece in parameter.pieces:
+            if isinstance(piece.record.init, Given):
+                assert parameter.values is not None
+                view.copy_(parameter.values.view(parameter.shape))
+            else:
+                fill(piece.record, piece.shard, self.context.seed, view[piece.start : piece.stop])
+        shape = parameter.shape if parameter.values is None else parameter.values.shape
+        tensor = nn.Parameter(view.view(shape))
+        parameter.module.register_parameter(parameter.attribute, tensor)
+        parameter.tensor = tensor
+        parameter.grad = self.grads[place].view(parameter.shape)
+        if parameter.values is not None:
+            parameter.values = None
+            hook_plain_gradient(parameter, self.context.weight_grads)
+
+    def owned(self, bucket: Bucket) -> slice:
+        """The part of a bucket whose optimizer state this rank holds."""
+        if not self.zero:
+            return slice(bucket.start, bucket.stop)
+        share = (bucket.stop - bucket.start) // self.mesh["dp"].size
+        first = bucket.start + self.mesh["dp"].index * share
+        return slice(first, first + share)
+
+    def pieces(self) -> Iterator[tuple[LocalParameter, Piece, int, int]]:
+        """Every piece with its run [start, stop) in the flat buffers."""
+        for parameter, offset in self.offsets.items():
+            row = parameter.numel // parameter.shape[0]
+            for piece in parameter.pieces:
+                yield parameter, piece, offset + piece.start * row, offset + piece.stop * row
+
+    def owned_parts(self) -> list[tuple[slice, int]]:
+        """The owned part of each bucket with its place in the owned buffer (bucket after bucket)."""
+        parts, position = [], 0
+        for bucket in self.buckets:
+            part = self.owned(bucket)
+            parts.append((part, position))
+            position += part.stop - part.start
+        return parts
+
+    def owned_runs(self, kind: Callable[[LocalParameter, Piece], bool]) -> dict[bool, list[slice]]:
+        """Runs of the owned buffer grouped by `kind(parameter, piece)`; neighbours of a kind are joined."""
+        parts = self.owned_parts()
+        runs: dict[bool, list[slice]] = {}
+        for parameter, piece, start, stop in self.pieces():
+            group = runs.setdefault(kind(parameter, piece), [])
+            for part, position in parts:
+                first, last = max(start, part.start), min(stop, part.stop)
+                if first >= last:
+                    continue
+                run = slice(position + first - part.start, position + last - part.start)
+                if group and group[-1].stop == run.start:
+                    run = slice(group.pop().start, run.stop)
+                group.append(run)
+        return runs
+
+    def counted(self, parameter: LocalParameter, piece: Piece) -> bool:
+        """Whether this rank counts the piece in global sums: of several holders exactly one does."""
+        tie_holder = piece.record.tie is None or self.mesh["pp"].size == 1 or self.mesh["pp"].index == 0
+        return tie_holder and piece.shard.replica == 0
+
+    def gather(self, shards: Tensor) -> Tensor:
+        """From every rank's owned values, bucket after bucket, to the whole flat buffer. Collective over dp."""
+        if not self.zero:
+            return shards
+        whole = shards.new_empty(self.params.numel())
+        for bucket, (part, position) in zip(self.buckets, self.owned_parts(), strict=True):
+            share = shards[position : position + part.stop - part.start]
+            whole[bucket.start : bucket.stop] = all_gather(share, self.mesh["dp"])
+        return whole
+
+    def take_owned(self, flat: Tensor) -> Tensor:
+        """The owned values of a whole flat buffer, bucket after bucket; a view where all is owned."""
+        if not self.zero:
+            return flat
+        return torch.cat([flat[self.owned(bucket)] for bucket in self.buckets])
+
+
+def is_tied_across_stages(parameter: LocalParameter) -> bool:
+    return any(piece.record.tie is not None for piece in parameter.pieces)

@@ -1,0 +1,120 @@
+"""Gradient reduction: which sums a main gradient still needs, and when each can start.
+
+A main gradient holds the sum over this rank's micro-batches. Three more sums follow from the records:
+1. over tp, where ranks saw different tokens or heads: parameters that every rank holds, under sequence parallelism; and
+   the replicas of a kv head;
+2. over the two ends of the pipeline, for tied embeddings;
+3. over dp, bucket by bucket, started while the rest of the last backward still runs.
+With ZeRO-1 the third is a reduce-scatter, and each rank is left with the slice whose optimizer state it owns.
+"""
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapar.mesh import Axis
+from megapar.parallel.buffers import Bucket, StageBuffers, is_tied_across_stages
+from megapar.parallel.collectives import all_reduce
+from megapar.parallel.weight_grad import LocalParameter, Piece
+
+
+class GradSync:
+    """Reduces the main gradients of one stage, once per step."""
+
+    def __init__(self, buffers: StageBuffers) -> None:
+        self.buffers = buffers
+        self.mesh = buffers.mesh
+        self._bucket_of = {parameter: bucket for bucket in buffers.buckets for parameter in bucket.parameters}
+        self._partial = {id(bucket): self._partial_sums(bucket) for bucket in buffers.buckets}
+        self._expected = 0
+        self._added: Counter[LocalParameter] = Counter()
+        self._missing: dict[int, int] = {}
+        self._works: list[tuple[dist.Work, Bucket]] = []
+        # What this rank owns after the reduction: with ZeRO-1 a buffer of its own, else all main gradients.
+        self.owned = buffers.take_owned(buffers.grads)
+        self._owned_part = {
+            id(bucket): self.owned[position : position + part.stop - part.start]
+            for bucket, (part, position) in zip(buffers.buckets, buffers.owned_parts(), strict=True)
+        }
+        buffers.context.weight_grads.on_added = self._on_added
+        # The groups of kv-head replicas and of the pipeline's ends are collective to make: make them now.
+        for piece in (piece for parameter in self._bucket_of for piece in parameter.pieces):
+            self._sum_axis(piece)
+        if any(is_tied_across_stages(parameter) for parameter in self._bucket_of) and self.mesh["pp"].size > 1:
+            self.mesh.ends_of_pipeline()
+
+    def start(self, microbatches: int) -> None:
+        """Begin a step: zero the main gradients; every use of a parameter adds once per micro-batch."""
+        self.buffers.grads.zero_()
+        self._expected = microbatches
+        self._added.clear()
+        self._missing = {id(bucket): len(bucket.parameters) for bucket in self.buffers.buckets}
+
+    def _on_added(self, parameter: LocalParameter) -> None:
+        self._added[parameter] += 1
+        if self._added[parameter] < self._expected * parameter.uses:
+            return
+        bucket = self._bucket_of[parameter]
+        self._missing[id(bucket)] -= 1
+        if self._missing[id(bucket)] == 0 and not self._waits_for_other_stage(bucket):
+            self._reduce(bucket)
+
+    def finish(self) -> None:
+        """Reduce what is left and wait. `owned` then holds the reduced gradients this rank owns."""
+        for bucket in self.buffers.buckets:
+            missing = self._missing[id(bucket)]
+            if missing:
+                names = [p.name for p in bucket.parameters if self._added[p] < self._expected * p.uses]
+                raise RuntimeError(
+                    f"no complete gradient for {', '.join(names)}: is the parameter used in every forward?"
+                )
+            if self._waits_for_other_stage(bucket):
+                self._reduce(bucket)
+        for work, bucket in self._works:
+            with self.mesh["dp"].blocked(f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"):
+                work.wait()
+        self._works.clear()
+
+    def _reduce(self, bucket: Bucket) -> None:
+        for axis, views in self._partial[id(bucket)]:
+            _sum_together(views, axis)
+        if self._waits_for_other_stage(bucket):
+            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.mesh.ends_of_pipeline())
+        dp = self.mesh["dp"]
+        if dp.size == 1:
+            return
+        flat = self.buffers.grads[bucket.start : bucket.stop]
+        if self.buffers.zero:
+            work = dist.reduce_scatter_tensor(self._owned_part[id(bucket)], flat, group=dp.group, async_op=True)
+        else:
+            work = dist.all_reduce(flat, group=dp.group, async_op=True)
+        self._works.append((work, bucket))
+
+    def _waits_for_other_stage(self, bucket: Bucket) -> bool:
+        return self.mesh["pp"].size > 1 and any(is_tied_across_stages(parameter) for parameter in bucket.parameters)
+
+    def _sum_axis(self, piece: Piece) -> Axis | None:
+        """The ranks that hold this piece too and whose gradients of it are parts of a sum."""
+        if piece.record.split_dim is None:
+            return self.mesh["tp"] if self.buffers.context.splits_tokens else None
+        return self.mesh.part_of("tp", piece.shard.replicas) if piece.shard.replicas > 1 else None
+
+    def _partial_sums(self, bucket: Bucket) -> list[tuple[Axis, list[Tensor]]]:
+        sums: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
+        for parameter in bucket.parameters:
+            for piece in parameter.pieces:
+                axis = self._sum_axis(piece)
+                if axis is not None:
+                    sums.setdefault(axis.ranks, (axis, []))[1].append(parameter.grad[piece.start : piece.stop])
+        return list(sums.values())
+
+
+def _sum_together(views: list[Tensor], axis: Axis) -> None:
+    """Sum several small gradients over an axis in one all-reduce."""
+    together = all_reduce(torch.cat([view.reshape(-1) for view in views]), axis)
+    position = 0
+    for view in views:
+        view.copy_(together[position : position + view.numel()].view(view.shape))
+        position += view.numel()

@@ -1,0 +1,152 @@
+"""Tensor-parallel layers. Activations are flattened tokens.
+
+Shape letters: T tokens (batch-major: sample b, position s is token b*S + s), H hidden, F features of a layer, V vocab,
+R tensor-parallel ranks. Under sequence parallelism the tokens outside the column-row pairs are split: T/R per rank.
+Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megapar.parallel.collectives import copy_to_region, gather_tokens, reduce_from_region, reduce_scatter_tokens
+from megapar.parallel.record import Constant, Init, ParameterRecord
+from megapar.parallel.stage import StageContext
+from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, MatMul, Scale, owned_op
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x @ W.T + b, W split over its output features.
+
+    x [T, in] (sequence parallel: [T/R, in]) -> y [T, out/R]. Several logical weights that read the same input (q, k
+    and v; gate and up) are stacked and multiplied at once: `outputs` is a list of (name, features, blocks) where
+    blocks is the number of heads that can't be cut, or None. `sizes` holds this rank's features of each.
+    Collectives: forward none (sequence parallel: all-gather), backward all-reduce (reduce-scatter).
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        in_features: int,
+        outputs: list[tuple[str, int, int | None]],
+        *,
+        init: Init,
+        bias: bool,
+        tied_to: LocalParameter | None = None,
+        tie: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        weights = [
+            ParameterRecord(f"{name}.weight", (features, in_features), init, 0, blocks, tie)
+            for name, features, blocks in outputs
+        ]
+        self.owner = context.share(tied_to) if tied_to else context.parameter(self, "weight", *weights)
+        self.sizes = [piece.stop - piece.start for piece in self.owner.pieces]
+        self.bias_owner: LocalParameter | None = None
+        if bias:
+            biases = [
+                ParameterRecord(f"{name}.bias", (features,), Constant(0.0), 0, blocks)
+                for name, features, blocks in outputs
+            ]
+            self.bias_owner = context.parameter(self, "bias", *biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tp, grads = self.context.tp, self.context.weight_grads
+        x = gather_tokens(x, tp) if self.context.splits_tokens else copy_to_region(x, tp)
+        y = owned_op(MatMul, x, self.owner, grads)
+        return owned_op(AddBias, y, self.bias_owner, grads) if self.bias_owner else y
+
+
+class RowParallelLinear(nn.Module):
+    """y = x @ W.T + b, W split over its input features.
+
+    x [T, in/R] -> y [T, out] (sequence parallel: [T/R, out]). The bias is added once, after the sum.
+    Collectives: forward all-reduce (sequence parallel: reduce-scatter), backward none (all-gather).
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        init: Init,
+        bias: bool,
+        blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.owner = context.parameter(
+            self, "weight", ParameterRecord(f"{name}.weight", (out_features, in_features), init, 1, blocks)
+        )
+        self.bias_owner: LocalParameter | None = None
+        if bias:
+            record = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0))
+            self.bias_owner = context.parameter(self, "bias", record)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tp, grads = self.context.tp, self.context.weight_grads
+        y = owned_op(MatMul, x, self.owner, grads)
+        y = reduce_scatter_tokens(y, tp) if self.context.splits_tokens else reduce_from_region(y, tp)
+        return owned_op(AddBias, y, self.bias_owner, grads) if self.bias_owner else y
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a table split over the vocabulary: ids [T] -> [T, H] (sequence parallel: [T/R, H]).
+
+    A rank contributes zeros for ids it does not hold. The vocabulary need not be divisible: shards differ by one row.
+    Collectives: forward all-reduce (sequence parallel: reduce-scatter), backward none (all-gather).
+    """
+
+    def __init__(
+        self, context: StageContext, name: str, vocab_size: int, hidden: int, *, init: Init, tie: str | None = None
+    ) -> None:
+        super().__init__()
+        self.context = context
+        record = ParameterRecord(f"{name}.weight", (vocab_size, hidden), init, 0, tie=tie)
+        self.owner = context.parameter(self, "weight", record)
+        self.first = self.owner.pieces[0].shard.start
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = owned_op(Lookup, ids - self.first, self.owner, self.context.weight_grads)
+        tp = self.context.tp
+        return reduce_scatter_tokens(x, tp) if self.context.splits_tokens else reduce_from_region(x, tp)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned table, the whole on every rank: positions [t] of this rank's tokens -> [t, H]."""
+
+    def __init__(self, context: StageContext, name: str, positions: int, hidden: int, *, init: Init) -> None:
+        super().__init__()
+        self.context = context
+        self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (positions, hidden), init))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return owned_op(Lookup, positions, self.owner, self.context.weight_grads)
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm with a bias: x [t, H] -> [t, H], statistics in at least fp32.
+
+    The weight is the same on every rank. Source: Zhang & Sennrich 2019; Ba et al. 2016.
+    """
+
+    def __init__(self, context: StageContext, name: str, hidden: int, *, kind: str, eps: float) -> None:
+        super().__init__()
+        self.context, self.eps, self.centred = context, eps, kind == "layernorm"
+        self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (hidden,), Constant(1.0)))
+        self.bias_owner: LocalParameter | None = None
+        if self.centred:
+            self.bias_owner = context.parameter(self, "bias", ParameterRecord(f"{name}.bias", (hidden,), Constant(0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grads = self.context.weight_grads
+        wide = x.to(self.context.wide_dtype)
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        y = owned_op(Scale, wide, self.owner, grads)
+        if self.bias_owner:
+            y = owned_op(AddBias, y, self.bias_owner, grads)
+        return y.to(x.dtype)

@@ -1,0 +1,121 @@
+"""What a layer is built with: the mesh, the precision, and the books of the stage's parameters."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megapar.mesh import Axis, Mesh
+from megapar.parallel.record import Given, ParameterRecord, Shard
+from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
+
+
+@dataclass
+class StageContext:
+    """Given to every layer of a stage when it is built.
+
+    dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
+    parameters: every parameter of this rank's stage in the order of construction.
+    """
+
+    mesh: Mesh
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    seed: int = 0
+    weight_grads: WeightGrads = field(default_factory=WeightGrads)
+    parameters: list[LocalParameter] = field(default_factory=list)
+
+    @property
+    def tp(self) -> Axis:
+        return self.mesh["tp"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Outside the tensor-parallel regions every rank holds its own share of the tokens."""
+        return self.sequence_parallel and self.tp.size > 1
+
+    def local_tokens(self, tokens: int) -> slice:
+        """This rank's share of `tokens` flattened tokens outside the tensor-parallel regions."""
+        if not self.splits_tokens:
+            return slice(0, tokens)
+        share = tokens // self.tp.size
+        return slice(self.tp.index * share, (self.tp.index + 1) * share)
+
+    def parameter(self, module: nn.Module, attribute: str, *records: ParameterRecord) -> LocalParameter:
+        """Declare `module.attribute`: this rank's shards of the records, stacked along dim 0.
+
+        No memory is taken: the tensor is made when the stage's flat buffers are.
+        """
+        pieces: list[Piece] = []
+        rows = 0
+        for record in records:
+            shard = record.shard(self.tp.size, self.tp.index)
+            length = record.shard_shape(shard)[0]
+            pieces.append(Piece(record, shard, rows, rows + length))
+            rows += length
+        shape = (rows, *records[0].shard_shape(pieces[0].shard)[1:])
+        assert all(
+            record.shard_shape(piece.shard)[1:] == shape[1:] for record, piece in zip(records, pieces, strict=True)
+        )
+        local = LocalParameter(module, attribute, shape, pieces)
+        module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
+        self.parameters.append(local)
+        return local
+
+    def share(self, parameter: LocalParameter) -> LocalParameter:
+        """A further op of this stage uses the same parameter."""
+        parameter.uses += 1
+        return parameter
+
+    def adopt(self, stage: nn.Module) -> None:
+        """Take over the parameters of plain modules inside a stage: replicated, gradients from autograd."""
+        known = {(id(parameter.module), parameter.attribute) for parameter in self.parameters}
+        for path, module in stage.named_modules():
+            for attribute, tensor in list(module.named_parameters(recurse=False)):
+                if (id(module), attribute) in known:
+                    continue
+                name = f"{path}.{attribute}" if path else attribute
+                record = ParameterRecord(name, tuple(tensor.shape) or (1,), Given())
+                shard = Shard(0, record.shape[0], self.tp.size, self.tp.index)
+                piece = Piece(record, shard, 0, record.shape[0])
+                self.parameters.append(
+                    LocalParameter(module, attribute, record.shape, [piece], values=tensor.detach().clone())
+                )
+
+    def seeded(self, name: str):
+        """torch's generators fixed by (seed, name): a plain module built inside starts the same on every rank."""
+        return _Seeded(self.seed, name)
+
+
+class _Seeded:
+    def __init__(self, seed: int, name: str) -> None:
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        self.seed = int.from_bytes(digest, "little") >> 1
+        self.fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.fork.__exit__(*error)  # type: ignore[arg-type]
+
+
+def hook_plain_gradient(parameter: LocalParameter, weight_grads: WeightGrads) -> None:
+    """Move what autograd leaves in `.grad` of a plain module's parameter to its main gradient."""
+
+    def move(tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        weight_grads.add(parameter, tensor.grad)
+        tensor.grad = None
+
+    parameter.tensor.register_post_accumulate_grad_hook(move)

@@ -1,0 +1,187 @@
+"""Weight gradients are explicit.
+
+An op that owns a parameter computes its input gradient in backward and hands the computation of its weight gradient to
+the stage's `WeightGrads`, which runs it at once (a full backward, B) or keeps it for later (I now, W later). The result
+is added to the parameter's main gradient, a view of one flat buffer, and nowhere else.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megapar.parallel.record import ParameterRecord, Shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One logical parameter's shard inside a local parameter: rows [start, stop) of the local tensor."""
+
+    record: ParameterRecord
+    shard: Shard
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class LocalParameter:
+    """One tensor of this rank: one shard, or several logical parameters' shards stacked along dim 0 (q, k and v).
+
+    `tensor` is the parameter that ops read (compute dtype), `grad` its main gradient (at least fp32). Both are views of
+    the stage's flat buffers, set when those are made. `uses` counts the ops that add to the gradient in one backward.
+    """
+
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+    uses: int = 1
+    values: Tensor | None = None  # of a plain module's parameter
+    tensor: Tensor = field(default_factory=lambda: torch.empty(0))
+    grad: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def name(self) -> str:
+        return "+".join(piece.record.name for piece in self.pieces)
+
+
+class WeightGrads:
+    """Runs or queues the weight-gradient computations of one stage."""
+
+    def __init__(self) -> None:
+        self.on_added: Callable[[LocalParameter], None] = lambda parameter: None
+        self._queued: dict[int, list[tuple[LocalParameter, Callable[[Tensor], None]]]] = defaultdict(list)
+        self._defer_to: int | None = None
+
+    def defer(self, microbatch: int | None) -> None:
+        """From now on queue under this micro-batch, or with None run at once."""
+        self._defer_to = microbatch
+
+    def submit(self, parameter: LocalParameter, add_to: Callable[[Tensor], None]) -> None:
+        """`add_to(main_grad)` adds this use's gradient to the main gradient, in place."""
+        if self._defer_to is None:
+            add_to(parameter.grad)
+            self.on_added(parameter)
+        else:
+            self._queued[self._defer_to].append((parameter, add_to))
+
+    def add(self, parameter: LocalParameter, grad: Tensor) -> None:
+        """Add a gradient that autograd has computed already."""
+        parameter.grad.add_(grad.view(parameter.shape))
+        self.on_added(parameter)
+
+    def run(self, microbatch: int) -> None:
+        """W: run what the micro-batch's I has queued."""
+        for parameter, add_to in self._queued.pop(microbatch, ()):
+            add_to(parameter.grad)
+            self.on_added(parameter)
+
+
+class WeightOp(Protocol):
+    """An op with one input and one parameter, as three pure functions.
+
+    forward(x, weight) -> y
+    input_grad(grad_y, x, weight) -> gradient of x
+    add_weight_grad(grad_y, x, into): adds the weight's gradient to `into`, accumulating in its dtype
+    """
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None: ...
+    def add_weight_grad(self, grad: Tensor, x: Tensor, into: Tensor) -> None: ...
+
+
+class _OwnedOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, op: WeightOp, owner: LocalParameter, weight_grads: WeightGrads):
+        ctx.save_for_backward(x, weight)
+        ctx.op, ctx.owner, ctx.weight_grads = op, owner, weight_grads
+        return op.forward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        op = ctx.op
+        grad_x = op.input_grad(grad, x, weight) if ctx.needs_input_grad[0] else None
+        ctx.weight_grads.submit(ctx.owner, lambda into: op.add_weight_grad(grad, x, into))
+        return grad_x, None, None, None, None
+
+
+def owned_op(op: WeightOp, x: Tensor, owner: LocalParameter, weight_grads: WeightGrads) -> Tensor:
+    """Apply `op` to x and the owner's tensor; in backward its weight gradient goes to `weight_grads`."""
+    return _OwnedOp.apply(x, owner.tensor, op, owner, weight_grads)
+
+
+class MatMul:
+    """y = x @ weight.T: x [T, in], weight [out, in] -> [T, out]."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+    @staticmethod
+    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    @staticmethod
+    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
+        if grad.dtype == into.dtype:
+            into.addmm_(grad.t(), x)
+        else:
+            into.add_(grad.t() @ x)
+
+
+class AddBias:
+    """y = x + bias: x [T, F], bias [F]."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x + weight
+
+    @staticmethod
+    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
+        into.add_(grad.sum(0, dtype=into.dtype))
+
+
+class Scale:
+    """y = x * weight: x [T, H] at least fp32 (normalised activations), weight [H]."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    @staticmethod
+    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad * weight
+
+    @staticmethod
+    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
+        into.add_((grad * x).sum(0, dtype=into.dtype))
+
+
+class Lookup:
+    """Rows of a table: x [T] row numbers, weight [V, H] -> [T, H]; a row number outside [0, V) gives zeros."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        inside = (x >= 0) & (x < weight.shape[0])
+        return weight[x.where(inside, 0)] * inside.unsqueeze(1)
+
+    @staticmethod
+    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
+        inside = (x >= 0) & (x < into.shape[0])
+        into.index_add_(0, x[inside], grad[inside].to(into.dtype))

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a schedule is data that one checker proves and one executor runs."""

@@ -1,0 +1,64 @@
+"""What a rank did when: spans of computation and of standing still for communication."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Span:
+    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it) or `phase`.
+
+    start and stop in seconds on this rank's clock. Spans nest: an F holds the tp waits inside it.
+    """
+
+    kind: str
+    name: str
+    start: float
+    stop: float
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+
+class Timeline:
+    """Collects spans; `take` returns those since the last call.
+
+    On a CPU a span is timed on the host. On CUDA work and waits happen on the stream, so a pair of events brackets a
+    span, and `take` synchronises the device once to read them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple] = []
+        self._origin = self._mark()
+
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def span(self, kind: str, name: str) -> Iterator[None]:
+        """Time what runs inside. An error inside gets a note that names it."""
+        start = self._mark()
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in {name} ({kind})")
+            raise
+        self._spans.append((kind, name, start, self._mark()))
+
+    def take(self) -> list[Span]:
+        spans, self._spans = self._spans, []
+        if not self._cuda:
+            return [Span(*span) for span in spans]
+        torch.cuda.synchronize()
+        at = self._origin.elapsed_time
+        return [Span(kind, name, at(start) / 1000, at(stop) / 1000) for kind, name, start, stop in spans]

@@ -1,0 +1,1 @@
+"""The worker's loop: batches in, steps out, metrics, evaluation."""

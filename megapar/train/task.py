@@ -1,0 +1,102 @@
+"""The task owns batch, loss, token count and evaluation figures; the loop and the executor never name a field.
+
+A batch is a dict of tensors. The model reads `ids`, `samples` and `step` of it (see models/transformer.py); what else
+is in it is the task's own business.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megapar.config.schema import TrainConfig
+from megapar.data.samples import SampleSet
+from megapar.models.transformer import TransformerStage
+from megapar.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megapar.parallel.stage import StageContext
+
+Batch = dict[str, Tensor]
+
+_IGNORED = -1  # label of a token that does not count
+
+
+class LanguageModeling:
+    """Next-token prediction on windows of a token file.
+
+    Losses are in nats per token: every micro-batch's sum is divided by the number of tokens in the global batch, which
+    is known beforehand, so sums over micro-batches and ranks need no further scaling.
+    """
+
+    def __init__(self, config: TrainConfig, context: StageContext, stage: TransformerStage) -> None:
+        assert config.data.prefix is not None and config.model.vocab_size is not None
+        self.config, self.context, self.mesh = config, context, context.mesh
+        self.first_id = stage.head.first_id if stage.head else 0
+        self._samples = {
+            split: SampleSet(
+                config.data.prefix,
+                split=split,
+                seq_length=config.train.seq_length,
+                seed=config.train.seed,
+                holdout=config.data.split,
+            )
+            for split in (("train", "valid") if config.train.eval_every else ("train",))
+        }
+        self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
+
+    def batches(self, step: int) -> list[Batch]:
+        """This data-parallel rank's micro-batches of step 1, 2, ...: its share of a run of global sample numbers."""
+        first = (step - 1) * self.config.train.global_batch_size
+        numbers = self._share(self.config.train.global_batch_size)
+        return [self._batch("train", first + part, step, self.tokens_per_step) for part in numbers]
+
+    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """This micro-batch's part of the mean loss over the global batch."""
+        logits = outputs["logits"].to(self.context.wide_dtype)
+        labels = batch["labels"].reshape(-1)
+        losses = vocab_parallel_cross_entropy(logits, labels, self.first_id, self.context.tp)
+        # The sum is fp64: a rank that sums other tokens should not lose other digits.
+        return (losses * (labels != _IGNORED)).sum(dtype=torch.float64) / batch["tokens"]
+
+    def validation(self) -> tuple[list[Batch], int]:
+        """This data-parallel rank's share of the held-out samples, and how many tokens all ranks' shares hold.
+
+        The samples are the same in every layout; where they don't divide, some batches hold tokens that don't count.
+        """
+        held_out = self._samples["valid"]
+        count = min(self.config.train.eval_samples, held_out.num_samples)
+        granule = self.config.train.micro_batch_size * self.mesh["dp"].size
+        tokens = count * self.config.train.seq_length
+        batches = []
+        for part in self._share(-(-count // granule) * granule):
+            batch = self._batch("valid", np.minimum(part, count - 1), 0, tokens)
+            batch["labels"][torch.from_numpy(part >= count)] = _IGNORED
+            batches.append(batch)
+        return batches, tokens
+
+    def bits_per_char(self, nats_per_token: float) -> float | None:
+        """Compression of the held-out text, comparable between tokenizers; None for tokens of unknown origin."""
+        held_out = self._samples["valid"]
+        if held_out.char_counts is None:
+            return None
+        count = min(self.config.train.eval_samples, held_out.num_samples)
+        labels = held_out.batch(range(count))[:, 1:]
+        return nats_per_token * labels.size / int(held_out.char_counts[labels].sum()) / math.log(2)
+
+    def _share(self, samples: int) -> list[np.ndarray]:
+        """This rank's micro-batches of sample numbers 0..samples-1: dealt out micro-batch by micro-batch."""
+        size, dp = self.config.train.micro_batch_size, self.mesh["dp"]
+        return list(np.arange(samples).reshape(-1, dp.size, size)[:, dp.index])
+
+    def _batch(self, split: str, numbers: np.ndarray, step: int, tokens: int) -> Batch:
+        windows = torch.from_numpy(self._samples[split].batch(numbers)).to(self.mesh.device)
+        return {
+            "ids": windows[:, :-1].contiguous(),
+            "labels": windows[:, 1:].contiguous(),
+            "samples": torch.from_numpy(numbers).to(self.mesh.device),
+            "step": torch.tensor(step),
+            "tokens": torch.tensor(float(tokens), dtype=torch.float64, device=self.mesh.device),
+        }
+
+
+TASKS = {"lm": LanguageModeling}

@@ -1,0 +1,119 @@
+"""One rank's part of a training run, put together from its configuration, and one optimizer step of it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megapar.config.schema import TrainConfig
+from megapar.mesh import Mesh
+from megapar.models.transformer import TransformerStage
+from megapar.optim.adamw import Optimizer, StepResult, learning_rate
+from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.grad_sync import GradSync
+from megapar.parallel.stage import StageContext
+from megapar.pipeline.check import check
+from megapar.pipeline.executor import Executor
+from megapar.pipeline.partition import partition
+from megapar.pipeline.schedules import build, forward_only, lower
+from megapar.timeline import Span
+from megapar.train.task import TASKS
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank knows of a step. loss: this rank's part of the mean; the sum over ranks is the loss."""
+
+    loss: float
+    result: StepResult
+    lr: float
+    seconds: float
+    spans: list[Span]
+
+
+def make_mesh(config: TrainConfig, rank: int) -> Mesh:
+    parallel = config.parallel
+    assert parallel.dp is not None
+    device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
+    return Mesh({"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}, rank, device)
+
+
+def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
+    """This pipeline rank's stage of the configured model. No memory is taken and nothing is communicated."""
+    pp = context.mesh["pp"]
+    return TransformerStage(
+        context,
+        config.model,
+        partition(config.model.layers, pp.size, config.pipeline.partition)[pp.index],
+        first=pp.index == 0,
+        last=pp.index == pp.size - 1,
+        positions=config.train.seq_length,
+        recompute=config.train.recompute,
+    )
+
+
+class Trainer:
+    """Holds a rank's stage, buffers, optimizer and schedule.
+
+    build: makes the stage from (config, context); the default is the configured Transformer.
+    on_reduced: called each step with the gradients reduced and not yet clipped.
+    Every method is collective: all ranks call it alike.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rank: int,
+        build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+    ) -> None:
+        train, parallel = config.train, config.parallel
+        self.config = config
+        self.mesh = make_mesh(config, rank)
+        self.context = StageContext(
+            self.mesh, DTYPES[train.dtype], sequence_parallel=parallel.sequence_parallel, seed=train.seed
+        )
+        with self.context.seeded(f"stage {self.mesh['pp'].index}"):
+            self.stage = build_stage(config, self.context)
+        self.context.adopt(self.stage)
+        self.buffers = StageBuffers(self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1)
+        self.sync = GradSync(self.buffers)
+        self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
+        self.task = TASKS[config.task.name](config, self.context, self.stage)  # type: ignore[arg-type]
+        self.executor = Executor(
+            self.stage, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
+        )
+        self.microbatches = train.global_batch_size // (train.micro_batch_size * self.mesh["dp"].size)
+        self.schedule = build(config.pipeline.schedule, self.mesh["pp"].size, self.microbatches)
+        check(self.schedule)
+        self.on_reduced: Callable[[], None] = lambda: None
+
+    def step(self, step: int) -> Step:
+        """Optimizer step number 1, 2, ..."""
+        start = time.perf_counter()
+        self.sync.start(self.microbatches)
+        losses = self.executor.run(self.schedule, self.task.batches(step))
+        self.on_reduced()
+        lr = learning_rate(self.config.optim, step, self.config.train.steps)
+        result = self.optimizer.step(lr)
+        loss = self._part(losses)
+        return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
+
+    def evaluate(self) -> float:
+        """This rank's part of the mean loss over the held-out samples."""
+        batches, _ = self.task.validation()
+        stages = self.mesh["pp"].size
+        schedule = lower(forward_only(stages, len(batches)), stages, len(batches))
+        loss = self._part(self.executor.run(schedule, batches))
+        self.mesh.timeline.take()
+        return loss
+
+    def _part(self, losses: list[Tensor]) -> float:
+        """Tensor-parallel peers hold the same losses: one of them counts."""
+        return float(sum(losses)) if losses and self.mesh["tp"].index == 0 else 0.0
+
+    def close(self) -> None:
+        self.mesh.close()
