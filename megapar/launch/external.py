@@ -1,0 +1,173 @@
+"""Ranks that torchrun or srun has started, one process each, all running the same command.
+
+Global rank 0 plans the run (composes, validates, prepares data, writes the run directory) and publishes the job, or the
+line that refuses it, over a TCPStore; the others wait for it there and never import Hydra.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from megapar.config.errors import UserError
+from megapar.launch.machine import threads_per_rank
+from megapar.launch.rank import Job, run
+
+MEET_S = 300.0  # until rank 0 has opened the store
+PLAN_S = 4 * 3600.0  # until rank 0 has prepared data and published the job
+REFUSAL_S = 4.0  # until every rank has read a refusal
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands and where it meets the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    port: int
+    agent_store: bool  # torchrun's agent already serves a store at host:port
+    attempt: str  # tells this start from earlier ones and from other jobs
+
+
+def place(situation: str, env: Mapping[str, str] | None = None) -> Place:
+    """This rank's place from the environment of torchrun or srun. Raises UserError for an incomplete one."""
+    env = os.environ if env is None else env
+    try:
+        return _from_srun(env) if situation == "srun" else _from_torchrun(env)
+    except KeyError as error:
+        raise UserError(
+            f"{situation}: the environment lacks {error.args[0]}; start the ranks with torchrun or srun"
+        ) from None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Place:
+    world = int(env["WORLD_SIZE"])
+    return Place(
+        rank=int(env["RANK"]),
+        world_size=world,
+        local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", world)),
+        host=env["MASTER_ADDR"],
+        port=int(env["MASTER_PORT"]),
+        agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _from_srun(env: Mapping[str, str]) -> Place:
+    job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
+    return Place(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(env["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_world_size=_tasks_on_node(env),
+        host=env.get("MEGAPAR_MASTER_ADDR") or first_host(nodes),
+        # Every rank derives the same port; steps and jobs that share a node get different ones.
+        port=int(env.get("MEGAPAR_MASTER_PORT") or 20000 + (job * 31 + step * 7) % 12000),
+        agent_store=False,
+        attempt=f"{job}.{step}",
+    )
+
+
+def _tasks_on_node(env: Mapping[str, str]) -> int:
+    """Tasks on this node: SLURM writes one number per node, `4(x2),3` for two nodes of four and one of three."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, repeat = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or 1)
+    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
+
+
+def first_host(nodes: str) -> str:
+    """First host of a SLURM node list such as `n[1-2,7]`."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        problem = f"srun: scontrol can't expand the node list {nodes}"
+        raise UserError(f"{problem}; set MEGAPAR_MASTER_ADDR to the first host") from None
+
+
+def launch(situation: str, plan: Callable[[int], Job]) -> int:
+    """Be one rank of a run that torchrun or srun started. Returns the exit code: 2 when the run was refused.
+
+    plan: called on global rank 0 only, with the number of ranks; makes the job or raises UserError
+    """
+    here = place(situation)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(here.local_world_size)))
+    store = open_store(here)
+    if here.rank == 0:
+        try:
+            job = plan(here.world_size)
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            return _refuse(store, here, str(error))
+        except BaseException as error:
+            _refuse(store, here, f"rank 0 failed while it planned the run: {type(error).__name__}")
+            raise
+        store.set("plan", json.dumps({"job": asdict(job)}))
+    else:
+        plan_text = json.loads(_wait(store, "plan", PLAN_S))
+        if "refusal" in plan_text:
+            return _refuse(store, here, None)
+        job = Job(**plan_text["job"])
+    job = replace(job, threads=threads_per_rank(here.local_world_size))
+    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
+    run(job, here.rank, here.world_size, store)
+    return 0
+
+
+def open_store(here: Place) -> Any:
+    """The store that all ranks share, served by torchrun's agent or by rank 0."""
+    from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+
+    serve = here.rank == 0 and not here.agent_store
+    wait = timedelta(seconds=MEET_S)
+    try:
+        store = TCPStore(here.host, here.port, is_master=serve, timeout=wait, wait_for_workers=False)
+    except DistNetworkError as error:
+        if not serve:
+            raise UserError(
+                f"rank {here.rank}: no store of rank 0 at {here.host}:{here.port} within {MEET_S:.0f} s"
+            ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"port {here.port}: can't be served ({reason}); set MEGAPAR_MASTER_PORT to a free one"
+        ) from None
+    return PrefixStore(f"megapar/{here.attempt}", store)
+
+
+def _wait(store: Any, key: str, seconds: float) -> bytes:
+    store.wait([key], timedelta(seconds=seconds))
+    return store.get(key)
+
+
+def _refuse(store: Any, here: Place, line: str | None) -> int:
+    """Leave together: a rank that exits first may take the store, or the others' chance to exit with 2, with it."""
+    if line is not None:
+        store.set("plan", json.dumps({"refusal": line}))
+    deadline = time.monotonic() + REFUSAL_S
+    store.add("leaving", 1)
+    while time.monotonic() < deadline:
+        try:
+            if store.add("leaving", 0) >= here.world_size:
+                break
+        except Exception:  # the store has gone: so has rank 0, and everybody has read what it said
+            break
+        time.sleep(0.02)
+    if here.rank == 0 and not here.agent_store:
+        time.sleep(0.2)  # keep serving while the others read the count
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 2

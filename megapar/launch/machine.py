@@ -1,0 +1,90 @@
+"""What this machine has: GPUs, cores, versions of software."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megapar
+
+PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "einops", "safetensors", "wandb")
+
+
+def num_gpus() -> int:
+    """GPUs visible to torch. Imports torch only where a driver's device file says that there may be one."""
+    if not any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "nvidia0", "dxg", "kfd")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_per_rank(local_ranks: int) -> int:
+    """Threads of one rank where so many share this machine's cores."""
+    return max(1, num_cores() // local_ranks)
+
+
+def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:
+    """What a result depends on besides its config, for `environment.json`. Neither the machine's name nor variables.
+
+    device: the run's, cpu or cuda; backends: backend of each kernel by name
+    """
+    return {
+        "megapar": megapar.__version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": num_cores()},
+        "device": device,
+        "gpus": _gpu_names(),
+        "kernels": dict(backends),
+    }
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Revision of the checkout that megapar runs from and whether it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        revision = _git(root, "rev-parse", "HEAD")
+        return {"revision": revision, "dirty": bool(_git(root, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *command: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_names() -> list[str]:
+    if not num_gpus():
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,9 @@
+"""What the fork server imports once, so that ranks forked from it start at once. Only imports: no threads, no CUDA."""
+
+import importlib
+from contextlib import suppress
+
+for _name in ("torch", "torch.distributed", "numpy", "yaml", "megapar.train.worker"):
+    # A broken module must fail in the rank, with its traceback, and not here, where nobody sees it.
+    with suppress(Exception):
+        importlib.import_module(_name)

@@ -1,0 +1,207 @@
+"""One rank: its output goes to its log, it joins the process group, calls the entry, and reports why it failed."""
+
+import faulthandler
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from megapar.config.errors import UserError
+from megapar.config.file import loads
+from megapar.config.schema import COMMANDS
+from megapar.console import set_console
+from megapar.launch.situation import WORKER
+
+TRAIN = "megapar.train.worker:run"
+GENERATE = "megapar.generate:run_rank"
+
+# What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
+LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|timed out waiting|socket timeout"
+    r"|remote process exited|communicator was aborted|heartbeat|failed to (recv|send)|end of file",
+    re.IGNORECASE,
+)
+VICTIM_DELAY_S = 1.0  # a victim waits before it exits, so that the launcher sees the culprit first
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each rank of a run needs to know; goes to the ranks by pickle or as JSON."""
+
+    command: str  # whose configuration it is: train, generate
+    config: str  # the resolved configuration as YAML
+    entry: str  # "module:function", called as function(config, rank, world_size)
+    folder: str  # the run directory; logs go to its logs/
+    device: str  # cpu: gloo, cuda: nccl
+    timeout_s: float  # of a collective
+    log_name: str = "rank"  # logs/LOG_NAME-N.log
+    threads: int = 1
+    reports: str | None = None  # folder for the reports of failed ranks
+    env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
+
+    def log(self, rank: int) -> Path:
+        """The log of a rank."""
+        return Path(self.folder) / "logs" / f"{self.log_name}-{rank}.log"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Why a rank failed."""
+
+    rank: int
+    kind: str  # user: something a user can mend; error: its own failure; victim: a peer had gone
+    line: str
+    traceback: str
+    time: float
+
+
+def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
+    """Run a job's entry as one rank. On a failure write its report and exit: 2 for a UserError, 1 for anything else.
+
+    store: a torch.distributed store to meet over; None: the one that the environment names
+    """
+    os.environ[WORKER] = "1"
+    for name, value in job.env.items():
+        os.environ.setdefault(name, value)
+    terminal = redirect_output(job.log(rank))
+    set_console(terminal if rank == 0 else None)
+    try:
+        _run_entry(job, rank, world_size, store)
+    except KeyboardInterrupt:
+        _exit(130)
+    except BaseException as error:
+        code = _fail(job, rank, error, terminal)
+        # Not through the interpreter's exit: tearing down a process group whose peers hang may never return.
+        _exit(code)
+    for stream in (sys.stdout, sys.stderr, terminal):
+        stream.flush()
+
+
+def run_elastic(job: Job) -> None:
+    """The function that torch elastic calls in each of its processes."""
+    die_with_parent()
+    # Ctrl-C reaches every process of the terminal: the launcher says what happened, ranks end without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went.
+
+    The kernel's parent-death signal does not help: a rank's parent is the fork server, which outlives the launcher
+    as long as a rank lives. The launcher's end of this pipe closes with the launcher.
+    """
+    from multiprocessing import connection, parent_process
+
+    parent = parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def redirect_output(log: Path) -> TextIO:
+    """Send file descriptors 1 and 2, so the output of libraries too, to a log. Returns the former standard output."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    faulthandler.enable(all_threads=True)
+    if hasattr(faulthandler, "register"):  # ended by the launcher: leave in the log where it stood, then end
+        faulthandler.register(signal.SIGTERM, file=2, all_threads=False, chain=True)
+    return terminal
+
+
+def load_entry(name: str) -> Callable[..., Any]:
+    """The function named by "module:function"."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says no more than that another rank has gone."""
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError | OSError):
+        return False
+    return bool(LOST_PEER.search(str(error)))
+
+
+def read_reports(folder: str | Path) -> list[Report]:
+    """The reports of failed ranks, the likeliest cause first: a user's mistake or an own failure before victims."""
+    found = [Report(**json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("report-*.json")]
+    return sorted(found, key=lambda report: (report.kind == "victim", report.time))
+
+
+def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(job.threads)
+    config: Any = loads(COMMANDS[job.command], job.config)
+    if job.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    entry = load_entry(job.entry)
+    if world_size == 1:
+        entry(config, rank, world_size)
+        return
+    backend = "nccl" if job.device == "cuda" else "gloo"
+    meet: dict[str, Any] = {"rank": rank, "world_size": world_size, "store": store} if store is not None else {}
+    if backend == "nccl":
+        meet["device_id"] = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s), **meet)
+    entry(config, rank, world_size)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO) -> int:
+    """Write what happened to the log and to the report; returns the exit code."""
+    kind = "user" if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
+    text = "".join(traceback.format_exception(error))
+    line = str(error) if kind == "user" else "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    report = Report(rank, kind, line, text, time.time())
+    print(text, file=sys.stderr, flush=True)
+    if job.reports is not None:
+        path = Path(job.reports) / f"report-{rank}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(report.__dict__), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+    elif kind != "victim":  # started by torchrun or srun: nobody else will show it
+        print(failure_text(report, job), file=terminal, flush=True)
+    else:
+        print(f"rank {rank} lost its peer; log: {job.log(rank)}", file=terminal, flush=True)
+    if kind == "victim":
+        time.sleep(VICTIM_DELAY_S)
+    return 2 if kind == "user" else 1
+
+
+def failure_text(report: Report, job: Job) -> str:
+    """What the terminal shows of a failure: the traceback, then one line; of a user's mistake that line alone."""
+    if report.kind == "user":
+        return report.line
+    return f"{report.traceback.rstrip()}\nrank {report.rank} failed: {report.line}; logs: {job.log(report.rank)}"
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,64 @@
+"""Entries that stand in for training, for tests of launching: small, and failing on request."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megapar.config.errors import UserError
+from megapar.console import console
+
+
+def ok(config: Any, rank: int, world_size: int) -> None:
+    """Sum the ranks over the process group and write what this rank saw into the run directory."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(float(rank))
+    if world_size > 1:
+        dist.all_reduce(total)
+    print("noise of rank", rank)
+    print("shown", world_size, file=console(), flush=True)
+    seen = {"rank": rank, "world": world_size, "sum": total.item(), "hydra": "hydra" in sys.modules}
+    seen |= {"threads": torch.get_num_threads(), "pid": os.getpid()}
+    Path(config.run.dir, f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+def raises(config: Any, rank: int, world_size: int) -> None:
+    """Rank 1 fails by itself; the others wait for it in a collective."""
+    import torch
+    import torch.distributed as dist
+
+    if rank == 1:
+        raise ValueError("the culprit's own words")
+    dist.all_reduce(torch.ones(1))
+
+
+def killed(config: Any, rank: int, world_size: int) -> None:
+    """The last rank is killed; the others wait for it in a collective."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    if rank == world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def mistake(config: Any, rank: int, world_size: int) -> None:
+    """Rank 0 finds something that the user can mend."""
+    import torch
+    import torch.distributed as dist
+
+    if rank == 0:
+        raise UserError("tokens.bin: truncated at byte 12; make it again with `megapar data`")
+    dist.all_reduce(torch.ones(1))
+
+
+def sleeps(config: Any, rank: int, world_size: int) -> None:
+    """Say where it is and then stay."""
+    Path(config.run.dir, f"pid-{rank}").write_text(str(os.getpid()))
+    time.sleep(120)
