@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import platform
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +16,12 @@ import numpy as np
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
 from megapar.data.corpus import TextSource, find_text
-from megapar.data.indexed import IndexedTokens, has_token_files, token_dtype, write_indexed
+from megapar.data.indexed import IndexedTokens, has_token_files
 from megapar.data.manifest import FILES, build_manifest, check, read_manifest, write_manifest
-from megapar.data.split import check_holdout, held_out, text_hash, token_hashes
-from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
+from megapar.data.split import check_holdout, token_hashes
+from megapar.data.tokenise import Log, make_token_files, token_file_settings
 
 __all__ = ["Prepared", "check", "open_prepared", "prepare"]
-
-# Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
-CODE_VERSION = 1
-TRAINING_CHARS = 4_000_000  # text that the tokenizer is trained on: more changes little and costs time
-BATCH_CHARS = 4_000_000  # text tokenised at once
-NUM_THREADS = min(2, os.cpu_count() or 1)
-
-Log = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = 
     if config.path.endswith((".bin", ".idx")) and has_token_files(config.path[:-4]):
         raise ConfigError("data.path", config.path, f"give the PREFIX without its ending: data.path={config.path[:-4]}")
     source = find_text(config.path)
-    settings = _settings(config, source)
+    settings = token_file_settings(config, source)
     key = _hash([settings, source.listing()])
     if prefix is not None:
         return _prepare_at(Path(prefix).expanduser().absolute(), source, config, settings, key, say)
@@ -88,7 +78,7 @@ def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = 
     if ready := _reusable(folder / "tokens", key, say):
         return ready
     with _new_folder(folder.parent, source.name) as temporary:
-        _make(temporary / "tokens", source, config, settings, key, say)
+        make_token_files(temporary / "tokens", source, config, settings, key, say)
         _publish(temporary, folder, key)
     return open_prepared(folder / "tokens")
 
@@ -110,30 +100,6 @@ def open_prepared(prefix: str | Path) -> Prepared:
     )
 
 
-def _settings(config: DataConfig, source: TextSource) -> dict[str, Any]:
-    """Everything besides the text that the files depend on."""
-    python = platform.python_version() if source.kind == "stdlib" else None
-    return {"code": CODE_VERSION, "kind": source.kind, "python": python, "tokenizer": _tokenizer_settings(config)}
-
-
-def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
-    if config.tokenizer != "bpe":
-        try:
-            model = Path(config.tokenizer).expanduser().read_bytes()
-        except OSError as error:
-            problem = f"must be bpe or the path of a SentencePiece .model file ({error.strerror})"
-            raise ConfigError("data.tokenizer", config.tokenizer, problem) from None
-        return {"sha256": hashlib.sha256(model).hexdigest()}
-    import sentencepiece
-
-    return {
-        "sentencepiece": sentencepiece.__version__,
-        "vocab_size": config.vocab_size,
-        "trainer": TRAINER,
-        "trained_on": {"characters": TRAINING_CHARS, "not_held_out_by": config.split},
-    }
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -148,92 +114,6 @@ def _cache_folder(config: DataConfig) -> Path:
             "data.cache", folder, f"can't be made: {error.strerror}; name a folder that can be written"
         ) from None
     return folder
-
-
-# Text -> token files
-
-
-def _make(prefix: Path, source: TextSource, config: DataConfig, settings: dict[str, Any], key: str, say: Log) -> None:
-    """Write all files of a corpus at `prefix`, the manifest last."""
-    source.keep_text()
-    sizes, hashes = _measure(source)
-    say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
-    model_path = Path(f"{prefix}.model")
-    if config.tokenizer == "bpe":
-        begin = time.perf_counter()
-        train_bpe(
-            _training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path, num_threads=NUM_THREADS
-        )
-        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
-    else:
-        shutil.copyfile(Path(config.tokenizer).expanduser(), model_path)
-    tokenizer = Tokenizer(model_path)
-    begin = time.perf_counter()
-    written = write_indexed(prefix, _tokenised(source, tokenizer), token_dtype(tokenizer.vocab_size))
-    if written != len(sizes) or source.changed():
-        raise ConfigError("data.path", config.path, "the text changed while it was read; run again when it is at rest")
-    np.save(f"{prefix}.split.npy", hashes)
-    manifest = build_manifest(
-        prefix,
-        source={
-            "kind": source.kind,
-            "name": source.name,
-            "files": len(source.files),
-            "skipped_files": source.skipped,
-            "characters": int(sizes.sum()),
-        },
-        tokenizer=settings["tokenizer"],
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        key=key,
-    )
-    write_manifest(prefix, manifest)
-    say(f"data: {manifest['tokens'] / 1e6:.2f} M tokens in {time.perf_counter() - begin:.1f} s")
-
-
-def _measure(source: TextSource) -> tuple[np.ndarray, np.ndarray]:
-    """(characters, hash) of each document: int64 [documents], uint64 [documents]."""
-    sizes, hashes = [], []
-    for text in source.documents():
-        sizes.append(len(text))
-        hashes.append(text_hash(text))
-    return np.array(sizes, dtype=np.int64), np.array(hashes, dtype=np.uint64)
-
-
-def _training_texts(source: TextSource, sizes: np.ndarray, hashes: np.ndarray, holdout: float) -> Iterator[str]:
-    """Documents to train the tokenizer on: a random sample of those that are not held out.
-
-    In the order of their hashes, which is random and yet the same wherever the documents lie.
-    """
-    order = np.argsort(hashes, kind="stable")
-    order = order[~held_out(hashes, holdout)[order]]
-    before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = set(order[before < TRAINING_CHARS].tolist())
-    for number, text in enumerate(source.documents()):
-        if number in chosen:
-            yield text
-
-
-def _tokenised(source: TextSource, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each document with the end-of-text token behind, in the dtype of the file."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    for texts in _batches(source.documents()):
-        for ids in tokenizer.encode_batch(texts, num_threads=NUM_THREADS):
-            ids.append(tokenizer.end_of_text)
-            yield np.array(ids, dtype=dtype)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # Where the files go
@@ -301,7 +181,7 @@ def _prepare_at(
     except OSError as error:
         raise ConfigError("out", prefix, f"its folder can't be made: {error.strerror}") from None
     with _new_folder(prefix.parent, prefix.name) as temporary:
-        _make(temporary / "tokens", source, config, settings, key, say)
+        make_token_files(temporary / "tokens", source, config, settings, key, say)
         # Without a manifest while the files are replaced, and with it only when they are complete.
         Path(f"{prefix}.json").unlink(missing_ok=True)
         for end in (*FILES, ".json"):

@@ -149,7 +149,7 @@ class SampleSet:
             return ConfigError(
                 "data.split",
                 holdout,
-                f"{self.prefix} has {corpus.num_documents} document(s), no two of them different: none can be held out; "
+                f"{self.prefix} has {corpus.num_documents} document(s), no two different: none can be held out; "
                 "give more documents or set train.eval_every=0",
             )
         return ConfigError(

@@ -164,17 +164,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 2) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them, on up to `num_threads` threads."""
         plain = [text for text in texts if SPACE_MARK not in text]
-        try:
-            encoded: Iterator[list[int]] = iter(self._model.encode(plain, out_type=int, num_threads=num_threads))
-        except (RuntimeError, ValueError):
-            for text in plain:
-                _check_unicode(text)
-            raise
+        for text in texts:
+            _check_unicode(text)
+        encoded: Iterator[list[int]] = iter(self._model.encode(plain, out_type=int, num_threads=num_threads))
         return [self._encode_marked(text) if SPACE_MARK in text else next(encoded) for text in texts]
 
     def _encode_marked(self, text: str) -> list[int]:
         """Encode text that contains the space mark: the parts between the marks, and the marks in byte tokens."""
-        _check_unicode(text)
         mark = [self._byte_tokens[bytes([byte])] for byte in SPACE_MARK.encode()]
         tokens: list[int] = []
         for number, part in enumerate(text.split(SPACE_MARK)):

@@ -1,0 +1,137 @@
+"""Text -> token files: measure the documents, train or copy the tokenizer, tokenise, describe."""
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megapar.config.errors import ConfigError
+from megapar.config.schema import DataConfig
+from megapar.data.corpus import TextSource
+from megapar.data.indexed import token_dtype, write_indexed
+from megapar.data.manifest import build_manifest, write_manifest
+from megapar.data.split import held_out, text_hash
+from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
+
+# Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
+CODE_VERSION = 1
+TRAINING_CHARS = 4_000_000  # text that the tokenizer is trained on: more changes little and costs time
+BATCH_CHARS = 4_000_000  # text tokenised at once
+NUM_THREADS = min(2, os.cpu_count() or 1)
+
+Log = Callable[[str], Any]
+
+
+def token_file_settings(config: DataConfig, source: TextSource) -> dict[str, Any]:
+    """Everything besides the text that the files depend on."""
+    python = platform.python_version() if source.kind == "stdlib" else None
+    return {"code": CODE_VERSION, "kind": source.kind, "python": python, "tokenizer": _tokenizer_settings(config)}
+
+
+def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
+    if config.tokenizer != "bpe":
+        try:
+            model = Path(config.tokenizer).expanduser().read_bytes()
+        except OSError as error:
+            problem = f"must be bpe or the path of a SentencePiece .model file ({error.strerror})"
+            raise ConfigError("data.tokenizer", config.tokenizer, problem) from None
+        return {"sha256": hashlib.sha256(model).hexdigest()}
+    import sentencepiece
+
+    return {
+        "sentencepiece": sentencepiece.__version__,
+        "vocab_size": config.vocab_size,
+        "trainer": TRAINER,
+        "trained_on": {"characters": TRAINING_CHARS, "not_held_out_by": config.split},
+    }
+
+
+def make_token_files(
+    prefix: Path, source: TextSource, config: DataConfig, settings: dict[str, Any], key: str, say: Log
+) -> None:
+    """Write all files of a corpus at `prefix`, the manifest last."""
+    source.keep_text()
+    sizes, hashes = _measure(source)
+    say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
+    model_path = Path(f"{prefix}.model")
+    if config.tokenizer == "bpe":
+        begin = time.perf_counter()
+        train_bpe(
+            _training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path, num_threads=NUM_THREADS
+        )
+        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
+    else:
+        shutil.copyfile(Path(config.tokenizer).expanduser(), model_path)
+    tokenizer = Tokenizer(model_path)
+    begin = time.perf_counter()
+    written = write_indexed(prefix, _tokenised(source, tokenizer), token_dtype(tokenizer.vocab_size))
+    if written != len(sizes) or source.changed():
+        raise ConfigError("data.path", config.path, "the text changed while it was read; run again when it is at rest")
+    np.save(f"{prefix}.split.npy", hashes)
+    manifest = build_manifest(
+        prefix,
+        source={
+            "kind": source.kind,
+            "name": source.name,
+            "files": len(source.files),
+            "skipped_files": source.skipped,
+            "characters": int(sizes.sum()),
+        },
+        tokenizer=settings["tokenizer"],
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+        key=key,
+    )
+    write_manifest(prefix, manifest)
+    say(f"data: {manifest['tokens'] / 1e6:.2f} M tokens in {time.perf_counter() - begin:.1f} s")
+
+
+def _measure(source: TextSource) -> tuple[np.ndarray, np.ndarray]:
+    """(characters, hash) of each document: int64 [documents], uint64 [documents]."""
+    sizes, hashes = [], []
+    for text in source.documents():
+        sizes.append(len(text))
+        hashes.append(text_hash(text))
+    return np.array(sizes, dtype=np.int64), np.array(hashes, dtype=np.uint64)
+
+
+def _training_texts(source: TextSource, sizes: np.ndarray, hashes: np.ndarray, holdout: float) -> Iterator[str]:
+    """Documents to train the tokenizer on: a random sample of those that are not held out.
+
+    In the order of their hashes, which is random and yet the same wherever the documents lie.
+    """
+    order = np.argsort(hashes, kind="stable")
+    order = order[~held_out(hashes, holdout)[order]]
+    before = np.cumsum(sizes[order]) - sizes[order]
+    chosen = set(order[before < TRAINING_CHARS].tolist())
+    for number, text in enumerate(source.documents()):
+        if number in chosen:
+            yield text
+
+
+def _tokenised(source: TextSource, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of each document with the end-of-text token behind, in the dtype of the file."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    for texts in _batches(source.documents()):
+        for ids in tokenizer.encode_batch(texts, num_threads=NUM_THREADS):
+            ids.append(tokenizer.end_of_text)
+            yield np.array(ids, dtype=dtype)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

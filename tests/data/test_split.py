@@ -1,0 +1,78 @@
+"""The split depends on the documents alone: not on their order, nor on what else is there."""
+
+import time
+
+import numpy as np
+import pytest
+
+from megapar.config.errors import ConfigError
+from megapar.data.split import held_out, text_hash, token_hashes
+
+
+def hashes_of(documents: list[list[int]], dtype: str = "<u2") -> np.ndarray:
+    offsets = np.cumsum([0, *map(len, documents)])
+    return token_hashes(np.array([token for document in documents for token in document], dtype=dtype), offsets)
+
+
+def random_documents(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 50, size=rng.integers(1, 100)).tolist() for _ in range(count)]
+
+
+def test_token_hashes_depend_on_the_document_alone() -> None:
+    documents = random_documents(200)
+    hashes = hashes_of(documents)
+    order = np.random.default_rng(1).permutation(200)
+    assert (hashes_of([documents[number] for number in order]) == hashes[order]).all()
+    assert (hashes_of(documents, "<i4") == hashes).all()
+    assert (hashes_of(documents + random_documents(50, seed=2))[:200] == hashes).all()
+
+
+def test_token_hashes_see_ids_order_and_length() -> None:
+    variants = [[], [0], [0, 0], [1], [1, 2], [2, 1], [3] * 64, [3] * 65, [3] * 63 + [4]]
+    assert len(set(hashes_of(variants).tolist())) == len(variants)
+
+
+def test_token_hashes_of_a_million_documents_take_under_two_seconds() -> None:
+    count = 1_000_000
+    tokens = np.arange(count * 4, dtype="<u2")
+    lengths = np.full(count, 4)
+    lengths[:1000] = 0
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    begin = time.perf_counter()
+    hashes = token_hashes(tokens, offsets)
+    assert time.perf_counter() - begin < 4  # 1 s alone; a busy machine gets room
+    assert hashes.shape == (count,)
+
+
+@pytest.mark.parametrize("holdout", [0.05, 0.5, 0.95])
+def test_the_share_is_met(holdout: float) -> None:
+    hashes = hashes_of(random_documents(4000))
+    assert held_out(hashes, holdout).mean() == pytest.approx(holdout, abs=0.03)
+    texts = np.array([text_hash(f"document {number}") for number in range(4000)], dtype=np.uint64)
+    assert held_out(texts, holdout).mean() == pytest.approx(holdout, abs=0.03)
+
+
+def test_appending_moves_no_document() -> None:
+    documents = random_documents(300)
+    before = held_out(hashes_of(documents), 0.2)
+    after = held_out(hashes_of(random_documents(100, seed=5) + documents), 0.2)
+    assert (after[100:] == before).all()
+
+
+def test_an_empty_side_gets_the_nearest_document() -> None:
+    hashes = np.array([5, 3, 9, 3], dtype=np.uint64) << np.uint64(60)
+    assert held_out(hashes, 0.01).tolist() == [False, True, False, True]
+    assert held_out(hashes, 0.99).tolist() == [True, True, False, True]
+
+
+def test_nothing_is_held_out_where_it_can_not_be() -> None:
+    assert held_out(np.array([], dtype=np.uint64), 0.5).tolist() == []
+    assert held_out(np.array([7, 7], dtype=np.uint64), 0.5).tolist() == [False, False]
+    assert held_out(np.array([1, 7], dtype=np.uint64), 0.0).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan")])
+def test_a_share_outside_the_range_is_refused(holdout: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        held_out(np.array([1, 2], dtype=np.uint64), holdout)
