@@ -1,12 +1,10 @@
-"""What `--help` and `--info` print, made from the schema and the files in `conf/`. Imports neither Hydra nor torch."""
+"""What `--help` and `--info` print, made from the schema and the files in `conf/`.
+
+Imports neither Hydra nor torch, and nothing at all for `megapar --help`, which is to answer at once.
+"""
 
 from collections.abc import Mapping
 from typing import Any
-
-import yaml
-
-from megapar.config.parse import groups, keys, to_dict
-from megapar.config.schema import COMMANDS, VERBATIM
 
 END = "...\n"  # what YAML writes after a bare scalar
 
@@ -91,8 +89,10 @@ def overview() -> str:
 
 def command_help(command: str, files: Mapping[str, list[str]]) -> str:
     """`megapar COMMAND --help`; `files`: the names in each group of the command."""
-    kind = COMMANDS[command]
-    known = keys(kind)
+    from megapar.config.parse import keys
+    from megapar.config.schema import COMMANDS, VERBATIM
+
+    known = keys(COMMANDS[command])
     lines = [f"megapar {command}: {ABOUT[command]}", "", f"usage: megapar {command} [group=file] [key=value] ...", ""]
     lines += ["examples:"]
     for line, text in EXAMPLES[command]:
@@ -109,6 +109,8 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
 
 def config_with_help(config: Any) -> str:
     """A config as YAML that can be read back, the description of each key as an aligned comment beside it."""
+    from megapar.config.parse import groups, keys, to_dict
+
     lines: list[tuple[str, str]] = []
     _render(to_dict(config), "", keys(type(config)), groups(type(config)), lines)
     width = min(44, max(len(text) for text, comment in lines if comment))
@@ -117,12 +119,17 @@ def config_with_help(config: Any) -> str:
 
 def key_table(command: str) -> str:
     """Every key of a command with its description, without values."""
+    from megapar.config.parse import keys
+    from megapar.config.schema import COMMANDS
+
     return "\n".join(_table([(key, field.metadata["help"]) for key, field in keys(COMMANDS[command]).items()]))
 
 
 def _render(
     node: Mapping[str, Any], prefix: str, known: Mapping[str, Any], described: Mapping[str, str], lines: list[Any]
 ) -> None:
+    import yaml
+
     indent = "  " * prefix.count(".")
     for name, value in node.items():
         key = prefix + name

@@ -244,4 +244,14 @@ COMMANDS: dict[str, type] = {
 }
 
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
-VERBATIM = ("prompt", "run.dir", "run.name", "data.path", "data.tokenizer", "data.prefix", "data.cache", "checkpoint.load", "out")
+VERBATIM = (
+    "prompt",
+    "run.dir",
+    "run.name",
+    "data.path",
+    "data.tokenizer",
+    "data.prefix",
+    "data.cache",
+    "checkpoint.load",
+    "out",
+)

@@ -14,14 +14,11 @@ from multiprocessing import forkserver
 from typing import Any
 
 from megapar.config.errors import UserError
+from megapar.launch.failure import RankFailure
 from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-
-
-class RankFailure(Exception):
-    """A rank failed. `str` is the traceback of the rank at fault, then one line that names rank and log."""
 
 
 def start_fork_server(ranks: int = 1) -> None:
@@ -34,8 +31,8 @@ def start_fork_server(ranks: int = 1) -> None:
         forkserver.ensure_running()
 
 
-def launch(job: Job, ranks: int) -> None:
-    """Run a job on so many ranks of this machine and wait for its end.
+def launch(job: Job) -> None:
+    """Run a job's ranks on this machine and wait for their end.
 
     Raises UserError for what a user can mend, RankFailure when a rank failed (all others are ended then),
     KeyboardInterrupt for Ctrl-C, SystemExit for other signals that end us.
@@ -46,12 +43,13 @@ def launch(job: Job, ranks: int) -> None:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # we say what happened, in one place
-    threads = threads_per_rank(ranks)
-    start_fork_server(ranks)
+    start_fork_server(job.ranks)
     with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), _environment({}):
-        job = replace(job, threads=threads, reports=scratch, env={"GLOO_SOCKET_IFNAME": "lo"} | job.env)
+        job = replace(
+            job, threads=threads_per_rank(job.ranks), reports=scratch, env={"GLOO_SOCKET_IFNAME": "lo"} | job.env
+        )
         try:
-            elastic_launch(_settings(ranks, scratch), run_elastic)(job)
+            elastic_launch(_settings(job.ranks, scratch), run_elastic)(job)
         except ChildFailedError as error:
             _raise_cause(job, error)
         except SignalException as error:

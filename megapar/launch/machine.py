@@ -1,6 +1,7 @@
 """What this machine has: GPUs, cores, versions of software."""
 
 import os
+import pkgutil
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import megapar
+import megapar.kernels
 
 PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "einops", "safetensors", "wandb")
 
@@ -30,6 +32,12 @@ def num_cores() -> int:
 def threads_per_rank(local_ranks: int) -> int:
     """Threads of one rank where so many share this machine's cores."""
     return max(1, num_cores() // local_ranks)
+
+
+def kernel_backends(backend: str) -> dict[str, str]:
+    """Backend of each kernel by name, for `kernels.backend`. So far torch is the only one there is."""
+    assert backend in ("auto", "torch"), backend
+    return {module.name: "torch" for module in pkgutil.iter_modules(megapar.kernels.__path__) if module.name[0] != "_"}
 
 
 def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:

@@ -44,8 +44,10 @@ class Job:
     folder: str  # the run directory; logs go to its logs/
     device: str  # cpu: gloo, cuda: nccl
     timeout_s: float  # of a collective
+    ranks: int  # of all machines together
     log_name: str = "rank"  # logs/LOG_NAME-N.log
     threads: int = 1
+    quiet: bool = False  # nothing on the terminal, as when several runs share it
     reports: str | None = None  # folder for the reports of failed ranks
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
 
@@ -74,7 +76,7 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
     for name, value in job.env.items():
         os.environ.setdefault(name, value)
     terminal = redirect_output(job.log(rank))
-    set_console(terminal if rank == 0 else None)
+    set_console(terminal if rank == 0 and not job.quiet else None)
     try:
         _run_entry(job, rank, world_size, store)
     except KeyboardInterrupt:
