@@ -127,7 +127,8 @@ def _unknown(kind: type, name: str, value: str, known_groups: list[str]) -> Conf
 
 def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
     if parsed.is_sweep_override():
-        chosen = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else []
+        listed = parsed.is_discrete_sweep() and "GLOB" not in parsed.value_type.name
+        chosen = list(parsed.sweep_string_iterator()) if listed else []
     else:
         value = parsed.value()
         chosen = value if isinstance(value, list) else [value]

@@ -6,6 +6,7 @@ line that refuses it, over a TCPStore; the others wait for it there and never im
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -155,6 +156,7 @@ def _wait(store: Any, key: str, seconds: float) -> bytes:
 
 def _refuse(store: Any, here: Place, line: str | None) -> int:
     """Leave together: a rank that exits first may take the store, or the others' chance to exit with 2, with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has exited
     if line is not None:
         store.set("plan", json.dumps({"refusal": line}))
     deadline = time.monotonic() + REFUSAL_S

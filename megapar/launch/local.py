@@ -26,13 +26,18 @@ def start_fork_server(ranks: int = 1) -> None:
 
     Returns at once. Forked ranks share that one import: eight start in a second or two instead of ten.
     """
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        # joblib's workers have a start method of their own, which children inherit by name and do not know.
+        multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["megapar.launch.preload"])
     with _environment({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}):
         forkserver.ensure_running()
 
 
-def launch(job: Job) -> None:
+def launch(job: Job, quiet: bool = False) -> None:
     """Run a job's ranks on this machine and wait for their end.
+
+    quiet: nothing of the ranks on the terminal, as when several runs share it
 
     Raises UserError for what a user can mend, RankFailure when a rank failed (all others are ended then),
     KeyboardInterrupt for Ctrl-C, SystemExit for other signals that end us.
