@@ -44,7 +44,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def has_token_files(prefix: str | Path) -> bool:
     """Whether both files of a corpus exist."""
-    return os.path.isfile(f"{prefix}.bin") and os.path.isfile(f"{prefix}.idx")
+    return all(os.path.isfile(os.path.expanduser(f"{prefix}{end}")) for end in (".bin", ".idx"))
 
 
 def _fault(path: str, offset: int, problem: str) -> UserError:

@@ -33,8 +33,7 @@ def token_hashes(tokens: np.ndarray, document_offsets: np.ndarray) -> np.ndarray
         size = lengths[begin : begin + CHUNK, None]
         inside = columns < size
         places = np.where(inside, document_offsets[begin : begin + len(size), None] + columns, 0)
-        # + 1: an id of 0 must not look like no token
-        ids = np.where(inside, tokens[places].astype(np.int64) + 1, 0).astype(np.uint64)
+        ids = np.where(inside, tokens[places], 0).astype(np.uint64)
         hashes[begin : begin + CHUNK] = ids @ factors[:HEAD] + size[:, 0].astype(np.uint64) * factors[HEAD]
     return _splitmix64(hashes)
 

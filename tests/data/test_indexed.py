@@ -90,6 +90,12 @@ def test_a_failed_write_keeps_the_old_files(tmp_path: Path) -> None:
     assert ((tmp_path / "c.bin").read_bytes(), (tmp_path / "c.idx").read_bytes()) == before
 
 
+def test_whoever_reads_the_old_files_is_not_disturbed(tmp_path: Path) -> None:
+    corpus = IndexedTokens(write(tmp_path / "c"))
+    write(tmp_path / "c", [[1, 1, 1, 1, 1, 1]])
+    assert corpus.tokens.tolist() == [5, 6, 7, 8, 9, 10]
+
+
 def test_float_dtypes_have_no_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no code"):
         write(tmp_path / "c", dtype="<f4")

@@ -157,14 +157,16 @@ def test_another_launcher_was_faster(config: DataConfig, monkeypatch: pytest.Mon
     from megapar.data import prepare as module
 
     make = module.make_token_files
+    others: list[int] = []
 
     def make_after_the_other(*arguments: Any) -> None:
         monkeypatch.setattr(module, "make_token_files", make)
-        prepare(config)
+        others.append(os.stat(f"{prepare(config).prefix}.bin").st_ino)
         make(*arguments)
 
     monkeypatch.setattr(module, "make_token_files", make_after_the_other)
     prepared = prepare(config)
+    assert os.stat(f"{prepared.prefix}.bin").st_ino == others[0]
     assert len(cached(config)) == 1
     check(prepared.prefix, "full")
 

@@ -53,6 +53,13 @@ def test_the_share_is_met(holdout: float) -> None:
     assert held_out(texts, holdout).mean() == pytest.approx(holdout, abs=0.03)
 
 
+def test_similar_documents_are_split_independently() -> None:
+    """Documents that differ in one id only: a weak hash would walk through them in step."""
+    mask = held_out(hashes_of([[number] for number in range(8000)]), 0.5)
+    for lag in range(1, 8):
+        assert (mask[lag:] & mask[:-lag]).mean() == pytest.approx(0.25, abs=0.03)
+
+
 def test_appending_moves_no_document() -> None:
     documents = random_documents(300)
     before = held_out(hashes_of(documents), 0.2)
