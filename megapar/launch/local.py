@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import uuid
@@ -18,6 +19,8 @@ from megapar.launch.failure import RankFailure
 from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 
+# Ranks of one machine meet over the loopback, whatever the host's name resolves to.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -50,9 +53,7 @@ def launch(job: Job, quiet: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # we say what happened, in one place
     start_fork_server(job.ranks)
     with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), _environment({}):
-        job = replace(
-            job, threads=threads_per_rank(job.ranks), reports=scratch, env={"GLOO_SOCKET_IFNAME": "lo"} | job.env
-        )
+        job = replace(job, quiet=quiet, threads=threads_per_rank(job.ranks), reports=scratch, env=LOOPBACK | job.env)
         try:
             elastic_launch(_settings(job.ranks, scratch), run_elastic)(job)
         except ChildFailedError as error:

@@ -1,0 +1,183 @@
+"""What is composed: every file in conf/, verbatim keys, what --info and --help print, and how fast."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megapar.cli import main
+from megapar.compose import CONF, compose, group_files, split
+from megapar.config import COMMANDS, TrainConfig, check, parse, resolve, to_dict
+from megapar.config.file import dump, loads
+from megapar.config.parse import groups, keys
+from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
+
+# A group's file on its own may need more than the defaults of the others.
+COMPANIONS = {
+    "data/text": ["data.path=folder"],
+    "data/tokens": ["data.path=prefix"],
+    "parallel/tp8": ["model.heads=8"],
+    "parallel/pp8": ["model.layers=8"],
+    "parallel/dp8": ["train.micro_batch_size=1"],
+    "parallel/auto": ["devices=8"],
+}
+FILES = [
+    (command, group, name)
+    for command in COMMANDS
+    for group, names in group_files(command).items()
+    for name in names
+    if command == "train" or group in ("model", "train", "run")
+]
+
+
+@pytest.mark.parametrize(("command", "group", "name"), FILES)
+def test_every_file_composes_and_validates(command: str, group: str, name: str) -> None:
+    more = COMPANIONS.get(f"{group}/{name}", []) if command == "train" else []
+    config = compose(command, split([f"{group}={name}", *more]))
+    resolved = resolve(config, vocab_size=1024, max_token=1023)
+    check(resolved)
+    assert loads(type(config), dump(resolved)) == resolved
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_root_file_composes(command: str) -> None:
+    assert isinstance(compose(command, split([])), COMMANDS[command])
+
+
+def test_no_file_is_left_out() -> None:
+    """Every group of conf/ is in train's defaults list, and every file says in its head which command uses it."""
+    assert set(group_files("train")) == {path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_"}
+    for path in CONF.rglob("*.yaml"):
+        head = path.read_text().splitlines()[:2]
+        assert any(line.startswith("# megapar ") for line in head), path
+
+
+def test_files_only_say_what_they_mean() -> None:
+    """A key in a file that the schema does not know would only be found when that file is used."""
+    for path in CONF.glob("*/*.yaml"):
+        content = yaml.safe_load(path.read_text()) or {}
+        content.pop("defaults", None)
+        overlay = path.parent.name in ("experiment", "debug")
+        parse(TrainConfig, content if overlay else {path.parent.name: content})
+
+
+def test_demo_is_three_dimensional() -> None:
+    config = compose("train", split(["experiment=demo"]))
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 2, 2)
+
+
+def test_later_files_and_overrides_win() -> None:
+    config = compose("train", split(["experiment=demo", "debug=fp64", "train.steps=7"]))
+    assert (config.train.dtype, config.train.steps, config.run.name) == ("fp64", 7, "debug-fp64")
+    assert config.parallel.tp == 2  # from the experiment
+
+
+def test_verbatim_keys_are_not_hydra_grammar() -> None:
+    text = "def f(x): return {x}, $[1] ${oops} 'a\"b' = ~"
+    config = compose("generate", split([f"prompt={text}", "run.dir=a,b [c]"]))
+    assert (config.prompt, config.run.dir) == (text, "a,b [c]")
+
+
+def test_a_repeated_verbatim_key_takes_the_last_value() -> None:
+    assert compose("train", split(["out=a=b", "run.dir=x", "out=c=d"])).out == "c=d"
+
+
+def test_lists_and_quoted_text() -> None:
+    config = compose("train", split(["pipeline.partition=[1,3]", "logger.wandb.project='\"x, y\"'"]))
+    assert config.pipeline.partition == [1, 3]
+    assert compose("train", split(["logger.wandb.project='x, y'"])).logger.wandb.project == "x, y"
+
+
+def test_compose_leaves_no_hydra_state() -> None:
+    from hydra.core.global_hydra import GlobalHydra
+
+    compose("train", split([]))
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_info_config_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--info", "config", "model=gpt2_tiny", "run.dir=a: b # c", "pipeline.partition=[2,2]"]) == 0
+    shown = capsys.readouterr().out
+    config = parse(TrainConfig, yaml.safe_load(shown))
+    assert config.model.position == "learned"
+    assert (config.run.dir, config.pipeline.partition) == ("a: b # c", [2, 2])
+    for key, field in keys(TrainConfig).items():
+        assert f"# {field.metadata['help']}" in shown, key
+    for text in groups(TrainConfig).values():
+        assert f"# {text}\n" in shown
+
+
+def test_info_keys_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--info=keys"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(keys(COMMANDS["verify"]))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert ABOUT[command] in shown
+    for line, _ in EXAMPLES[command]:
+        assert line in shown
+    for group in group_files(command):
+        assert f"  {group} " in shown
+    assert set(MOST_USED[command]) <= set(keys(COMMANDS[command]))
+
+
+def test_examples_are_understood() -> None:
+    """An example in the help that is refused would be worse than none."""
+    import shlex
+
+    for command, examples in EXAMPLES.items():
+        for line, _ in examples:
+            words = shlex.split(line)
+            words = words[words.index(command) + 1 :]
+            if "-m" in words:
+                continue
+            compose(command, split(words))
+
+
+def test_every_field_is_described() -> None:
+    for kind in COMMANDS.values():
+        for key, field in keys(kind).items():
+            text = field.metadata["help"]
+            assert text and "\n" not in text and len(text) < 120, key
+
+
+def test_help_is_fast_and_light() -> None:
+    code = "import sys; from megapar.cli import main; main(['--help']); main(['--version'])\n"
+    code += "heavy = {'torch', 'hydra', 'omegaconf', 'numpy', 'yaml'} & set(sys.modules); assert not heavy, heavy"
+    seconds = []
+    for _ in range(3):  # the fastest of three: the machine may be busy
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+def test_help_of_a_command_needs_neither_torch_nor_hydra() -> None:
+    code = "import sys; from megapar.cli import main; main(['train', '--help'])\n"
+    code += "assert not {'torch', 'hydra', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_defaults_come_from_the_dataclasses() -> None:
+    """conf/ says only what differs: without any group the composed config is the schema's."""
+    config = compose("train", split(["model=tiny"]))
+    assert config == TrainConfig()
+    assert to_dict(config)["train"]["seq_length"] == 128
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("megapar 0.")
+
+
+def test_broken_pipe_is_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m megapar.cli train --info config | head -1", shell=True, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,124 @@
+"""Command lines that are refused: exit code 2 and one line that names key, value and remedy. And nothing is started."""
+
+from pathlib import Path
+
+import pytest
+
+from megapar.cli import main
+
+# command line -> words that the one line must hold, in this order
+REFUSED = {
+    # keys and files
+    "train train.stepz=3": ["train.stepz=3", "unknown key", "did you mean train.steps?"],
+    "train lr=3": ["lr=3", "did you mean optim.lr?"],
+    "train +a.b=1": ["a.b=1", "unknown key", "--info config"],
+    "train +train.stepz=1": ["train.stepz=1", "did you mean train.steps?"],
+    "train ++x=1": ["x=1", "unknown key"],
+    "train +optim.lr=1": ["optim.lr", "leave out the +"],
+    "train ~optim": ["~optim", "leave it out"],
+    "train ~optim.lr": ["~optim.lr", "leave it out"],
+    "train modle=tiny": ["modle=tiny", "did you mean model?"],
+    "train parallel=tp9": ["parallel=tp9", "no such file", "tp2pp2dp2"],
+    "train experiment=demoo": ["experiment=demoo", "did you mean demo?"],
+    "train prompt=x": ["prompt=x", "unknown key"],
+    "generate model=tiny": ["model=tiny", "generate", "parallel"],
+    "train model@x=tiny": ["model@x=tiny", "model=FILE"],
+    "train hydra.job.name=x": ["hydra.job.name=x", "-m"],
+    # grammar
+    "train train.steps": ["train.steps", "key=value"],
+    "train train.steps=[": ["train.steps=[", "key=value", "quotes"],
+    "train optim.lr=1e-3,3e-3": ["optim.lr=1e-3,3e-3", "-m"],
+    "train --fast": ["--fast", "--help"],
+    "train train.steps=${nothing}": ["nothing"],
+    "train run.dir=": ["run.dir", "empty"],
+    "trian": ["trian", "did you mean train?"],
+    "verify -m layouts=[tp2]": ["-m", "verify"],
+    "train --info=all": ["--info=all", "--info config"],
+    # types
+    "train train.steps=ten": ["train.steps=ten", "an integer"],
+    "train train.steps=1.5": ["train.steps=1.5", "an integer"],
+    "train train.steps=true": ["train.steps=true", "an integer"],
+    "train optim.lr=fast": ["optim.lr=fast", "number"],
+    "train optim.lr=nan": ["optim.lr=nan", "finite"],
+    "train model.bias=1": ["model.bias=1", "true or false"],
+    "train train.dtype=fp16": ["train.dtype=fp16", "fp64, fp32, bf16"],
+    "train parallel.zero=2": ["parallel.zero=2", "0, 1"],
+    "train parallel.zero=true": ["parallel.zero=true", "0, 1"],
+    "train pipeline.schedule=dualpipe": ["pipeline.schedule=dualpipe", "1f1b, gpipe"],
+    "train pipeline.partition=[2,a]": ["pipeline.partition=[2,a]", "list such as [5,3]"],
+    "train model.layers=null": ["model.layers=null", "an integer"],
+    "train train=5": ["train=5", "no such file", "default"],
+    # ranges
+    "train train.steps=0": ["train.steps=0", "at least 1"],
+    "train optim.clip_grad=-1": ["optim.clip_grad=-1", "at least 0"],
+    "train model.dropout=1.0": ["model.dropout=1.0", "less than 1"],
+    "train data.split=1.0": ["data.split=1.0", "less than 1"],
+    "train model.attention_dropout=0.1": ["model.attention_dropout=0.1", "model.dropout"],
+    "train optim.warmup_steps=101": ["optim.warmup_steps=101", "train.steps=100"],
+    "train train.eval_every=5 data.split=0": ["train.eval_every=5", "data.split=0"],
+    "train data=text": ["data.path=", "folder"],
+    # layouts
+    "train parallel.tp=3": ["model.heads=4", "parallel.tp=3", "use 3 or 6"],
+    "train parallel.tp=4 model.ffn=90": ["model.ffn=90", "parallel.tp=4", "use 88 or 92"],
+    "train parallel.tp=2 model.heads=6 model.hidden=96 model.kv_heads=3": ["model.kv_heads=3", "parallel.tp=2", "1, 3"],
+    "train model.kv_heads=3": ["model.kv_heads=3", "model.heads=4", "1, 2, 4"],
+    "train model.hidden=130": ["model.hidden=130", "model.heads=4", "model.head_dim"],
+    "train model.head_dim=5": ["model.head_dim=5", "even"],
+    "train parallel.pp=5": ["parallel.pp=5", "model.layers=4", "at most 4"],
+    "train parallel.dp=3": ["train.global_batch_size=16", "4 * 3 = 12", "use 12 or 24"],
+    "train parallel.tp=2 parallel.sequence_parallel=true train.seq_length=5 train.micro_batch_size=1": [
+        "parallel.sequence_parallel=true",
+        "5 is not divisible",
+    ],
+    "train parallel.pp=2 pipeline.partition=[3,2]": ["pipeline.partition=[3,2]", "model.layers=4"],
+    "train parallel.pp=2 pipeline.partition=[4,0]": ["pipeline.partition=[4,0]", "at least 1"],
+    "train parallel.pp=2 pipeline.partition=[4]": ["pipeline.partition=[4]", "2 numbers"],
+    "train parallel.pp=2 pipeline.partition=even": ["pipeline.partition=even", "uniform"],
+    "train pipeline.chunks=2": ["pipeline.chunks=2", "use 1"],
+    "train parallel=tp2 devices=4 parallel.dp=1": ["devices=4", "tp2", "parallel=auto"],
+    "train parallel=auto devices=7": ["parallel.auto=true", "7 ranks", "devices=6"],
+    "train parallel=auto devices=8 parallel.tp=2": ["parallel.auto=true", "leave them out"],
+    "verify layouts=[tp2,tp9x]": ["layouts=tp9x", "tp2pp2dp2"],
+    "verify layouts=[tp5]": ["layouts=tp5", "model.heads=12", "parallel.tp=5"],
+    "verify train.dtype=bf16": ["train.dtype=bf16", "fp64"],
+    "verify layouts=[]": ["layouts=[]", "tp2"],
+    # machine and data
+    "train kernels.backend=triton": ["kernels.backend=triton", "use torch"],
+    "train kernels.backend=interpret": ["kernels.backend=interpret", "use torch"],
+    "train data.path=/does/not/exist": ["/does/not/exist"],
+    "data data.path=/does/not/exist": ["/does/not/exist"],
+    "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],
+    "train model.vocab_size=100 CORPUS": ["model.vocab_size=100", "400"],
+    "generate prompt=x": ["run.dir", "run.dir=RUN"],
+    "generate run.dir=/does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
+    # sweeps
+    "train -m parallel=tp2,tp8": ["model.heads=4", "parallel.tp=8", "in the point parallel=tp8"],
+    "train -m parallel=tp2,tp9": ["parallel=tp9", "no such file"],
+    "train -m train.stepz=1,2": ["train.stepz=1,2", "did you mean train.steps?"],
+    "train -m train.steps=1,2 out=x": ["out=x", "leave it out"],
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_in_one_line(
+    line: str, capsys: pytest.CaptureFixture[str], corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    arguments = [word for part in line.split() for word in (corpus if part == "CORPUS" else [part])]
+    assert main(arguments, entry="stubs:must_not_run") == 2
+    shown = capsys.readouterr()
+    said = [text for text in shown.err.splitlines() if not text.startswith("data: ")]
+    assert len(said) == 1, shown.err
+    position = 0
+    for words in REFUSED[line]:
+        assert words in said[0][position:], f"{words!r} is not in {said[0]!r} where expected"
+        position = said[0].index(words, position)
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []  # no run directory for a refused run
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_cuda_without_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "train.device=cuda"]) == 2
+    assert "train.device=cuda: no GPU is visible; use cpu" in capsys.readouterr().err
