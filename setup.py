@@ -14,7 +14,7 @@ setup(
     package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
     package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.13",
         "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "numpy",
         "einops",

@@ -33,7 +33,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     with axis.blocked("all_gather"):
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
+        dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
 
@@ -44,7 +44,7 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} rows over {axis.size} ranks"
     block = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     with axis.blocked("reduce_scatter"):
-        dist.reduce_scatter_tensor(block, x.contiguous(), group=axis.group)
+        dist.reduce_scatter_single(block, x.contiguous(), group=axis.group)
     return block
 
 

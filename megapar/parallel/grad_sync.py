@@ -87,7 +87,7 @@ class GradSync:
             return
         flat = self.buffers.grads[bucket.start : bucket.stop]
         if self.buffers.zero:
-            work = dist.reduce_scatter_tensor(self._owned_part[id(bucket)], flat, group=dp.group, async_op=True)
+            work = dist.reduce_scatter_single(self._owned_part[id(bucket)], flat, group=dp.group, async_op=True)
         else:
             work = dist.all_reduce(flat, group=dp.group, async_op=True)
         self._works.append((work, bucket))

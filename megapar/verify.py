@@ -1,0 +1,249 @@
+"""`megapar verify`: does every layout compute what one process computes?
+
+The one-process run writes every gradient and updated weight of its first steps, in logical coordinates. Every rank of
+every layout then compares all that it holds with its place in there: replicas and tied copies too, so a copy that
+drifts is seen even where nobody reads it.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megapar.config.layout import Layout
+from megapar.config.parse import changed
+from megapar.config.schema import TrainConfig, VerifyConfig
+from megapar.launch.pool import PoolError, WorkerPool
+from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.weight_grad import Piece
+from megapar.train.trainer import Trainer
+
+# Largest errors that rounding can explain, with an order of magnitude to spare (gradients and losses relative, updates
+# in units of the learning rate). A wrong sum is off by a factor, not by a digit.
+BOUNDS = {
+    "fp64": {"gradient": 1e-11, "update": 1e-8, "loss": 1e-13},
+    "fp32": {"gradient": 2e-4, "update": 5e-2, "loss": 1e-6},
+}
+
+
+@dataclass
+class Compared:
+    """What one rank found in one step.
+
+    loss: its part of the loss. errors: largest |difference| of the gradient and of the updated value, by parameter.
+    elements: parameters that this rank counts (all ranks together: every one once).
+    """
+
+    loss: float
+    grad_norm: float
+    errors: dict[str, list[float]]
+    elements: int
+
+
+@dataclass
+class Verdict:
+    """The comparison of one layout."""
+
+    layout: str
+    gradient: float = 0.0
+    update: float = 0.0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    worst: str = ""  # first step and parameter over a bound, or what went wrong
+    passed: bool = True
+    seconds: float = 0.0
+
+
+class RunRecord:
+    """The reference's gradients and weights on disk: one flat fp64 array per step and kind, by parameter name."""
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.folder, self.shapes = folder, shapes
+        self.offsets, self.size = {}, 0
+        for name, shape in sorted(shapes.items()):
+            self.offsets[name] = self.size
+            self.size += math.prod(shape)
+
+    @classmethod
+    def open(cls, folder: Path) -> "RunRecord":
+        shapes = json.loads((folder / "shapes.json").read_text())
+        return cls(folder, {name: tuple(shape) for name, shape in shapes.items()})
+
+    def array(self, step: int, kind: str, mode: str) -> np.ndarray:
+        return np.memmap(self.folder / f"{step}.{kind}", np.float64, mode, shape=(self.size,))  # type: ignore[call-overload]
+
+    def part(self, array: np.ndarray, name: str) -> np.ndarray:
+        shape = self.shapes[name]
+        return array[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
+
+
+def local_tensors(buffers: StageBuffers, flat: Tensor) -> Iterator[tuple[Piece, Tensor, bool]]:
+    """(piece, its values in a whole flat buffer, whether this rank counts it) for all that a rank holds."""
+    for parameter, piece, start, stop in buffers.pieces():
+        shape = piece.record.shard_shape(piece.shard)
+        yield piece, flat[start:stop].view(shape), buffers.counted(parameter, piece)
+
+
+def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) -> list[tuple[float, float]]:
+    """One process: writes the record, returns (loss, gradient norm) by step."""
+    trainer = Trainer(config, rank)
+    shapes = {
+        piece.record.name: piece.record.shape for piece, _, _ in local_tensors(trainer.buffers, trainer.buffers.params)
+    }
+    (Path(folder) / "shapes.json").write_text(json.dumps(shapes))
+    record = RunRecord(Path(folder), shapes)
+
+    def write(step: int, kind: str, flat: Tensor) -> None:
+        array = record.array(step, kind, "w+")
+        for piece, values, _ in local_tensors(trainer.buffers, flat):
+            record.part(array, piece.record.name)[...] = values.double().numpy()
+
+    history = []
+    for step in range(1, config.train.steps + 1):
+        trainer.on_reduced = lambda step=step: write(step, "gradient", trainer.sync.owned)  # type: ignore[misc]
+        result = trainer.step(step)
+        write(step, "weight", trainer.buffers.params)
+        history.append((result.loss, result.result.grad_norm))
+    trainer.close()
+    return history
+
+
+def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> list[Compared]:
+    """One rank of a layout: trains the same steps and compares everything it holds."""
+    record = RunRecord.open(Path(folder))
+    trainer = Trainer(config, rank)
+    history = []
+
+    def compare(step: int, kind: str, flat: Tensor, found: Compared) -> None:
+        array = record.array(step, kind, "r")
+        for piece, values, counted in local_tensors(trainer.buffers, flat):
+            name = piece.record.name
+            expected = record.part(array, name)[piece.record.box(piece.shard)]
+            error = float(np.abs(values.double().numpy() - expected).max(initial=0.0))
+            errors = found.errors.setdefault(name, [0.0, 0.0])
+            column = 0 if kind == "gradient" else 1
+            errors[column] = error if math.isnan(error) else max(errors[column], error)
+            if counted and kind == "weight" and trainer.mesh["dp"].index == 0:
+                found.elements += values.numel()
+
+    for step in range(1, config.train.steps + 1):
+        found = Compared(0.0, 0.0, {}, 0)
+        trainer.on_reduced = lambda step=step, found=found: compare(  # type: ignore[misc]
+            step, "gradient", trainer.buffers.gather(trainer.sync.owned), found
+        )
+        result = trainer.step(step)
+        compare(step, "weight", trainer.buffers.params, found)
+        found.loss, found.grad_norm = result.loss, result.result.grad_norm
+        history.append(found)
+    trainer.close()
+    return history
+
+
+def judge(
+    layout: str,
+    config: TrainConfig,
+    record: RunRecord,
+    reference: list[tuple[float, float]],
+    ranks: list[list[Compared]],
+) -> Verdict:
+    """Bring the ranks' findings together and hold them against the bounds."""
+    bounds = BOUNDS[config.train.dtype]
+    verdict = Verdict(layout)
+
+    def hold(value: float, kind: str, what: str) -> None:
+        if not value <= getattr(verdict, kind):
+            setattr(verdict, kind, value)
+        if not value <= bounds.get(kind, bounds["gradient"]) and verdict.passed:
+            verdict.passed, verdict.worst = False, what
+
+    for step, (loss, norm) in enumerate(reference, start=1):
+        found = [history[step - 1] for history in ranks]
+        scale = record.array(step, "gradient", "r")
+        names = {name for one in found for name in one.errors}
+        floor = 1e-3 * norm / math.sqrt(record.size)
+        for name in sorted(names):
+            largest = max(float(np.abs(record.part(scale, name)).max()), floor)
+            errors = [one.errors[name] for one in found if name in one.errors]
+            hold(max(e[0] for e in errors) / largest, "gradient", f"step {step}: gradient of {name}")
+            hold(max(e[1] for e in errors) / config.optim.lr, "update", f"step {step}: value of {name}")
+        hold(abs(sum(one.loss for one in found) - loss) / abs(loss), "loss", f"step {step}: loss")
+        hold(max(abs(one.grad_norm - norm) for one in found) / norm, "grad_norm", f"step {step}: gradient norm")
+        if (held := sum(one.elements for one in found)) != record.size and verdict.passed:
+            verdict.passed, verdict.worst = False, f"the ranks count {held} parameters, not {record.size}"
+    return verdict
+
+
+def layout_config(config: VerifyConfig, layout: Layout) -> VerifyConfig:
+    """The configuration of one layout; a list of layers per stage holds for layouts with that many stages."""
+    partition = config.pipeline.partition
+    if isinstance(partition, list) and len(partition) != layout.pp:
+        partition = "uniform"
+    keys = {
+        "parallel.tp": layout.tp,
+        "parallel.pp": layout.pp,
+        "parallel.dp": layout.dp,
+        "pipeline.partition": partition,
+    }
+    return changed(config, keys)
+
+
+def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iterator[Verdict]:
+    """Run the reference and every layout of a resolved configuration; verdicts come as they are found."""
+    one = layout_config(config, Layout())
+    reference = pool.run(run_reference, 1, one, folder)[0]
+    record = RunRecord.open(Path(folder))
+    for text in config.layouts or []:
+        layout, start = Layout.parse(text), time.perf_counter()
+        try:
+            ranks = pool.run(
+                run_layout, layout.world, layout_config(config, layout), folder, timeout=config.train.timeout_s
+            )
+            verdict = judge(str(layout), config, record, reference, ranks)
+        except PoolError as error:
+            verdict = Verdict(
+                str(layout), math.nan, math.nan, math.nan, math.nan, str(error).splitlines()[0], passed=False
+            )
+        verdict.seconds = time.perf_counter() - start
+        yield verdict
+
+
+def run(config: VerifyConfig) -> int:
+    """The command: prints a table row per layout, writes `out`, returns 1 if a layout failed."""
+    bounds = BOUNDS[config.train.dtype]
+    layouts = [Layout.parse(text) for text in config.layouts or []]
+    width = max([len(str(layout)) for layout in layouts] + [len("layout")])
+    print(
+        f"{config.train.steps} steps in {config.train.dtype} against one process; bounds: "
+        + ", ".join(f"{kind} {bound:.0e}" for kind, bound in bounds.items())
+    )
+    print(f"{'layout':<{width}}  gradient  grad norm   update      loss   time")
+    verdicts = []
+    with (
+        tempfile.TemporaryDirectory(prefix="megapar-verify-") as folder,
+        WorkerPool(max([layout.world for layout in layouts] + [1])) as pool,
+    ):
+        for verdict in compare_layouts(config, pool, folder):
+            verdicts.append(verdict)
+            numbers = "".join(
+                f"{value:>10.1e}" for value in (verdict.gradient, verdict.grad_norm, verdict.update, verdict.loss)
+            )
+            end = "pass" if verdict.passed else f"FAIL  {verdict.worst}"
+            print(f"{verdict.layout:<{width}}{numbers} {verdict.seconds:>5.1f}s  {end}", flush=True)
+    failed = sum(not verdict.passed for verdict in verdicts)
+    print(f"{len(verdicts) - failed} of {len(verdicts)} layouts agree with the one-process run")
+    _write(config, {"dtype": config.train.dtype, "bounds": bounds, "layouts": [asdict(v) for v in verdicts]})
+    return 1 if failed else 0
+
+
+def _write(config: VerifyConfig, report: dict) -> None:
+    assert config.run.dir is not None
+    path = Path(config.out or os.path.join(config.run.dir, "verify.json"))
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
