@@ -50,12 +50,13 @@ class Mesh:
         assert tuple(self.sizes) == AXES, f"axes are {AXES}"
         assert 0 <= self.rank < self.world_size
         self.timeline = Timeline(self.device)
-        self._axes: dict[str, Axis] = {}
-        self._groups: list[dist.ProcessGroup] = []
-        for name in AXES:
-            self._axes[name] = self._join(name, (name,))
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._axes = {name: self._join(name, (name,)) for name in AXES}
         self._axes["model"] = self._join("model", ("pp", "tp"))
         self._axes["world"] = self._join("world", AXES)
+        # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
+        self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))
+        self._axes["ends"] = self._axis("pp", self._ends())
 
     @property
     def world_size(self) -> int:
@@ -79,13 +80,6 @@ class Mesh:
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]
 
-    def pipeline_channel(self, name: str) -> Axis:
-        """A further group along pp. One per direction of transfer: two transfers on one NCCL communicator wait for
-        each other."""
-        if name not in self._axes:
-            self._axes[name] = self._join("pp", ("pp",))
-        return self._axes[name]
-
     def part_of(self, name: str, size: int) -> Axis:
         """The block of `size` neighbours along an axis that this rank belongs to (replicas of a kv head)."""
         key = f"{name}/{size}"
@@ -96,31 +90,38 @@ class Mesh:
             self._axes[key] = self._axis(name, whole.ranks[first : first + size])
         return self._axes[key]
 
-    def ends_of_pipeline(self) -> Axis:
-        """First and last pipeline rank at this rank's other coordinates: the holders of tied embeddings."""
-        if "ends" not in self._axes:
-            last = self.sizes["pp"] - 1
-            ranks = sorted({self.rank_at(pp=0), self.rank_at(pp=last)})
-            self._axes["ends"] = self._axis("pp", ranks)
-        return self._axes["ends"]
+    def _ends(self) -> list[int]:
+        """First and last pipeline rank at this rank's other coordinates, the holders of tied embeddings; between them
+        a rank is alone."""
+        ends = sorted({self.rank_at(pp=0), self.rank_at(pp=self.sizes["pp"] - 1)})
+        return ends if self.rank in ends else [self.rank]
 
     def close(self) -> None:
         """Destroy the groups. The default group belongs to whoever made it."""
-        for group in self._groups:
-            dist.destroy_process_group(group)
+        for group in self._groups.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
         self._groups.clear()
         self._axes.clear()
 
-    def _join(self, name: str, along: Sequence[str]) -> Axis:
+    def _join(self, name: str, along: Sequence[str], key: tuple[int, ...] = ()) -> Axis:
         ranges = [range(self.sizes[axis]) for axis in along]
         ranks = [self.rank_at(**dict(zip(along, place, strict=True))) for place in product(*ranges)]
-        return self._axis(name, ranks)
+        return self._axis(name, ranks, key)
 
-    def _axis(self, name: str, ranks: Sequence[int]) -> Axis:
+    def _axis(self, name: str, ranks: Sequence[int], key: tuple[int, ...] = ()) -> Axis:
+        """The axis with a group of its own, or one that has these very ranks and the same `key` already.
+
+        Only members take part in making a group. torch names such a group by its ranks and by how many groups this
+        process has, so every rank must make as many as its peers: the one that is alone at the ends makes one too.
+        """
         group = None
-        if len(ranks) > 1 and self.rank in ranks:
-            # Only members take part, so a mesh never waits for ranks that a group does not concern.
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-            self._groups.append(group)
-        index = ranks.index(self.rank) if self.rank in ranks else -1
-        return Axis(name, len(ranks), index, tuple(ranks), group, self.timeline)
+        if len(ranks) > 1 or (name == "pp" and self.sizes["pp"] > 2):
+            place = (*key, *ranks)
+            if place not in self._groups:
+                whole = len(ranks) == self.world_size and not key
+                made = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+                assert made is not None, "initialise the default process group first"
+                self._groups[place] = made
+            group = self._groups[place]
+        return Axis(name, len(ranks), ranks.index(self.rank), tuple(ranks), group, self.timeline)

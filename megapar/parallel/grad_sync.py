@@ -39,11 +39,9 @@ class GradSync:
             for bucket, (part, position) in zip(buffers.buckets, buffers.owned_parts(), strict=True)
         }
         buffers.context.weight_grads.on_added = self._on_added
-        # The groups of kv-head replicas and of the pipeline's ends are collective to make: make them now.
+        # The groups of kv-head replicas are collective to make: make them now.
         for piece in (piece for parameter in self._bucket_of for piece in parameter.pieces):
             self._sum_axis(piece)
-        if any(is_tied_across_stages(parameter) for parameter in self._bucket_of) and self.mesh["pp"].size > 1:
-            self.mesh.ends_of_pipeline()
 
     def start(self, microbatches: int) -> None:
         """Begin a step: zero the main gradients; every use of a parameter adds once per micro-batch."""
@@ -81,7 +79,7 @@ class GradSync:
         for axis, views in self._partial[id(bucket)]:
             _sum_together(views, axis)
         if self._waits_for_other_stage(bucket):
-            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.mesh.ends_of_pipeline())
+            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.mesh["ends"])
         dp = self.mesh["dp"]
         if dp.size == 1:
             return

@@ -58,7 +58,7 @@ class Executor:
         self.index = mesh["pp"].index
         self.channels: dict[str, Axis] = {}
         if mesh["pp"].size > 1:
-            self.channels = {"F": mesh["pp"], "B": mesh.pipeline_channel("pp_backward")}
+            self.channels = {"F": mesh["pp"], "B": mesh["pp_backward"]}
 
     def run(self, schedule: Schedule, batches: Sequence[Batch]) -> list[Tensor]:
         """Execute this rank's row. Returns the losses by micro-batch, detached; empty unless it is the last stage."""

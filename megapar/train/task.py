@@ -63,14 +63,13 @@ class LanguageModeling:
 
         The samples are the same in every layout; where they don't divide, some batches hold tokens that don't count.
         """
-        held_out = self._samples["valid"]
-        count = min(self.config.train.eval_samples, held_out.num_samples)
+        numbers = self._held_out_numbers()
         granule = self.config.train.micro_batch_size * self.mesh["dp"].size
-        tokens = count * self.config.train.seq_length
+        tokens = len(numbers) * self.config.train.seq_length
         batches = []
-        for part in self._share(-(-count // granule) * granule):
-            batch = self._batch("valid", np.minimum(part, count - 1), 0, tokens)
-            batch["labels"][torch.from_numpy(part >= count)] = _IGNORED
+        for part in self._share(-(-len(numbers) // granule) * granule):
+            batch = self._batch("valid", numbers[np.minimum(part, len(numbers) - 1)], 0, tokens)
+            batch["labels"][torch.from_numpy(part >= len(numbers))] = _IGNORED
             batches.append(batch)
         return batches, tokens
 
@@ -79,9 +78,14 @@ class LanguageModeling:
         held_out = self._samples["valid"]
         if held_out.char_counts is None:
             return None
-        count = min(self.config.train.eval_samples, held_out.num_samples)
-        labels = held_out.batch(range(count))[:, 1:]
+        labels = held_out.batch(self._held_out_numbers())[:, 1:]
         return nats_per_token * labels.size / int(held_out.char_counts[labels].sum()) / math.log(2)
+
+    def _held_out_numbers(self) -> np.ndarray:
+        """The samples of an evaluation, spread evenly over the held-out documents."""
+        available = self._samples["valid"].num_samples
+        count = min(self.config.train.eval_samples, available)
+        return np.arange(count) * available // count
 
     def _share(self, samples: int) -> list[np.ndarray]:
         """This rank's micro-batches of sample numbers 0..samples-1: dealt out micro-batch by micro-batch."""
