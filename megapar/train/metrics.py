@@ -1,0 +1,138 @@
+"""One row of figures per step, on rank 0, whatever the layout: metrics.jsonl first, wandb and the terminal after it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megapar.config.schema import TrainConfig
+from megapar.mesh import AXES, Mesh
+from megapar.timeline import Span
+
+BUSY = ("F", "B", "I", "W", "REDUCE")
+_COLUMNS = ("loss", "phase", "busy", *AXES)
+
+
+def local_figures(loss: float, spans: list[Span]) -> list[float]:
+    """This rank's figures in the order of `_COLUMNS`: its part of the loss, then seconds."""
+    seconds: dict[str, float] = {}
+    for span in spans:
+        seconds[span.kind] = seconds.get(span.kind, 0.0) + span.seconds
+    busy = sum(seconds.get(kind, 0.0) for kind in BUSY)
+    return [loss, seconds.get("phase", 0.0), busy, *(seconds.get(axis, 0.0) for axis in AXES)]
+
+
+def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
+    """[pp, dp, tp, columns] fp64 on the CPU: every rank's figures by place in the mesh. Collective."""
+    mine = torch.tensor([figures], dtype=torch.float64, device=mesh.device)
+    rows = mine
+    if mesh.world_size > 1:
+        rows = mine.new_empty(mesh.world_size, len(figures))
+        dist.all_gather_single(rows, mine, group=mesh["world"].group)
+    return rows.cpu().view(*mesh.sizes.values(), len(figures))
+
+
+def summarise(figures: Tensor) -> dict[str, Any]:
+    """loss, bubble and exposed_comm_s of a step from all ranks' figures.
+
+    exposed_comm_s of an axis: seconds that even the last of a group to arrive stood still, so that waiting for a late
+    peer counts where it was late; of all groups of the axis the slowest.
+    bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks.
+    """
+    column = {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
+    exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(AXES)}
+    return {
+        "loss": float(column["loss"].sum()),
+        "bubble": float((1.0 - column["busy"] / column["phase"]).mean()),
+        "exposed_comm_s": exposed,
+    }
+
+
+class MetricsWriter:
+    """Writes rows to metrics.jsonl and to wandb, and shows progress on a terminal."""
+
+    def __init__(self, config: TrainConfig, console: TextIO, first_step: int) -> None:
+        assert config.run.dir is not None
+        self.folder = Path(config.run.dir)
+        self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._wandb = _start_wandb(config)
+        self._console = console
+        interactive = console.isatty()
+        self._bar: tqdm | None = None
+        if config.logger.progress and interactive:
+            self._bar = tqdm(
+                total=config.train.steps,
+                initial=first_step - 1,
+                file=console,
+                unit="step",
+                dynamic_ncols=True,
+                leave=True,
+            )
+        self._plain = config.logger.progress and not interactive
+        self._every = max(1, config.train.steps // 10)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A row of a training step."""
+        self._write(row)
+        figures = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update()
+        elif self._plain and (row["step"] % self._every == 0 or row["step"] == 1):
+            self.say(f"step {row['step']:>6}  {figures}")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """A row of an evaluation."""
+        self._write(row)
+        bits = row["val_bits_per_char"]
+        text = f"step {row['step']:>6}  validation loss {row['val_loss']:.4f} nats/token"
+        self.say(text + (f", {bits:.3f} bits/char" if bits is not None else ""))
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        if self._bar is not None:
+            tqdm.write(text, file=self._console)
+        else:
+            print(text, file=self._console, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(row), step=row["step"])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(config: TrainConfig) -> Any:
+    if config.logger.wandb.mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.init(
+        project=config.logger.wandb.project,
+        name=config.run.name,
+        dir=config.run.dir,
+        mode=config.logger.wandb.mode,
+        settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
+    )

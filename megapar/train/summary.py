@@ -1,0 +1,47 @@
+"""What a finished run says on the terminal."""
+
+from typing import Any
+
+from megapar.config.schema import TrainConfig
+
+
+def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
+    """Layout, speed, where the time of a step went, and what the run left behind."""
+    layout, step = summary["layout"], summary["step_time_s"]
+    ranks = layout["tp"] * layout["pp"] * layout["dp"]
+    names = " ".join(f"{axis}={size}" for axis, size in layout.items())
+    lines = [
+        "",
+        f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
+        f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
+        f"loss        {summary['loss']:.4f} nats/token after {summary['steps']} steps"
+        + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
+    ]
+    if len(summary["evaluations"]) > 1:
+        first, last = summary["evaluations"][0], summary["evaluations"][-1]
+        text = f"validation  {first['val_loss']:.4f} -> {last['val_loss']:.4f} nats/token"
+        if last["val_bits_per_char"] is not None:
+            text += f", {first['val_bits_per_char']:.3f} -> {last['val_bits_per_char']:.3f} bits/char"
+        lines.append(text)
+    lines += _time_lines(summary, config)
+    lines += [f"left in     {config.run.dir}: metrics.jsonl, summary.json, config.yaml, logs/, checkpoints/"]
+    return "\n".join(lines)
+
+
+def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
+    step, exposed = summary["step_time_s"], summary["exposed_comm_s"]
+    parts = [f"{axis} {seconds / step:.0%}" for axis, seconds in exposed.items() if summary["layout"][axis] > 1]
+    lines = []
+    if parts:
+        lines.append(f"waiting     share of a step that communication was exposed: {', '.join(parts)}")
+    if summary["layout"]["pp"] > 1:
+        lines.append(
+            f"bubble      {summary['bubble']:.1%} of the pipeline phase; the {config.pipeline.schedule} schedule's "
+            f"ideal is {summary['bubble_ideal']:.1%}"
+        )
+    if summary["cores_per_rank"] < 1 and config.train.device == "cpu":
+        lines.append(
+            f"            {summary['cores_per_rank']:.2g} cores per rank: ranks wait for each other's turn on a core, "
+            "so times and bubble say nothing of a machine with a core per rank"
+        )
+    return lines

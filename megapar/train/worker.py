@@ -1,0 +1,118 @@
+"""One rank of `megapar train`: the loop from the first step to the summary."""
+
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megapar.config.schema import TrainConfig
+from megapar.console import console
+from megapar.pipeline.schedules import ideal_bubble
+from megapar.train.metrics import MetricsWriter, gather_figures, local_figures, summarise
+from megapar.train.summary import summary_text
+from megapar.train.trainer import Step, Trainer
+
+
+def run(config: TrainConfig, rank: int, world_size: int) -> None:
+    """Train as rank `rank` of `world_size` with the default process group up. `config` is resolved."""
+    torch.use_deterministic_algorithms(True)
+    # Deterministic mode would also fill every fresh tensor with NaN; we never read one before writing it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    Loop(config, rank).run()
+
+
+class Loop:
+    """The steps of a run. Every rank walks it alike; rank 0 also writes."""
+
+    def __init__(self, config: TrainConfig, rank: int) -> None:
+        self.config = config
+        self.trainer = Trainer(config, rank)
+        self.first_step = 1
+        self.writer = MetricsWriter(config, console(), self.first_step) if rank == 0 else None
+        self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.skipped = 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores_per_rank = cores / int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.mesh.world_size))
+
+    def run(self) -> None:
+        steps, every = self.config.train.steps, self.config.train.eval_every
+        if every:
+            self._evaluate(self.first_step - 1)
+        for step in range(self.first_step, steps + 1):
+            self._step(step)
+            if every and (step % every == 0 or step == steps):
+                self._evaluate(step)
+        self._finish()
+
+    def _step(self, step: int) -> None:
+        start = time.perf_counter()
+        done = self.trainer.step(step)
+        figures = gather_figures(local_figures(done.loss, done.spans), self.trainer.mesh)
+        self.skipped += done.result.skipped
+        if self.writer is not None:
+            row = self._row(step, done, summarise(figures), time.perf_counter() - start)
+            self.rows.append(row)
+            self.writer.step(row)
+
+    def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
+        tokens = self.trainer.task.tokens_per_step
+        return {
+            "step": step,
+            "loss": summary["loss"],
+            "grad_norm": done.result.grad_norm,
+            "lr": done.lr,
+            "tokens": step * tokens,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "bubble": summary["bubble"],
+            "bubble_ideal": ideal_bubble(self.trainer.mesh["pp"].size, self.trainer.microbatches),
+            "cores_per_rank": self.cores_per_rank,
+            "exposed_comm_s": summary["exposed_comm_s"],
+            "skipped_steps": self.skipped,
+        }
+
+    def _evaluate(self, step: int) -> None:
+        part = self.trainer.evaluate()
+        figures = gather_figures(local_figures(part, []), self.trainer.mesh)
+        if self.writer is not None:
+            loss = float(figures[..., 0].sum())
+            row = {"step": step, "val_loss": loss, "val_bits_per_char": self.trainer.task.bits_per_char(loss)}
+            self.evaluations.append(row)
+            self.writer.evaluation(row)
+
+    def _finish(self) -> None:
+        if self.writer is not None:
+            summary = self._summary()
+            self.writer.close()
+            assert self.config.run.dir is not None
+            path = Path(self.config.out or os.path.join(self.config.run.dir, "summary.json"))
+            path.write_text(json.dumps(summary, indent=1) + "\n")
+            print(summary_text(summary, self.config), file=console(), flush=True)
+        self.trainer.close()
+
+    def _summary(self) -> dict[str, Any]:
+        """The run in a few figures; medians over all steps but the first, which warms up."""
+        rows = self.rows[1:] or self.rows
+
+        def middle(key: str, part: str | None = None) -> float:
+            return median(row[key] if part is None else row[key][part] for row in rows)
+
+        parallel = self.config.parallel
+        return {
+            "layout": {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
+            "steps": len(self.rows),
+            "skipped_steps": self.skipped,
+            "loss": self.rows[-1]["loss"],
+            "evaluations": self.evaluations,
+            "tokens_per_s": middle("tokens_per_s"),
+            "step_time_s": middle("step_time_s"),
+            "bubble": middle("bubble"),
+            "bubble_ideal": self.rows[-1]["bubble_ideal"],
+            "exposed_comm_s": {axis: middle("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
+            "cores_per_rank": self.cores_per_rank,
+        }
