@@ -80,6 +80,10 @@ class Optimizer:
         for state in self.adamw.state.values():
             state["step"].fill_(value)
 
+    def flat_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of every parameter: flat tensors of the owned values by kind, at least fp32."""
+        return {"weight": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
     def grad_norm(self) -> float:
         """Global L2 norm over all axes; replicas and tied copies count once. Collective."""
         total = torch.zeros(1, dtype=torch.float64, device=self.grads.device)

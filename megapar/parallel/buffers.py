@@ -37,10 +37,11 @@ class StageBuffers:
 
     params: [n] compute dtype. grads: [n] wide dtype (main gradients).
     zero: with True every data-parallel rank owns an equal slice of each bucket, else all own everything.
+    weights_only: for weights that are loaded and not trained: no main gradients, no initial values (zeros).
     """
 
-    def __init__(self, context: StageContext, *, bucket_size: int, zero: bool) -> None:
-        self.context = context
+    def __init__(self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False) -> None:
+        self.context, self.weights_only = context, weights_only
         self.mesh: Mesh = context.mesh
         self.zero = zero and self.mesh["dp"].size > 1
         self.buckets: list[Bucket] = []
@@ -48,7 +49,7 @@ class StageBuffers:
         self._lay_out(bucket_size)
         size = self.buckets[-1].stop if self.buckets else 0
         self.params = torch.zeros(size, dtype=context.dtype, device=context.device)
-        self.grads = torch.zeros(size, dtype=context.wide_dtype, device=context.device)
+        self.grads = torch.zeros(0 if weights_only else size, dtype=context.wide_dtype, device=context.device)
         for parameter in context.parameters:
             self._install(parameter)
 
@@ -84,13 +85,14 @@ class StageBuffers:
             if isinstance(piece.record.init, Given):
                 assert parameter.values is not None
                 view.copy_(parameter.values.view(parameter.shape))
-            else:
+            elif not self.weights_only:
                 fill(piece.record, piece.shard, self.context.seed, view[piece.start : piece.stop])
         shape = parameter.shape if parameter.values is None else parameter.values.shape
         tensor = nn.Parameter(view.view(shape))
         parameter.module.register_parameter(parameter.attribute, tensor)
         parameter.tensor = tensor
-        parameter.grad = self.grads[place].view(parameter.shape)
+        if not self.weights_only:
+            parameter.grad = self.grads[place].view(parameter.shape)
         if parameter.values is not None:
             parameter.values = None
             hook_plain_gradient(parameter, self.context.weight_grads)

@@ -43,7 +43,7 @@ class Executor:
     stage: a module with forward(received, batch) -> tensors for the next stage, `received(batch)` (specs of what it
         receives) and `sent(batch)` (of what it sends, which is also what comes back as gradients).
     loss(outputs, batch): on the last stage, the scalar whose gradient is propagated.
-    reduce(): finishes the stage's gradient reduction.
+    reduce(): finishes the stage's gradient reduction. Both are for training and may be left out without it.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Executor:
         stage: nn.Module,
         mesh: Mesh,
         weight_grads: WeightGrads,
-        loss: Callable[[Tensors, Batch], Tensor],
-        reduce: Callable[[], None],
+        loss: Callable[[Tensors, Batch], Tensor] | None = None,
+        reduce: Callable[[], None] = lambda: None,
     ) -> None:
         self.stage, self.mesh, self.weight_grads, self.loss, self.reduce = stage, mesh, weight_grads, loss, reduce
         self.index = mesh["pp"].index
@@ -60,13 +60,22 @@ class Executor:
         if mesh["pp"].size > 1:
             self.channels = {"F": mesh["pp"], "B": mesh["pp_backward"]}
 
-    def run(self, schedule: Schedule, batches: Sequence[Batch]) -> list[Tensor]:
-        """Execute this rank's row. Returns the losses by micro-batch, detached; empty unless it is the last stage."""
+    def run(
+        self,
+        schedule: Schedule,
+        batches: Sequence[Batch],
+        head: Callable[[Tensors, Batch], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Execute this rank's row. Returns the losses by micro-batch, detached; empty unless it is the last stage.
+
+        head(outputs, batch): what to return instead of the loss, in a schedule without backward.
+        """
         row = schedule.rows[self.index]
         training = any(action.kind in ("B", "I") for action in row)
         self.stage.train(training)
         with self.mesh.timeline.span("phase", "pipeline"), torch.set_grad_enabled(training):
-            phase = _Phase(self, row, batches, training, last=self.index == schedule.stages - 1)
+            last = self.index == schedule.stages - 1
+            phase = _Phase(self, row, batches, training, last, head or self.loss)
             for action in row:
                 with self.mesh.timeline.span(action.kind, str(action)):
                     phase.actions[action.kind](action)
@@ -78,9 +87,15 @@ class _Phase:
     """One pass through a row: what has arrived, what waits for its backward, what is on its way."""
 
     def __init__(
-        self, executor: Executor, row: Sequence[Action], batches: Sequence[Batch], training: bool, last: bool
+        self,
+        executor: Executor,
+        row: Sequence[Action],
+        batches: Sequence[Batch],
+        training: bool,
+        last: bool,
+        head: Callable[[Tensors, Batch], Tensor] | None,
     ) -> None:
-        self.executor, self.batches, self.training, self.last = executor, batches, training, last
+        self.executor, self.batches, self.training, self.last, self.head = executor, batches, training, last, head
         self.mesh, self.stage, self.index = executor.mesh, executor.stage, executor.index
         self.losses: dict[int, Tensor] = {}
         self._arrived: dict[tuple[str, int], Tensors] = {}
@@ -114,7 +129,8 @@ class _Phase:
         batch = self.batches[m]
         outputs = self.stage(received, batch)
         if self.last:
-            loss = self.executor.loss(outputs, batch)
+            assert self.head is not None, "the last stage needs a loss or a head"
+            loss = self.head(outputs, batch)
             self.losses[m] = loss.detach()
             outputs = {"loss": loss}
         else:

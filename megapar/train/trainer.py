@@ -56,12 +56,11 @@ def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
     )
 
 
-class Trainer:
-    """Holds a rank's stage, buffers, optimizer and schedule.
+class ModelPart:
+    """A rank's part of the model: its stage and the flat buffers of its parameters.
 
-    build: makes the stage from (config, context); the default is the configured Transformer.
-    on_reduced: called each step with the gradients reduced and not yet clipped.
-    Every method is collective: all ranks call it alike.
+    build_stage: makes the stage from (config, context); the default is the configured Transformer.
+    weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     """
 
     def __init__(
@@ -69,6 +68,8 @@ class Trainer:
         config: TrainConfig,
         rank: int,
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+        *,
+        weights_only: bool = False,
     ) -> None:
         train, parallel = config.train, config.parallel
         self.config = config
@@ -79,7 +80,30 @@ class Trainer:
         with self.context.seeded(f"stage {self.mesh['pp'].index}"):
             self.stage = build_stage(config, self.context)
         self.context.adopt(self.stage)
-        self.buffers = StageBuffers(self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1)
+        self.buffers = StageBuffers(
+            self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1, weights_only=weights_only
+        )
+
+    def close(self) -> None:
+        """Destroy the mesh's groups."""
+        self.mesh.close()
+
+
+class Trainer(ModelPart):
+    """Adds to a rank's part of the model what trains it: gradient reduction, optimizer, task and schedule.
+
+    on_reduced: called each step with the gradients reduced and not yet clipped.
+    Every method is collective: all ranks call it alike.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rank: int,
+        build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+    ) -> None:
+        super().__init__(config, rank, build_stage)
+        train = config.train
         self.sync = GradSync(self.buffers)
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
         self.task = TASKS[config.task.name](config, self.context, self.stage)  # type: ignore[arg-type]
@@ -114,6 +138,3 @@ class Trainer:
     def _part(self, losses: list[Tensor]) -> float:
         """Tensor-parallel peers hold the same losses: one of them counts."""
         return float(sum(losses)) if losses and self.mesh["tp"].index == 0 else 0.0
-
-    def close(self) -> None:
-        self.mesh.close()
