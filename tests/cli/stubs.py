@@ -62,3 +62,31 @@ def sleeps(config: Any, rank: int, world_size: int) -> None:
     """Say where it is and then stay."""
     Path(config.run.dir, f"pid-{rank}").write_text(str(os.getpid()))
     time.sleep(120)
+
+
+def busy(config: Any, rank: int, world_size: int) -> None:
+    """Stay in a collective, outside Python, that never ends: rank 0 does not join."""
+    import torch
+    import torch.distributed as dist
+
+    Path(config.run.dir, f"pid-{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        time.sleep(120)
+    dist.all_reduce(torch.ones(1))
+
+
+def lr_fails(config: Any, rank: int, world_size: int) -> None:
+    """Count the starts of this point; fail where lr is 2 and the folder holds no file `fixed`."""
+    if rank == 0:
+        with open(Path(config.run.dir, "starts"), "a") as file:
+            file.write("x")
+        if config.optim.lr == 2.0 and not Path("fixed").exists():
+            raise ValueError("lr of 2")
+        summary = {"loss": config.optim.lr, "tokens_per_s": 1234.0}
+        Path(config.run.dir, "summary.json").write_text(json.dumps(summary))
+
+
+def write(config: Any, rank: int, world_size: int) -> None:
+    """What `megapar generate` calls: show the prompt on the terminal."""
+    if rank == 0:
+        print(config.prompt, file=console(), flush=True)

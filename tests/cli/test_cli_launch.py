@@ -1,0 +1,160 @@
+"""Ranks started on this machine: output, root cause, exit codes, and that no process stays behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megapar.cli import main
+from megapar.config import TrainConfig
+from megapar.config.file import load
+
+FOLDER = "run.dir=run"
+
+
+def seen(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("seen-*.json"))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def pids_when_running(folder: Path, ranks: int) -> list[int]:
+    def written() -> bool:
+        return all((folder / f"pid-{rank}").exists() and (folder / f"pid-{rank}").read_text() for rank in range(ranks))
+
+    assert wait_for(written, 60), "the ranks did not start"
+    return [int((folder / f"pid-{rank}").read_text()) for rank in range(ranks)]
+
+
+def test_eight_ranks_meet_and_only_the_launcher_knows_hydra(run_process: Callable, tmp_path: Path) -> None:
+    done = run_process("ok", "parallel=tp2pp2dp2", FOLDER)
+    assert done.code == 0, done.err
+    assert done.out == "shown 8\n"  # rank 0's console; what ranks print is in the logs
+    ranks = seen(tmp_path / "run")
+    assert [rank["sum"] for rank in ranks] == [28.0] * 8
+    assert not any(rank["hydra"] for rank in ranks)
+    assert {rank["threads"] for rank in ranks} == {max(1, len(os.sched_getaffinity(0)) // 8)}
+    assert "noise of rank 5" in (tmp_path / "run/logs/rank-5.log").read_text()
+
+
+def test_run_directory(run: Callable, tmp_path: Path) -> None:
+    assert run("ok", "train", "run.name=first", "train.steps=3").code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-first")
+    config = load(TrainConfig, folder / "config.yaml")
+    assert (config.train.steps, config.parallel.dp, config.model.vocab_size) == (3, 1, 400)
+    assert Path(f"{config.data.prefix}.bin").exists()
+    overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
+    assert {"train.steps=3", "run.name=first"} <= set(overrides)
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts["packages"]["torch"] and facts["python"] and facts["kernels"]["attention"] == "torch"
+    assert os.uname().nodename not in facts.values()
+    assert (folder / "logs").is_dir() and (folder / "checkpoints").is_dir()
+
+
+def test_run_directory_of_another_config_is_refused(run: Callable) -> None:
+    assert run("ok", "train", FOLDER, "train.steps=3").code == 0
+    again = run("ok", "train", FOLDER, "train.steps=3")
+    assert again.code == 0
+    other = run("ok", "train", FOLDER, "train.steps=4")
+    assert other.code == 2
+    line = other.err.strip().splitlines()[-1]
+    assert "run.dir=run" in line and "train.steps was 3, now 4" in line and "choose another" in line
+
+
+@pytest.mark.parametrize("stub", ["raises", "killed", "mistake"])
+def test_the_culprit_is_named_and_nobody_else(stub: str, run: Callable, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run(stub, "train", "parallel=dp4", FOLDER)
+    assert time.monotonic() - start < 30  # a stuck collective would take train.timeout_s = 300 s
+    said = [line for line in done.err.splitlines() if not line.startswith(("run: ", "data: "))]
+    if stub == "raises":
+        assert done.code == 1
+        assert said[0].startswith("Traceback") and "ValueError: the culprit's own words" in said
+        assert said[-1] == "rank 1 failed: ValueError: the culprit's own words; logs: run/logs/rank-1.log"
+        assert "onnection" not in done.err  # what the victims said is in their logs
+        assert "the culprit's own words" in (tmp_path / "run/logs/rank-1.log").read_text()
+    elif stub == "killed":
+        assert done.code == 1
+        assert len(said) == 1 and said[0].startswith("rank 3 failed: ended by SIGKILL")
+    else:
+        assert done.code == 2
+        assert said == ["tokens.bin: truncated at byte 12; make it again with `megapar data`"]
+
+
+@pytest.mark.parametrize("stub", ["sleeps", "busy"])
+def test_nothing_survives_a_killed_launcher(stub: str, start: Callable, tmp_path: Path) -> None:
+    launcher = start(stub, "parallel=dp2", FOLDER)
+    ranks = pids_when_running(tmp_path / "run", 2)
+    group = children_of(launcher.pid)  # the fork server and the resource tracker
+    assert group
+    launcher.kill()
+    launcher.wait()
+    assert wait_for(lambda: not any(map(alive, ranks + group)), 5), "processes stayed behind"
+    launcher.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_is_quick_and_quiet(number: signal.Signals, code: int, start: Callable, tmp_path: Path) -> None:
+    launcher = start("sleeps", "parallel=dp2", FOLDER)
+    ranks = pids_when_running(tmp_path / "run", 2)
+    begin = time.monotonic()
+    launcher.send_signal(number)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == code
+    assert time.monotonic() - begin < 5
+    assert "Traceback" not in err
+    assert wait_for(lambda: not any(map(alive, ranks)), 5)
+
+
+def test_generate_loads_a_run_and_writes_to_the_terminal(run: Callable, tmp_path: Path) -> None:
+    assert run("ok", "train", FOLDER).code == 0
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "stub_main.py"),
+        "write",
+        "generate",
+        FOLDER,
+        "prompt={a}, b",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "{a}, b\n"), done.stderr
+    assert (tmp_path / "run/logs/generate-rank-0.log").exists()
+    refused = subprocess.run([*command, "parallel=tp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and refused.stderr.startswith("model.heads=4: not divisible by parallel.tp=8")
+
+
+def test_data_command_prints_a_table(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *corpus, "out=tokens/mine"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "largest" not in line)
+    assert rows["vocabulary"] == "400" and int(rows["tokens"].replace(",", "")) > 1000
+    assert Path("tokens/mine.bin").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

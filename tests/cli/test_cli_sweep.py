@@ -1,0 +1,129 @@
+"""Sweeps: points, ledger, going on after failures and interruptions, joblib."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megapar.compose import split
+from megapar.ledger import Ledger, claimed
+from megapar.sweep import check_points, point_id, table
+
+SWEEP = ["-m", "run.dir=sweep", "train.steps=1", "optim.lr=1,2,3"]
+
+
+def latest(folder: Path) -> dict[str, dict]:
+    """The ledger's last row by value of the swept key."""
+    rows = Ledger(folder).latest().values()
+    return {next(o for o in row["overrides"] if o.startswith("optim.lr")): row for row in rows}
+
+
+def starts(folder: Path, row: dict) -> int:
+    return len((folder / row["point"] / "starts").read_text())
+
+
+def test_one_failed_point_does_not_end_the_others_and_a_rerun_repeats_only_it(run: Callable, tmp_path: Path) -> None:
+    first = run("lr_fails", "train", *SWEEP)
+    assert first.code == 1
+    rows = latest(tmp_path / "sweep")
+    assert [rows[f"optim.lr={lr}"]["state"] for lr in (1, 2, 3)] == ["done", "failed", "done"]
+    assert "ValueError: lr of 2" in rows["optim.lr=2"]["error"]
+    assert "1.0000" in first.out and "1,234" in first.out and "2 done, 1 failed" in first.out
+
+    (tmp_path / "fixed").touch()
+    reordered = ["-m", "optim.lr=3,2,1", "train.steps=1", "run.dir=sweep"]
+    second = run("lr_fails", "train", *reordered)
+    assert second.code == 0, second.err
+    assert "3 done (2 of them before)" in second.out
+    rows = latest(tmp_path / "sweep")
+    assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 2, 3)] == [1, 2, 1]
+
+
+def test_an_interrupted_sweep_goes_on(run: Callable, start: Callable, tmp_path: Path) -> None:
+    sweep = start("sleeps", "-m", "run.dir=sweep", "optim.lr=1,2")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "sweep").glob("*/pid-0")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGINT)
+    _, err = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130
+    assert "Traceback" not in err
+    assert [row["state"] for row in latest(tmp_path / "sweep").values()] == ["interrupted"]
+    assert run("ok", "train", "-m", "run.dir=sweep", "optim.lr=1,2").code == 0
+    assert [row["state"] for row in latest(tmp_path / "sweep").values()] == ["done", "done"]
+
+
+def test_a_killed_sweep_goes_on(run: Callable, tmp_path: Path) -> None:
+    """`running` without anybody who holds the point's lock is left over from a killed sweep."""
+    assert run("lr_fails", "train", "-m", "run.dir=sweep", "optim.lr=1,3").code == 0
+    ledger = Ledger(tmp_path / "sweep")
+    row = latest(tmp_path / "sweep")["optim.lr=3"]
+    ledger.append(row["point"], "running", overrides=row["overrides"], call="before")
+    with open(ledger.path, "a") as file:
+        file.write('{"point": "torn')  # killed while it wrote
+    assert run("lr_fails", "train", "-m", "run.dir=sweep", "optim.lr=1,3").code == 0
+    rows = latest(tmp_path / "sweep")
+    assert [rows[f"optim.lr={lr}"]["state"] for lr in (1, 3)] == ["done", "done"]
+    assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 3)] == [1, 2]
+
+
+def test_joblib_runs_points_side_by_side(run_process: Callable, tmp_path: Path) -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = run_process("ok", "-m", "run.dir=sweep", "parallel=tp2,pp2", *joblib)
+    assert done.code == 0, done.err
+    assert "shown" not in done.out  # progress of two runs at once would be a mess
+    seen = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/seen-1.json")]
+    assert [rank["sum"] for rank in seen] == [1.0, 1.0]
+    assert not any(rank["hydra"] for rank in seen)
+
+
+def test_default_folder_and_single_run_folder(run: Callable, tmp_path: Path) -> None:
+    assert run("lr_fails", "train", "-m", "run.name=tune", "optim.lr=1,3").code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-tune-sweep")
+    point = next(folder.glob("*/config.yaml")).parent
+    refused = run("lr_fails", "train", "-m", f"run.dir={point}", "optim.lr=1,3")
+    assert refused.code == 2 and "is a single run" in refused.err
+
+
+def test_verbatim_keys_reach_every_point(run: Callable, tmp_path: Path) -> None:
+    assert run("lr_fails", "train", "-m", "run.dir=a, {b}", "run.name=x=$[1]", "optim.lr=1,3").code == 0
+    configs = list((tmp_path / "a, {b}").glob("*/config.yaml"))
+    assert len(configs) == 2
+    assert all("name: x=$[1]" in path.read_text() for path in configs)
+
+
+def test_points_are_checked_before_the_first_starts() -> None:
+    check_points(split(["parallel=tp2,pp2", "optim.lr=choice(1,2)", "train.steps=range(1,3)"]))
+    with pytest.raises(Exception, match=r"parallel.pp=4.*in the point model.layers=3 parallel=pp4"):
+        check_points(split(["model.layers=4,3", "parallel=pp4"]))
+
+
+def test_point_id_depends_on_the_overrides_only() -> None:
+    assert point_id(split(["a=1", "b=2"])) == point_id(split(["b=2", "a=1"]))
+    assert point_id(split(["a=1"])) != point_id(split(["a=2"]))
+    assert point_id(split(["run.name=x"])) != point_id(split([]))
+
+
+def test_a_point_runs_once_at_a_time(tmp_path: Path) -> None:
+    with claimed(tmp_path / "p") as first:
+        child = os.fork()
+        if child == 0:
+            with claimed(tmp_path / "p") as second:
+                os._exit(int(second))
+        assert first
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with claimed(tmp_path / "p") as again:
+        assert again
+
+
+def test_table_leaves_out_what_all_points_share(tmp_path: Path) -> None:
+    rows = {
+        name: {"state": "done", "overrides": ["data.path=x", f"optim.lr={name}"], "seconds": 1.0} for name in ("1", "2")
+    }
+    shown = table(tmp_path, rows)
+    assert "optim.lr=1" in shown and "data.path" not in shown
