@@ -50,7 +50,7 @@ def tiny_config(prefix: str, layout: str = "single", **values: Any) -> TrainConf
         "train.global_batch_size": 8,
         "train.dtype": "fp64",
     }
-    ranks = Layout() if layout == "single" else Layout.parse(layout)
+    ranks = Layout.parse(layout)
     axes = {f"parallel.{axis}": size for axis, size in ranks.axes()}
     config = resolve(changed(TrainConfig(), small | LLAMA | axes | values))
     check(config)

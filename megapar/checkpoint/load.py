@@ -1,0 +1,174 @@
+"""Reading a checkpoint into any layout: every rank reads the boxes of what it owns, wherever they were written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megapar.checkpoint.boxes import Box, owned_boxes
+from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
+from megapar.checkpoint.save import FlatOptimizer, data_hashes
+from megapar.config.errors import ConfigError, UserError, show
+from megapar.config.parse import to_dict
+from megapar.config.schema import TrainConfig
+from megapar.parallel.agreement import all_or_none, gather_texts
+from megapar.parallel.buffers import StageBuffers
+
+FREE_TO_CHANGE = ("dropout", "attention_dropout", "init_std")  # of the model: they don't say what a weight means
+DATA_ORDER = ("train.seed", "train.global_batch_size", "train.seq_length", "data.split")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: after `step` training steps, which consumed `samples` training samples."""
+
+    folder: Path
+    step: int
+    samples: int
+
+
+def load(path: str | Path, optimizer: FlatOptimizer, config: TrainConfig) -> Resumed:
+    """Bring the state of a checkpoint into an optimizer and its parameters. Collective over all ranks.
+
+    path: a step folder, a folder of checkpoints or a run directory (the newest there). Layout, ZeRO and dtype may be
+    others than those that wrote it: values are moved, and rounded only where this run's are narrower. Raises the same
+    UserError on all ranks where a file is missing or changed, or model or data order are not those of `config`.
+    """
+    buffers = optimizer.buffers
+    folder, manifest = _open(path, buffers)
+    with all_or_none(buffers.mesh["world"], buffers.mesh.device):
+        refuse_other_model(manifest, config, folder)
+        refuse_other_order(manifest, config, folder)
+    _fill(folder, manifest, buffers, optimizer.flat_state())
+    optimizer.steps = manifest.optimizer_steps
+    optimizer.publish()
+    return Resumed(folder, manifest.step, manifest.samples)
+
+
+def load_weights(path: str | Path, buffers: StageBuffers, config: TrainConfig) -> Manifest:
+    """Bring only the weights of a checkpoint into a stage's parameters. Collective, raises as `load` does."""
+    assert not buffers.zero, "weights are loaded whole"
+    folder, manifest = _open(path, buffers)
+    with all_or_none(buffers.mesh["world"], buffers.mesh.device):
+        refuse_other_model(manifest, config, folder)
+    _fill(folder, manifest, buffers, {"weight": buffers.params})
+    return manifest
+
+
+def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
+    """The step folder that rank 0 finds, so that all ranks read the same one, and its manifest."""
+    world, device = buffers.mesh["world"], buffers.mesh.device
+    found = ""
+    with all_or_none(world, device):
+        if buffers.mesh.rank == 0:
+            found = str(find_checkpoint(path))
+    folder = Path(gather_texts(found, world, device)[0])
+    with all_or_none(world, device):
+        manifest = read_manifest(folder)
+    return folder, manifest
+
+
+def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError where the checkpoint's weights mean something else in this config's model."""
+    here, there = to_dict(config)["model"], manifest.config.get("model", {})
+    for name, value in here.items():
+        if name not in FREE_TO_CHANGE and name in there and there[name] != value:
+            raise _other(f"model.{name}", value, there[name], folder)
+
+
+def refuse_other_order(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError where this config would not go on with the data where the checkpoint's run stopped."""
+    for name in DATA_ORDER:
+        group, leaf = name.split(".")
+        value, stored = getattr(getattr(config, group), leaf), manifest.config.get(group, {}).get(leaf)
+        if stored is not None and stored != value:
+            raise _other(name, value, stored, folder)
+    tokens, stored = data_hashes(config.data.prefix).get("tokens"), manifest.data.get("tokens")
+    if None not in (tokens, stored) and tokens != stored:
+        problem = f"not the tokens that {folder} was trained on ({tokens:.8}..., there {stored:.8}...); use those"
+        raise ConfigError("data.path", config.data.path, problem)
+
+
+def _other(name: str, value: Any, stored: Any, folder: Path) -> ConfigError:
+    return ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
+
+
+def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: dict[str, Tensor]) -> None:
+    """Read every owned box of every kind of state. Collective."""
+    world, device = buffers.mesh["world"], buffers.mesh.device
+    _check_parameters(folder, manifest, buffers)
+    reader = _Reader(folder, manifest)
+    with all_or_none(world, device), torch.no_grad():
+        for owned in owned_boxes(buffers):
+            for kind, flat in state.items():
+                reader.read(kind, owned.record.name, owned.box, owned.view(flat))
+
+
+def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -> None:
+    """Refuse parameters that only the model or only the checkpoint has, or in another shape. Collective."""
+    world, device = buffers.mesh["world"], buffers.mesh.device
+    records = {piece.record.name: piece.record for _, piece, _, _ in buffers.pieces()}
+    remedy = "it is of another model; use the config it was trained with"
+    with all_or_none(world, device):
+        for name, record in records.items():
+            stored = manifest.parameters.get(name)
+            if stored is None:
+                raise UserError(f"{folder}: has no parameter {name}; {remedy}")
+            if stored.shape != record.shape:
+                here, there = list(record.shape), list(stored.shape)
+                raise UserError(f"{folder}: parameter {name} has shape {there}, the model's has {here}; {remedy}")
+    held = {name for text in gather_texts("\n".join(records), world, device) for name in text.split("\n")}
+    foreign = sorted(manifest.parameters.keys() - held)
+    if foreign:
+        raise UserError(f"{folder}: the model has no parameter {foreign[0]}; {remedy}")
+
+
+class _Reader:
+    """Reads boxes of logical parameters from the files of a checkpoint, each file verified before its first use."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._files: dict[str, Any] = {}
+
+    def read(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` [box.shape] with a box of a parameter. Raises UserError."""
+        if kind not in self.manifest.kinds:
+            raise UserError(f"{self.folder}: holds no {kind} of the parameters; {RESAVE}")
+        missing = box.numel
+        for stored in self.manifest.parameters[name].boxes:
+            common = box.overlap(stored.box)
+            if common is not None:
+                out[common.within(box)] = self._slice(kind, name, stored, common)
+                missing -= common.numel
+        if missing:
+            raise UserError(f"{self.folder}: {missing} values of {name} are in no file or in two; {RESAVE}")
+
+    def _slice(self, kind: str, name: str, stored: StoredBox, wanted: Box) -> Tensor:
+        if stored.file not in self._files:
+            self._files[stored.file] = self._verified(stored.file)
+        try:
+            tensor = self._files[stored.file].get_slice(key(kind, name, stored.box))
+            if tuple(tensor.get_shape()) != stored.box.shape or tensor.get_dtype() != self.manifest.kinds[kind]:
+                raise SafetensorError("another shape or dtype than in the manifest")
+            return tensor[wanted.within(stored.box)]
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / stored.file}: {kind} of {name}: {error}; {RESAVE}") from None
+
+    def _verified(self, name: str) -> Any:
+        path, expected = self.folder / name, self.manifest.files[name]
+        try:
+            found = file_facts(path)
+            if found.size != expected.size:
+                problem = f"truncated or changed, {found.size} bytes where {expected.size} were written"
+            elif found.sha256 != expected.sha256:
+                problem = "changed, its SHA-256 is not the one in the manifest"
+            else:
+                return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            problem = "missing"
+        except (OSError, SafetensorError) as error:
+            problem = f"can't be read ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path}: {problem}; {RESAVE}")

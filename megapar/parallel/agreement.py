@@ -1,0 +1,39 @@
+"""What ranks must agree on outside the hot path: short texts, and whether something failed anywhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megapar.config.errors import UserError
+from megapar.mesh import Axis
+from megapar.parallel.collectives import all_gather
+
+
+def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:
+    """Every rank's text, by rank. Collective over the axis; travels as bytes on `device`, not by pickle."""
+    if axis.size == 1:
+        return [text]
+    data = text.encode()
+    lengths = all_gather(torch.tensor([len(data)], dtype=torch.int64, device=device), axis).tolist()
+    padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
+    rows: Tensor = all_gather(padded.to(device).unsqueeze(0), axis).cpu()
+    return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+@contextmanager
+def all_or_none(axis: Axis, device: torch.device) -> Iterator[None]:
+    """Collective: where what runs inside raises a UserError on any rank, every rank raises that of the first one.
+
+    What runs inside must hold no collective: a rank that failed would not take part.
+    """
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather_texts(problem, axis, device) if text]
+    if problems:
+        raise UserError(problems[0])
