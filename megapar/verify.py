@@ -166,15 +166,20 @@ def judge(
     for step, (loss, norm) in enumerate(reference, start=1):
         found = [history[step - 1] for history in ranks]
         scale = record.array(step, "gradient", "r")
-        names = {name for one in found for name in one.errors}
         floor = 1e-3 * norm / math.sqrt(record.size)
-        for name in sorted(names):
+
+        def error(name: str, column: int, found: list[Compared] = found) -> float:
+            errors = [one.errors[name][column] for one in found if name in one.errors]
+            return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+        names = sorted({name for one in found for name in one.errors})
+        for name in names:
             largest = max(float(np.abs(record.part(scale, name)).max()), floor)
-            errors = [one.errors[name] for one in found if name in one.errors]
-            hold(max(e[0] for e in errors) / largest, "gradient", f"step {step}: gradient of {name}")
-            hold(max(e[1] for e in errors) / config.optim.lr, "update", f"step {step}: value of {name}")
-        hold(abs(sum(one.loss for one in found) - loss) / abs(loss), "loss", f"step {step}: loss")
+            hold(error(name, 0) / largest, "gradient", f"step {step}: gradient of {name}")
         hold(max(abs(one.grad_norm - norm) for one in found) / norm, "grad_norm", f"step {step}: gradient norm")
+        hold(abs(sum(one.loss for one in found) - loss) / abs(loss), "loss", f"step {step}: loss")
+        for name in names:
+            hold(error(name, 1) / config.optim.lr, "update", f"step {step}: value of {name}")
         if (held := sum(one.elements for one in found)) != record.size and verdict.passed:
             verdict.passed, verdict.worst = False, f"the ranks count {held} parameters, not {record.size}"
     return verdict

@@ -20,6 +20,10 @@ class RMSNorm(nn.Module):
         return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
 
 
+def make_norm(c: dict) -> nn.Module:
+    return nn.LayerNorm(c["hidden"], c["norm_eps"]) if c["layernorm"] else RMSNorm(c["hidden"], c["norm_eps"])
+
+
 def rotate(x: Tensor, theta: float) -> Tensor:
     """Rotary embedding by complex multiplication of the pairs (i, i + D/2); x [B, N, S, D]."""
     length, channels = x.shape[-2:]
@@ -36,15 +40,13 @@ class Layer(nn.Module):
         super().__init__()
         self.c = c
         hidden, width, kv_width = c["hidden"], c["heads"] * c["head_dim"], c["kv_heads"] * c["head_dim"]
-        norm = (lambda: nn.LayerNorm(hidden, c["norm_eps"])) if c["layernorm"] else (lambda: RMSNorm(hidden, c["norm_eps"]))
-        linear = lambda i, o: nn.Linear(i, o, bias=c["bias"])  # noqa: E731
-        self.norm1, self.norm2 = norm(), norm()
-        self.attention = nn.ModuleDict(
-            {"q": linear(hidden, width), "k": linear(hidden, kv_width), "v": linear(hidden, kv_width), "out": linear(width, hidden)}
-        )
-        self.mlp = nn.ModuleDict({"up": linear(hidden, c["ffn"]), "down": linear(c["ffn"], hidden)})
+        self.norm1, self.norm2 = make_norm(c), make_norm(c)
+        sizes = {"q": (hidden, width), "k": (hidden, kv_width), "v": (hidden, kv_width), "out": (width, hidden)}
+        self.attention = nn.ModuleDict({name: nn.Linear(*size, bias=c["bias"]) for name, size in sizes.items()})
+        sizes = {"up": (hidden, c["ffn"]), "down": (c["ffn"], hidden)}
         if c["swiglu"]:
-            self.mlp["gate"] = linear(hidden, c["ffn"])
+            sizes["gate"] = (hidden, c["ffn"])
+        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=c["bias"]) for name, size in sizes.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         c, at, mlp = self.c, self.attention, self.mlp
@@ -70,7 +72,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(c["vocab_size"], c["hidden"])
         self.positions = None if c["rope"] else nn.Embedding(c["positions"], c["hidden"])
         self.layers = nn.ModuleList(Layer(c) for _ in range(c["layers"]))
-        self.norm = nn.LayerNorm(c["hidden"], c["norm_eps"]) if c["layernorm"] else RMSNorm(c["hidden"], c["norm_eps"])
+        self.norm = make_norm(c)
         self.head = nn.Linear(c["hidden"], c["vocab_size"], bias=False)
         if c["tied"]:
             self.head.weight = self.embedding.weight
@@ -101,7 +103,7 @@ def train(c: dict, weights: dict[str, Tensor], batches: list[Tensor], optim: dic
         logits = model(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
-        named = {name: p for name, p in model.named_parameters()}
+        named = dict(model.named_parameters())
         grads = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip_grad"])
         for group in adamw.param_groups:

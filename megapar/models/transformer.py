@@ -248,7 +248,10 @@ class TransformerStage(nn.Module):
         super().__init__()
         self.context, self.hidden = context, model.hidden
         self.embedding = Embedding(context, model, positions) if first else None
-        self.layers = nn.ModuleList(TransformerLayer(context, model, index, recompute) for index in layers)
+        # By number in the whole model, so that a module has the same path whatever stage it is on.
+        self.layers = nn.ModuleDict(
+            {str(index): TransformerLayer(context, model, index, recompute) for index in layers}
+        )
         self.head = Head(context, model, self.embedding) if last else None
 
     def received(self, batch: dict[str, Tensor]) -> dict[str, TensorSpec]:
@@ -261,7 +264,7 @@ class TransformerStage(nn.Module):
 
     def forward(self, received: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x_tH = received["hidden"] if self.embedding is None else self.embedding(batch)
-        for layer in self.layers:
+        for layer in self.layers.values():
             x_tH = layer(x_tH, batch)
         return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}
 

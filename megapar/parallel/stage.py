@@ -77,12 +77,20 @@ class StageContext:
         return parameter
 
     def adopt(self, stage: nn.Module) -> None:
-        """Take over the parameters of plain modules inside a stage: replicated, gradients from autograd."""
+        """Take over the parameters of plain modules inside a stage: replicated, gradients from autograd.
+
+        Their values are drawn anew by the module's own `reset_parameters`, seeded with its path; a module without one
+        keeps what it was built with, which must then be the same on every rank.
+        """
         known = {(id(parameter.module), parameter.attribute) for parameter in self.parameters}
         for path, module in stage.named_modules():
-            for attribute, tensor in list(module.named_parameters(recurse=False)):
-                if (id(module), attribute) in known:
-                    continue
+            plain = [name for name, _ in module.named_parameters(recurse=False) if (id(module), name) not in known]
+            reset = getattr(module, "reset_parameters", None)
+            if plain and callable(reset):
+                with self.seeded(path):
+                    reset()
+            for attribute in plain:
+                tensor = getattr(module, attribute)
                 name = f"{path}.{attribute}" if path else attribute
                 record = ParameterRecord(name, tuple(tensor.shape) or (1,), Given())
                 shard = Shard(0, record.shape[0], self.tp.size, self.tp.index)

@@ -1,0 +1,184 @@
+"""Ways to get a layout wrong, each applied in the worker processes around one run of `verify.run_layout`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megapar import verify
+from megapar.optim.adamw import Optimizer
+from megapar.parallel import collectives
+from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.grad_sync import GradSync
+from megapar.pipeline.executor import _Phase
+from megapar.train.task import LanguageModeling
+
+
+class Mutant:
+    """`shows`: what the verdict's first complaint must mention."""
+
+    def __init__(
+        self,
+        apply: Callable[[], Any],
+        shows: str,
+        sequence_parallel: bool,
+        values: dict[str, Any],
+    ) -> None:
+        self.apply, self.shows, self.sequence_parallel, self.values = apply, shows, sequence_parallel, values
+        self.__name__ = apply.__name__
+
+    def run_layout(self, rank: int, world_size: int, *args: Any) -> Any:
+        with self.apply():
+            return verify.run_layout(rank, world_size, *args)
+
+    def __reduce__(self) -> tuple:
+        return _by_name, (self.__name__,)
+
+
+MUTANTS: list[Mutant] = []
+
+
+def _by_name(name: str) -> Mutant:
+    return next(mutant for mutant in MUTANTS if mutant.__name__ == name)
+
+
+def mutant(shows: str, sequence_parallel: bool = False, **values: Any) -> Callable:
+    def register(function: Callable[[], Iterator[None]]) -> Callable:
+        MUTANTS.append(Mutant(contextmanager(function), shows, sequence_parallel, values))
+        return function
+
+    return register
+
+
+@mutant("gradient")
+def no_reduction_of_input_gradients() -> Iterator[None]:
+    with mock.patch.object(collectives._CopyToRegion, "backward", staticmethod(lambda ctx, grad: (grad, None))):
+        yield
+
+
+@mutant("gradient")
+def no_reduction_of_outputs() -> Iterator[None]:
+    with mock.patch.object(collectives._ReduceFromRegion, "forward", staticmethod(lambda ctx, x, axis: x.clone())):
+        yield
+
+
+@mutant("gradient", sequence_parallel=True)
+def no_sum_of_norm_gradients_over_tp() -> Iterator[None]:
+    original = GradSync._sum_axis
+    with mock.patch.object(
+        GradSync, "_sum_axis", lambda self, piece: None if piece.record.split_dim is None else original(self, piece)
+    ):
+        yield
+
+
+@mutant("gradient")
+def no_sum_over_replicated_heads() -> Iterator[None]:
+    with mock.patch.object(GradSync, "_sum_axis", lambda self, piece: None):
+        yield
+
+
+@mutant("gradient")
+def no_tied_sum() -> Iterator[None]:
+    with mock.patch.object(GradSync, "_waits_for_other_stage", lambda self, bucket: False):
+        yield
+
+
+@mutant("gradient")
+def bucket_reduced_twice() -> Iterator[None]:
+    original = GradSync._reduce
+
+    def twice(self: GradSync, bucket: Any) -> None:
+        original(self, bucket)
+        self._works[-1][0].wait()
+        original(self, bucket)
+
+    with mock.patch.object(GradSync, "_reduce", twice):
+        yield
+
+
+@mutant("gradient")
+def divided_by_dp_again() -> Iterator[None]:
+    original = GradSync.finish
+
+    def finish(self: GradSync) -> None:
+        original(self)
+        self.owned.div_(self.mesh["dp"].size)
+
+    with mock.patch.object(GradSync, "finish", finish):
+        yield
+
+
+@mutant("gradient norm")
+def replicated_head_counted_twice() -> Iterator[None]:
+    original = StageBuffers.counted
+    with mock.patch.object(
+        StageBuffers,
+        "counted",
+        lambda self, parameter, piece: original(self, parameter, piece) or piece.record.blocks == 1,
+    ):
+        yield
+
+
+@mutant("gradient norm")
+def tied_copy_counted_twice() -> Iterator[None]:
+    original = StageBuffers.counted
+    with mock.patch.object(
+        StageBuffers,
+        "counted",
+        lambda self, parameter, piece: original(self, parameter, piece) or piece.record.tie is not None,
+    ):
+        yield
+
+
+@mutant("value", **{"parallel.zero": 1})
+def stale_copy_of_the_parameters() -> Iterator[None]:
+    original = Optimizer.publish
+
+    def publish(self: Optimizer) -> None:
+        before = self.buffers.params.clone()
+        original(self)
+        if self.buffers.mesh["dp"].index == 1:
+            self.buffers.params.copy_(before)
+
+    with mock.patch.object(Optimizer, "publish", publish):
+        yield
+
+
+@mutant("gradient")
+def stage_gradient_of_another_microbatch() -> Iterator[None]:
+    original = _Phase._send
+
+    def send(self: _Phase, kind: str, action: Any, stage: int) -> None:
+        if kind == "B" and action.microbatch == 1:
+            self._outgoing["B", 1] = {name: 2 * tensor for name, tensor in self._outgoing["B", 1].items()}
+        original(self, kind, action, stage)
+
+    with mock.patch.object(_Phase, "_send", send):
+        yield
+
+
+@mutant("gradient")
+def loss_over_local_tokens() -> Iterator[None]:
+    original = LanguageModeling.loss
+    with mock.patch.object(
+        LanguageModeling, "loss", lambda self, outputs, batch: original(self, outputs, batch) * self.mesh["dp"].size
+    ):
+        yield
+
+
+@mutant("", sequence_parallel=True, **{"model.dropout": 0.1})
+def dropout_by_local_position() -> Iterator[None]:
+    with mock.patch("megapar.models.transformer.HiddenDropout.forward", _local_dropout):
+        yield
+
+
+def _local_dropout(self: Any, x: torch.Tensor, batch: dict) -> torch.Tensor:
+    from megapar.kernels.dropout import dropout, token_keys
+
+    if not self.training:
+        return x
+    here = torch.arange(x.shape[0])
+    keys = token_keys(here // 12, here % 12, self.context.seed, int(batch["step"]), self.layer, self.site)
+    return dropout(x, self.rate, keys)

@@ -1,0 +1,63 @@
+"""Every layout against the one-process run, in fp64 with verify's bounds; and what verify must not overlook."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megapar.config.layout import Layout
+from megapar.launch.pool import WorkerPool
+from tests.pairwise import pairwise
+from tests.parallel import mutants
+from tests.parallel.layouts import ALL, STYLES, compare, verify_config
+
+
+@pytest.mark.parametrize("layout", ALL)
+def test_every_layout(layout: str, pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
+    [verdict] = compare(pool, tmp_path, verify_config(prefix, [layout]))
+    assert verdict.passed, verdict
+
+
+OPTIONS: dict[str, list[Any]] = {
+    "layout": ["tp2", "pp2", "dp2", "tp2pp2", "tp3", "tp2dp2", "pp4", "pp2dp3", "tp2pp2dp2"],
+    "style": ["llama", "gpt2"],
+    "model.tied": [False, True],
+    "model.kv_heads": [1, 4, 12],
+    "model.dropout": [0.0, 0.1],
+    "parallel.sequence_parallel": [False, True],
+    "parallel.zero": [0, 1],
+    "train.recompute": ["none", "selective", "full"],
+    "pipeline.schedule": ["1f1b", "gpipe"],
+    "uneven": [False, True],
+    "train.dtype": ["fp64", "fp32"],
+}
+
+
+def divides(case: dict[str, Any]) -> bool:
+    tp = Layout.parse(case["layout"]).tp
+    return case["model.kv_heads"] % tp == 0 or tp % case["model.kv_heads"] == 0
+
+
+CASES = pairwise(OPTIONS, divides)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
+    values = STYLES[case["style"]] | {key: value for key, value in case.items() if "." in key}
+    stages = Layout.parse(case["layout"]).pp
+    if case["uneven"] and stages > 1:
+        values["model.layers"] = 5
+        values["pipeline.partition"] = {2: [4, 1], 4: [1, 1, 2, 1]}[stages]
+    [verdict] = compare(pool, tmp_path, verify_config(prefix, [case["layout"]], **values))
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutants_are_seen(mutant: Any, pool: WorkerPool, prefix: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Break the code in one place, in every worker: verify must say so."""
+    monkeypatch.setattr("megapar.verify.run_layout", mutant.run_layout)
+    values = {"model.tied": True, "model.kv_heads": 1, "parallel.sequence_parallel": mutant.sequence_parallel}
+    config = verify_config(prefix, ["tp2pp2dp2"], **values, **mutant.values)
+    [verdict] = compare(pool, tmp_path, config)
+    assert not verdict.passed
+    assert mutant.shows in verdict.worst, verdict
