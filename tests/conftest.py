@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from megapar.launch.pool import WorkerPool
+from tests.tiny import write_tokens
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +13,9 @@ def pool() -> Iterator[WorkerPool]:
     """Eight processes for all tests that run layouts."""
     with WorkerPool(8) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PREFIX of the tiny model's token files."""
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
