@@ -1,0 +1,84 @@
+"""`megapar generate`: one rank of a model that writes."""
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TextIO
+
+from megapar.checkpoint import Manifest, load_weights
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.parse import changed
+from megapar.config.schema import GenerateConfig, TrainConfig
+from megapar.console import console
+from megapar.data.tokenizer import Tokenizer
+from megapar.launch.rundir import load_config
+from megapar.parallel.agreement import all_or_none
+from megapar.pipeline.executor import Executor
+from megapar.train.sampling import TextStream, generate_tokens, run_tokenizer
+from megapar.train.trainer import ModelPart
+
+
+def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
+    """Write the continuation of `config.prompt` as rank `rank` of `world_size`, the default process group being up.
+
+    Rank 0 writes prompt and continuation as they come to the terminal, or to `config.out`. Raises UserError.
+    """
+    assert config.run.dir is not None
+    run_dir = Path(config.run.dir)
+    trained = in_layout(load_config(run_dir), config)
+    tokenizer = run_tokenizer(run_dir, trained)
+    part = ModelPart(trained, rank, weights_only=True)
+    manifest = load_weights(config.checkpoint.load or run_dir, part.buffers, trained)
+    executor = Executor(part.stage, part.mesh, part.context.weight_grads)
+    with all_or_none(part.mesh["world"], part.mesh.device):
+        refuse_other_tokenizer(tokenizer, manifest)
+        end_of_text = tokenizer.end_of_text
+        prompt = tokenizer.encode(config.prompt) or [end_of_text]
+        out = _open(config.out) if config.out is not None and rank == 0 else None
+    with out or nullcontext(console()) as file:
+        stream = TextStream(tokenizer, lambda text: print(text, end="", file=file, flush=True))
+        print(config.prompt, end="", file=file, flush=True)
+        generate_tokens(
+            executor,
+            part.context,
+            prompt,
+            config.sample,
+            context_length=trained.train.seq_length,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=end_of_text,
+            on_token=stream.put,
+        )
+        stream.finish()
+        print(file=file, flush=True)
+    part.close()
+
+
+def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
+    """A run's config with the layout, precision and device that it shall write in."""
+    partition = trained.pipeline.partition
+    if isinstance(partition, list) and len(partition) != config.parallel.pp:
+        partition = "uniform"
+    values = {
+        "parallel": config.parallel,
+        "parallel.zero": 0,
+        "pipeline.partition": partition,
+        "train.dtype": config.dtype,
+        "train.device": config.device,
+    }
+    return changed(trained, values)
+
+
+def refuse_other_tokenizer(tokenizer: Tokenizer, manifest: Manifest) -> None:
+    """Raise UserError where the checkpoint says that its tokens came from another tokenizer."""
+    found = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+    expected = manifest.data.get("tokenizer", found)
+    if found != expected:
+        hashes = f"{found:.8}..., not {expected:.8}..."
+        raise UserError(f"{tokenizer.path}: not the tokenizer of this checkpoint ({hashes}); put that there")
+
+
+def _open(path: str) -> TextIO:
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("out", path, f"can't be written ({error.strerror}); name another file") from None

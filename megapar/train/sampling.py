@@ -1,0 +1,191 @@
+"""Text generation: the next token chosen from the last position's logits, one at a time, in any layout."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapar.config.errors import UserError
+from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.data.tokenizer import Tokenizer
+from megapar.parallel.collectives import all_gather
+from megapar.parallel.stage import StageContext
+from megapar.pipeline.executor import Batch, Executor, Tensors
+from megapar.pipeline.schedules import forward_only, lower
+
+TOKENIZER = "tokenizer.model"  # in the run directory
+
+_NOT_FINITE = -1  # sent instead of a token
+
+
+def generate_tokens(
+    executor: Executor,
+    context: StageContext,
+    prompt: Sequence[int],
+    sample: SampleConfig,
+    *,
+    context_length: int,
+    vocab_size: int | None = None,
+    end_of_text: int | None = None,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """The tokens that the model writes after `prompt`, up to `sample.max_tokens` or `end_of_text`, which is left out.
+
+    executor, context: of a rank's part of the model, whose last stage returns {"logits": [T, V_r]}
+    prompt: at least one token id
+    context_length: positions that the model was trained on; of a longer text it sees the last so many
+    vocab_size: of the tokenizer; the model may have more rows, which are never chosen
+    on_token: called with each token as soon as it is chosen, on every rank
+
+    Collective over all ranks, which all return the same. The draw for a position depends on (sample.seed, position)
+    alone, so layouts differ only where rounding moves a probability across a draw. Every token costs a forward pass
+    over the whole context: there is no key/value cache yet. Raises UserError on all ranks for logits that are not
+    finite.
+    """
+    assert prompt, "nothing to continue"
+    tokens = [int(token) for token in prompt]
+    for _ in range(sample.max_tokens):
+        token = _next_token(executor, context, tokens, sample, context_length, vocab_size)
+        if token == end_of_text:
+            break
+        tokens.append(token)
+        on_token(token)
+    return tokens[len(prompt) :]
+
+
+def choose(logits: np.ndarray, sample: SampleConfig, position: int) -> int:
+    """The token for a position: logits [V] -> id.
+
+    Temperature first, then top-k, then top-p on what is left (Holtzman et al. 2020): the likeliest tokens until their
+    probability is at least top_p. Of equally likely tokens the one with the smaller id counts as likelier.
+    """
+    if sample.temperature == 0.0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sample.temperature
+    likeliest_first = np.argsort(-scaled, kind="stable")
+    probability = np.exp(scaled - scaled.max())
+    if sample.top_k:
+        probability[likeliest_first[sample.top_k :]] = 0.0
+    if sample.top_p < 1.0:
+        before = np.cumsum(probability[likeliest_first])
+        before = np.concatenate([[0.0], before[:-1] / before[-1]])
+        probability[likeliest_first[before >= sample.top_p]] = 0.0
+    # In the order of ids: the order by likelihood could differ between layouts by rounding.
+    cumulative = np.cumsum(probability)
+    draw = cumulative[-1] * uniform(sample.seed, position)
+    return min(int(np.searchsorted(cumulative, draw, side="right")), int(np.flatnonzero(probability)[-1]))
+
+
+def uniform(seed: int, position: int) -> float:
+    """The draw in [0, 1) for a position of the text, from a counter-based generator."""
+    return float(np.random.Generator(np.random.Philox(key=seed % (1 << 128), counter=position)).random())
+
+
+def _next_token(
+    executor: Executor,
+    context: StageContext,
+    tokens: list[int],
+    sample: SampleConfig,
+    context_length: int,
+    vocab_size: int | None,
+) -> int:
+    mesh, stages = context.mesh, context.mesh["pp"].size
+    seen = tokens[-context_length:]
+    last = len(seen) - 1
+
+    def head(outputs: Tensors, batch: Batch) -> Tensor:
+        return _whole_vocabulary(outputs["logits"][last], context)
+
+    schedule = lower(forward_only(stages, 1), stages, 1)
+    logits = executor.run(schedule, [_batch(seen, context)], head)
+    mesh.timeline.take()
+    chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
+    source = mesh.rank_at(pp=stages - 1, dp=0, tp=0)
+    if mesh.rank == source:
+        values = logits[0][:vocab_size].cpu().numpy()
+        chosen[0] = choose(values, sample, len(tokens)) if np.isfinite(values).all() else _NOT_FINITE
+    if mesh.world_size > 1:
+        dist.broadcast(chosen, source, group=mesh["world"].group)
+    token = int(chosen)
+    if token == _NOT_FINITE:
+        raise UserError(
+            f"the model's logits for token {len(tokens)} are not finite: training diverged; use an earlier checkpoint"
+        )
+    return token
+
+
+def _batch(seen: list[int], context: StageContext) -> Batch:
+    """One sample. Under sequence parallelism it is padded on the right, which causal attention never looks at."""
+    share = context.tp.size if context.splits_tokens else 1
+    ids = seen + [0] * (-len(seen) % share)
+    device = context.device
+    return {
+        "ids": torch.tensor([ids], dtype=torch.int64, device=device),
+        "samples": torch.zeros(1, dtype=torch.int64, device=device),
+        "step": torch.tensor(0),
+    }
+
+
+def _whole_vocabulary(logits: Tensor, context: StageContext) -> Tensor:
+    """[V_r], this rank's part of the vocabulary, -> [V], at least fp32. Shards differ by a row at most: padded."""
+    tp = context.tp
+    sizes = all_gather(torch.tensor([len(logits)], device=logits.device), tp).tolist()
+    padded = logits.new_zeros(1, max(sizes), dtype=context.wide_dtype)
+    padded[0, : len(logits)] = logits
+    rows = all_gather(padded, tp)
+    return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+
+class TextStream:
+    """Turns tokens into text as they come: a piece is written when its characters are complete.
+
+    The pieces together are `tokenizer.decode` of all tokens. A character may be spelled in several byte tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._pending: list[int] = []
+
+    def put(self, token: int) -> None:
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        if not text.endswith("\ufffd"):
+            self._emit(text)
+
+    def finish(self) -> None:
+        """Write what is left, complete or not."""
+        self._emit(self._tokenizer.decode(self._pending))
+
+    def _emit(self, text: str) -> None:
+        self._pending = []
+        if text:
+            self._write(text)
+
+
+def keep_tokenizer(config: TrainConfig) -> None:
+    """Copy the tokenizer into the run directory, where `megapar generate` finds it also when the cache is gone.
+
+    Nothing for token files that came without one. Call it on one rank.
+    """
+    model = Path(f"{config.data.prefix}.model")
+    if config.run.dir is not None and model.exists():
+        shutil.copyfile(model, Path(config.run.dir) / TOKENIZER)
+
+
+def run_tokenizer(run_dir: Path, config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a run: the copy in its directory, else the one beside the token files. Raises UserError."""
+    places = [run_dir / TOKENIZER, Path(f"{config.data.prefix}.model")]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise UserError(f"{places[0]}: missing; put the SentencePiece model there that made the run's token files")
+    tokenizer = Tokenizer(path)
+    size = config.model.vocab_size
+    if size is not None and tokenizer.vocab_size > size:
+        raise UserError(
+            f"{path}: has {tokenizer.vocab_size} tokens, the run's model {size}; put the tokenizer of its data there"
+        )
+    return tokenizer
