@@ -79,9 +79,10 @@ class WeightGrads:
 
     def run(self, microbatch: int) -> None:
         """W: run what the micro-batch's I has queued."""
-        for parameter, add_to in self._queued.pop(microbatch, ()):
-            add_to(parameter.grad)
-            self.on_added(parameter)
+        with torch.no_grad():
+            for parameter, add_to in self._queued.pop(microbatch, ()):
+                add_to(parameter.grad)
+                self.on_added(parameter)
 
 
 class WeightOp(Protocol):

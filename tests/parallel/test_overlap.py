@@ -1,0 +1,111 @@
+"""Communication: what overlaps, and that exposed_comm_s tells where time was lost."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from megapar.parallel import collectives
+from megapar.parallel.grad_sync import GradSync
+from megapar.train.metrics import gather_figures, local_figures, summarise
+from megapar.train.trainer import Trainer
+from tests.tiny import tiny_config
+
+DELAY_S = 0.05
+
+
+def first_bucket_and_last_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], float]:
+    trainer = Trainer(config, rank)
+    assert len(trainer.buffers.buckets) > 2
+    trainer.step(1)
+    starts: list[float] = []
+    original = GradSync._reduce
+
+    def reduce(self: GradSync, bucket: Any) -> None:
+        starts.append(time.perf_counter())
+        original(self, bucket)
+
+    with mock.patch.object(GradSync, "_reduce", reduce):
+        spans = trainer.step(2).spans
+    trainer.close()
+    return starts, max(span.stop for span in spans if span.kind == "B")
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2dp2"])
+def test_the_first_bucket_starts_before_the_last_backward_ends(layout: str, pool: WorkerPool, prefix: str) -> None:
+    config = tiny_config(prefix, layout, **{"parallel.bucket_size": 500})
+    for starts, end in pool.run(first_bucket_and_last_backward, 2 if layout == "dp2" else 4, config):
+        assert starts[0] < end
+        assert len(starts) > 2
+
+
+def once_late(function: Callable) -> Callable:
+    """`function`, its third call late by DELAY_S on rank 0: late where its time is counted, inside the call."""
+    calls = 0
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and dist.get_rank() == 0:
+            time.sleep(DELAY_S)
+        return function(*args, **kwargs)
+
+    return late
+
+
+def late_bucket() -> Any:
+    """The wait for the last bucket takes DELAY_S longer (by then no other reduction runs that it could hide)."""
+    original = GradSync._reduce
+
+    class LateWork:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            time.sleep(DELAY_S)
+            self.work.wait()
+
+    def reduce(self: GradSync, bucket: Any) -> None:
+        original(self, bucket)
+        if len(self._works) == len(self.buffers.buckets):
+            work, bucket = self._works.pop()
+            self._works.append((LateWork(work), bucket))  # type: ignore[arg-type]
+
+    return mock.patch.object(GradSync, "_reduce", reduce)
+
+
+INJECTIONS: dict[str, Callable[[], Any]] = {
+    "pp": lambda: mock.patch("megapar.pipeline.executor.dist.isend", once_late(dist.isend)),
+    "tp": lambda: mock.patch.object(collectives.dist, "all_reduce", once_late(dist.all_reduce)),
+    "dp": late_bucket,
+}
+
+
+def exposed(rank: int, world_size: int, config: TrainConfig, axis: str) -> list[dict[str, float]]:
+    """exposed_comm_s of alternating steps, without and with the injection."""
+    trainer = Trainer(config, rank)
+    rows = []
+    for step in range(1, 8):
+        patch = INJECTIONS[axis]() if step % 2 == 0 else mock.MagicMock()
+        with patch:
+            done = trainer.step(step)
+        figures = gather_figures(local_figures(done.loss, done.spans), trainer.mesh)
+        rows.append(summarise(figures)["exposed_comm_s"])
+    trainer.close()
+    return rows
+
+
+@pytest.mark.parametrize(("axis", "layout"), [("tp", "tp2"), ("pp", "pp2"), ("dp", "dp2")])
+def test_a_late_operation_shows_on_its_axis(axis: str, layout: str, pool: WorkerPool, prefix: str) -> None:
+    """50 ms on one operation raise this axis' figure by 50 ms within 20%, and no other's. Medians: cores are shared."""
+    config = tiny_config(prefix, layout, **{"parallel.bucket_size": 3000, "train.steps": 8})
+    rows = pool.run(exposed, 2, config, axis)[0][1:]  # the first step warms up
+    late, usual = rows[0::2], rows[1::2]
+    for name in ("tp", "pp", "dp"):
+        change = sorted(row[name] for row in late)[1] - sorted(row[name] for row in usual)[1]
+        assert change == pytest.approx(DELAY_S if name == axis else 0.0, abs=0.2 * DELAY_S), (name, rows)

@@ -1,0 +1,233 @@
+"""What holds in every step beyond equal numbers: repeatability, tied copies, skipped steps, plain modules, memory."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from megapar.parallel.stage import StageContext
+from megapar.pipeline.actions import Action
+from megapar.pipeline.schedules import lower
+from megapar.train.metrics import gather_figures, local_figures, summarise
+from megapar.train.trainer import Trainer, build_stage
+from tests.tiny import tiny_config
+
+
+def losses_and_sum(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
+    trainer = Trainer(config, rank)
+    history: list[Any] = []
+    for step in range(1, config.train.steps + 1):
+        done = trainer.step(step)
+        figures = gather_figures(local_figures(done.loss, done.spans), trainer.mesh)
+        history.append((summarise(figures)["loss"], done.result.grad_norm))
+    history.append(trainer.buffers.params.clone())
+    trainer.close()
+    return history
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_repeated_run_is_bitwise_equal(dtype: str, pool: WorkerPool, prefix: str) -> None:
+    values = {"train.dtype": dtype, "parallel.zero": 1, "parallel.sequence_parallel": True, "model.dropout": 0.1}
+    config = tiny_config(prefix, "tp2pp2dp2", **values)
+    first, second = (pool.run(losses_and_sum, 8, config) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one[:-1] == other[:-1]
+        assert torch.equal(one[-1], other[-1])
+    assert first[0][:-1] == first[7][:-1]  # loss and norm are known on every rank alike
+
+
+def test_bf16_learns_like_fp32(pool: WorkerPool, prefix: str) -> None:
+    """Same run in bf16 with fp32 masters: losses agree to bf16's three digits, in one process and in 3D."""
+    layouts = ["single", "tp2pp2dp2"]
+    values = {"parallel.zero": 1, "train.steps": 8}
+    wide = pool.run(losses_and_sum, 1, tiny_config(prefix, **{"train.dtype": "fp32", **values}))[0]
+    for layout in layouts:
+        config = tiny_config(prefix, layout, **{"train.dtype": "bf16", **values})
+        narrow = pool.run(losses_and_sum, 8 if layout != "single" else 1, config)[0]
+        for (loss, _), (expected, _) in zip(narrow[:-1], wide[:-1], strict=True):
+            assert loss == pytest.approx(expected, rel=5e-3)
+
+
+def tied_copies(rank: int, world_size: int, config: TrainConfig) -> list[torch.Tensor]:
+    trainer = Trainer(config, rank)
+    copies = []
+    for step in (1, 2, 3):
+        trainer.step(step)
+        copies += [
+            parameter.tensor.detach().clone() for parameter in trainer.buffers.offsets if parameter.pieces[0].record.tie
+        ]
+    trainer.close()
+    return copies
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp4dp2", "tp2pp2dp2"])
+def test_tied_copies_stay_bitwise_equal(layout: str, pool: WorkerPool, prefix: str) -> None:
+    config = tiny_config(
+        prefix, layout, **{"model.tied": True, "model.layers": 4, "train.dtype": "fp32", "parallel.zero": 1}
+    )
+    parallel = config.parallel
+    assert parallel.dp is not None
+    ranks = pool.run(tied_copies, parallel.tp * parallel.pp * parallel.dp, config)
+    per_stage = parallel.dp * parallel.tp
+    for first, last in zip(ranks[:per_stage], ranks[-per_stage:], strict=True):
+        assert len(first) == len(last) == 3
+        assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+    assert all(not middle for middle in ranks[per_stage:-per_stage])
+
+
+def step_with_nan(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
+    """Rank 0 alone gets a NaN into one gradient of step 2."""
+    trainer = Trainer(config, rank)
+    before: list[Any] = []
+
+    def poison() -> None:
+        if rank == 0 and len(before) == 1:
+            trainer.sync.owned[3] = float("nan")
+
+    trainer.on_reduced = poison
+    skipped = []
+    for step in (1, 2, 3):
+        result = trainer.step(step).result
+        skipped.append(result.skipped)
+        before.append(
+            [t.clone() for t in (trainer.buffers.params, trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)]
+        )
+    equal = [torch.equal(a, b) for a, b in zip(before[0], before[1], strict=True)]
+    updates = trainer.optimizer.steps
+    moved = not torch.equal(before[1][0], before[2][0])
+    trainer.close()
+    return [skipped, equal, updates, moved]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(zero: int, pool: WorkerPool, prefix: str) -> None:
+    config = tiny_config(prefix, "tp2pp2dp2" if zero else "tp2pp2", **{"parallel.zero": zero})
+    for skipped, equal, updates, moved in pool.run(step_with_nan, 8 if zero else 4, config):
+        assert skipped == [False, True, False]
+        assert equal == [True, True, True]
+        assert updates == 2
+        assert moved
+
+
+class Adapter(nn.Module):
+    """A user's plain module behind a layer: it knows nothing of megapar."""
+
+    def __init__(self, layer: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.extra = nn.Linear(hidden, hidden)
+
+    def forward(self, x: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = self.layer(x, batch)
+        return x + torch.tanh(self.extra(x))
+
+
+def stage_with_adapters(config: TrainConfig, context: StageContext) -> nn.Module:
+    stage = build_stage(config, context)
+    for name, layer in list(stage.layers.items()):
+        stage.layers[name] = Adapter(layer, config.model.hidden).to(context.dtype)
+    return stage
+
+
+def plain_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    trainer = Trainer(config, rank, stage_with_adapters)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        for _, piece, start, stop in trainer.buffers.pieces():
+            if ".extra." in piece.record.name:
+                found[piece.record.name] = trainer.buffers.grads[start:stop].clone()
+
+    trainer.on_reduced = keep
+    trainer.step(1)
+    for parameter, _, start, stop in trainer.buffers.pieces():
+        if parameter.attribute == "weight" and ".extra." in parameter.name:
+            found["value " + parameter.name] = trainer.buffers.params[start:stop].clone()
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "tp2pp2dp2"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_plain_module_trains_in_every_layout(
+    layout: str, sequence_parallel: bool, pool: WorkerPool, prefix: str
+) -> None:
+    expected = pool.run(plain_gradients, 1, tiny_config(prefix))[0]
+    assert len(expected) == 6  # weight, bias and updated weight of two layers
+    config = tiny_config(prefix, layout, **{"parallel.sequence_parallel": sequence_parallel})
+    assert config.parallel.dp is not None
+    world = config.parallel.tp * config.parallel.pp * config.parallel.dp
+    seen = set()
+    for found in pool.run(plain_gradients, world, config):
+        seen |= found.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
+    assert seen == expected.keys()
+
+
+def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Gradients of one step with B, and with every B split into I and, at the end, W."""
+    trainer = Trainer(config, rank)
+    gradients = []
+    trainer.on_reduced = lambda: gradients.append(trainer.sync.owned.clone())
+    trainer.step(1)
+    other = Trainer(config, rank)
+    rows = []
+    for row in trainer.schedule.rows:
+        compute = [action for action in row if action.kind in ("F", "B")]
+        split = [Action(a.stage, "I", a.microbatch) if a.kind == "B" else a for a in compute]
+        rows.append(split + [Action(a.stage, "W", a.microbatch) for a in compute if a.kind == "B"])
+    other.schedule = lower(rows, len(rows), other.microbatches)
+    other.on_reduced = lambda: gradients.append(other.sync.owned.clone())
+    other.step(1)
+    queued = len(other.context.weight_grads._queued)
+    trainer.close()
+    other.close()
+    return gradients[0], gradients[1], queued
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2", "tp2pp2dp2"])
+def test_input_and_weight_gradients_apart_equal_the_full_backward(layout: str, pool: WorkerPool, prefix: str) -> None:
+    world = {"single": 1, "pp2": 2, "tp2pp2dp2": 8}[layout]
+    config = tiny_config(prefix, layout, **{"train.dtype": "fp32", "model.tied": True})
+    for whole, split, queued in pool.run(split_backward, world, config):
+        assert torch.equal(whole, split)
+        assert queued == 0
+
+
+def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
+    """How many of this stage's sent activations still hold memory when its last forward has run."""
+    trainer = Trainer(config, rank)
+    outputs: list[weakref.ref] = []
+    original: Callable = trainer.stage.forward
+    alive = -1
+
+    def forward(received: Any, batch: Any) -> Any:
+        result = original(received, batch)
+        outputs.extend(weakref.ref(tensor.untyped_storage()) for tensor in result.values())
+        return result
+
+    trainer.stage.forward = forward  # type: ignore[method-assign]
+    backward = trainer.executor
+
+    def count() -> None:
+        nonlocal alive
+        gc.collect()
+        alive = sum(reference() is not None for reference in outputs)
+
+    trainer.on_reduced = count
+    assert backward is not None
+    trainer.step(1)
+    trainer.close()
+    return alive
+
+
+def test_sent_activations_are_released(pool: WorkerPool, prefix: str) -> None:
+    config = tiny_config(prefix, "pp2", **{"pipeline.schedule": "gpipe"})
+    assert pool.run(alive_outputs, 2, config)[0] == 0
