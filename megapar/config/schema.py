@@ -92,6 +92,8 @@ class TaskConfig:
     """What is learned."""
 
     name: Literal["lm"] = option("lm", "lm: next-token prediction")
+    sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
+    sample_prompt: str = option("", "what that text begins with, verbatim")
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ COMMANDS: dict[str, type] = {
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
 VERBATIM = (
     "prompt",
+    "task.sample_prompt",
     "run.dir",
     "run.name",
     "data.path",

@@ -10,7 +10,9 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     layout, step = summary["layout"], summary["step_time_s"]
     ranks = layout["tp"] * layout["pp"] * layout["dp"]
     names = " ".join(f"{axis}={size}" for axis, size in layout.items())
-    lines = [
+    sample = summary.get("sample")
+    lines = ["", "the model writes:", *(f"    {line}" for line in sample.splitlines())] if sample else []
+    lines += [
         "",
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from megapar.config.schema import TrainConfig
+from megapar.checkpoint import load, save
+from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.console import console
+from megapar.data.tokenizer import Tokenizer
 from megapar.pipeline.schedules import ideal_bubble
 from megapar.train.metrics import MetricsWriter, gather_figures, local_figures, summarise
+from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
 from megapar.train.trainer import Step, Trainer
 
@@ -29,10 +32,15 @@ class Loop:
     """The steps of a run. Every rank walks it alike; rank 0 also writes."""
 
     def __init__(self, config: TrainConfig, rank: int) -> None:
-        self.config = config
+        assert config.run.dir is not None
+        self.config, self.folder = config, Path(config.run.dir)
         self.trainer = Trainer(config, rank)
         self.first_step = 1
+        if config.checkpoint.load is not None:
+            self.first_step = load(config.checkpoint.load, self.trainer.optimizer, config).step + 1
         self.writer = MetricsWriter(config, console(), self.first_step) if rank == 0 else None
+        if self.writer is not None:
+            keep_tokenizer(config)
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0
@@ -47,7 +55,12 @@ class Loop:
             self._step(step)
             if every and (step % every == 0 or step == steps):
                 self._evaluate(step)
-        self._finish()
+            if step == steps or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                save(self.folder / "checkpoints", self.trainer.optimizer, self.config, step)
+        sample = self._sample()
+        if self.writer is not None:
+            self._finish(self.writer, sample)
+        self.trainer.close()
 
     def _step(self, step: int) -> None:
         start = time.perf_counter()
@@ -85,15 +98,29 @@ class Loop:
             self.evaluations.append(row)
             self.writer.evaluation(row)
 
-    def _finish(self) -> None:
-        if self.writer is not None:
-            summary = self._summary()
-            self.writer.close()
-            assert self.config.run.dir is not None
-            path = Path(self.config.out or os.path.join(self.config.run.dir, "summary.json"))
-            path.write_text(json.dumps(summary, indent=1) + "\n")
-            print(summary_text(summary, self.config), file=console(), flush=True)
-        self.trainer.close()
+    def _sample(self) -> str | None:
+        """Text that the trained model writes, if asked for; the same on every rank."""
+        task = self.config.task
+        if not task.sample_tokens:
+            return None
+        tokenizer = Tokenizer(f"{self.config.data.prefix}.model")
+        written = generate_tokens(
+            self.trainer.executor,
+            self.trainer.context,
+            tokenizer.encode(task.sample_prompt) or [tokenizer.end_of_text],
+            SampleConfig(max_tokens=task.sample_tokens, seed=self.config.train.seed),
+            context_length=self.config.train.seq_length,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+        )
+        return task.sample_prompt + tokenizer.decode(written)
+
+    def _finish(self, writer: MetricsWriter, sample: str | None) -> None:
+        writer.close()
+        summary = self._summary() | ({"sample": sample} if sample is not None else {})
+        path = Path(self.config.out or self.folder / "summary.json")
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+        print(summary_text(summary, self.config), file=console(), flush=True)
 
     def _summary(self) -> dict[str, Any]:
         """The run in a few figures; medians over all steps but the first, which warms up."""

@@ -1,0 +1,27 @@
+# make demo, make test: each sets itself up. The README has the same commands without make.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+demo: $(STAMP)
+	$(VENV)/bin/megapar train experiment=demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slow
+
+# Formatter, linter, type checker, and the floors of docs/architecture.md.
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: demo test test-slow check
