@@ -40,12 +40,9 @@ class WorkerPool:
     """
 
     def __init__(self, size: int) -> None:
-        import torch.distributed as dist
-
         start_fork_server(64)  # one thread each: many ranks share few cores
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="megapar-pool-")
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._jobs = 0
         self._workers = [self._start(index) for index in range(size)]
 
@@ -61,7 +58,7 @@ class WorkerPool:
             raise ValueError(f"world_size={world_size}: the pool has {self.size} processes")
         self._jobs += 1
         for rank in range(world_size):
-            job = (fn, rank, world_size, args, self._store.port, f"pool/{self._jobs}", timeout)
+            job = (fn, rank, world_size, args, f"{self._folder.name}/store-{self._jobs}", timeout)
             self._workers[rank].send(job)
         answers, timed_out = self._collect(world_size, time.monotonic() + timeout)
         if len(answers) == world_size and all(answer[0] == "done" for answer in answers.values()):
@@ -175,8 +172,8 @@ def _serve(pipe: Any, stack_file: str) -> None:
 def _answer(received: bytes) -> tuple[Any, ...]:
     """("done", result), or ("failed", exception or None, traceback, line, whether only a peer was lost, time)"""
     try:
-        fn, rank, world_size, args, port, name, timeout = pickle.loads(received)
-        result = _run(fn, rank, world_size, args, port, name, timeout)
+        fn, rank, world_size, args, meeting, timeout = pickle.loads(received)
+        result = _run(fn, rank, world_size, args, meeting, timeout)
         pickle.dumps(result)
         return "done", result
     except BaseException as error:
@@ -190,13 +187,14 @@ def _answer(received: bytes) -> tuple[Any, ...]:
         return "failed", kept, text, line, is_lost_peer(error), time.time()
 
 
-def _run(fn: Callable[..., Any], rank: int, world_size: int, args: Any, port: int, name: str, timeout: float) -> Any:
+def _run(fn: Callable[..., Any], rank: int, world_size: int, args: Any, meeting: str, timeout: float) -> Any:
     import torch.distributed as dist
 
     if world_size == 1:
         return fn(rank, world_size, *args)
     limit = timedelta(seconds=timeout)
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit))
+    # A file: connecting to a TCPStore stood still for 5 s in one of ten jobs where this was written.
+    store = dist.FileStore(meeting, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     result = fn(rank, world_size, *args)
     # Not in a `finally`: after a failure the process ends, and destroying a group whose peers hang may never return.

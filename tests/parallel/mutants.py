@@ -44,9 +44,9 @@ def _by_name(name: str) -> Mutant:
     return next(mutant for mutant in MUTANTS if mutant.__name__ == name)
 
 
-def mutant(shows: str, sequence_parallel: bool = False, **values: Any) -> Callable:
+def mutant(shows: str, values: dict[str, Any] | None = None, *, sequence_parallel: bool = False) -> Callable:
     def register(function: Callable[[], Iterator[None]]) -> Callable:
-        MUTANTS.append(Mutant(contextmanager(function), shows, sequence_parallel, values))
+        MUTANTS.append(Mutant(contextmanager(function), shows, sequence_parallel, values or {}))
         return function
 
     return register
@@ -132,7 +132,7 @@ def tied_copy_counted_twice() -> Iterator[None]:
         yield
 
 
-@mutant("value", **{"parallel.zero": 1})
+@mutant("value", {"parallel.zero": 1})
 def stale_copy_of_the_parameters() -> Iterator[None]:
     original = Optimizer.publish
 
@@ -168,7 +168,7 @@ def loss_over_local_tokens() -> Iterator[None]:
         yield
 
 
-@mutant("", sequence_parallel=True, **{"model.dropout": 0.1})
+@mutant("", {"model.dropout": 0.1}, sequence_parallel=True)
 def dropout_by_local_position() -> Iterator[None]:
     with mock.patch("megapar.models.transformer.HiddenDropout.forward", _local_dropout):
         yield

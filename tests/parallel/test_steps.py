@@ -45,7 +45,7 @@ def test_a_repeated_run_is_bitwise_equal(dtype: str, pool: WorkerPool, prefix: s
 def test_bf16_learns_like_fp32(pool: WorkerPool, prefix: str) -> None:
     """Same run in bf16 with fp32 masters: losses agree to bf16's three digits, in one process and in 3D."""
     layouts = ["single", "tp2pp2dp2"]
-    values = {"parallel.zero": 1, "train.steps": 8}
+    values: dict[str, Any] = {"parallel.zero": 1, "train.steps": 8}
     wide = pool.run(losses_and_sum, 1, tiny_config(prefix, **{"train.dtype": "fp32", **values}))[0]
     for layout in layouts:
         config = tiny_config(prefix, layout, **{"train.dtype": "bf16", **values})
@@ -213,7 +213,7 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
         outputs.extend(weakref.ref(tensor.untyped_storage()) for tensor in result.values())
         return result
 
-    trainer.stage.forward = forward  # type: ignore[method-assign]
+    trainer.stage.forward = forward
     backward = trainer.executor
 
     def count() -> None:
