@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from megapar.checkpoint import load, save
 from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
+from megapar.parallel.agreement import gather_texts
 from megapar.pipeline.schedules import ideal_bubble
 from megapar.train.metrics import MetricsWriter, gather_figures, local_figures, summarise
 from megapar.train.sampling import generate_tokens, keep_tokenizer
@@ -71,6 +73,8 @@ class Loop:
             row = self._row(step, done, summarise(figures), time.perf_counter() - start)
             self.rows.append(row)
             self.writer.step(row)
+        if step == self.config.train.steps:
+            self._keep_timeline(step, done)
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.trainer.task.tokens_per_step
@@ -88,6 +92,16 @@ class Loop:
             "exposed_comm_s": summary["exposed_comm_s"],
             "skipped_steps": self.skipped,
         }
+
+    def _keep_timeline(self, step: int, done: Step) -> None:
+        """timeline.json: what every rank did in this step, for the picture of the run."""
+        mesh = self.trainer.mesh
+        spans = [asdict(span) | {"seconds": span.seconds} for span in done.spans]
+        mine = {"place": mesh.coordinates(mesh.rank), "spans": spans}
+        ranks = gather_texts(json.dumps(mine), mesh["world"], mesh.device)
+        if mesh.rank == 0:
+            text = json.dumps({"step": step, "ranks": [json.loads(rank) for rank in ranks]})
+            (self.folder / "timeline.json").write_text(text)
 
     def _evaluate(self, step: int) -> None:
         part = self.trainer.evaluate()
