@@ -20,6 +20,7 @@ ZERO = {"parallel.zero": 1}
 FOUR_LAYERS = {"model.layers": 4}
 UNEVEN = {"model.layers": 3}
 BF16 = {"train.dtype": "bf16"}
+ODD_ROWS = {"model.hidden": 20, "model.head_dim": 4}  # shares of ZeRO-1 begin and end in the middle of a row
 
 # (written in, of it, [(read in, of it)], of both)
 Setting = tuple[str, dict[str, Any]]
@@ -34,7 +35,7 @@ MOVES: list[tuple[Setting, list[Setting], dict[str, Any]]] = [
     (("single", {}), [("pp2dp2", ZERO)], GPT2),
     (("dp2", ZERO), [("pp4", {})], FOUR_LAYERS),
     (("pp2", {"pipeline.partition": [2, 1]}), [("pp3", {}), ("tp2", {})], UNEVEN),
-    (("tp2dp2", ZERO), [("dp2", BF16 | ZERO)], {"train.dtype": "fp32"}),
+    (("tp2dp2", ZERO), [("dp2", BF16 | ZERO)], {"train.dtype": "fp32"} | ODD_ROWS),
     (("tp2dp2", ZERO | BF16), [("single", BF16), ("pp2", {"train.dtype": "fp32"})], {}),
 ]
 
