@@ -143,7 +143,10 @@ def _local(call: Invocation, entry: str | None) -> int:
         return commands.verify(config, overrides.as_list())
     from megapar.launch.local import launch
 
-    launch(commands.plan(config, overrides.as_list(), entry=entry))
+    job = commands.plan(config, overrides.as_list(), entry=entry)
+    launch(job)
+    if call.command == "train":
+        commands.draw(job)
     return 0
 
 

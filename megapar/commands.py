@@ -109,6 +109,14 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
     )
 
 
+def draw(job: Job) -> None:
+    """Draw the picture of a finished run."""
+    from megapar.report.picture import draw as draw_run
+
+    if path := draw_run(Path(job.folder)):
+        print(f"picture     {path}")
+
+
 def verify(config: VerifyConfig, overrides: list[str]) -> int:
     """Compare layouts. Returns the exit code."""
     config = finish(config)
