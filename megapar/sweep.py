@@ -136,11 +136,19 @@ def check_points(overrides: Overrides) -> None:
             raise UserError(f"{error} (in the point {' '.join(point)})") from None
 
 
+def results(folder: Path) -> dict[str, Any]:
+    """What the table shows of a finished point, from its summary.json: loss, val_loss (the last), tokens_per_s."""
+    summary = rundir.read_json(folder / "summary.json")
+    evaluations = summary.get("evaluations") or [{}]
+    found = {"loss": summary.get("loss"), "val_loss": evaluations[-1].get("val_loss")}
+    return found | {"tokens_per_s": summary.get("tokens_per_s")}
+
+
 def objective(folder: Path) -> float:
     """What a searching sweeper minimises: the validation loss, else the training loss; NaN without either."""
-    summary = rundir.read_json(folder / "summary.json")
-    value = summary.get("val_loss", summary.get("loss"))
-    return float(value) if value is not None else float("nan")
+    found = results(folder)
+    value = found["loss"] if found["val_loss"] is None else found["val_loss"]
+    return float("nan") if value is None else float(value)
 
 
 def table(folder: Path, rows: dict[str, dict[str, Any]]) -> str:
@@ -148,11 +156,11 @@ def table(folder: Path, rows: dict[str, dict[str, Any]]) -> str:
     common = set.intersection(*(set(row["overrides"]) for row in rows.values())) if len(rows) > 1 else set()
     lines = [f"{'point':<10}  {'state':<11}  {'loss':>8}  {'val_loss':>8}  {'tokens/s':>9}  {'seconds':>7}  overrides"]
     for name, row in rows.items():
-        summary = rundir.read_json(folder / name / "summary.json") if row["state"] == "done" else {}
+        found = results(folder / name) if row["state"] == "done" else {}
         numbers = [
-            _number(summary.get("loss"), ".4f", 8),
-            _number(summary.get("val_loss"), ".4f", 8),
-            _number(summary.get("tokens_per_s"), ",.0f", 9),
+            _number(found.get("loss"), ".4f", 8),
+            _number(found.get("val_loss"), ".4f", 8),
+            _number(found.get("tokens_per_s"), ",.0f", 9),
             _number(row.get("seconds"), ".1f", 7),
         ]
         own = " ".join(override for override in row["overrides"] if override not in common)

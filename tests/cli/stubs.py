@@ -82,7 +82,8 @@ def lr_fails(config: Any, rank: int, world_size: int) -> None:
             file.write("x")
         if config.optim.lr == 2.0 and not Path("fixed").exists():
             raise ValueError("lr of 2")
-        summary = {"loss": config.optim.lr, "tokens_per_s": 1234.0}
+        evaluations = [{"val_loss": 9.0}, {"val_loss": config.optim.lr / 4}]
+        summary = {"loss": config.optim.lr, "tokens_per_s": 1234.0, "evaluations": evaluations}
         Path(config.run.dir, "summary.json").write_text(json.dumps(summary))
 
 

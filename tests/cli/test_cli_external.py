@@ -89,10 +89,11 @@ def finish(processes: list["subprocess.Popen[str]"]) -> tuple[list[int], list[st
     return [process.returncode for process in processes], [out for out, _ in outputs], [err for _, err in outputs]
 
 
-@pytest.mark.parametrize("env_of", [torchrun_env, srun_env])
-def test_ranks_started_elsewhere_run_one_config(env_of: Callable, start: Callable, tmp_path: Path) -> None:
+def test_srun_ranks_run_one_config(start: Callable, tmp_path: Path) -> None:
     port = free_port()
-    codes, out, err = finish([start("ok", "parallel=dp2", "run.dir=run", env=env_of(rank, 2, port)) for rank in (0, 1)])
+    codes, out, err = finish(
+        [start("ok", "parallel=dp2", "run.dir=run", env=srun_env(rank, 2, port)) for rank in (0, 1)]
+    )
     assert codes == [0, 0], err
     assert out == ["shown 2\n", ""]
     ranks = [json.loads((tmp_path / f"run/seen-{rank}.json").read_text()) for rank in (0, 1)]
@@ -101,11 +102,10 @@ def test_ranks_started_elsewhere_run_one_config(env_of: Callable, start: Callabl
     assert (tmp_path / "run/config.yaml").exists() and (tmp_path / "run/logs/rank-1.log").exists()
 
 
-@pytest.mark.parametrize("env_of", [torchrun_env, srun_env])
-def test_a_refusal_reaches_every_rank(env_of: Callable, start: Callable, tmp_path: Path) -> None:
+def test_a_refusal_reaches_every_rank(start: Callable, tmp_path: Path) -> None:
     port = free_port()
     arguments = ["ok", "parallel=tp2pp2dp2", "run.dir=run"]
-    processes = [start(*arguments, env=env_of(rank, 3, port)) for rank in range(3)]
+    processes = [start(*arguments, env=torchrun_env(rank, 3, port)) for rank in range(3)]
     # What counts is the time from the refusal to the last exit: importing torch three times at once is not part of it.
     first, begin = processes[0].wait(timeout=60), time.monotonic()
     codes, _, err = finish(processes)
@@ -140,4 +140,6 @@ def test_torchrun_itself(tmp_path: Path, corpus: list[str]) -> None:
     command += ["train", "parallel=tp2", "run.dir=run", *corpus]
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/seen-1.json").read_text())["sum"] == 1.0
+    ranks = [json.loads((tmp_path / f"run/seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["sum"] for rank in ranks] == [1.0, 1.0]
+    assert [rank["hydra"] for rank in ranks] == [True, False]

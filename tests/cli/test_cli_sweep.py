@@ -32,7 +32,7 @@ def test_one_failed_point_does_not_end_the_others_and_a_rerun_repeats_only_it(ru
     rows = latest(tmp_path / "sweep")
     assert [rows[f"optim.lr={lr}"]["state"] for lr in (1, 2, 3)] == ["done", "failed", "done"]
     assert "ValueError: lr of 2" in rows["optim.lr=2"]["error"]
-    assert "1.0000" in first.out and "1,234" in first.out and "2 done, 1 failed" in first.out
+    assert "1.0000    0.2500" in first.out and "1,234" in first.out and "2 done, 1 failed" in first.out
 
     (tmp_path / "fixed").touch()
     reordered = ["-m", "optim.lr=3,2,1", "train.steps=1", "run.dir=sweep"]
