@@ -34,7 +34,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     [path] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     rows = []
     for data in records(path):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             rows.append(
