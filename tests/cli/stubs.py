@@ -91,3 +91,16 @@ def write(config: Any, rank: int, world_size: int) -> None:
     """What `megapar generate` calls: show the prompt on the terminal."""
     if rank == 0:
         print(config.prompt, file=console(), flush=True)
+
+
+def late(config: Any, rank: int, world_size: int) -> None:
+    """Rank 1 fails, but its peers lose it and say so before it has said why."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    if rank == 1:
+        dist.destroy_process_group()
+        time.sleep(0.5)
+        raise ValueError("the culprit's own words")
+    dist.all_reduce(torch.ones(1))

@@ -84,13 +84,13 @@ def test_run_directory_of_another_config_is_refused(run: Callable) -> None:
     assert "run.dir=run" in line and "train.steps was 3, now 4" in line and "choose another" in line
 
 
-@pytest.mark.parametrize("stub", ["raises", "killed", "mistake"])
+@pytest.mark.parametrize("stub", ["raises", "late", "killed", "mistake"])
 def test_the_culprit_is_named_and_nobody_else(stub: str, run: Callable, tmp_path: Path) -> None:
     start = time.monotonic()
     done = run(stub, "train", "parallel=dp4", FOLDER)
     assert time.monotonic() - start < 30  # a stuck collective would take train.timeout_s = 300 s
     said = [line for line in done.err.splitlines() if not line.startswith(("run: ", "data: "))]
-    if stub == "raises":
+    if stub in ("raises", "late"):
         assert done.code == 1
         assert said[0].startswith("Traceback") and "ValueError: the culprit's own words" in said
         assert said[-1] == "rank 1 failed: ValueError: the culprit's own words; logs: run/logs/rank-1.log"

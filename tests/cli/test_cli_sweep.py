@@ -121,6 +121,13 @@ def test_a_point_runs_once_at_a_time(tmp_path: Path) -> None:
         assert again
 
 
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.path.write_text('{"point": "torn')
+    ledger.append("p", "running")
+    assert list(ledger.latest()) == ["p"]
+
+
 def test_table_leaves_out_what_all_points_share(tmp_path: Path) -> None:
     rows = {
         name: {"state": "done", "overrides": ["data.path=x", f"optim.lr={name}"], "seconds": 1.0} for name in ("1", "2")
