@@ -3,7 +3,8 @@
 import importlib
 from contextlib import suppress
 
-for _name in ("torch", "torch.distributed", "numpy", "yaml", "megapar.train.worker"):
+# torch._dynamo: torch.optim imports it when the first optimizer is made, in every rank at once.
+for _name in ("torch", "torch.distributed", "torch._dynamo", "numpy", "yaml", "megapar.train.worker"):
     # A broken module must fail in the rank, with its traceback, and not here, where nobody sees it.
     with suppress(Exception):
         importlib.import_module(_name)

@@ -20,6 +20,7 @@ from megapar.config.errors import UserError
 from megapar.config.file import loads
 from megapar.config.schema import COMMANDS
 from megapar.console import set_console
+from megapar.launch.machine import keep_freed_memory
 from megapar.launch.situation import WORKER
 
 TRAIN = "megapar.train.worker:run"
@@ -73,6 +74,7 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
     store: a torch.distributed store to meet over; None: the one that the environment names
     """
     os.environ[WORKER] = "1"
+    keep_freed_memory()
     for name, value in job.env.items():
         os.environ.setdefault(name, value)
     terminal = redirect_output(job.log(rank))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,7 +63,11 @@ class MetricsWriter:
         assert config.run.dir is not None
         self.folder = Path(config.run.dir)
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._wandb = _start_wandb(config)
+        # wandb takes a second to start: all its calls run in order on a thread of its own.
+        self._wandb: ThreadPoolExecutor | None = None
+        if config.logger.wandb.mode != "disabled":
+            self._wandb = ThreadPoolExecutor(1, "wandb")
+            self._wandb_run = self._wandb.submit(_start_wandb, config)
         self._console = console
         interactive = console.isatty()
         self._bar: tqdm | None = None
@@ -107,13 +112,14 @@ class MetricsWriter:
             self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.submit(lambda: self._wandb_run.result().finish()).result()
+            self._wandb.shutdown()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(row), step=row["step"])
+            self._wandb.submit(lambda: self._wandb_run.result().log(dict(row), step=row["step"]))
 
 
 def _finite(value: Any) -> Any:
@@ -124,8 +130,6 @@ def _finite(value: Any) -> Any:
 
 
 def _start_wandb(config: TrainConfig) -> Any:
-    if config.logger.wandb.mode == "disabled":
-        return None
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 

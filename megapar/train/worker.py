@@ -24,9 +24,10 @@ from megapar.train.trainer import Step, Trainer
 
 def run(config: TrainConfig, rank: int, world_size: int) -> None:
     """Train as rank `rank` of `world_size` with the default process group up. `config` is resolved."""
-    torch.use_deterministic_algorithms(True)
-    # Deterministic mode would also fill every fresh tensor with NaN; we never read one before writing it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if config.train.device == "cuda":  # on a CPU our operations are deterministic, and asking costs seconds of imports
+        torch.use_deterministic_algorithms(True)
+        # That would also fill every fresh tensor with NaN; we never read one before writing it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     Loop(config, rank).run()
 
 
