@@ -9,13 +9,27 @@ from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
 from tests.pairwise import pairwise
 from tests.parallel import mutants
-from tests.parallel.layouts import ALL, STYLES, compare, verify_config
+from tests.parallel.layouts import ALL, ALL_OF_EIGHT, EIGHT, STYLES, compare, verify_config
 
 
 @pytest.mark.parametrize("layout", ALL)
 def test_every_layout(layout: str, pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
     [verdict] = compare(pool, tmp_path, verify_config(prefix, [layout]))
     assert verdict.passed, verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("everything", [False, True])
+def test_every_layout_of_eight(style: str, everything: bool, pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
+    """Also the long pipelines and the wide splits; with everything on, and with everything off."""
+    values = EIGHT | STYLES[style] | {"train.seq_length": 24}
+    if everything:
+        values |= {"parallel.sequence_parallel": True, "parallel.zero": 1, "model.dropout": 0.1, "model.kv_heads": 1}
+        values |= {"train.recompute": "full"}
+    verdicts = compare(pool, tmp_path, verify_config(prefix, ALL_OF_EIGHT, **values))
+    assert [verdict for verdict in verdicts if not verdict.passed] == []
+    assert len(verdicts) == len(ALL_OF_EIGHT)
 
 
 OPTIONS: dict[str, list[Any]] = {
