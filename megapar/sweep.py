@@ -81,7 +81,7 @@ class Point:
             config = read("train", plain, self.verbatim | {"run.dir": str(folder)})
             job = commands.plan(config, overrides.as_list(), entry=self.entry)
             launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
-            draw(Path(job.folder))
+            commands.draw(job)
         except (UserError, RankFailure) as error:
             commands.say(str(error))
             return "failed", str(error).splitlines()[-1]
