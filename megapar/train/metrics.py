@@ -41,16 +41,20 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
 
 
 def summarise(figures: Tensor) -> dict[str, Any]:
-    """loss, bubble and exposed_comm_s of a step from all ranks' figures.
+    """loss, compute_s, bubble and exposed_comm_s of a step from all ranks' figures.
+
+    compute_s: seconds in F, B, I, W and reduction less the waits for communication in them, mean over ranks.
 
     exposed_comm_s of an axis: seconds that even the last of a group to arrive stood still, so that waiting for a late
     peer counts where it was late; of all groups of the axis the slowest.
     bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks.
     """
     column = {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
+    compute = column["busy"] - column["tp"] - column["dp"]
     exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(AXES)}
     return {
         "loss": float(column["loss"].sum()),
+        "compute_s": float(compute.mean()),
         "bubble": float((1.0 - column["busy"] / column["phase"]).mean()),
         "exposed_comm_s": exposed,
     }

@@ -33,9 +33,8 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
 def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
     step, exposed = summary["step_time_s"], summary["exposed_comm_s"]
     parts = [f"{axis} {seconds / step:.0%}" for axis, seconds in exposed.items() if summary["layout"][axis] > 1]
-    lines = []
-    if parts:
-        lines.append(f"waiting     share of a step that communication was exposed: {', '.join(parts)}")
+    time = f"time        of a step: compute {summary['compute_s'] / step:.0%}"
+    lines = [time + (f", exposed communication {', '.join(parts)}" if parts else "")]
     if summary["layout"]["pp"] > 1:
         lines.append(
             f"bubble      {summary['bubble']:.1%} of the pipeline phase; the {config.pipeline.schedule} schedule's "
@@ -43,7 +42,7 @@ def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
         )
     if summary["cores_per_rank"] < 1 and config.train.device == "cpu":
         lines.append(
-            f"            {summary['cores_per_rank']:.2g} cores per rank: ranks wait for each other's turn on a core, "
-            "so times and bubble say nothing of a machine with a core per rank"
+            f"cores       {summary['cores_per_rank']:.2g} per rank: ranks take turns on a core, so times and bubble "
+            "don't carry over"
         )
     return lines
