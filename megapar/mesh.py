@@ -7,6 +7,7 @@ A `Mesh` is an object that is passed along; nothing about parallelism is kept in
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import product
 from math import prod
 
@@ -31,7 +32,7 @@ class Axis:
 
     def blocked(self, operation: str) -> AbstractContextManager[None]:
         """Time an operation over this axis for which computation stands still."""
-        return self.timeline.span(self.name, operation)
+        return self.timeline.span(self.name, operation, f" over {self.name} of ranks {', '.join(map(str, self.ranks))}")
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Mesh:
 
     `sizes` gives the extent of every axis. Building a mesh of more than one rank needs an initialised default process
     group of exactly `prod(sizes)` ranks and is collective: every rank asks for the same axes in the same order.
+    timeout: after which an operation over any of its groups fails; torch would give a new group half an hour.
     """
 
     sizes: dict[str, int]
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: timedelta | None = None
 
     def __post_init__(self) -> None:
         assert tuple(self.sizes) == AXES, f"axes are {AXES}"
@@ -120,7 +123,9 @@ class Mesh:
             place = (*key, *ranks)
             if place not in self._groups:
                 whole = len(ranks) == self.world_size and not key
-                made = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+                made = dist.group.WORLD
+                if not whole:
+                    made = dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True)
                 assert made is not None, "initialise the default process group first"
                 self._groups[place] = made
             group = self._groups[place]

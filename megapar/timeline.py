@@ -45,13 +45,13 @@ class Timeline:
         return event
 
     @contextmanager
-    def span(self, kind: str, name: str) -> Iterator[None]:
-        """Time what runs inside. An error inside gets a note that names it."""
+    def span(self, kind: str, name: str, where: str = "") -> Iterator[None]:
+        """Time what runs inside. An error inside gets a note that names it, and `where`."""
         start = self._mark()
         try:
             yield
         except Exception as error:
-            error.add_note(f"in {name} ({kind})")
+            error.add_note(f"in {name}{where}")
             raise
         self._spans.append((kind, name, start, self._mark()))
 

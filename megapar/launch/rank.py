@@ -182,7 +182,7 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO) -> int:
     """Write what happened to the log and to the report; returns the exit code."""
     kind = "user" if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
     text = "".join(traceback.format_exception(error))
-    line = str(error) if kind == "user" else "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    line = str(error) if kind == "user" else one_line(error)
     report = Report(rank, kind, line, text, time.time())
     print(text, file=sys.stderr, flush=True)
     if job.reports is not None:
@@ -196,6 +196,13 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO) -> int:
     if kind == "victim":
         time.sleep(VICTIM_DELAY_S)
     return 2 if kind == "user" else 1
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line, with the operation it came from where that is noted (see `Timeline.span`)."""
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    notes = getattr(error, "__notes__", [])
+    return ", ".join([line, *notes[:2]])
 
 
 def failure_text(report: Report, job: Job) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def make_mesh(config: TrainConfig, rank: int) -> Mesh:
     parallel = config.parallel
     assert parallel.dp is not None
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
-    return Mesh({"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}, rank, device)
+    sizes = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
+    return Mesh(sizes, rank, device, timedelta(seconds=config.train.timeout_s))
 
 
 def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:

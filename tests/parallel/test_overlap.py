@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from statistics import median
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megapar.config.schema import TrainConfig
-from megapar.launch.pool import WorkerPool
+from megapar.launch.pool import PoolError, WorkerPool
+from megapar.mesh import Mesh
 from megapar.parallel import collectives
 from megapar.parallel.grad_sync import GradSync
 from megapar.train.metrics import gather_figures, local_figures, summarise
@@ -111,3 +114,18 @@ def test_a_late_operation_shows_on_its_axis(axis: str, layout: str, pool: Worker
     for name in ("tp", "pp", "dp"):
         change = median(row[name] for row in late) - median(row[name] for row in usual)
         assert change == pytest.approx(DELAY_S if name == axis else 0.0, abs=0.2 * DELAY_S), (name, rows)
+
+
+def stuck_peer(rank: int, world_size: int) -> None:
+    mesh = Mesh({"pp": 1, "dp": 2, "tp": 2}, rank, timeout=timedelta(seconds=1))
+    if rank == 3:
+        time.sleep(4)  # neither computing nor gone
+    collectives.all_reduce(torch.ones(4), mesh["tp"])
+
+
+def test_a_stuck_rank_ends_the_run_and_the_operation_is_named(pool: WorkerPool) -> None:
+    """The group's own timeout, not torch's default of half an hour, which new groups get."""
+    start = time.perf_counter()
+    with pytest.raises(PoolError, match="in all_reduce over tp of ranks 2, 3"):
+        pool.run(stuck_peer, 4)
+    assert time.perf_counter() - start < 10
