@@ -18,8 +18,9 @@ from megapar.config import (
 )
 from megapar.config.file import dump
 from megapar.config.parse import changed
+from megapar.kernels import select_backends
 from megapar.launch import rundir
-from megapar.launch.machine import kernel_backends, num_gpus
+from megapar.launch.machine import num_gpus
 from megapar.launch.rank import GENERATE, TRAIN, Job
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
@@ -73,7 +74,7 @@ def plan(
 
 def _plan_train(config: TrainConfig, overrides: list[str], world_size: int | None, entry: str) -> Job:
     config = finish(config, world_size)
-    config = rundir.create(config, overrides, kernel_backends(config.kernels.backend))
+    config = rundir.create(config, overrides, select_backends(config.kernels.backend))
     layout = layout_of(config)
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
@@ -91,11 +92,11 @@ def _plan_train(config: TrainConfig, overrides: list[str], world_size: int | Non
 def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -> Job:
     if config.run.dir is None:
         raise ConfigError("run.dir", None, "says which run's model writes; give run.dir=RUN")
+    gpus = num_gpus()
+    config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
     trained = rundir.load_config(config.run.dir)
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
-    gpus = num_gpus()
-    config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
     check_generate(config, trained, num_gpus=gpus, world_size=world_size)
     return Job(
         command="generate",
@@ -120,7 +121,7 @@ def draw(job: Job) -> None:
 def verify(config: VerifyConfig, overrides: list[str]) -> int:
     """Compare layouts. Returns the exit code."""
     config = finish(config)
-    config = rundir.create(config, overrides, kernel_backends(config.kernels.backend))
+    config = rundir.create(config, overrides, select_backends(config.kernels.backend))
     import megapar.verify
 
     return megapar.verify.run(config)

@@ -8,13 +8,15 @@ And what Hydra itself refuses becomes one line.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megapar.config import COMMANDS, VERBATIM, ConfigError, UserError, parse, to_dict
-from megapar.config.parse import groups, keys, nearest, unknown_key
+from megapar.config import COMMANDS, PATHS, VERBATIM, ConfigError, UserError, parse, to_dict
+from megapar.config.check import value_of
+from megapar.config.parse import changed, groups, keys, nearest, unknown_key
 
 CONF = Path(str(files("megapar.conf")))
 
@@ -59,14 +61,16 @@ def compose(command: str, overrides: Overrides) -> Any:
 
 
 def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) -> Any:
-    """The config object from what Hydra composed and the verbatim values."""
+    """The config object from what Hydra composed and the verbatim values; `~` in paths becomes the home folder."""
     for key, value in verbatim.items():
         *path, name = key.split(".")
         node = composed
         for part in path:
             node = node.setdefault(part, {})
         node[name] = value
-    return parse(COMMANDS[command], composed)
+    config: Any = parse(COMMANDS[command], composed)
+    paths = {key: value_of(config, key) for key in PATHS if key in keys(COMMANDS[command])}
+    return changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
 
 
 def register_defaults() -> None:

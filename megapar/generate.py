@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megapar.checkpoint import Manifest, load_weights
+from megapar.config.check import layout_of, with_layout
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.parse import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
@@ -55,17 +56,13 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
 
 def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
     """A run's config with the layout, precision and device that it shall write in."""
-    partition = trained.pipeline.partition
-    if isinstance(partition, list) and len(partition) != config.parallel.pp:
-        partition = "uniform"
     values = {
         "parallel": config.parallel,
         "parallel.zero": 0,
-        "pipeline.partition": partition,
         "train.dtype": config.dtype,
         "train.device": config.device,
     }
-    return changed(trained, values)
+    return with_layout(changed(trained, values), layout_of(config))
 
 
 def refuse_other_tokenizer(tokenizer: Tokenizer, manifest: Manifest) -> None:

@@ -103,7 +103,7 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
         )
     parent = verbatim.pop("run.dir", None)
     check_points(Overrides(overrides.hydra, verbatim))
-    folder = Path(parent) if parent else rundir.default_folder(verbatim.get("run.name", "run") + "-sweep")
+    folder = Path(parent).expanduser() if parent else rundir.default_folder(verbatim.get("run.name", "run") + "-sweep")
     _make(folder)
     commands.say(f"sweep: {folder}")
     point = Point(str(folder), verbatim, uuid.uuid4().hex[:8], os.getpid(), entry)

@@ -5,10 +5,11 @@ from megapar.config.derive import resolve, resolve_generate
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
-from megapar.config.schema import COMMANDS, VERBATIM, GenerateConfig, PrepareConfig, TrainConfig, VerifyConfig
+from megapar.config.schema import COMMANDS, PATHS, VERBATIM, GenerateConfig, PrepareConfig, TrainConfig, VerifyConfig
 
 __all__ = [
     "COMMANDS",
+    "PATHS",
     "VERBATIM",
     "ConfigError",
     "GenerateConfig",

@@ -10,6 +10,7 @@ from megapar.config.errors import ConfigError
 from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
+from megapar.kernels import select_backends
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
 
@@ -27,7 +28,6 @@ AT_LEAST: dict[str, float] = {
     "parallel.bucket_size": 1,
     "pipeline.chunks": 1,
     "data.vocab_size": 1,
-    "optim.lr": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
@@ -36,6 +36,7 @@ AT_LEAST: dict[str, float] = {
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
     "train.seed": 0,
+    "train.timeout_s": 1,
     "train.eval_every": 0,
     "train.eval_samples": 1,
     "checkpoint.every": 0,
@@ -49,11 +50,17 @@ MORE_THAN_ZERO = (
     "model.norm_eps",
     "model.rope_theta",
     "model.init_std",
+    "optim.lr",
     "optim.eps",
-    "train.timeout_s",
     "sample.top_p",
 )
 BELOW_ONE = ("model.dropout", "data.split", "optim.beta1", "optim.beta2")  # in [0, 1)
+AT_MOST: dict[str, float] = {
+    "model.init_std": 1000,  # far from what fp32 and bf16 can't hold
+    "train.seed": 2**63 - 1,  # dropout mixes it into int64 keys
+    "train.timeout_s": 30 * 24 * 3600,  # torch counts a timeout in a clock that overflows
+    "sample.seed": 2**63 - 1,
+}
 AT_MOST_ONE = ("optim.min_lr", "sample.top_p")
 
 
@@ -64,7 +71,8 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
     """
     check_values(config)
     check_model(config.model)
-    check_layout(config)
+    # verify takes its layouts from elsewhere, and its list of layers per stage is for those.
+    check_layout(with_layout(config, layout_of(config)) if isinstance(config, VerifyConfig) else config)
     check_training(config)
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
     if isinstance(config, VerifyConfig):
@@ -81,6 +89,8 @@ def check_values(config: Any) -> None:
             continue
         if key in AT_LEAST and value < AT_LEAST[key]:
             raise ConfigError(key, value, f"must be at least {AT_LEAST[key]}")
+        if key in AT_MOST and value > AT_MOST[key]:
+            raise ConfigError(key, value, f"must be at most {AT_MOST[key]}")
         if key in MORE_THAN_ZERO and value <= 0:
             raise ConfigError(key, value, "must be more than 0")
         if key in BELOW_ONE and not 0 <= value < 1:
@@ -165,6 +175,9 @@ def check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "train.eval_every", train.eval_every, "data.split=0 holds nothing out; raise it or use eval_every=0"
         )
+    project = config.logger.wandb.project
+    if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+        raise ConfigError("logger.wandb.project", project, "a project's name has 1 to 128 characters, none of /\\#?%:")
 
 
 def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None) -> None:
@@ -197,8 +210,10 @@ def check_backend(backend: str, num_gpus: int) -> None:
     """Refuse a kernel backend that can't run here."""
     if backend == "triton" and num_gpus == 0:
         raise ConfigError("kernels.backend", backend, "no GPU is visible; use torch, or auto")
-    if backend in ("triton", "interpret"):
-        raise ConfigError("kernels.backend", backend, "this version has no Triton kernels yet; use torch, or auto")
+    try:
+        select_backends(backend)
+    except ValueError as error:
+        raise ConfigError("kernels.backend", backend, str(error)) from None
 
 
 def check_verify(config: VerifyConfig) -> None:
@@ -213,6 +228,10 @@ def check_verify(config: VerifyConfig) -> None:
         refusal = why_not(config, Layout.parse(name))
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
+    partition, stages = config.pipeline.partition, {Layout.parse(name).pp for name in config.layouts or []}
+    if isinstance(partition, list) and len(partition) not in stages:
+        problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
+        raise ConfigError("pipeline.partition", partition, problem)
 
 
 def check_generate(
@@ -225,7 +244,7 @@ def check_generate(
         problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)
     check_tensor_parallel(trained.model, config.parallel.tp)
-    if config.sample.max_tokens and not config.prompt:
+    if not config.prompt:
         raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
     check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
@@ -238,7 +257,8 @@ def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
 def with_layout(config: T, layout: Layout) -> T:
     """The same config in another layout; a partition for another number of stages becomes uniform."""
     values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
-    if config.pipeline.partition != "uniform" and len(config.pipeline.partition) != layout.pp:
+    partition = config.pipeline.partition
+    if isinstance(partition, list) and len(partition) != layout.pp:
         values["pipeline.partition"] = "uniform"
     return changed(config, values | {"parallel.auto": False})
 

@@ -41,7 +41,7 @@ def resolve(
             config = changed(config, {"train.device": "cpu"})
         if config.parallel.auto:
             raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
-        config = with_layout(config, Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1))
+        config = changed(config, {"parallel.dp": config.parallel.dp or 1})
         if config.layouts is None:
             config = changed(config, {"layouts": [str(layout) for layout in feasible_layouts(config)]})
         return config

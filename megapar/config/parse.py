@@ -16,6 +16,47 @@ from megapar.config.schema import COMMANDS
 
 T = TypeVar("T")
 
+# What well-known programs call our keys: the letters are too far apart for a suggestion by spelling.
+SYNONYMS = {
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "mbs": "micro_batch_size",
+    "gbs": "global_batch_size",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "train_iters": "steps",
+    "max_grad_norm": "clip_grad",
+    "grad_clip": "clip_grad",
+    "seq_len": "seq_length",
+    "sequence_length": "seq_length",
+    "block_size": "seq_length",
+    "max_position_embeddings": "seq_length",
+    "num_layers": "layers",
+    "num_hidden_layers": "layers",
+    "n_layer": "layers",
+    "hidden_size": "hidden",
+    "d_model": "hidden",
+    "n_embd": "hidden",
+    "num_heads": "heads",
+    "num_attention_heads": "heads",
+    "n_head": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_query_groups": "kv_heads",
+    "ffn_hidden_size": "ffn",
+    "intermediate_size": "ffn",
+    "tensor_parallel": "tp",
+    "tensor_model_parallel_size": "tp",
+    "tensor_parallel_size": "tp",
+    "pipeline_parallel": "pp",
+    "pipeline_model_parallel_size": "pp",
+    "pipeline_parallel_size": "pp",
+    "data_parallel": "dp",
+    "data_parallel_size": "dp",
+    "precision": "dtype",
+    "temp": "temperature",
+    "max_new_tokens": "max_tokens",
+}
+
 
 def keys(kind: Any) -> dict[str, Field[Any]]:
     """Every dotted key of a configuration class, groups left out, in the order of the schema."""
@@ -74,6 +115,7 @@ def nearest(key: str, kind: type) -> str | None:
     """The known key nearest to a mistyped one: the same last word first, then the most similar spelling."""
     known = [*keys(kind), *groups(kind)]
     leaf = key.rsplit(".", 1)[-1]
+    leaf = SYNONYMS.get(leaf, leaf)
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
     if same_leaf:
         return difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)[0]
@@ -126,8 +168,11 @@ def _as(value: object, hint: Any) -> tuple[bool, Any]:
     if hint is float:
         if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value):
             value = float(value)
-        good = isinstance(value, int | float) and math.isfinite(value)
-        return good, float(value) if good else None  # type: ignore[arg-type]
+        try:
+            number = float(value) if isinstance(value, int | float) else math.nan
+        except OverflowError:  # an integer beyond every float
+            number = math.inf
+        return math.isfinite(number), number
     return isinstance(value, hint), value
 
 

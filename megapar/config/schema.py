@@ -256,5 +256,9 @@ VERBATIM = (
     "data.prefix",
     "data.cache",
     "checkpoint.load",
+    "logger.wandb.project",
     "out",
 )
+
+# Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
+PATHS = ("run.dir", "checkpoint.load", "out")

@@ -1,8 +1,6 @@
 """What this machine has: GPUs, cores, versions of software."""
 
 import ctypes
-import os
-import pkgutil
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import megapar
-import megapar.kernels
+from megapar.cores import num_cores
 
 PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "einops", "safetensors", "wandb")
 
@@ -23,11 +21,6 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_rank(local_ranks: int) -> int:
@@ -48,12 +41,6 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def kernel_backends(backend: str) -> dict[str, str]:
-    """Backend of each kernel by name, for `kernels.backend`. So far torch is the only one there is."""
-    assert backend in ("auto", "torch"), backend
-    return {module.name: "torch" for module in pkgutil.iter_modules(megapar.kernels.__path__) if module.name[0] != "_"}
 
 
 def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:

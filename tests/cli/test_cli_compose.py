@@ -10,7 +10,7 @@ import yaml
 
 from megapar.cli import main
 from megapar.compose import CONF, compose, group_files, split
-from megapar.config import COMMANDS, TrainConfig, check, parse, resolve, to_dict
+from megapar.config import COMMANDS, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
 from megapar.config.parse import groups, keys
 from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
@@ -85,10 +85,24 @@ def test_a_repeated_verbatim_key_takes_the_last_value() -> None:
     assert compose("train", split(["out=a=b", "run.dir=x", "out=c=d"])).out == "c=d"
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose("train", split(["run.dir=~/x", "out=~/y", "checkpoint.load=~/z"]))
+    assert (config.run.dir, config.out, config.checkpoint.load) == ("/home/me/x", "/home/me/y", "/home/me/z")
+    assert compose("train", split(["run.dir=a~/x"])).run.dir == "a~/x"
+
+
+def test_a_list_of_layers_per_stage_holds_where_verify_has_so_many_stages() -> None:
+    config = resolve(compose("verify", split(["layouts=[pp2,tp2]", "pipeline.partition=[3,1]", "model.layers=4"])))
+    check(config)
+    partitions = [with_layout(config, Layout.parse(name)).pipeline.partition for name in ("pp2", "tp2")]
+    assert partitions == [[3, 1], "uniform"]
+
+
 def test_lists_and_quoted_text() -> None:
-    config = compose("train", split(["pipeline.partition=[1,3]", "logger.wandb.project='\"x, y\"'"]))
-    assert config.pipeline.partition == [1, 3]
-    assert compose("train", split(["logger.wandb.project='x, y'"])).logger.wandb.project == "x, y"
+    config = compose("train", split(["pipeline.partition=[1,3]", "logger.wandb.project=x, y"]))
+    assert (config.pipeline.partition, config.logger.wandb.project) == ([1, 3], "x, y")
+    assert compose("verify", split(["layouts=['tp2',pp2]"])).layouts == ["tp2", "pp2"]
 
 
 def test_compose_leaves_no_hydra_state() -> None:
