@@ -7,6 +7,7 @@ needs it: `megapar --help` answers in a tenth of a second.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 HELP = ("-h", "--help", "help")
@@ -143,10 +144,11 @@ def _local(call: Invocation, entry: str | None) -> int:
         return commands.verify(config, overrides.as_list())
     from megapar.launch.local import launch
 
-    job = commands.plan(config, overrides.as_list(), entry=entry)
-    launch(job)
-    if call.command == "train":
-        commands.draw(job)
+    with ExitStack() as claims:
+        job = commands.plan(config, overrides.as_list(), claims, entry=entry)
+        launch(job)
+        if call.command == "train":
+            commands.draw(job)
     return 0
 
 
@@ -170,14 +172,18 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
             print(error, file=sys.stderr)
         return 2
 
+    claims = ExitStack()  # of rank 0, for as long as it lives
+
     def plan(world_size: int) -> Job:
         from megapar import commands
         from megapar.compose import compose, split
 
         overrides = split(call.arguments)
-        return commands.plan(compose(call.command, overrides), overrides.as_list(), world_size, entry)
+        config = compose(call.command, overrides)
+        return commands.plan(config, overrides.as_list(), claims, world_size=world_size, entry=entry)
 
-    return external.launch(where, plan)
+    with claims:
+        return external.launch(where, plan)
 
 
 if __name__ == "__main__":

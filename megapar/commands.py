@@ -1,6 +1,8 @@
 """What the commands do once their configuration is composed: derive, check, prepare data, make the run directory."""
 
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +11,7 @@ from megapar.config import (
     GenerateConfig,
     PrepareConfig,
     TrainConfig,
+    UserError,
     VerifyConfig,
     check,
     check_generate,
@@ -50,31 +53,112 @@ def finish(config: T, world_size: int | None = None) -> T:
     sizes = {"vocab_size": prepared.vocab_size, "max_token": prepared.max_token}
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
     check(config, num_gpus=gpus, world_size=world_size)
-    return changed(config, {"data.prefix": str(prepared.prefix)})
+    if config.task.sample_tokens and prepared.tokenizer_path is None:
+        problem = "these token files came without a tokenizer, so nothing can be written; use 0"
+        raise ConfigError("task.sample_tokens", config.task.sample_tokens, problem)
+    config = changed(config, {"data.prefix": str(prepared.prefix)})
+    refuse_few_tokens(config)
+    return config
+
+
+def refuse_few_tokens(config: TrainConfig) -> None:
+    """Raise ConfigError where the prepared data has not tokens enough for a sample, or for an evaluation."""
+    from megapar.data.samples import SampleSet
+
+    train, prefix = config.train, str(config.data.prefix)
+    SampleSet(prefix, split="train", seq_length=train.seq_length, seed=train.seed, holdout=config.data.split)
+    if train.eval_every:
+        SampleSet(prefix, split="valid", seq_length=train.seq_length, seed=train.seed, holdout=config.data.split)
+
+
+def steps_done(config: TrainConfig) -> int:
+    """Training steps of the checkpoint that a finished config starts from, 0 without one.
+
+    Raises UserError where it can't be read, is of another model or other data, or leaves nothing to do.
+    """
+    if config.checkpoint.load is None:
+        return 0
+    from megapar.checkpoint import find_checkpoint, read_manifest
+    from megapar.checkpoint.load import refuse_other_model, refuse_other_order
+
+    try:
+        folder = find_checkpoint(config.checkpoint.load)
+        manifest = read_manifest(folder)
+    except UserError as error:
+        raise ConfigError("checkpoint.load", config.checkpoint.load, str(error)) from None
+    refuse_other_model(manifest, config, folder)
+    refuse_other_order(manifest, config, folder)
+    if manifest.step >= config.train.steps:
+        problem = f"{folder} has done {manifest.step} steps already; use more, or an earlier checkpoint"
+        raise ConfigError("train.steps", config.train.steps, problem)
+    return manifest.step
+
+
+def refuse_bad_out(out: str | None, run_dir: str | None) -> None:
+    """Raise ConfigError where `out` can't be written. In the run directory it can: that is yet to be made."""
+    if out is None:
+        return
+    path = Path(out)
+    folder = path.parent
+    if path.is_dir():
+        raise ConfigError("out", out, "is a folder; name a file")
+    if run_dir is not None and folder.resolve() == Path(run_dir).resolve() and not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError("out", out, "there is no such folder; make it, or name another file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError("out", out, "can't be written; name another file")
+
+
+def refuse_without_wandb_key(config: TrainConfig) -> None:
+    """Raise ConfigError where wandb shall upload and finds no key, nor a place to ask for one."""
+    if config.logger.wandb.mode != "online":
+        return
+    import wandb
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    host = wandb_setup.singleton().settings.base_url
+    remedy = "set WANDB_API_KEY or run `wandb login`, or use offline or disabled"
+    try:
+        key = wbauth.authenticate_session(host=host, source="megapar", prompt=False, update_session=False)
+    except wandb.errors.Error as error:
+        raise ConfigError("logger.wandb.mode", "online", f"{str(error).splitlines()[0]}; {remedy}") from None
+    if key is None:
+        raise ConfigError("logger.wandb.mode", "online", f"there is no key for {host}; {remedy}")
 
 
 def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
     """Derive and check what can be without the data: refuses in a moment. Returns the config so far."""
     draft = resolve(config, num_gpus=gpus, world_size=world_size)
     check(draft, num_gpus=gpus, world_size=world_size)
+    refuse_bad_out(config.out, config.run.dir)
+    refuse_without_wandb_key(config)
     return draft
 
 
 def plan(
-    config: TrainConfig | GenerateConfig, overrides: list[str], world_size: int | None = None, entry: str | None = None
+    config: TrainConfig | GenerateConfig,
+    overrides: list[str],
+    claims: ExitStack | None,
+    *,
+    world_size: int | None = None,
+    entry: str | None = None,
 ) -> Job:
     """The job for the ranks of `train` or `generate`.
 
-    world_size: ranks that run already; entry: what each calls, if not the command's own. Raises UserError.
+    claims: holds the run directory of `train`, see `rundir.create`; world_size: ranks that run already; entry: what
+    each calls, if not the command's own. Raises UserError.
     """
     if isinstance(config, GenerateConfig):
         return _plan_generate(config, world_size, entry or GENERATE)
-    return _plan_train(config, overrides, world_size, entry or TRAIN)
-
-
-def _plan_train(config: TrainConfig, overrides: list[str], world_size: int | None, entry: str) -> Job:
     config = finish(config, world_size)
-    config = rundir.create(config, overrides, select_backends(config.kernels.backend))
+    backends = select_backends(config.kernels.backend)
+    config = rundir.create(config, overrides, backends, claims, steps_done=steps_done(config))
+    return _train_job(config, entry or TRAIN)
+
+
+def _train_job(config: TrainConfig, entry: str) -> Job:
     layout = layout_of(config)
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
@@ -94,7 +178,8 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
         raise ConfigError("run.dir", None, "says which run's model writes; give run.dir=RUN")
     gpus = num_gpus()
     config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
-    trained = rundir.load_config(config.run.dir)
+    trained = rundir.load_config(str(config.run.dir))
+    refuse_bad_out(config.out, None)
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
     check_generate(config, trained, num_gpus=gpus, world_size=world_size)
@@ -121,10 +206,11 @@ def draw(job: Job) -> None:
 def verify(config: VerifyConfig, overrides: list[str]) -> int:
     """Compare layouts. Returns the exit code."""
     config = finish(config)
-    config = rundir.create(config, overrides, select_backends(config.kernels.backend))
-    import megapar.verify
+    with ExitStack() as claims:
+        config = rundir.create(config, overrides, select_backends(config.kernels.backend), claims)
+        import megapar.verify
 
-    return megapar.verify.run(config)
+        return megapar.verify.run(config)
 
 
 def data(config: PrepareConfig) -> int:

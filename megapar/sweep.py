@@ -24,7 +24,7 @@ from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
 from megapar.launch.local import launch
 from megapar.launch.machine import num_gpus
-from megapar.ledger import Ledger, State, claimed
+from megapar.ledger import Ledger, State
 
 QUIET = {
     "hydra.output_subdir": "null",  # no .hydra folders: a point's run directory has all of it
@@ -53,8 +53,10 @@ class Point:
         point = point_id(overrides)
         folder, ledger = Path(self.parent) / point, Ledger(Path(self.parent))
         about = {"overrides": overrides.as_list(), "call": self.call}
-        with claimed(folder) as mine:
-            if not mine:
+        with contextlib.ExitStack() as claims:
+            try:
+                claims.enter_context(rundir.claimed(folder))
+            except rundir.InUse:
                 commands.say(f"point {point}: running in another process, left to it")
                 return float("nan")
             before = ledger.latest().get(point, {})
@@ -79,7 +81,7 @@ class Point:
             with one_line_errors():
                 plain: Any = OmegaConf.to_container(composed, resolve=True)
             config = read("train", plain, self.verbatim | {"run.dir": str(folder)})
-            job = commands.plan(config, overrides.as_list(), entry=self.entry)
+            job = commands.plan(config, overrides.as_list(), None, entry=self.entry)
             launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
             commands.draw(job)
         except (UserError, RankFailure) as error:

@@ -222,6 +222,9 @@ def check_verify(config: VerifyConfig) -> None:
         raise ConfigError("train.device", "cuda", "verify compares on the CPU in this version; use cpu")
     if config.train.dtype == "bf16":
         raise ConfigError("train.dtype", "bf16", "verify compares in fp64 or fp32; use one of them")
+    if config.checkpoint.load is not None:
+        problem = "verify starts every layout from its initial values; leave it out"
+        raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
     if config.layouts is not None and not config.layouts:
         raise ConfigError("layouts", [], "nothing to compare; name layouts such as [tp2,pp2], or leave it out for all")
     for name in config.layouts or []:

@@ -1,8 +1,13 @@
-"""The run directory: made once, by the process that composed the configuration."""
+"""The run directory: made once, by the process that composed the configuration, and held by it until the run ends."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,19 +24,35 @@ from megapar.launch.machine import environment
 T = TypeVar("T", bound=TrainConfig)
 
 NOT_THE_RUN = ("run.dir", "run.name", "out", "logger.progress")  # may differ when a run is started again
+METRICS = "metrics.jsonl"
+RESULTS = ("timeline.json", "summary.json", "run.svg", "verify.json")
+REFERENCE = "reference-"  # what verify's folder for the one-process run begins with
 
 
-def create(config: T, overrides: list[str], backends: dict[str, str]) -> T:
+class InUse(ConfigError):
+    """Another process is writing to the run directory."""
+
+
+def create(
+    config: T, overrides: list[str], backends: dict[str, str], claims: ExitStack | None, steps_done: int = 0
+) -> T:
     """Make the run directory of a resolved config and write config.yaml, overrides.yaml and environment.json.
 
-    Returns the config with `run.dir` filled in. A directory that holds the same configuration is used again.
-    Raises ConfigError for one that holds another, or that can't be written.
+    claims: holds the directory until it is closed, see `claimed`; None: the caller holds it already
+    steps_done: by the checkpoint that the run starts from
+
+    Returns the config with `run.dir` filled in. A directory that holds the same configuration is used again: the run
+    starts anew there, or goes on behind the checkpoint of the same directory that it loads. Checkpoints stay.
+    Raises ConfigError for one that holds another configuration, that is in use, or that can't be written.
     """
     if config.run.dir is None:
         config = changed(config, {"run.dir": str(default_folder(config.run.name))})
     folder = Path(str(config.run.dir))
     _make_writable(folder)
+    if claims is not None:
+        claims.enter_context(claimed(folder))
     refuse_other_config(config)
+    _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None)
     for name in ("logs", "checkpoints"):
         (folder / name).mkdir(exist_ok=True)
     write_atomic(folder / "config.yaml", dump(config))
@@ -53,11 +74,64 @@ def refuse_other_config(config: TrainConfig) -> None:
         raise ConfigError("run.dir", config.run.dir, f"holds a run of another kind ({error}); {remedy}") from None
     old = {key: value_of(there, key) for key in keys(type(config)) if key not in NOT_THE_RUN}
     new = {key: value_of(config, key) for key in old}
+    for values in (old, new):  # going on from an own checkpoint is the same run
+        if _own_checkpoint(path.parent, values["checkpoint.load"]):
+            values["checkpoint.load"] = None
     different = [f"{key} was {show(old[key])}, now {show(new[key])}" for key in old if old[key] != new[key]]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         problem = f"holds a run of another configuration ({', '.join(different[:3])}{more}); {remedy}"
         raise ConfigError("run.dir", config.run.dir, problem)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run directory, made where it is missing, against other processes; this one's end releases it too.
+
+    Raises InUse where another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another run is writing there; wait for its end, or choose another folder"
+            raise InUse("run.dir", folder, problem) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        yield
+
+
+def _own_checkpoint(folder: Path, load: str | None) -> bool:
+    """Whether a checkpoint to load lies in this run directory."""
+    return load is not None and Path(load).resolve().is_relative_to(folder.resolve())
+
+
+def _clear(folder: Path, going_on_after: int | None) -> None:
+    """Remove what an earlier start of the run wrote, so that each step is there once. wandb keeps starts apart itself.
+
+    going_on_after: steps of which the metrics stay, with the logs; None: the run starts anew
+    """
+    stale = [folder / name for name in RESULTS]
+    if going_on_after is None:
+        stale += [folder / METRICS, *(folder / "logs").glob("rank-*.log")]
+    elif (folder / METRICS).exists():
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomic(folder / METRICS, "".join(line for line in lines if _stays(line, going_on_after)))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for left_over in folder.glob(f"{REFERENCE}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _stays(line: str, steps_done: int) -> bool:
+    """Whether a row of metrics.jsonl is of a step that is not taken again; the last evaluation is made again."""
+    try:
+        row = json.loads(line)
+        return row["step"] <= steps_done and ("val_loss" not in row or row["step"] < steps_done)
+    except (ValueError, KeyError):  # half a line, as a kill leaves it
+        return False
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:
@@ -66,7 +140,17 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part."""
+    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
+
+    Raises UserError, as on a full disk.
+    """
+    try:
+        _write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room or choose another folder") from None
+
+
+def _write_atomic(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -87,6 +87,20 @@ def lr_fails(config: Any, rank: int, world_size: int) -> None:
         Path(config.run.dir, "summary.json").write_text(json.dumps(summary))
 
 
+def rows(config: Any, rank: int, world_size: int) -> None:
+    """Append two rows to the metrics and leave what else a run leaves."""
+    folder = Path(config.run.dir)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2))
+    print("a line of the log", config.optim.lr)
+
+
+def rows_then_sleeps(config: Any, rank: int, world_size: int) -> None:
+    """The same, and then stay."""
+    rows(config, rank, world_size)
+    sleeps(config, rank, world_size)
+
+
 def write(config: Any, rank: int, world_size: int) -> None:
     """What `megapar generate` calls: show the prompt on the terminal."""
     if rank == 0:

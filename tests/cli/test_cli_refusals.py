@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megapar.cli import main
+from tests.data.texts import make_text
 
 # command line -> words that the one line must hold, in this order
 REFUSED = {
@@ -106,6 +107,16 @@ REFUSED = {
     "data data.path=/does/not/exist": ["/does/not/exist"],
     "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],
     "train model.vocab_size=100 CORPUS": ["model.vocab_size=100", "400"],
+    "train train.seq_length=10000000 CORPUS": ["train.seq_length=10000000", "needs 10000001 tokens"],
+    "train task.sample_tokens=5 model.vocab_size=61 data.path=TOKENS": ["task.sample_tokens=5", "without a tokenizer"],
+    "train data.path=ONE_FILE train.eval_every=1 data.vocab_size=300": ["data.split=0.05", "none can be held out"],
+    "train out=/nodir/x.json": ["out=/nodir/x.json", "no such folder"],
+    "verify out=/nodir/x.json": ["out=/nodir/x.json", "no such folder"],
+    "train out=/": ["out=/", "is a folder"],
+    "verify checkpoint.load=x": ["checkpoint.load=x", "initial values"],
+    "train checkpoint.load=/nodir CORPUS": ["checkpoint.load=/nodir", "no such folder"],
+    "train checkpoint.load=/dev CORPUS": ["checkpoint.load=/dev", "holds no checkpoint"],
+    "train logger.wandb.mode=online": ["logger.wandb.mode=online", "no key", "wandb login", "offline"],
     "generate prompt=x": ["run.dir", "run.dir=RUN"],
     "generate run.dir=/does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
     # sweeps
@@ -118,11 +129,26 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused_in_one_line(
-    line: str, capsys: pytest.CaptureFixture[str], corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    corpus: list[str],
+    tokens: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    arguments = [word for part in line.split() for word in (corpus if part == "CORPUS" else [part])]
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    texts = tmp_path_factory.mktemp("texts")
+    (texts / "one.txt").write_text("".join(make_text(seed) for seed in range(4)), encoding="utf-8")
+    places = {"ONE_FILE": f"{texts / 'one.txt'} data.cache={texts}", "TOKENS": tokens}
+    text = line
+    for name, place in places.items():
+        text = text.replace(name, place)
+    arguments = [word for part in text.split() for word in (corpus if part == "CORPUS" else [part])]
     assert main(arguments, entry="stubs:must_not_run") == 2
     shown = capsys.readouterr()
     said = [text for text in shown.err.splitlines() if not text.startswith("data: ")]

@@ -1,7 +1,6 @@
 """Sweeps: points, ledger, going on after failures and interruptions, joblib."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megapar.compose import split
-from megapar.ledger import Ledger, claimed
+from megapar.launch.rundir import InUse, claimed
+from megapar.ledger import Ledger
 from megapar.sweep import check_points, point_id, table
 
 SWEEP = ["-m", "run.dir=sweep", "train.steps=1", "optim.lr=1,2,3"]
@@ -110,15 +110,19 @@ def test_point_id_depends_on_the_overrides_only() -> None:
 
 
 def test_a_point_runs_once_at_a_time(tmp_path: Path) -> None:
-    with claimed(tmp_path / "p") as first:
-        child = os.fork()
-        if child == 0:
-            with claimed(tmp_path / "p") as second:
-                os._exit(int(second))
-        assert first
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    with claimed(tmp_path / "p") as again:
-        assert again
+    with claimed(tmp_path / "p"), pytest.raises(InUse), claimed(tmp_path / "p"):
+        pass
+    with claimed(tmp_path / "p"):
+        pass
+
+
+def test_a_point_that_runs_elsewhere_is_left_to_it(run: Callable, corpus: list[str], tmp_path: Path) -> None:
+    sweep = ["-m", "run.dir=sweep", "optim.lr=1,3"]
+    (tmp_path / "sweep").mkdir()
+    with claimed(tmp_path / "sweep" / point_id(split(["optim.lr=1", *corpus]))):
+        done = run("lr_fails", "train", *sweep)
+    assert "running in another process" in done.err
+    assert list(latest(tmp_path / "sweep")) == ["optim.lr=3"]
 
 
 def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""The run directory: written by one run at a time, each step there once, and what a checkpoint to load must be."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from megapar.cli import main
+from megapar.commands import refuse_bad_out
+from megapar.config import ConfigError, UserError
+from megapar.config.parse import changed
+from megapar.launch import rundir
+from tests.tiny import VOCABULARY, tiny_config
+
+FOLDER = "run.dir=run"
+SMALL = ["model.layers=2", "model.hidden=16", "model.heads=4", f"model.vocab_size={VOCABULARY}", "data.split=0.2"]
+SMALL += ["train.seq_length=8", "train.global_batch_size=8", "train.steps=4", "checkpoint.every=2"]
+SMALL += ["train.eval_every=2", "train.eval_samples=4", "logger.wandb.mode=disabled"]
+
+
+def steps(folder: Path, figure: str = "loss") -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if figure in row]
+
+
+def test_two_runs_do_not_share_a_directory(start: Callable, run: Callable, tmp_path: Path) -> None:
+    first = start("sleeps", FOLDER)
+    while not (tmp_path / "run" / "pid-0").exists() and first.poll() is None:
+        time.sleep(0.05)
+    for command in ("train", "verify"):
+        second = run("rows", command, FOLDER, *(["layouts=[tp2]"] if command == "verify" else []))
+        assert second.code == 2
+        line = second.err.strip().splitlines()[-1]
+        assert line.startswith("run.dir=run: another run is writing there; ") and "choose another" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert run("rows", "train", FOLDER).code == 0
+
+
+def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run("rows", "train", FOLDER).code == 0
+    for name in ("summary.json", "timeline.json", "run.svg", "checkpoints/latest", "logs/rank-7.log", "kept.txt"):
+        (folder / name).touch()
+    (folder / "reference-x").mkdir()  # of a verify that was killed
+    assert run("rows", "train", FOLDER).code == 0
+    assert steps(folder) == [1, 2]
+    assert (folder / "logs/rank-0.log").read_text().count("a line of the log") == 1
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"checkpoints/latest", "kept.txt", "run.svg", "config.yaml"} <= left  # the picture is new
+    assert not {"summary.json", "timeline.json", "logs/rank-7.log"} & left
+    assert not (folder / "reference-x").exists()
+
+
+def test_an_interrupted_point_starts_anew(run: Callable, start: Callable, tmp_path: Path) -> None:
+    sweep = ["-m", "run.dir=sweep", "optim.lr=1,2"]
+    first = start("rows_then_sleeps", *sweep)
+    while not list((tmp_path / "sweep").glob("*/pid-0")) and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    first.communicate()
+    assert first.returncode == 130
+    assert run("rows", "train", *sweep).code == 0
+    assert [steps(path.parent) for path in (tmp_path / "sweep").glob("*/metrics.jsonl")] == [[1, 2], [1, 2]]
+
+
+def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real run; what can't be loaded is refused before a directory is made; its own checkpoint goes on in place."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    whole = ["train", *SMALL, f"data.path={tokens}", f"run.dir={folder}"]
+    assert main(whole) == 0
+    assert (steps(folder), steps(folder, "val_loss")) == ([1, 2, 3, 4], [0, 2, 4])
+    losses = (folder / "metrics.jsonl").read_text().splitlines()
+
+    refused = {
+        f"checkpoint.load={folder}": ["train.steps=4", "step-00000004 has done 4 steps already"],
+        f"checkpoint.load={folder} train.steps=8 model.hidden=32": ["model.hidden=32", "was trained with 16"],
+        f"checkpoint.load={folder} train.steps=8 train.seed=5": ["train.seed=5", "was trained with 1234"],
+    }
+    for line, words in refused.items():
+        capsys.readouterr()
+        assert main([*whole[:-1], f"run.dir={other}", *line.split()]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and said[0].startswith(words[0]) and words[1] in said[0], said
+        assert not other.exists()
+
+    step_2 = folder / "checkpoints" / "step-00000002"
+    assert main([*whole, f"checkpoint.load={step_2}"]) == 0
+    assert (steps(folder), steps(folder, "val_loss")) == ([1, 2, 3, 4], [0, 2, 4])
+    again = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row).get("loss") for row in again] == [json.loads(row).get("loss") for row in losses]
+    assert step_2.exists()
+    assert main(whole) == 0  # from the beginning once more
+    assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_what_another_checkpoint_makes_is_another_run(tokens: str, tmp_path: Path) -> None:
+    config = tiny_config(tokens, **{"run.dir": str(tmp_path / "run")})
+    with ExitStack() as claims:
+        rundir.create(config, [], {}, claims)
+    rundir.refuse_other_config(changed(config, {"checkpoint.load": str(tmp_path / "run")}))
+    with pytest.raises(ConfigError, match=r"checkpoint.load was null, now /elsewhere"):
+        rundir.refuse_other_config(changed(config, {"checkpoint.load": "/elsewhere"}))
+
+
+def test_out_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_bad_out(str(tmp_path / "x.json"), None)
+    refuse_bad_out(str(tmp_path / "run" / "x.json"), str(tmp_path / "run"))  # yet to be made
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=r"x.json: can't be written; name another file"):
+        refuse_bad_out(str(tmp_path / "x.json"), None)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"config.yaml: can't be written \(No space left on device\); make room"):
+        rundir.write_atomic(tmp_path / "config.yaml", "x")
+    assert list(tmp_path.iterdir()) == []
