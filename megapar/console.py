@@ -40,6 +40,10 @@ class _Terminal(_Nothing):
             # What is still buffered must have somewhere to go, or every later flush fails too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._file.encoding
+
     def isatty(self) -> bool:
         return self._file.isatty()
 

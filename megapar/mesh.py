@@ -55,7 +55,6 @@ class Mesh:
         self.timeline = Timeline(self.device)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._axes = {name: self._join(name, (name,)) for name in AXES}
-        self._axes["model"] = self._join("model", ("pp", "tp"))
         self._axes["world"] = self._join("world", AXES)
         # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
         self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))

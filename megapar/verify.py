@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from megapar.config.check import with_layout
 from megapar.config.layout import Layout
-from megapar.config.parse import changed
 from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.launch.pool import PoolError, WorkerPool
+from megapar.launch.rank import one_line
+from megapar.launch.rundir import REFERENCE
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.weight_grad import Piece
+from megapar.train.metrics import finite
 from megapar.train.trainer import Trainer
 
 # Largest errors that rounding can explain, with an order of magnitude to spare (gradients and losses relative, updates
@@ -31,6 +34,9 @@ BOUNDS = {
     "fp64": {"gradient": 1e-11, "update": 1e-8, "loss": 1e-13},
     "fp32": {"gradient": 2e-4, "update": 5e-2, "loss": 1e-6},
 }
+
+
+JOB_TIMEOUT_S = 3600.0  # of a layout's whole job; a stuck collective ends by train.timeout_s
 
 
 @dataclass
@@ -185,38 +191,33 @@ def judge(
     return verdict
 
 
-def layout_config(config: VerifyConfig, layout: Layout) -> VerifyConfig:
-    """The configuration of one layout; a list of layers per stage holds for layouts with that many stages."""
-    partition = config.pipeline.partition
-    if isinstance(partition, list) and len(partition) != layout.pp:
-        partition = "uniform"
-    keys = {
-        "parallel.tp": layout.tp,
-        "parallel.pp": layout.pp,
-        "parallel.dp": layout.dp,
-        "pipeline.partition": partition,
-    }
-    return changed(config, keys)
-
-
 def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iterator[Verdict]:
     """Run the reference and every layout of a resolved configuration; verdicts come as they are found."""
-    one = layout_config(config, Layout())
-    reference = pool.run(run_reference, 1, one, folder)[0]
+    one = with_layout(config, Layout())
+    reference = pool.run(run_reference, 1, one, folder, timeout=JOB_TIMEOUT_S)[0]
     record = RunRecord.open(Path(folder))
     for text in config.layouts or []:
         layout, start = Layout.parse(text), time.perf_counter()
         try:
             ranks = pool.run(
-                run_layout, layout.world, layout_config(config, layout), folder, timeout=config.train.timeout_s
+                run_layout,
+                layout.world,
+                with_layout(config, layout),
+                folder,
+                timeout=JOB_TIMEOUT_S,
+                operation_timeout=config.train.timeout_s,
             )
             verdict = judge(str(layout), config, record, reference, ranks)
         except PoolError as error:
-            verdict = Verdict(
-                str(layout), math.nan, math.nan, math.nan, math.nan, str(error).splitlines()[0], passed=False
-            )
+            verdict = Verdict(str(layout), math.nan, math.nan, math.nan, math.nan, what_failed(error), passed=False)
         verdict.seconds = time.perf_counter() - start
         yield verdict
+
+
+def what_failed(error: PoolError) -> str:
+    """A failed job in one line."""
+    line = one_line(error.error) if error.error is not None else str(error).splitlines()[0]
+    return f"rank {error.rank}: {line}"
 
 
 def run(config: VerifyConfig) -> int:
@@ -231,7 +232,7 @@ def run(config: VerifyConfig) -> int:
     print(f"{'layout':<{width}}  gradient  grad norm   update      loss   time")
     verdicts = []
     with (
-        tempfile.TemporaryDirectory(prefix="megapar-verify-") as folder,
+        tempfile.TemporaryDirectory(prefix=REFERENCE, dir=config.run.dir) as folder,
         WorkerPool(max([layout.world for layout in layouts] + [1])) as pool,
     ):
         for verdict in compare_layouts(config, pool, folder):
@@ -250,5 +251,5 @@ def run(config: VerifyConfig) -> int:
 def _write(config: VerifyConfig, report: dict) -> None:
     assert config.run.dir is not None
     path = Path(config.out or os.path.join(config.run.dir, "verify.json"))
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n")
     print(path)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from megapar.config.errors import UserError
@@ -33,7 +33,8 @@ def start_fork_server(ranks: int = 1) -> None:
         # joblib's workers have a start method of their own, which children inherit by name and do not know.
         multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["megapar.launch.preload"])
-    with _environment({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}):
+    resource_tracker.ensure_running()
+    with _environment({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}), _sigint_blocked():
         forkserver.ensure_running()
 
 
@@ -50,7 +51,10 @@ def launch(job: Job, quiet: bool = False) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # we say what happened, in one place
+        # We say what happened, in one place. A level would not do: the loggers below these have levels of their own.
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
     start_fork_server(job.ranks)
     with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), _environment({}):
         job = replace(job, quiet=quiet, threads=threads_per_rank(job.ranks), reports=scratch, env=LOOPBACK | job.env)
@@ -97,6 +101,16 @@ def _raise_cause(job: Job, error: Any) -> None:
         raise RankFailure(f"rank {rank} failed: exit code {failure.exitcode}; logs: {job.log(rank)}") from None
     cause: Report = reports[0]
     raise (UserError if cause.kind == "user" else RankFailure)(failure_text(cause, job)) from None
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A process that starts meanwhile does not see Ctrl-C until it unblocks it, as `preload` does."""
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
 @contextmanager

@@ -46,19 +46,27 @@ class WorkerPool:
         self._jobs = 0
         self._workers = [self._start(index) for index in range(size)]
 
-    def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(
+        self,
+        fn: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float = 120.0,
+        operation_timeout: float | None = None,
+    ) -> list[Any]:
         """`fn(rank, world_size, *args)` in ranks 0..world_size-1; returns their results by rank.
 
         fn and args travel by pickle, so fn is a function at the top level of a module. For more than one rank a gloo
         default process group of exactly these ranks is there, and gone afterwards with every group made from it.
-        timeout: seconds for the whole job. Raises PoolError when a rank fails, dies or is not done by then; the pool
+        timeout: seconds for the whole job; operation_timeout: for one operation of the group, by default the same.
+        Raises PoolError when a rank fails, dies or is not done by then; the pool
         has replaced the processes that were part of it and can be used again.
         """
         if not 1 <= world_size <= self.size:
             raise ValueError(f"world_size={world_size}: the pool has {self.size} processes")
         self._jobs += 1
         for rank in range(world_size):
-            job = (fn, rank, world_size, args, f"{self._folder.name}/store-{self._jobs}", timeout)
+            job = (fn, rank, world_size, args, f"{self._folder.name}/store-{self._jobs}", operation_timeout or timeout)
             self._workers[rank].send(job)
         answers, timed_out = self._collect(world_size, time.monotonic() + timeout)
         if len(answers) == world_size and all(answer[0] == "done" for answer in answers.values()):

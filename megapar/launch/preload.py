@@ -1,7 +1,13 @@
 """What the fork server imports once, so that ranks forked from it start at once. Only imports: no threads, no CUDA."""
 
 import importlib
+import signal
 from contextlib import suppress
+
+# Ctrl-C reaches every process of the terminal. It must not end these imports with a traceback: the launcher, which
+# has blocked the signal for us so far, says what happened.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 # torch._dynamo: torch.optim imports it when the first optimizer is made, in every rank at once.
 for _name in ("torch", "torch.distributed", "torch._dynamo", "numpy", "yaml", "megapar.train.worker"):

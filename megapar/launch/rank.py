@@ -1,6 +1,7 @@
 """One rank: its output goes to its log, it joins the process group, calls the entry, and reports why it failed."""
 
 import faulthandler
+import hashlib
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,7 @@ LOST_PEER = re.compile(
     r"|remote process exited|communicator was aborted|heartbeat|failed to (recv|send)|end of file",
     re.IGNORECASE,
 )
+STORE_DELAY_S = 1.0  # rank 0 may serve the store: the others ask there whether their line was said
 VICTIM_DELAY_S = 1.0  # a victim waits before it exits, so that the launcher sees the culprit first
 
 
@@ -84,7 +87,7 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
     except KeyboardInterrupt:
         _exit(130)
     except BaseException as error:
-        code = _fail(job, rank, error, terminal)
+        code = _fail(job, rank, error, terminal, store)
         # Not through the interpreter's exit: tearing down a process group whose peers hang may never return.
         _exit(code)
     for stream in (sys.stdout, sys.stderr, terminal):
@@ -178,24 +181,49 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
         dist.destroy_process_group()
 
 
-def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO) -> int:
-    """Write what happened to the log and to the report; returns the exit code."""
+def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: Any) -> int:
+    """Write what happened to the report and to the log, or to the terminal; returns the exit code.
+
+    The report first, and everything where it still can be: on a full disk the cause must not get lost.
+    """
     kind = "user" if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
     text = "".join(traceback.format_exception(error))
     line = str(error) if kind == "user" else one_line(error)
     report = Report(rank, kind, line, text, time.time())
-    print(text, file=sys.stderr, flush=True)
-    if job.reports is not None:
-        path = Path(job.reports) / f"report-{rank}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(report.__dict__), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
-    elif kind != "victim":  # started by torchrun or srun: nobody else will show it
-        print(failure_text(report, job), file=terminal, flush=True)
-    else:
-        print(f"rank {rank} lost its peer; log: {job.log(rank)}", file=terminal, flush=True)
+    shown = failure_text(report, job) if kind != "victim" else f"rank {rank} lost its peer; log: {job.log(rank)}"
+    # Started by torchrun or srun, nobody else will show it.
+    silent = _reported(job, report) if job.reports is not None else kind == "user" and _said(store, shown)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered would fail again at every flush
+    if not silent:
+        with suppress(OSError):
+            print(shown, file=terminal, flush=True)
     if kind == "victim":
         time.sleep(VICTIM_DELAY_S)
+    elif kind == "user" and store is not None and rank == 0:
+        time.sleep(STORE_DELAY_S)
     return 2 if kind == "user" else 1
+
+
+def _reported(job: Job, report: Report) -> bool:
+    """Write a report for the launcher, which shows it; whether that could be done."""
+    path = Path(str(job.reports)) / f"report-{report.rank}.json"
+    try:
+        path.with_suffix(".tmp").write_text(json.dumps(report.__dict__), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError:
+        return False
+    return True
+
+
+def _said(store: Any, line: str) -> bool:
+    """Whether another rank has said this line already: what all ranks find alike is shown once."""
+    try:
+        return store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) > 1
+    except Exception:  # the store has gone: better twice than not at all
+        return False
 
 
 def one_line(error: BaseException) -> str:
@@ -213,6 +241,7 @@ def failure_text(report: Report, job: Job) -> str:
 
 
 def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)

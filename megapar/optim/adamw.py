@@ -52,8 +52,6 @@ class Optimizer:
                 self._attach_state(parameter)
         counted = buffers.owned_runs(buffers.counted).get(True, [])
         self._counted = [grads[run] for run in counted]
-        # With ZeRO-1 each data-parallel rank adds its slices; else all of them hold the same sum already.
-        self._norm_axis = buffers.mesh["world" if buffers.zero else "model"]
 
     def _parameter(self, run: slice) -> Tensor:
         parameter = self.masters[run]
@@ -85,11 +83,16 @@ class Optimizer:
         return {"weight": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def grad_norm(self) -> float:
-        """Global L2 norm over all axes; replicas and tied copies count once. Collective."""
+        """Global L2 norm over all axes; replicas and tied copies count once. Collective.
+
+        Every rank takes part, so that a value that is not finite on any of them is known to all.
+        """
         total = torch.zeros(1, dtype=torch.float64, device=self.grads.device)
         if self._counted:
             total += torch.stack(torch._foreach_norm(self._counted)).double().square().sum()
-        return math.sqrt(all_reduce(total, self._norm_axis).item())
+        mesh = self.buffers.mesh
+        copies = 1 if self.buffers.zero else mesh["dp"].size  # without ZeRO-1 all dp ranks hold the same sum
+        return math.sqrt(all_reduce(total, mesh["world"]).item() / copies)
 
     def step(self, lr: float) -> StepResult:
         """Update the parameters from the owned gradients, which are clipped in place. Collective."""

@@ -55,22 +55,25 @@ class StageBuffers:
 
     def _lay_out(self, bucket_size: int) -> None:
         granule = _ALIGN * self.mesh["dp"].size
-        position = start = 0
+        position = start = size = 0
         held: list[LocalParameter] = []
 
         def close() -> None:
-            nonlocal position, start, held
+            nonlocal position, start, size, held
             position = _round_up(position, granule)
             self.buckets.append(Bucket(start, position, held))
-            start, held = position, []
+            start, size, held = position, 0, []
 
         for parameter in reversed(self.context.parameters):
-            tied = is_tied_across_stages(parameter)
-            # A tied parameter waits for another stage, so it gets a bucket of its own and holds nobody up.
-            if held and (position - start + parameter.numel > bucket_size or tied):
+            tied = is_tied(parameter)
+            # Cut by `widest`, so that tensor-parallel peers cut at the same parameters however uneven their shards are:
+            # a bucket's partial sums over tp are one collective. A tied parameter waits for another stage, so it gets a
+            # bucket of its own and holds nobody up.
+            if held and (size + parameter.widest > bucket_size or tied):
                 close()
             self.offsets[parameter] = position
             position = _round_up(position + parameter.numel, _ALIGN)
+            size += parameter.widest
             held.append(parameter)
             if tied:
                 close()
@@ -89,7 +92,8 @@ class StageBuffers:
                 fill(piece.record, piece.shard, self.context.seed, view[piece.start : piece.stop])
         shape = parameter.shape if parameter.values is None else parameter.values.shape
         tensor = nn.Parameter(view.view(shape))
-        parameter.module.register_parameter(parameter.attribute, tensor)
+        for module, attribute in [(parameter.module, parameter.attribute), *parameter.aliases]:
+            module.register_parameter(attribute, tensor)
         parameter.tensor = tensor
         if not self.weights_only:
             parameter.grad = self.grads[place].view(parameter.shape)
@@ -159,5 +163,5 @@ class StageBuffers:
         return torch.cat([flat[self.owned(bucket)] for bucket in self.buckets])
 
 
-def is_tied_across_stages(parameter: LocalParameter) -> bool:
+def is_tied(parameter: LocalParameter) -> bool:
     return any(piece.record.tie is not None for piece in parameter.pieces)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
-from megapar.parallel.buffers import Bucket, StageBuffers, is_tied_across_stages
+from megapar.parallel.buffers import Bucket, StageBuffers, is_tied
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
@@ -91,7 +91,7 @@ class GradSync:
         self._works.append((work, bucket))
 
     def _waits_for_other_stage(self, bucket: Bucket) -> bool:
-        return self.mesh["pp"].size > 1 and any(is_tied_across_stages(parameter) for parameter in bucket.parameters)
+        return self.mesh["pp"].size > 1 and any(is_tied(parameter) for parameter in bucket.parameters)
 
     def _sum_axis(self, piece: Piece) -> Axis | None:
         """The ranks that hold this piece too and whose gradients of it are parts of a sum."""

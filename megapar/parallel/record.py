@@ -88,6 +88,10 @@ class ParameterRecord:
         first, last = rank * blocks // ranks, (rank + 1) * blocks // ranks
         return Shard(first * length // blocks, last * length // blocks)
 
+    def widest_shard(self, ranks: int) -> int:
+        """Elements of the largest shard: the same number on every rank, unlike a shard's own where they are uneven."""
+        return max(prod(self.shard_shape(self.shard(ranks, rank))) for rank in range(ranks))
+
     def shard_shape(self, shard: Shard) -> tuple[int, ...]:
         shape = list(self.shape)
         shape[self.split_dim or 0] = shard.stop - shard.start

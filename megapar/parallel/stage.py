@@ -66,7 +66,8 @@ class StageContext:
         assert all(
             record.shard_shape(piece.shard)[1:] == shape[1:] for record, piece in zip(records, pieces, strict=True)
         )
-        local = LocalParameter(module, attribute, shape, pieces)
+        widest = sum(record.widest_shard(self.tp.size) for record in records)
+        local = LocalParameter(module, attribute, shape, pieces, widest)
         module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
         self.parameters.append(local)
         return local
@@ -80,24 +81,40 @@ class StageContext:
         """Take over the parameters of plain modules inside a stage: replicated, gradients from autograd.
 
         Their values are drawn anew by the module's own `reset_parameters`, seeded with its path; a module without one
-        keeps what it was built with, which must then be the same on every rank.
+        keeps what it was built with, which must then be the same on every rank. A parameter that several modules share
+        stays one. A frozen one (requires_grad=False) and the modules' buffers stay as they are, in the compute dtype;
+        they are not in checkpoints.
         """
+        adopted: dict[int, LocalParameter] = {}
         known = {(id(parameter.module), parameter.attribute) for parameter in self.parameters}
         for path, module in stage.named_modules():
-            plain = [name for name, _ in module.named_parameters(recurse=False) if (id(module), name) not in known]
+            plain = [
+                name
+                for name, tensor in module._parameters.items()
+                if tensor is not None and (id(module), name) not in known
+            ]
             reset = getattr(module, "reset_parameters", None)
             if plain and callable(reset):
                 with self.seeded(path):
                     reset()
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device, self.dtype if buffer.is_floating_point() else None))
             for attribute in plain:
                 tensor = getattr(module, attribute)
+                if id(tensor) in adopted:
+                    adopted[id(tensor)].aliases.append((module, attribute))
+                    continue
+                if not tensor.requires_grad:
+                    tensor.data = tensor.data.to(self.device, self.dtype)
+                    continue
                 name = f"{path}.{attribute}" if path else attribute
                 record = ParameterRecord(name, tuple(tensor.shape) or (1,), Given())
                 shard = Shard(0, record.shape[0], self.tp.size, self.tp.index)
                 piece = Piece(record, shard, 0, record.shape[0])
-                self.parameters.append(
-                    LocalParameter(module, attribute, record.shape, [piece], values=tensor.detach().clone())
-                )
+                local = LocalParameter(module, attribute, record.shape, [piece], record.numel)
+                local.values = tensor.detach().clone()
+                adopted[id(tensor)] = local
+                self.parameters.append(local)
 
     def seeded(self, name: str):
         """torch's generators fixed by (seed, name): a plain module built inside starts the same on every rank."""

@@ -38,7 +38,9 @@ class LocalParameter:
     attribute: str
     shape: tuple[int, ...]
     pieces: list[Piece]
+    widest: int  # elements on the tensor-parallel rank that holds most: the same number on all of them
     uses: int = 1
+    aliases: list[tuple[nn.Module, str]] = field(default_factory=list)  # further places of a shared plain parameter
     values: Tensor | None = None  # of a plain module's parameter
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
     grad: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,9 +14,11 @@ from tqdm import tqdm
 from megapar.config.schema import TrainConfig
 from megapar.mesh import AXES, Mesh
 from megapar.timeline import Span
+from megapar.train.wandb_log import WandbLog
 
 BUSY = ("F", "B", "I", "W", "REDUCE")
-_COLUMNS = ("loss", "phase", "busy", *AXES)
+_WAITS = (*AXES, "world")  # world: the gradient norm, where ranks meet once per step
+_COLUMNS = ("loss", "phase", "busy", *_WAITS)
 
 
 def local_figures(loss: float, spans: list[Span]) -> list[float]:
@@ -27,7 +27,7 @@ def local_figures(loss: float, spans: list[Span]) -> list[float]:
     for span in spans:
         seconds[span.kind] = seconds.get(span.kind, 0.0) + span.seconds
     busy = sum(seconds.get(kind, 0.0) for kind in BUSY)
-    return [loss, seconds.get("phase", 0.0), busy, *(seconds.get(axis, 0.0) for axis in AXES)]
+    return [loss, seconds.get("phase", 0.0), busy, *(seconds.get(axis, 0.0) for axis in _WAITS)]
 
 
 def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
@@ -47,15 +47,18 @@ def summarise(figures: Tensor) -> dict[str, Any]:
 
     exposed_comm_s of an axis: seconds that even the last of a group to arrive stood still, so that waiting for a late
     peer counts where it was late; of all groups of the axis the slowest.
-    bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks.
+    bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks. A pipeline's phase lasts
+    until its last rank is done, as in the schedule's ideal.
     """
     column = {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
     compute = column["busy"] - column["tp"] - column["dp"]
     exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(AXES)}
+    exposed["world"] = float(column["world"].min())
+    phase = column["phase"].amax(AXES.index("pp"), keepdim=True)
     return {
         "loss": float(column["loss"].sum()),
         "compute_s": float(compute.mean()),
-        "bubble": float((1.0 - column["busy"] / column["phase"]).mean()),
+        "bubble": float((1.0 - column["busy"] / phase).mean()),
         "exposed_comm_s": exposed,
     }
 
@@ -67,14 +70,10 @@ class MetricsWriter:
         assert config.run.dir is not None
         self.folder = Path(config.run.dir)
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        # wandb takes a second to start: all its calls run in order on a thread of its own.
-        self._wandb: ThreadPoolExecutor | None = None
-        if config.logger.wandb.mode != "disabled":
-            self._wandb = ThreadPoolExecutor(1, "wandb")
-            self._wandb_run = self._wandb.submit(_start_wandb, config)
         self._console = console
-        interactive = console.isatty()
         self._bar: tqdm | None = None
+        self._wandb = WandbLog(config, self.say) if config.logger.wandb.mode != "disabled" else None
+        interactive = console.isatty()
         if config.logger.progress and interactive:
             self._bar = tqdm(
                 total=config.train.steps,
@@ -116,31 +115,19 @@ class MetricsWriter:
             self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.submit(lambda: self._wandb_run.result().finish()).result()
-            self._wandb.shutdown()
+            self._wandb.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.submit(lambda: self._wandb_run.result().log(dict(row), step=row["step"]))
+            self._wandb.log(row)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+def finite(value: Any) -> Any:
+    """Nested rows as JSON can hold them: it has no NaN and no infinity, so null."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _start_wandb(config: TrainConfig) -> Any:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    return wandb.init(
-        project=config.logger.wandb.project,
-        name=config.run.name,
-        dir=config.run.dir,
-        mode=config.logger.wandb.mode,
-        settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
-    )

@@ -13,10 +13,11 @@ import torch
 from megapar.checkpoint import load, save
 from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.console import console
+from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.agreement import gather_texts
 from megapar.pipeline.schedules import ideal_bubble
-from megapar.train.metrics import MetricsWriter, gather_figures, local_figures, summarise
+from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
 from megapar.train.trainer import Step, Trainer
@@ -47,8 +48,7 @@ class Loop:
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.cores_per_rank = cores / int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.mesh.world_size))
+        self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.mesh.world_size))
 
     def run(self) -> None:
         steps, every = self.config.train.steps, self.config.train.eval_every
@@ -132,10 +132,10 @@ class Loop:
         return task.sample_prompt + tokenizer.decode(written)
 
     def _finish(self, writer: MetricsWriter, sample: str | None) -> None:
-        writer.close()
         summary = self._summary() | ({"sample": sample} if sample is not None else {})
         path = Path(self.config.out or self.folder / "summary.json")
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        path.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
+        writer.close()
         print(summary_text(summary, self.config), file=console(), flush=True)
 
     def _summary(self) -> dict[str, Any]:

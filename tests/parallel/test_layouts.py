@@ -42,6 +42,7 @@ OPTIONS: dict[str, list[Any]] = {
     "parallel.zero": [0, 1],
     "train.recompute": ["none", "selective", "full"],
     "pipeline.schedule": ["1f1b", "gpipe"],
+    "parallel.bucket_size": [500, 3000],
     "uneven": [False, True],
     "train.dtype": ["fp64", "fp32"],
 }
@@ -63,6 +64,17 @@ def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: 
         values["model.layers"] = 5
         values["pipeline.partition"] = {2: [4, 1], 4: [1, 1, 2, 1]}[stages]
     [verdict] = compare(pool, tmp_path, verify_config(prefix, [case["layout"]], **values))
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp3", "tp3dp2"])
+@pytest.mark.parametrize("bucket_size", [180, 290, 510, 730, 760])
+def test_uneven_shards_cut_the_same_buckets(
+    layout: str, bucket_size: int, pool: WorkerPool, prefix: str, tmp_path: Path
+) -> None:
+    """The vocabulary's shards differ by a row: a bucket that holds one and a norm must be cut alike on all ranks."""
+    values = {"parallel.bucket_size": bucket_size, "parallel.sequence_parallel": True, "train.timeout_s": 5.0}
+    [verdict] = compare(pool, tmp_path, verify_config(prefix, [layout], **values, **{"train.steps": 1}))
     assert verdict.passed, verdict
 
 

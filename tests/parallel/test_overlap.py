@@ -1,5 +1,6 @@
 """Communication: what overlaps, and that exposed_comm_s tells where time was lost."""
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,11 +17,13 @@ from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
 from megapar.parallel import collectives
 from megapar.parallel.grad_sync import GradSync
+from megapar.pipeline.schedules import ideal_bubble
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config
 
 DELAY_S = 0.05
+NUM_BUCKETS = 3  # of the model below at bucket_size=3000
 
 
 def first_bucket_and_last_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], float]:
@@ -63,24 +66,28 @@ def once_late(function: Callable) -> Callable:
 
 
 def late_bucket() -> Any:
-    """The wait for the last bucket takes DELAY_S longer (by then no other reduction runs that it could hide)."""
-    original = GradSync._reduce
+    """The last bucket's transfer takes DELAY_S longer on both ranks; the computation goes on meanwhile."""
+    calls = 0
 
     class LateWork:
-        def __init__(self, work: dist.Work) -> None:
-            self.work = work
+        def __init__(self, flat: torch.Tensor, group: Any) -> None:
+            self.thread = threading.Thread(target=self.transfer, args=(flat, group))
+            self.thread.start()
+
+        def transfer(self, flat: torch.Tensor, group: Any) -> None:
+            time.sleep(DELAY_S)
+            dist.all_reduce(flat, group=group)
 
         def wait(self) -> None:
-            time.sleep(DELAY_S)
-            self.work.wait()
+            self.thread.join()
 
-    def reduce(self: GradSync, bucket: Any) -> None:
-        original(self, bucket)
-        if len(self._works) == len(self.buffers.buckets):
-            work, bucket = self._works.pop()
-            self._works.append((LateWork(work), bucket))  # type: ignore[arg-type]
+    def all_reduce(flat: torch.Tensor, group: Any, async_op: bool) -> Any:
+        nonlocal calls
+        calls += 1
+        return LateWork(flat, group) if calls == NUM_BUCKETS else real(flat, group=group, async_op=async_op)
 
-    return mock.patch.object(GradSync, "_reduce", reduce)
+    real = dist.all_reduce
+    return mock.patch("megapar.parallel.grad_sync.dist", mock.Mock(all_reduce=all_reduce))
 
 
 INJECTIONS: dict[str, Callable[[], Any]] = {
@@ -93,6 +100,7 @@ INJECTIONS: dict[str, Callable[[], Any]] = {
 def exposed(rank: int, world_size: int, config: TrainConfig, axis: str) -> list[dict[str, float]]:
     """exposed_comm_s of alternating steps, without and with the injection."""
     trainer = Trainer(config, rank)
+    assert axis != "dp" or len(trainer.buffers.buckets) == NUM_BUCKETS
     rows = []
     for step in range(1, 14):
         patch = INJECTIONS[axis]() if step % 2 == 0 else mock.MagicMock()
@@ -129,3 +137,40 @@ def test_a_stuck_rank_ends_the_run_and_the_operation_is_named(pool: WorkerPool) 
     with pytest.raises(PoolError, match="in all_reduce over tp of ranks 2, 3"):
         pool.run(stuck_peer, 4)
     assert time.perf_counter() - start < 10
+
+
+class Sleep(torch.autograd.Function):
+    """A stage of known cost: 10 ms forward, 20 ms backward, and no core needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return grad
+
+
+def bubble_of_sleeping_stages(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float]:
+    trainer = Trainer(config, rank)
+    forward = trainer.stage.forward
+    trainer.stage.forward = lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
+    measured = []
+    for step in (1, 2, 3):
+        done = trainer.step(step)
+        measured.append(summarise(gather_figures(local_figures(done.loss, done.spans), trainer.mesh))["bubble"])
+    ideal = ideal_bubble(trainer.mesh["pp"].size, trainer.microbatches)
+    trainer.close()
+    return median(measured), ideal
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp4"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_the_measured_bubble_is_the_ideal_one_for_equal_stages(
+    layout: str, schedule: str, pool: WorkerPool, prefix: str
+) -> None:
+    config = tiny_config(prefix, layout, **{"model.layers": 4, "pipeline.schedule": schedule})
+    measured, ideal = pool.run(bubble_of_sleeping_stages, int(layout[2:]), config)[0]
+    assert measured == pytest.approx(ideal, abs=0.05)  # the stages' own small computation and the transfers

@@ -129,7 +129,7 @@ class Adapter(nn.Module):
 
 
 def stage_with_adapters(config: TrainConfig, context: StageContext) -> nn.Module:
-    stage = build_stage(config, context)
+    stage: Any = build_stage(config, context)
     for name, layer in list(stage.layers.items()):
         stage.layers[name] = Adapter(layer, config.model.hidden).to(context.dtype)
     return stage
@@ -169,6 +169,58 @@ def test_a_plain_module_trains_in_every_layout(
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
     assert seen == expected.keys()
+
+
+class Special(nn.Module):
+    """What a user's module may also hold: a shared weight, a frozen one, a buffer, a scalar."""
+
+    scale: torch.Tensor
+
+    def __init__(self, embedding: Any, hidden: int) -> None:
+        super().__init__()
+        self.embedding, self.tokens = embedding, embedding.tokens
+        self.one, self.other, self.frozen = (nn.Linear(hidden, hidden, bias=False) for _ in range(3))
+        self.other.weight = self.one.weight
+        self.frozen.weight.requires_grad_(False)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("scale", torch.full((hidden,), 0.5))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = self.embedding(batch)
+        return x + self.frozen(self.other(torch.tanh(self.one(x)))) * self.scale * self.gain
+
+
+def special_stage(config: TrainConfig, context: StageContext) -> nn.Module:
+    stage: Any = build_stage(config, context)
+    if stage.embedding is not None:
+        stage.embedding = Special(stage.embedding, config.model.hidden)
+    return stage
+
+
+def special_parameters(rank: int, world_size: int, config: TrainConfig) -> tuple[torch.Tensor, ...]:
+    trainer = Trainer(config, rank, special_stage)
+    module: Any = trainer.stage.embedding
+    before = module.frozen.weight.clone(), module.gain.clone()
+    for step in (1, 2):
+        trainer.step(step)
+    assert module.one.weight is module.other.weight
+    assert torch.equal(module.frozen.weight, before[0]) and not torch.equal(module.gain, before[1])
+    found = module.one.weight.detach().clone(), module.frozen.weight.detach().clone(), module.gain.detach().clone()
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_shared_and_frozen_parameters_of_a_plain_module(dtype: str, pool: WorkerPool, prefix: str) -> None:
+    one, two = (
+        pool.run(special_parameters, world, tiny_config(prefix, layout, **{"train.dtype": dtype}))
+        for world, layout in ((1, "single"), (2, "dp2"))
+    )
+    for copy in two:
+        for value, expected in zip(copy, one[0], strict=True):
+            torch.testing.assert_close(
+                value, expected, rtol=2e-2 if dtype == "bf16" else 1e-9, atol=1e-3 if dtype == "bf16" else 1e-14
+            )
 
 
 def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor, int]:

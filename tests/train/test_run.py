@@ -73,7 +73,7 @@ def test_rows_have_every_figure(runs: dict[str, Path]) -> None:
             assert row["tokens_per_s"] == pytest.approx(64 / row["step_time_s"])
             assert 0.0 <= row["bubble"] < 1.0
             assert row["bubble_ideal"] == pytest.approx((stages - 1) / (microbatches + stages - 1))
-            assert row["exposed_comm_s"].keys() == {"tp", "pp", "dp"}
+            assert row["exposed_comm_s"].keys() == {"tp", "pp", "dp", "world"}
             assert all(0.0 <= seconds < row["step_time_s"] for seconds in row["exposed_comm_s"].values())
             assert row["cores_per_rank"] > 0 and row["skipped_steps"] == 0
 
