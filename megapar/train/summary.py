@@ -32,7 +32,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
 
 def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
     step, exposed = summary["step_time_s"], summary["exposed_comm_s"]
-    parts = [f"{axis} {seconds / step:.0%}" for axis, seconds in exposed.items() if summary["layout"][axis] > 1]
+    parts = [f"{axis} {seconds / step:.0%}" for axis, seconds in exposed.items() if summary["layout"].get(axis, 1) > 1]
     time = f"time        of a step: compute {summary['compute_s'] / step:.0%}"
     lines = [time + (f", exposed communication {', '.join(parts)}" if parts else "")]
     if summary["layout"]["pp"] > 1:
