@@ -1,5 +1,6 @@
 """Text to token files, once: in the launcher, before any worker starts."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ from megapar.data.split import check_holdout, token_hashes
 from megapar.data.tokenise import Log, make_token_files, token_file_settings
 
 __all__ = ["Prepared", "check", "open_prepared", "prepare"]
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, or for so large a file
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,10 @@ def _cache_folder(config: DataConfig) -> Path:
 
 @contextmanager
 def _new_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A temporary folder in `parent`, on the same file system as what it will become."""
+    """A temporary folder in `parent`, on the same file system as what it will become.
+
+    Raises UserError where it can't be made, and where what happens in it meets a full disk.
+    """
     try:
         # Not tempfile.mkdtemp: that one closes the folder to everyone else, and a cache may be shared.
         folder = parent / f".{name[:40]}-{uuid.uuid4().hex}"
@@ -129,9 +136,21 @@ def _new_folder(parent: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{parent}: can't be written ({error.strerror}); set data.cache to another folder") from None
     try:
-        yield folder
+        with _room_in(parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _room_in(folder: Path) -> Iterator[None]:
+    """Raise UserError, one line, where what happens inside meets a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or use another folder") from None
 
 
 def _publish(temporary: Path, folder: Path, key: str) -> None:
@@ -198,7 +217,8 @@ def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
     if os.path.exists(f"{prefix}.json"):
         return open_prepared(prefix)
     if os.access(prefix.parent, os.W_OK):
-        _describe(prefix, prefix.name, say)
+        with _room_in(prefix.parent):
+            _describe(prefix, prefix.name, say)
         return open_prepared(prefix)
     # A folder in the cache with links to the files, so that everything else still needs one PREFIX only.
     folder = _cache_folder(config) / f"{prefix.name[:40]}-{_hash(str(prefix))[:16]}"

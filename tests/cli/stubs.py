@@ -58,6 +58,24 @@ def mistake(config: Any, rank: int, world_size: int) -> None:
     dist.all_reduce(torch.ones(1))
 
 
+def alike(config: Any, rank: int, world_size: int) -> None:
+    """All ranks find the same mistake."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    raise UserError("tokens.bin: truncated at byte 12; make it again with `megapar data`")
+
+
+def mistake_of_1(config: Any, rank: int, world_size: int) -> None:
+    """Rank 1 alone finds something that the user can mend."""
+    import torch
+    import torch.distributed as dist
+
+    if rank == 1:
+        raise UserError("tokens.bin: no such file on this machine")
+    dist.all_reduce(torch.ones(1))
+
+
 def sleeps(config: Any, rank: int, world_size: int) -> None:
     """Say where it is and then stay."""
     Path(config.run.dir, f"pid-{rank}").write_text(str(os.getpid()))

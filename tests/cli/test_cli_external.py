@@ -135,6 +135,27 @@ def test_a_failing_rank_shows_its_traceback(start: Callable) -> None:
     assert "Traceback" not in out[0] + err[0]  # the victim
 
 
+@pytest.mark.parametrize("environment", [torchrun_env, srun_env])
+def test_what_all_ranks_find_alike_is_said_once(environment: Callable, start: Callable) -> None:
+    port = free_port()
+    processes = [
+        start("alike", "parallel.dp=3", "train.global_batch_size=12", env=environment(rank, 3, port))
+        for rank in range(3)
+    ]
+    codes, out, err = finish(processes)
+    assert codes == [2, 2, 2], err
+    assert "".join(out) == "tokens.bin: truncated at byte 12; make it again with `megapar data`\n"
+
+
+def test_what_one_rank_finds_is_said(start: Callable) -> None:
+    port = free_port()
+    processes = [start("mistake_of_1", "parallel=dp2", env=torchrun_env(rank, 2, port)) for rank in (0, 1)]
+    codes, out, _ = finish(processes)
+    assert codes == [1, 2]
+    assert out[1] == "tokens.bin: no such file on this machine\n"
+    assert out[0].startswith("rank 0 lost its peer")
+
+
 def test_torchrun_itself(tmp_path: Path, corpus: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "stub_main.py"), "ok"]
     command += ["train", "parallel=tp2", "run.dir=run", *corpus]

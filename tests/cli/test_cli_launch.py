@@ -1,5 +1,6 @@
 """Ranks started on this machine: output, root cause, exit codes, and that no process stays behind."""
 
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import yaml
 from megapar.cli import main
 from megapar.config import TrainConfig
 from megapar.config.file import load
+from megapar.launch.rank import Job, _fail, read_reports
 
 FOLDER = "run.dir=run"
 
@@ -125,8 +127,47 @@ def test_interruption_is_quick_and_quiet(number: signal.Signals, code: int, star
     _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == code
     assert time.monotonic() - begin < 5
-    assert "Traceback" not in err
+    said = [line for line in err.splitlines() if not line.startswith(("run: ", "data: "))]
+    assert said == (["interrupted"] if number == signal.SIGINT else [])
     assert wait_for(lambda: not any(map(alive, ranks)), 5)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_interruption_while_the_fork_server_starts(delay: float, tmp_path: Path, corpus: list[str]) -> None:
+    """A terminal sends Ctrl-C to all processes: the fork server's half-done imports must not answer it."""
+    command = [sys.executable, "-m", "megapar.cli", "verify", "layouts=[tp2]", "run.dir=run", *corpus]
+    pipe = subprocess.PIPE
+    launcher = subprocess.Popen(command, cwd=tmp_path, stderr=pipe, stdout=pipe, text=True, start_new_session=True)
+    assert wait_for(lambda: len(children_of(launcher.pid)) == 2, 30)
+    time.sleep(delay)
+    os.killpg(launcher.pid, signal.SIGINT)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 130
+    assert [line for line in err.splitlines() if not line.startswith("data: ")] == ["interrupted"]
+
+
+class Full(io.StringIO):
+    """A text file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("reports", ["there", "full", None])
+def test_a_full_disk_does_not_hide_the_cause(
+    reports: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = None if reports is None else str(tmp_path / ("missing" if reports == "full" else ""))
+    job = Job("train", "", "", str(tmp_path), "cpu", 1.0, 1, reports=folder)
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert _fail(job, 0, ValueError("the cause"), terminal, None) == 1
+    sys.stderr.write("and all that comes later goes nowhere")
+    if reports == "there":
+        (report,) = read_reports(tmp_path)
+        assert (report.line, terminal.getvalue()) == ("ValueError: the cause", "")
+    else:
+        assert "rank 0 failed: ValueError: the cause" in terminal.getvalue()
 
 
 def test_generate_loads_a_run_and_writes_to_the_terminal(run: Callable, tmp_path: Path) -> None:

@@ -396,3 +396,27 @@ def test_nothing_here_imports_torch_or_an_unused_tokenizer() -> None:
     imports = "; ".join(f"import megapar.data.{name}" for name in modules.split())
     code = f"import sys; {imports}; print([name for name in ('torch', 'sentencepiece') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def run_with_little_room(*arguments: str, size: int) -> "subprocess.CompletedProcess[str]":
+    """`megapar data` where no file may grow beyond `size` bytes, which fails as on a full disk."""
+    code = "import resource, sys; from megapar.cli import main\n"
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "data", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_full_disk_is_one_line(config: DataConfig, folder: Path, tmp_path: Path, tokens: str) -> None:
+    text = [f"data.path={folder}", f"data.cache={tmp_path / 'cache'}", "data.vocab_size=400"]
+    for place in ([], [f"out={tmp_path / 'mine'}"]):
+        done = run_with_little_room(*text, *place, size=1000)
+        said = [line for line in done.stderr.splitlines() if not line.startswith("data: ")]
+        assert (done.returncode, len(said)) == (2, 1), done.stderr
+        assert str(tmp_path) in said[0] and "can't be written (File too large); make room" in said[0]
+    assert list((tmp_path / "cache").iterdir()) == []
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for end in (".bin", ".idx"):
+        (foreign / f"tokens{end}").write_bytes(Path(f"{tokens}{end}").read_bytes())
+    done = run_with_little_room(f"data.path={foreign / 'tokens'}", size=100)
+    assert done.returncode == 2 and "make room" in done.stderr.splitlines()[-1], done.stderr
