@@ -54,7 +54,7 @@ def create(
     refuse_other_config(config)
     _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None)
     for name in ("logs", "checkpoints"):
-        (folder / name).mkdir(exist_ok=True)
+        _make_writable(folder / name)
     write_atomic(folder / "config.yaml", dump(config))
     write_atomic(folder / "overrides.yaml", yaml.safe_dump(overrides, allow_unicode=True, width=1 << 30))
     facts = environment(config.train.device, backends)
