@@ -1,31 +1,413 @@
-"""Scaled dot-product attention with grouped query heads."""
+"""Scaled dot-product attention with grouped query heads, windows and packed sequences.
+
+`attention` is the contract, in torch and in Triton (`attention_triton.py` has the kernels). Then come the torch form,
+the launches with their table of block sizes, and the two operators that torch sees.
+
+Shape letters: B samples, S query positions, L key positions, T all positions of packed sequences, N query heads,
+K key/value heads, D channels of q and k, E channels of v.
+"""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megapar.kernels import backend_of
+from megapar.kernels._common import Launch, next_power_of_2, num_tiles, target_arch, tiles_of
+from megapar.kernels.attention_triton import dkdv_kernel, dq_kernel, forward_kernel, statistics_kernel
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v per head.
 
-    q [B, S, N, D], k and v [B, S, K, D] with N a multiple of K: query head n reads kv head n // (N / K), without
-    repeating k or v. scale: 1/sqrt(D) by default. Softmax in at least fp32. Returns [B, S, N, D] in q's dtype.
+    q [B, S, N, D], k [B, L, K, D], v [B, L, K, E] in one floating dtype; N is a multiple of K, and query head n reads
+    kv head n // (N / K). Query i stands at key i + L - S: the last query beside the last key.
+    causal: a query sees no key behind its place
+    window: (left, right): it sees so many keys before its place and so many behind it, None: any number
+    cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where each of the packed sequences in q [T, N, D] and in
+        k, v [T', K, .] begins, and the end of the last. Sequences may be empty. Give both or neither.
+    scale: positive, 1/sqrt(D) by default; softcap: scores become softcap * tanh(scores / softcap)
+
+    Returns [B, S, N, E] (packed: [T, N, E]) in q's dtype. With return_lse also the natural logarithm of the softmax's
+    denominator, fp32 (fp64 for fp64), of the same shape without E, differentiable too, for `merge_attention`.
+    A query that sees no key gets 0 and -inf, and gradients of 0.
+
+    Softmax and sums in fp32 or wider. Raises ValueError for arguments that contradict each other, and where the
+    backend that was asked for can't run. The Triton gradients can be differentiated no further.
     """
+    left, right = _window(causal, window)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap)
+    if backend_of("attention", q.device.type, q.dtype) == "torch":
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, return_lse)
+        return _dense(q, k, v, scale, left, right, softcap, return_lse)
+    o, lse = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    if not return_lse:
+        return o
+    return o, lse.view(lse.shape[0], *q.shape[:-2]).movedim(0, -1)
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both, from attention over the keys of each: (o, lse), for ring attention.
+
+    o1, o2 [..., N, E] and lse1, lse2 [..., N] as `attention` returns them. Differentiable; -inf on either side or on
+    both is no key there.
+    """
+    highest = torch.maximum(lse1, lse2).detach()
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    weight1, weight2 = torch.exp(lse1 - highest), torch.exp(lse2 - highest)
+    total = weight1 + weight2
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    o = (o1 * (weight1 / total).unsqueeze(-1) + o2 * (weight2 / total).unsqueeze(-1)).to(o1.dtype)
+    return o, (highest + torch.log(total)).masked_fill(empty, -math.inf)
+
+
+def _window(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """Keys before and behind a query's place that it sees."""
+    sides = (None, None) if window is None else window
+    if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
+        raise ValueError(f"window={window}: two numbers of at least 0, None for no limit")
+    left, right = (UNLIMITED if side is None else min(side, UNLIMITED) for side in sides)
+    return left, 0 if causal else right
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, softcap: float | None
+) -> None:
+    dims, shapes = 4 if cu_q is None else 3, f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if (cu_q is None) != (cu_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: give both, or neither")
+    if {q.dim(), k.dim(), v.dim()} != {dims}:
+        raise ValueError(f"{shapes}: need {dims} dimensions each, {'batched' if cu_q is None else 'packed'}")
+    if k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1] or (cu_q is None and k.shape[0] != q.shape[0]):
+        raise ValueError(f"{shapes}: k and v must have the same positions and heads, q and k the same channels")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{shapes}: query heads must be a multiple of kv heads")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: need one floating dtype")
+    if cu_q is not None and cu_k is not None and (cu_q.shape != cu_k.shape or cu_q.dim() != 1 or len(cu_q) < 2):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: need [sequences + 1] each, for the same sequences")
+    if cu_q is not None and cu_k is not None and not cu_q.dtype == cu_k.dtype == torch.int32:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k are {cu_q.dtype}, {cu_k.dtype}; use int32")
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"scale={scale}, softcap={softcap}: must be positive")
+
+
+# ---------------------------------------------------------------------------------------------------- plain torch
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float | None, return_lse: bool
+) -> Any:
+    """Attention in plain differentiable torch: q [B, S, N, D], k [B, L, K, D], v [B, L, K, E]."""
     batch, length, heads, channels = q.shape
-    groups = k.shape[2]
-    scale = 1.0 / math.sqrt(channels) if scale is None else scale
+    keys, groups, width = k.shape[1], k.shape[2], v.shape[3]
     # One batched matmul per kv head: the query heads that share it are stacked along the rows.
     q = q.view(batch, length, groups, heads // groups, channels).permute(0, 2, 3, 1, 4)
     q = q.reshape(batch * groups, heads // groups * length, channels)
-    k = k.transpose(1, 2).reshape(batch * groups, length, channels)
-    v = v.transpose(1, 2).reshape(batch * groups, length, channels)
-    scores = torch.bmm(q * scale, k.transpose(1, 2)).view(batch * groups, heads // groups, length, length)
-    if causal:
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+    k = k.transpose(1, 2).reshape(batch * groups, keys, channels)
+    v = v.transpose(1, 2).reshape(batch * groups, keys, width)
+    scores = torch.bmm(q * scale, k.transpose(1, 2)).view(batch * groups, heads // groups, length, keys)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores.to(wide) / softcap)
+    hidden, empty = _hidden(length, keys, left, right, q.device)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    if empty is not None:  # softmax over no key would be NaN
+        scores = scores.masked_fill(empty, 0.0)
     weights = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
-    out = torch.bmm(weights.view(batch * groups, -1, length), v)
-    out = out.view(batch, groups, heads // groups, length, channels)
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
+    if empty is not None:
+        weights = weights.masked_fill(empty, 0.0)
+    out = torch.bmm(weights.view(batch * groups, heads // groups * length, keys), v)
+    out = out.view(batch, groups, heads // groups, length, width)
+    out = out.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    if not return_lse:
+        return out
+    lse = (
+        torch.logsumexp(scores.to(wide), -1, keepdim=True) if keys else scores.new_zeros(*scores.shape[:-1], 1).to(wide)
+    )
+    if empty is not None:
+        lse = lse.masked_fill(empty, -math.inf)
+    return out, lse.view(batch, heads, length).transpose(1, 2)
+
+
+def _hidden(length: int, keys: int, left: int, right: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(which keys a query does not see [S, L], which queries see none [S, 1]); None where there are no such."""
+    shift, hidden = keys - length, None
+    if keys == 0:
+        return None, torch.ones(length, 1, dtype=torch.bool, device=device)
+    if right < length - 1:
+        hidden = torch.ones(length, keys, dtype=torch.bool, device=device).triu(shift + right + 1)
+    if left < keys - 1:
+        before = torch.ones(length, keys, dtype=torch.bool, device=device).tril(shift - left - 1)
+        hidden = before if hidden is None else hidden | before
+    return hidden, hidden.all(-1, keepdim=True) if hidden is not None and shift + right < 0 else None
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+    return_lse: bool,
+) -> Any:
+    """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]."""
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    parts = [
+        _dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, True)
+        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+    ]
+    outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts]
+    rest = len(q) - ends_q[-1]  # rows behind the last sequence
+    outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
+    lses.append(torch.full((rest, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device))
+    out = torch.cat(outs)
+    return (out, torch.cat(lses)) if return_lse else out
+
+
+# --------------------------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one kernel: rows that a program owns, full and boundary tiles of its loop; warps, stages, TMA."""
+
+    rows: int
+    step: int
+    edge: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+# (kernel, architecture, widest head) -> Config. Chosen by what the compiler makes of them: docs/kernels.md.
+CONFIGS = {
+    ("forward", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("dkdv", "sm_90", 64): Config(128, 128, 32, 8, 2, tma=True),
+    ("dkdv", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dq", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("forward", "sm_80", 128): Config(128, 64, 32, 8, 2),
+    ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
+    ("dkdv", "sm_80", 128): Config(64, 32, 32, 4, 2),
+    ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("dq", "sm_80", 128): Config(64, 64, 32, 8, 2),
+    ("forward", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dkdv", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dq", "interpret", 256): Config(64, 64, 32, 4, 1),
+}
+STATISTICS_ROWS = 64
+
+
+def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:
+    """The block sizes that a launch takes, by the wider of a head's D and E."""
+    return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if k == kernel and a == arch and c >= channels)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one call as matrices [rows, heads * channels], and what every kernel is told about them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    starts_q: Tensor | None
+    starts_k: Tensor | None
+    heads: int
+    kv_heads: int
+    D: int
+    E: int
+    num_sequences: int
+    len_q: int  # of every sequence; of packed ones never read
+    len_k: int
+    scale: float
+    left: int
+    right: int
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None,
+        scale: float, left: int, right: int, softcap: float | None,
+    ) -> "Call":  # fmt: skip
+        packed = starts_q is not None
+        return cls(
+            matrix(q), matrix(k), matrix(v), starts_q, starts_k, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1],
+            len(starts_q) - 1 if starts_q is not None else q.shape[0],
+            0 if packed else q.shape[1], 0 if packed else k.shape[1], scale, left, right, softcap,
+        )  # fmt: skip
+
+    @property
+    def useful(self) -> bool:
+        """Whether any query can see any key, so that there is something to launch."""
+        return self.q.numel() > 0 and self.k.numel() > 0 and self.num_sequences > 0
+
+    def launch(self, name: str, kernel: Any, arch: str, streamed: dict[str, Tensor], **tensors: Tensor) -> Launch:
+        """A launch of the forward, dkdv or dq kernel. streamed: the matrices that its loop reads, by name."""
+        config = config_of(name, arch, max(self.D, self.E), self.q.dtype)
+        over_keys = name == "dkdv"
+        rows, starts = (self.k, self.starts_k) if over_keys else (self.q, self.starts_q)
+        length, heads = (self.len_k, self.kv_heads) if over_keys else (self.len_q, self.heads)
+        block_d, block_e = next_power_of_2(self.D), next_power_of_2(self.E)
+        blocks = {"q": block_d, "k": block_d, "v": block_e, "do": block_e}
+        tiles = {f"{x}_tiles": tiles_of(streamed[x], config.step, blocks[x]) if config.tma else None for x in streamed}
+        if block_d != self.D or block_e != self.E or None in tiles.values():
+            tiles = dict.fromkeys(tiles)  # a tile wider than a head would reach into the next one
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, **tensors, **tiles,
+            "starts_q": self.starts_q, "starts_k": self.starts_k,
+            "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
+            "v_stride": self.v.stride(0), "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
+            "left": self.left, "right": self.right, "num_sequences": self.num_sequences,
+            "group": self.heads // self.kv_heads, "D": self.D, "E": self.E, "BLOCK_D": block_d, "BLOCK_E": block_e,
+            "ROWS": config.rows, "STEP": config.step, "EDGE": config.edge, "PRECISION": precision(arch),
+        }  # fmt: skip
+        if starts is None:
+            grid = (num_tiles(length, config.rows), heads, self.num_sequences)
+        else:
+            grid = (len(rows) // config.rows + self.num_sequences + 1, heads, 1)
+        return Launch(kernel, grid, arguments, config.warps, config.stages)
+
+    def forward(self, arch: str, o: Tensor, lse: Tensor) -> Launch:
+        streamed = {"k": self.k, "v": self.v}
+        return self.launch("forward", forward_kernel, arch, streamed, o=o, lse=lse)
+
+    def statistics(self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor, statistics: Tensor) -> Launch:
+        tensors = {"o": o, "do": do, "lse": lse, "dlse": dlse, "statistics": statistics}
+        sizes = {"total_q": len(o), "E": self.E, "BLOCK_E": next_power_of_2(self.E), "ROWS": STATISTICS_ROWS}
+        return Launch(statistics_kernel, (num_tiles(len(o), STATISTICS_ROWS), self.heads), tensors | sizes, 4, 1)
+
+    def dkdv(self, arch: str, do: Tensor, statistics: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+        streamed = {"q": self.q, "do": do}
+        return self.launch("dkdv", dkdv_kernel, arch, streamed, do=do, statistics=statistics, dk=dk, dv=dv)
+
+    def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor) -> Launch:
+        streamed = {"k": self.k, "v": self.v}
+        return self.launch("dq", dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
+    heads, channels = x.shape[-2:]
+    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
+    if x.dim() == 4:
+        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
+    x = x if together and x.numel() else x.contiguous()
+    rows = math.prod(x.shape[:-2])
+    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
+
+
+def precision(arch: str) -> str:
+    """How tensor cores multiply fp32: on NVIDIA as three tf32 products, which keeps 21 of fp32's 24 bits."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
+
+
+# -------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("megapar::attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(o [B, S, N, E] or [T, N, E], lse [N, B*S] or [N, T] in fp32), contiguous; arguments checked by `attention`."""
+    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    o, lse = _outputs(q, v)
+    if cu_seqlens_q is not None or not call.useful:  # rows that belong to no sequence
+        o.zero_()
+        lse.fill_(-math.inf)
+    if call.useful:
+        call.forward(target_arch(), matrix(o), lse).run()
+    return o, lse
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    rows = math.prod(q.shape[:-2])
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[-2], rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("megapar::attention_backward", mutates_args=())
+def attention_backward_op(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous, from the gradients of both outputs of `attention_op`. The same bits every time."""
+    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if cu_seqlens_q is not None or not call.useful:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    if call.useful:
+        arch, do = target_arch(), matrix(do.contiguous())
+        statistics = lse.new_empty(2, *lse.shape)
+        call.statistics(arch, matrix(o), do, lse, dlse.contiguous(), statistics).run()
+        call.dkdv(arch, do, statistics, matrix(dk), matrix(dv)).run()
+        call.dq(arch, do, statistics, matrix(dq)).run()
+    return dq, dk, dv
+
+
+@attention_op.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap):
+    return _outputs(q, v)
+
+
+@attention_backward_op.register_fake
+def _(do, dlse, q, k, v, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
+    ctx.settings = inputs[5:]
+
+
+def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = attention_backward_op(do, dlse, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, *(None,) * 6
+
+
+attention_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,181 @@
+"""What the Triton kernels share: the device functions that they inline, and the description of a launch.
+
+Tensors are matrices to a kernel: a row for every position of every sequence, and in it the channels of one head after
+another. So an address is a row times the row stride, plus the head's first channel. Rows times strides are 64-bit.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+
+class _Absent:
+    """Stands for Triton where there is no Triton: kernels can be defined, and none can run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = _Absent()
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed here: triton.jit reads it when a kernel is defined
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32; a @ b where acc is None.
+
+    The interpreter multiplies bf16 as if its bits were integers, so there the operands become fp32 first. Products of
+    two bf16 are exact in fp32, as they are in a tensor core.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def tile_pointers(ptr, row, stride, ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Addresses of the tile [ROWS, BLOCK_CHANNELS] that begins `row` rows after ptr."""
+    first = ptr + tl.cast(row, tl.int64) * stride
+    return first + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_CHANNELS)[None, :]
+
+
+@triton.jit
+def tile_mask(row, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Which elements of a tile that begins at `row` exist, [ROWS, BLOCK_CHANNELS] or [ROWS, 1]."""
+    mask = (row + tl.arange(0, ROWS) < num_rows)[:, None]
+    if CHANNELS != BLOCK_CHANNELS:
+        mask = mask & (tl.arange(0, BLOCK_CHANNELS) < CHANNELS)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(ptr, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """A tile. Rows from num_rows on, and channels from CHANNELS on, are zeros and are not read."""
+    mask = tile_mask(row, num_rows, ROWS, CHANNELS, BLOCK_CHANNELS)
+    return tl.load(tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_full_tile(
+    ptr,
+    tiles,
+    first_row,
+    row,
+    column,
+    stride,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """A tile of which every row exists.
+
+    ptr: row first_row and this column of the matrix; tiles: TMA descriptor of the whole matrix, None: read through ptr
+    """
+    if tiles is not None:
+        return tiles.load([first_row + row, column])
+    else:
+        pointers = tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS)
+        if CHANNELS != BLOCK_CHANNELS:
+            return tl.load(pointers, mask=(tl.arange(0, BLOCK_CHANNELS) < CHANNELS)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """Write the elements of a tile that exist, in the tensor's dtype."""
+    mask = tile_mask(row, num_rows, ROWS, CHANNELS, BLOCK_CHANNELS)
+    pointers = tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS)
+    tl.store(pointers, cast(tile, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
+    """(sequence, tile inside it) of this program, for packed sequences that begin at starts [num_sequences + 1].
+
+    The tiles of sequence b are numbered from starts[b] // ROWS + b: no two sequences meet, although each may end in a
+    part of a tile, and the number needs no sum over the sequences before. A grid of total // ROWS + num_sequences + 1
+    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do.
+    """
+    tile = tl.program_id(0)
+    first, last = tl.cast(0, tl.int32), tl.cast(num_sequences, tl.int32)
+    while first + 1 < last:
+        middle = (first + last) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            first = middle
+        else:
+            last = middle
+    return first, tile - (tl.load(starts + first) // ROWS + first)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, ready to run, or to be compiled for a machine that is not here.
+
+    arguments: every parameter of the kernel by name. A parameter that is None is a constant of the compilation.
+    """
+
+    kernel: Any  # triton.jit's
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Fusing multiply and add is Triton's default, and announced to change: said here, it can't change by itself.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Run it on the device of its tensors."""
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+@cache
+def target_arch() -> str:
+    """What kernels are launched for in this process: sm_90, gfx942, ..., or "interpret"."""
+    if INTERPRETED:
+        return "interpret"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+
+
+def tiles_of(matrix: Tensor, rows: int, channels: int) -> TensorDescriptor | None:
+    """TMA descriptor of a matrix for tiles [rows, channels]; None where the hardware can't read it so."""
+    size = matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0
+    return TensorDescriptor.from_tensor(matrix, [rows, channels]) if aligned and matrix.numel() else None
+
+
+def num_tiles(length: int, rows: int) -> int:
+    return -(-length // rows)
+
+
+def next_power_of_2(number: int) -> int:
+    """The block that holds so many channels: at least 16, the least that a tensor core multiplies."""
+    return max(16, 1 << (number - 1).bit_length())
