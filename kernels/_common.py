@@ -155,6 +155,34 @@ class Launch:
         """Run it on the device of its tensors."""
         self.kernel[self.grid](**self.arguments, **self.options)
 
+    def specialisation(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """What the compiler is given, as a launch would have Triton derive it from the arguments.
+
+        (types of the run-time parameters, values of the constants, parameters that are multiples of 16).
+        """
+        types, constants, divisible = {}, {}, []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                constants[name] = value
+                continue
+            types[name] = _type_of(value)
+            whole = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if whole and not parameter.do_not_specialize:
+                divisible.append(name)
+        return types, constants, divisible
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _DTYPES[str(value.dtype)]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_DTYPES[str(value.base.dtype)]}[{','.join(map(str, value.block_shape))}]>"
+    return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+
+
+_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.int32": "i32"}
+
 
 @cache
 def target_arch() -> str:

@@ -204,30 +204,64 @@ class Config:
     tma: bool = False
 
 
-# (kernel, architecture, widest head) -> Config. Chosen by what the compiler makes of them: docs/kernels.md.
+# (kernel, architecture, widest head) -> Config for 16-bit tensors, chosen by what the compiler makes of them:
+# docs/kernels.md has the figures. sm_80's fit into the 99 KB of its smaller relatives.
 CONFIGS = {
-    ("forward", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("forward", "sm_80", 128): Config(128, 32, 16, 8, 3),
+    ("forward", "sm_80", 256): Config(64, 32, 16, 8, 2),
     ("forward", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 256): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward", "sm_100", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_100", 256): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward", "gfx942", 128): Config(128, 64, 32, 8, 2),
+    ("forward", "gfx942", 256): Config(64, 32, 16, 4, 1),
+    ("forward", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
+    ("dkdv", "sm_80", 128): Config(64, 32, 16, 4, 2),
+    ("dkdv", "sm_80", 256): Config(32, 32, 16, 4, 1),
     ("dkdv", "sm_90", 64): Config(128, 128, 32, 8, 2, tma=True),
     ("dkdv", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
-    ("dq", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
-    ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
-    ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
-    ("forward", "sm_80", 128): Config(128, 64, 32, 8, 2),
-    ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
-    ("dkdv", "sm_80", 128): Config(64, 32, 32, 4, 2),
-    ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
-    ("dq", "sm_80", 128): Config(64, 64, 32, 8, 2),
-    ("forward", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dkdv", "sm_90", 256): Config(64, 32, 16, 8, 2, tma=True),
+    ("dkdv", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dkdv", "sm_100", 256): Config(64, 32, 16, 8, 2, tma=True),
+    ("dkdv", "gfx942", 128): Config(64, 32, 16, 4, 2),
+    ("dkdv", "gfx942", 256): Config(32, 32, 16, 4, 1),
     ("dkdv", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("dq", "sm_80", 128): Config(128, 32, 16, 8, 2),
+    ("dq", "sm_80", 256): Config(32, 32, 16, 4, 1),
+    ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("dq", "sm_90", 256): Config(64, 32, 16, 4, 2, tma=True),
+    ("dq", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dq", "sm_100", 256): Config(64, 32, 16, 4, 2, tma=True),
+    ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
+    ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
     ("dq", "interpret", 256): Config(64, 64, 32, 4, 1),
+}
+# The same for fp32 on any GPU. Three tf32 products for one need small tiles, or registers spill.
+FP32_CONFIGS = {
+    ("forward", 32): Config(64, 32, 16, 4, 2),
+    ("forward", 256): Config(16, 32, 16, 4, 1),
+    ("dkdv", 32): Config(32, 32, 16, 4, 1),
+    ("dkdv", 256): Config(16, 16, 16, 4, 1),
+    ("dq", 32): Config(64, 32, 16, 4, 2),
+    ("dq", 256): Config(16, 16, 16, 4, 1),
 }
 STATISTICS_ROWS = 64
 
 
 def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:
     """The block sizes that a launch takes, by the wider of a head's D and E."""
+    if dtype == torch.float32 and arch != "interpret":
+        return FP32_CONFIGS[kernel, min(c for k, c in FP32_CONFIGS if k == kernel and c >= channels)]
+    arch = arch if ("forward", arch, 256) in CONFIGS else relative(arch)
     return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if k == kernel and a == arch and c >= channels)]
+
+
+def relative(arch: str) -> str:
+    """The architecture of the table whose instructions and sizes suit another one."""
+    return "sm_100" if arch == "sm_103" else "sm_80" if arch.startswith("sm_") else "gfx942"
 
 
 @dataclass(frozen=True)
@@ -411,3 +445,45 @@ def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- inspection
+
+# name -> (dtype, N, K, D): what the launches are compiled for where no GPU is; `megapar kernels` shows the result
+MODELS = {
+    "llama-8b": (torch.bfloat16, 32, 8, 128),
+    "gpt2": (torch.bfloat16, 12, 12, 64),
+    "demo": (torch.float32, 4, 2, 32),
+}
+
+
+def aot_specs(arch: str) -> dict[str, Launch]:
+    """The launches of MODELS by name, on tensors without storage, as the operators make them on a GPU of this kind."""
+    specs = {}
+    for dtype, heads, kv_heads, channels in MODELS.values():
+        specs |= aot_launches(arch, dtype, heads, kv_heads, channels)
+    dtype, heads, kv_heads, channels = MODELS["llama-8b"]
+    return specs | aot_launches(arch, dtype, heads, kv_heads, channels, packed=True)
+
+
+def aot_launches(
+    arch: str, dtype: torch.dtype, heads: int, kv_heads: int, channels: int, packed: bool = False, softcap: float | None = None
+) -> dict[str, Launch]:
+    """The launches of one attention layer: causal over 2 x 4096 tokens, or packed sequences with a window."""
+    with torch.device("meta"):
+        shape = (8192,) if packed else (2, 4096)
+        q, k, v = (torch.empty(*shape, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+        starts = torch.empty(9, dtype=torch.int32) if packed else None
+        o, lse = _outputs(q, v)
+        statistics = lse.new_empty(2, *lse.shape)
+    call = Call.of(q, k, v, starts, starts, channels**-0.5, 1024 if packed else UNLIMITED, 0, softcap)
+    do, o = matrix(o), matrix(o)
+    size = f"d{channels}" + ("_packed" if packed else "") + ("_softcap" if softcap else "")
+    launches = {
+        f"attention_fwd_{size}" + ("" if packed else "_causal"): call.forward(arch, o, lse),
+        f"attention_dkdv_{size}": call.dkdv(arch, do, statistics, matrix(k), matrix(v)),
+        f"attention_dq_{size}": call.dq(arch, do, statistics, matrix(q)),
+    }
+    if not packed:
+        launches[f"attention_statistics_{size}"] = call.statistics(arch, o, do, lse, lse, statistics)
+    return launches

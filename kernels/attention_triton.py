@@ -446,10 +446,11 @@ def dq_kernel(
 
     for n in tl.range(full_low, full_high, STEP):
         k_tile = load_full_tile(k, k_tiles, first_k, n, kv_head * D, k_stride, STEP, D, BLOCK_D)
-        t = _cap(dot(q_tile, k_tile.T, None, PRECISION), inner, softcap)
-        p = tl.exp2(t * scale_2 - logarithm[:, None])
+        s = dot(q_tile, k_tile.T, None, PRECISION)
         v_tile = load_full_tile(v, v_tiles, first_k, n, kv_head * E, v_stride, STEP, E, BLOCK_E)
         dp = dot(do_tile, v_tile.T, None, PRECISION)
+        t = _cap(s, inner, softcap)
+        p = tl.exp2(t * scale_2 - logarithm[:, None])
         ds = _scores_gradient(p, dp, delta[:, None], t, softcap)
         acc = dot(cast(ds, k_tile.dtype), k_tile, acc, PRECISION)
 
