@@ -242,10 +242,12 @@ CONFIGS = {
 # The same for fp32 on any GPU. Three tf32 products for one need small tiles, or registers spill.
 FP32_CONFIGS = {
     ("forward", 32): Config(64, 32, 16, 4, 2),
+    ("forward", 64): Config(32, 16, 16, 4, 1),
     ("forward", 256): Config(16, 32, 16, 4, 1),
-    ("dkdv", 32): Config(32, 32, 16, 4, 1),
+    ("dkdv", 64): Config(32, 16, 16, 4, 1),
     ("dkdv", 256): Config(16, 16, 16, 4, 1),
     ("dq", 32): Config(64, 32, 16, 4, 2),
+    ("dq", 64): Config(32, 16, 16, 4, 1),
     ("dq", 256): Config(16, 16, 16, 4, 1),
 }
 STATISTICS_ROWS = 64
@@ -459,7 +461,7 @@ MODELS = {
 
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches of MODELS by name, on tensors without storage, as the operators make them on a GPU of this kind."""
-    specs = {}
+    specs: dict[str, Launch] = {}
     for dtype, heads, kv_heads, channels in MODELS.values():
         specs |= aot_launches(arch, dtype, heads, kv_heads, channels)
     dtype, heads, kv_heads, channels = MODELS["llama-8b"]
@@ -467,7 +469,13 @@ def aot_specs(arch: str) -> dict[str, Launch]:
 
 
 def aot_launches(
-    arch: str, dtype: torch.dtype, heads: int, kv_heads: int, channels: int, packed: bool = False, softcap: float | None = None
+    arch: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    packed: bool = False,
+    softcap: float | None = None,
 ) -> dict[str, Launch]:
     """The launches of one attention layer: causal over 2 x 4096 tokens, or packed sequences with a window."""
     with torch.device("meta"):

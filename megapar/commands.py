@@ -9,6 +9,7 @@ from typing import TypeVar
 from megapar.config import (
     ConfigError,
     GenerateConfig,
+    InspectConfig,
     PrepareConfig,
     TrainConfig,
     UserError,
@@ -21,7 +22,7 @@ from megapar.config import (
 )
 from megapar.config.file import dump
 from megapar.config.parse import changed
-from megapar.kernels import select_backends
+from megapar.kernels import INTERPRET, select_backends
 from megapar.launch import rundir
 from megapar.launch.machine import num_gpus
 from megapar.launch.rank import GENERATE, TRAIN, Job
@@ -41,7 +42,7 @@ def finish(config: T, world_size: int | None = None) -> T:
     """
     gpus = num_gpus()
     draft = check_early(config, gpus, world_size)
-    if world_size is None:
+    if world_size is None and config.kernels.backend != "interpret":
         from megapar.launch.local import start_fork_server
 
         start_fork_server(layout_of(draft).world)  # imports torch while we prepare the data
@@ -94,20 +95,20 @@ def steps_done(config: TrainConfig) -> int:
     return manifest.step
 
 
-def refuse_bad_out(out: str | None, run_dir: str | None) -> None:
-    """Raise ConfigError where `out` can't be written. In the run directory it can: that is yet to be made."""
+def refuse_bad_out(out: str | None, run_dir: str | None, key: str = "out") -> None:
+    """Raise ConfigError where a file can't be written. In the run directory it can: that is yet to be made."""
     if out is None:
         return
     path = Path(out)
     folder = path.parent
     if path.is_dir():
-        raise ConfigError("out", out, "is a folder; name a file")
+        raise ConfigError(key, out, "is a folder; name a file")
     if run_dir is not None and folder.resolve() == Path(run_dir).resolve() and not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError("out", out, "there is no such folder; make it, or name another file")
+        raise ConfigError(key, out, "there is no such folder; make it, or name another file")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError("out", out, "can't be written; name another file")
+        raise ConfigError(key, out, "can't be written; name another file")
 
 
 def refuse_without_wandb_key(config: TrainConfig) -> None:
@@ -153,7 +154,7 @@ def plan(
     if isinstance(config, GenerateConfig):
         return _plan_generate(config, world_size, entry or GENERATE)
     config = finish(config, world_size)
-    backends = select_backends(config.kernels.backend)
+    backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     config = rundir.create(config, overrides, backends, claims, steps_done=steps_done(config))
     return _train_job(config, entry or TRAIN)
 
@@ -170,6 +171,7 @@ def _train_job(config: TrainConfig, entry: str) -> Job:
         device=config.train.device,
         timeout_s=config.train.timeout_s,
         ranks=layout.world,
+        env=rank_environment(config.kernels.backend),
     )
 
 
@@ -192,7 +194,13 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
         timeout_s=trained.train.timeout_s,
         ranks=layout_of(config).world,
         log_name="generate-rank",
+        env=rank_environment(config.kernels.backend),
     )
+
+
+def rank_environment(backend: str) -> dict[str, str]:
+    """What a rank's environment must say before it imports the kernels."""
+    return {INTERPRET: "1"} if backend == "interpret" else {}
 
 
 def draw(job: Job) -> None:
@@ -207,7 +215,8 @@ def verify(config: VerifyConfig, overrides: list[str]) -> int:
     """Compare layouts. Returns the exit code."""
     config = finish(config)
     with ExitStack() as claims:
-        config = rundir.create(config, overrides, select_backends(config.kernels.backend), claims)
+        backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
+        config = rundir.create(config, overrides, backends, claims)
         import megapar.verify
 
         return megapar.verify.run(config)
@@ -235,3 +244,34 @@ def data(config: PrepareConfig) -> int:
     for name, value in rows:
         print(f"{name:<14} {value}")
     return 0
+
+
+def kernels(config: InspectConfig) -> int:
+    """Compile kernels for GPUs that need not be here and print what the machine code shows. Returns the exit code."""
+    import json
+    from dataclasses import asdict
+
+    from megapar.inspect.compile import KERNELS, TARGETS, compile_all, specs_of
+    from megapar.inspect.table import table
+    from megapar.kernels import has_triton
+
+    for key, known in (("kernel", KERNELS), ("targets", TARGETS)):
+        for name in getattr(config, key):
+            if name not in known:
+                raise ConfigError(key, name, f"unknown; use {', '.join(known)}")
+    refuse_bad_out(config.specs, None, "specs")
+    refuse_bad_out(config.out, None)
+    if not has_triton():
+        raise UserError("kernels: Triton is not installed, and it is the compiler; install it: pip install triton")
+    specs = specs_of(config.kernel, config.targets)
+    if config.specs is not None:
+        entries = [spec.batch_entry() for spec in specs if spec.target.startswith("sm_")]
+        Path(config.specs).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        say(f"{config.specs}: {len(entries)} kernels, nothing compiled")
+        return 0
+    say(f"compiling {len(specs)} kernels; Triton's cache keeps them")
+    figures = compile_all(specs)
+    print(table(figures))
+    if config.out is not None:
+        Path(config.out).write_text(json.dumps([asdict(one) for one in figures], indent=1) + "\n", encoding="utf-8")
+    return 1 if any(one.error for one in figures) else 0

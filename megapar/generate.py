@@ -58,6 +58,7 @@ def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
     """A run's config with the layout, precision and device that it shall write in."""
     values = {
         "parallel": config.parallel,
+        "kernels": config.kernels,
         "parallel.zero": 0,
         "train.dtype": config.dtype,
         "train.device": config.device,

@@ -13,6 +13,7 @@ ABOUT = {
     "verify": "train a few steps in many layouts and compare every gradient with one process",
     "generate": "let a trained model write",
     "data": "make token files from text, or check existing ones",
+    "kernels": "compile the Triton kernels for GPUs that need not be here, and read the machine code",
 }
 
 EXAMPLES = {
@@ -40,6 +41,11 @@ EXAMPLES = {
         ("megapar data data.path=FOLDER data.vocab_size=4096 out=tokens/mine", "your own text"),
         ("megapar data data.path=PREFIX data.verify=full", "re-hash existing token files"),
     ],
+    "kernels": [
+        ("megapar kernels", "a table: every kernel on every target"),
+        ("megapar kernels targets=[sm_90] kernel=[attention]", "one of each"),
+        ("megapar kernels specs=specs.json", "what would be compiled, for another tool"),
+    ],
 }
 
 MOST_USED = {
@@ -64,6 +70,7 @@ MOST_USED = {
         *("sample.seed", "parallel.tp", "checkpoint.load", "out"),
     ],
     "data": ["data.path", "data.tokenizer", "data.vocab_size", "data.split", "data.verify", "out"],
+    "kernels": ["kernel", "targets", "specs", "out"],
 }
 
 
@@ -97,8 +104,9 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
     lines += ["examples:"]
     for line, text in EXAMPLES[command]:
         lines += [f"  {line}", f"      {text}"]
-    lines += ["", "groups, and the files to choose from:"]
-    lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
+    if files:
+        lines += ["", "groups, and the files to choose from:"]
+        lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
     lines += ["", "most used keys:"]
     lines += _table([(key, known[key].metadata["help"]) for key in MOST_USED[command]])
     verbatim = [key for key in VERBATIM if key in known]

@@ -5,7 +5,16 @@ from megapar.config.derive import resolve, resolve_generate
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
-from megapar.config.schema import COMMANDS, PATHS, VERBATIM, GenerateConfig, PrepareConfig, TrainConfig, VerifyConfig
+from megapar.config.schema import (
+    COMMANDS,
+    PATHS,
+    VERBATIM,
+    GenerateConfig,
+    InspectConfig,
+    PrepareConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "COMMANDS",
@@ -13,6 +22,7 @@ __all__ = [
     "VERBATIM",
     "ConfigError",
     "GenerateConfig",
+    "InspectConfig",
     "Layout",
     "PrepareConfig",
     "TrainConfig",

@@ -238,11 +238,24 @@ class PrepareConfig:
     out: str | None = option(None, "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache")
 
 
+@dataclass(frozen=True)
+class InspectConfig:
+    """`megapar kernels`: compile the Triton kernels for GPUs that need not be here, and read the machine code."""
+
+    kernel: list[str] = option(["attention"], "kernels to compile")
+    targets: list[str] = option(
+        ["sm_80", "sm_90", "sm_100", "gfx942"], "GPUs to compile for: A100, H100, B200, MI300 by their architecture"
+    )
+    specs: str | None = option(None, "file to write what would be compiled to, as JSON, and compile nothing")
+    out: str | None = option(None, "file for the figures as JSON; default: only the table")
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
     "data": PrepareConfig,
+    "kernels": InspectConfig,
 }
 
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
@@ -257,8 +270,9 @@ VERBATIM = (
     "data.cache",
     "checkpoint.load",
     "logger.wandb.project",
+    "specs",
     "out",
 )
 
 # Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
-PATHS = ("run.dir", "checkpoint.load", "out")
+PATHS = ("run.dir", "checkpoint.load", "specs", "out")

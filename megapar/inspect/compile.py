@@ -88,7 +88,16 @@ def specs_of(kernels: list[str], targets: list[str]) -> list[Spec]:
                 function = launch.kernel.fn
                 types, constants, divisible = launch.specialisation()
                 found.append(
-                    Spec(name, function.__module__, function.__name__, target, types, constants, divisible, launch.options)
+                    Spec(
+                        name,
+                        function.__module__,
+                        function.__name__,
+                        target,
+                        types,
+                        constants,
+                        divisible,
+                        launch.options,
+                    )
                 )
     return found
 
@@ -144,7 +153,9 @@ def _compile(spec: Spec) -> Any:
     names = kernel.arg_names
     signature = {name: spec.types.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
-    source = ASTSource(kernel, signature, {name: spec.constants[name] for name in names if name in spec.constants}, attributes)
+    source = ASTSource(
+        kernel, signature, {name: spec.constants[name] for name in names if name in spec.constants}, attributes
+    )
     if spec.target.startswith("gfx"):
         target = GPUTarget("hip", spec.target, 64)
     else:
@@ -192,4 +203,3 @@ def _disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-

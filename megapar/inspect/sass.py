@@ -9,6 +9,7 @@ our reading: NVIDIA does not document it.
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T0-9]+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 LABEL = re.compile(r"^(\.L_\w+):")
@@ -91,12 +92,12 @@ class Loop:
     always: list[Instruction]
 
     def count(self) -> Counter[str]:
-        """Instructions of one iteration by unit. Matrix instructions count wherever they stand: one thread issues them."""
+        """Instructions of one iteration by unit."""
         return Counter(i.unit for i in self.work)
 
     @property
     def work(self) -> list[Instruction]:
-        """What an iteration executes."""
+        """What an iteration executes. On sm_100 one thread issues the matrix instructions: those count anywhere."""
         known = {i.address for i in self.always}
         return self.always + [i for i in self.body if i.unit == "mma" and i.address not in known]
 
@@ -124,7 +125,9 @@ def innermost_loops(instructions: list[Instruction], labels: dict[str, int]) -> 
     for block, header in _back_edges(successors):
         latches.setdefault(header, []).append(block)
     bodies = {header: _reach(ends, header, predecessors) for header, ends in latches.items()}
-    spins = {header for header, body in bodies.items() if _only_waits([instructions[i] for b in body for i in blocks[b]])}
+    spins = {
+        header for header, body in bodies.items() if _only_waits([instructions[i] for b in body for i in blocks[b]])
+    }
     spinning = set().union(*(bodies[header] for header in spins))
     loops = []
     for header, body in sorted(bodies.items()):
@@ -141,7 +144,9 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> tuple[li
     """Basic blocks as ranges of instructions, and the blocks that each can go on to."""
     jumps, stops, cuts = {}, set(), set()
     for position, instruction in enumerate(instructions):
-        if instruction.base in BRANCHES and not instruction.opcode.startswith("BRA.DIV"):  # never taken without divergence
+        if instruction.base in BRANCHES and not instruction.opcode.startswith(
+            "BRA.DIV"
+        ):  # never taken without divergence
             jumps[position] = [labels[name] for name in re.findall(r"\.L_\w+", instruction.operands) if name in labels]
             # `BRA P0, target` depends on P0 too
             if instruction.predicate is None and instruction.operands.startswith("`("):
@@ -152,8 +157,8 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> tuple[li
             if instruction.predicate is None:
                 stops.add(position)
     starts = {0, *labels.values(), *(cut + 1 for cut in cuts)}
-    edges = sorted(start for start in starts if start < len(instructions)) + [len(instructions)]
-    blocks = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    edges = [*sorted(start for start in starts if start < len(instructions)), len(instructions)]
+    blocks = [range(a, b) for a, b in pairwise(edges)]
     at = {block.start: number for number, block in enumerate(blocks)}
     successors = []
     for number, block in enumerate(blocks):
