@@ -33,7 +33,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+def device_function(function: Any) -> Any:
+    """triton.jit for what kernels call. The interpreter gets it as it is: each call through triton.jit would have it
+    patch the whole language anew, a millisecond that no arithmetic of a small tile takes."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+@device_function
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in fp32; a @ b where acc is None.
 
@@ -45,7 +51,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
 
-@triton.jit
+@device_function
 def cast(x, dtype: tl.constexpr):
     """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -55,14 +61,14 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@device_function
 def tile_pointers(ptr, row, stride, ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """Addresses of the tile [ROWS, BLOCK_CHANNELS] that begins `row` rows after ptr."""
     first = ptr + tl.cast(row, tl.int64) * stride
     return first + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_CHANNELS)[None, :]
 
 
-@triton.jit
+@device_function
 def tile_mask(row, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """Which elements of a tile that begins at `row` exist, [ROWS, BLOCK_CHANNELS] or [ROWS, 1]."""
     mask = (row + tl.arange(0, ROWS) < num_rows)[:, None]
@@ -71,14 +77,14 @@ def tile_mask(row, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C
     return mask
 
 
-@triton.jit
+@device_function
 def load_tile(ptr, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """A tile. Rows from num_rows on, and channels from CHANNELS on, are zeros and are not read."""
     mask = tile_mask(row, num_rows, ROWS, CHANNELS, BLOCK_CHANNELS)
     return tl.load(tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS), mask=mask, other=0.0)
 
 
-@triton.jit
+@device_function
 def load_full_tile(
     ptr,
     tiles,
@@ -104,7 +110,7 @@ def load_full_tile(
             return tl.load(pointers)
 
 
-@triton.jit
+@device_function
 def store_tile(
     ptr, tile, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
@@ -114,7 +120,7 @@ def store_tile(
     tl.store(pointers, cast(tile, ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@device_function
 def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
     """(sequence, tile inside it) of this program, for packed sequences that begin at starts [num_sequences + 1].
 

@@ -216,7 +216,7 @@ CONFIGS = {
     ("forward", "sm_100", 256): Config(128, 64, 32, 8, 2, tma=True),
     ("forward", "gfx942", 128): Config(128, 64, 32, 8, 2),
     ("forward", "gfx942", 256): Config(64, 32, 16, 4, 1),
-    ("forward", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("forward", "interpret", 256): Config(128, 128, 64, 4, 1),
     ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
     ("dkdv", "sm_80", 128): Config(64, 32, 16, 4, 2),
     ("dkdv", "sm_80", 256): Config(32, 32, 16, 4, 1),
@@ -227,7 +227,7 @@ CONFIGS = {
     ("dkdv", "sm_100", 256): Config(64, 32, 16, 8, 2, tma=True),
     ("dkdv", "gfx942", 128): Config(64, 32, 16, 4, 2),
     ("dkdv", "gfx942", 256): Config(32, 32, 16, 4, 1),
-    ("dkdv", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dkdv", "interpret", 256): Config(128, 128, 64, 4, 1),
     ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
     ("dq", "sm_80", 128): Config(128, 32, 16, 8, 2),
     ("dq", "sm_80", 256): Config(32, 32, 16, 4, 1),
@@ -237,7 +237,7 @@ CONFIGS = {
     ("dq", "sm_100", 256): Config(64, 32, 16, 4, 2, tma=True),
     ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
     ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
-    ("dq", "interpret", 256): Config(64, 64, 32, 4, 1),
+    ("dq", "interpret", 256): Config(128, 128, 64, 4, 1),
 }
 # The same for fp32 on any GPU. Three tf32 products for one need small tiles, or registers spill.
 FP32_CONFIGS = {

@@ -17,6 +17,7 @@ from megapar.kernels._common import (
     LN_2,
     LOG2_E,
     cast,
+    device_function,
     dot,
     find_sequence,
     load_full_tile,
@@ -60,7 +61,7 @@ def _metadata(matmuls_d: int, matmuls_e: int) -> Any:
     return describe
 
 
-@triton.jit
+@device_function
 def _place(starts_q, starts_k, len_q, len_k, num_sequences, starts, ROWS: tl.constexpr):
     """(first q row, q length, first k row, k length, tile) of this program's sequence.
 
@@ -76,7 +77,7 @@ def _place(starts_q, starts_k, len_q, len_k, num_sequences, starts, ROWS: tl.con
         return first_q, len_q, first_k, tl.load(starts_k + sequence + 1) - first_k, tile
 
 
-@triton.jit
+@device_function
 def _ranges(start, shift, before, after, length, ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr):
     """What the rows [start, start + ROWS) see of a sequence of this length, where row i sees the places from
     i + shift - before to i + shift + after: (low, full_low, full_high, high).
@@ -92,27 +93,27 @@ def _ranges(start, shift, before, after, length, ROWS: tl.constexpr, STEP: tl.co
     return low, full_low, full_low + full, high
 
 
-@triton.jit
+@device_function
 def _num_edges(low, full_low, full_high, high, EDGE: tl.constexpr):
     """How many boundary tiles lie in [low, full_low) and [full_high, high)."""
-    return (full_low - low) // EDGE + tl.cdiv(tl.maximum(high - full_high, 0), EDGE)
+    return (full_low - low) // EDGE + (tl.maximum(high - full_high, 0) + EDGE - 1) // EDGE
 
 
-@triton.jit
+@device_function
 def _edge(index, low, full_low, full_high, EDGE: tl.constexpr):
     """Where boundary tile `index` begins: first those before the full tiles, then those behind."""
     before = (full_low - low) // EDGE
     return tl.where(index < before, low + index * EDGE, full_high + (index - before) * EDGE)
 
 
-@triton.jit
+@device_function
 def _sees(query, key, shift, left, right, len_k):
     """Whether a query sees a key, elementwise, broadcast."""
     distance = key - query - shift
     return (key < len_k) & (distance <= right) & (distance >= -left)
 
 
-@triton.jit
+@device_function
 def _factors(scale, softcap):
     """(factor inside the tanh, factor to scores in units of log 2)."""
     if softcap is None:
@@ -121,7 +122,7 @@ def _factors(scale, softcap):
         return 2.0 * LOG2_E * scale / softcap, softcap * LOG2_E
 
 
-@triton.jit
+@device_function
 def _cap(s, inner, softcap):
     """tanh, the score in units of softcap; without a softcap s as it is."""
     if softcap is not None:
@@ -129,7 +130,7 @@ def _cap(s, inner, softcap):
     return s
 
 
-@triton.jit
+@device_function
 def _softmax(s, m, total, scale, BOUNDARY: tl.constexpr):
     """One step of the online softmax: (weights p, highest score m, sum of weights, what older sums are to be times)."""
     highest = tl.maximum(m, tl.max(s, 1) * scale)
@@ -193,8 +194,8 @@ def forward_kernel(
     q_tile = load_tile(q, start, q_stride, len_q, ROWS, D, BLOCK_D)
     rows = start + tl.arange(0, ROWS)
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, BLOCK_E], 0.0, tl.float32)
     low, full_low, full_high, high = _ranges(start, shift, left, right, len_k, ROWS, STEP, EDGE)
 
     for index in tl.range(0, _num_edges(low, full_low, full_high, high, EDGE), num_stages=1):
@@ -254,7 +255,7 @@ def statistics_kernel(
     tl.store(statistics + tl.cast(heads, tl.int64) * total_q + at, delta, mask=rows < total_q)
 
 
-@triton.jit
+@device_function
 def _scores_gradient(p, dp, delta, t, softcap):
     """Gradient of the scaled scores before the softcap, elementwise; t: the scores as `_cap` returns them."""
     ds = p * (dp - delta)
@@ -320,8 +321,8 @@ def dkdv_kernel(
     k_tile = load_tile(k, start, k_stride, len_k, ROWS, D, BLOCK_D)
     v_tile = load_tile(v, start, v_stride, len_k, ROWS, E, BLOCK_E)
     keys = start + tl.arange(0, ROWS)
-    dk_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    dk_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    dv_acc = tl.full([ROWS, BLOCK_E], 0.0, tl.float32)
     # Key j is seen by the queries from j - shift - right to j - shift + left.
     low, full_low, full_high, high = _ranges(start, -shift, right, left, len_q, ROWS, STEP, EDGE)
 
@@ -429,7 +430,7 @@ def dq_kernel(
     statistics += tl.cast(head, tl.int64) * total_q + first_q + rows
     logarithm = tl.load(statistics, mask=rows < len_q, other=float("inf"))
     delta = tl.load(statistics + tl.cast(tl.num_programs(1), tl.int64) * total_q, mask=rows < len_q, other=0.0)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     low, full_low, full_high, high = _ranges(start, shift, left, right, len_k, ROWS, STEP, EDGE)
 
     for index in tl.range(0, _num_edges(low, full_low, full_high, high, EDGE), num_stages=1):
