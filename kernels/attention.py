@@ -9,6 +9,7 @@ K key/value heads, D channels of q and k, E channels of v.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """softmax(scale * q k^T) v per head.
 
     q [B, S, N, D], k [B, L, K, D], v [B, L, K, E] in one floating dtype; N is a multiple of K, and query head n reads
@@ -142,9 +143,8 @@ def _dense(
     out = out.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
     if not return_lse:
         return out
-    lse = (
-        torch.logsumexp(scores.to(wide), -1, keepdim=True) if keys else scores.new_zeros(*scores.shape[:-1], 1).to(wide)
-    )
+    scores = scores.to(wide)  # over no key there is a sum, 0, and no largest
+    lse = torch.logsumexp(scores, -1, keepdim=True) if keys else scores.sum(-1, keepdim=True)
     if empty is not None:
         lse = lse.masked_fill(empty, -math.inf)
     return out, lse.view(batch, heads, length).transpose(1, 2)
@@ -179,7 +179,7 @@ def _packed(
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     parts = [
         _dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, True)
-        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+        for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
     ]
     outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts]
     rest = len(q) - ends_q[-1]  # rows behind the last sequence

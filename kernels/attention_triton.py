@@ -9,6 +9,7 @@ Shape letters: T query positions of all sequences, N query heads, K key/value he
 An argument that is None is a constant: without a softcap or packed sequences their code is not compiled.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +36,7 @@ def _visible_pairs(args: dict[str, Any]) -> float:
         lengths = [(args["len_q"], args["len_k"])] * args["num_sequences"]
     else:
         ends_q, ends_k = args["starts_q"].tolist(), args["starts_k"].tolist()
-        lengths = [(b - a, d - c) for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)]
+        lengths = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)]
     seen = 0
     for len_q, len_k in lengths:
         shift = len_k - len_q
@@ -47,18 +48,20 @@ def _metadata(matmuls_d: int, matmuls_e: int) -> Any:
     """Triton's launch_metadata: useful FLOPs and least bytes of a launch, from matmuls over D and over E channels."""
 
     def describe(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-        q = args["q"]
-        heads = args["total_q"] and q.shape[1] // args["D"]
-        per_pair = 2.0 * (matmuls_d * args["D"] + matmuls_e * args["E"])
-        tensors = [x for x in args.values() if isinstance(x, Tensor)]
-        bits = 8 * q.element_size()
-        return {
-            "name": kernel.name,
-            f"flops{bits}": per_pair * heads * _visible_pairs(args),
-            "bytes": sum(x.numel() * x.element_size() for x in tensors),
-        }
+        heads = args["q"].shape[1] // args["D"]
+        flops = 2.0 * (matmuls_d * args["D"] + matmuls_e * args["E"]) * heads * _visible_pairs(args)
+        return {"name": kernel.name, f"flops{8 * args['q'].element_size()}": flops, "bytes": _bytes(args)}
 
     return describe
+
+
+def _statistics_metadata(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    return {"name": kernel.name, "flops32": 2.0 * args["o"].numel(), "bytes": _bytes(args)}
+
+
+def _bytes(args: dict[str, Any]) -> int:
+    """Every tensor once."""
+    return sum(x.numel() * x.element_size() for x in args.values() if isinstance(x, Tensor))
 
 
 @device_function
@@ -233,7 +236,7 @@ def forward_kernel(
     tl.store(lse + rows, tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN_2), mask=rows < len_q)
 
 
-@triton.jit
+@triton.jit(launch_metadata=_statistics_metadata)
 def statistics_kernel(
     o, do, lse, dlse, statistics, total_q, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ):

@@ -273,5 +273,6 @@ def kernels(config: InspectConfig) -> int:
     figures = compile_all(specs)
     print(table(figures))
     if config.out is not None:
-        Path(config.out).write_text(json.dumps([asdict(one) for one in figures], indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(asdict(one)) for one in figures)
+        Path(config.out).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 1 if any(one.error for one in figures) else 0

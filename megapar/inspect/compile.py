@@ -181,11 +181,14 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
         "mma": next((".".join(i.opcode.split(".")[:2]) for i in instructions if i.unit == "mma"), ""),
         "widest_load": TMA_BITS if count["tma"] else max(loads, default=0),
     }
-    hot = max(((loop, b) for loop, b in found if b), key=lambda pair: pair[1].cycles["mma"], default=None)
+    rated = [(b.cycles["mma"], -len(loop.work), loop, b) for loop, b in found if b]
+    hot = max(
+        rated, key=lambda one: one[:2], default=None
+    )  # full tiles, not the boundary's: least work beside the most
     if hot is None:
         busiest = max(loops, key=lambda loop: loop.count()["mma"], default=None)
         return figures | {"loop": dict((busiest.count() if busiest else count).most_common())}
-    loop, b = hot
+    _, _, loop, b = hot
     return figures | {"loop": dict(loop.count().most_common())} | asdict(b)
 
 

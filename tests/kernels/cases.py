@@ -1,0 +1,209 @@
+"""Cases of attention, and what a process with interpreted kernels does with them."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar.kernels import attention as module
+from megapar.kernels import use_backend
+from megapar.kernels.attention import Config, attention
+
+NAMES = ("o", "lse", "dq", "dk", "dv")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Small, so that short sequences have full tiles and boundary tiles on both sides of them.
+TILES = {
+    "square": Config(32, 32, 16, 4, 1),
+    "tma": Config(32, 16, 16, 4, 1, tma=True),
+    "wide": Config(16, 64, 32, 4, 1),
+}
+Lengths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention. lengths: (S, L), or of packed sequences ((S, ...), (L, ...))."""
+
+    dtype: str
+    channels: tuple[int, int]  # D, E
+    heads: tuple[int, int]  # N, K
+    lengths: tuple[Any, Any]
+    mask: tuple[bool, Any]  # causal, window
+    softcap: float | None
+    tiles: str
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.lengths[0], tuple)
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"causal": self.mask[0], "window": self.mask[1], "softcap": self.softcap}
+        if self.packed:
+            options |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(starts, self.lengths), strict=True))
+        return options
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of o, lse, dq, dk, dv: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
+
+    error: dict[str, float]
+    torch_error: dict[str, float]
+    size: dict[str, float]
+
+
+def starts(lengths: Lengths) -> Tensor:
+    return torch.tensor([sum(lengths[:number]) for number in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+@contextmanager
+def tiles(config: Config) -> Iterator[None]:
+    """Every interpreted kernel takes these block sizes."""
+    kept = dict(module.CONFIGS)
+    module.CONFIGS.update({key: config for key in kept if key[1] == "interpret"})
+    try:
+        yield
+    finally:
+        module.CONFIGS.update(kept)
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """q, k, v, do, dlse in fp64 with values that the case's dtype holds; rows behind the packed sequences are NaN."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    (n, k), (d, e), (s, length) = case.heads, case.channels, case.lengths
+    rows, keys = ((sum(s) + 3,), (sum(length) + 2,)) if case.packed else ((2, s), (2, length))
+    shapes = ((*rows, n, d), (*keys, k, d), (*keys, k, e), (*rows, n, e), (*rows, n))
+    made = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).double() for shape in shapes]
+    if case.packed:
+        for tensor, behind in zip(made, (3, 2, 2, 3, 3), strict=True):
+            tensor[-behind:] = math.nan
+    return made
+
+
+def run(case: Case, backend: str, dtype: torch.dtype, given: list[Tensor]) -> list[Tensor]:
+    """o, lse, dq, dk, dv of a backend in a dtype. Memory that a kernel does not write holds NaN."""
+    use_backend(backend)
+    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in given[:3])
+    o, lse = attention(q, k, v, return_lse=True, **case.options())
+    gradients = torch.autograd.grad([o, lse], [q, k, v], [given[3].to(o.dtype), given[4].to(lse.dtype)])
+    return [x.detach().double() for x in (o, lse, *gradients)]
+
+
+def run_case(case: Case) -> Outcome:
+    with poisoned_memory(), tiles(TILES[case.tiles]):
+        given = inputs(case)
+        exact = run(case, "torch", torch.float64, given)
+        plain = run(case, "torch", DTYPES[case.dtype], given)
+        found = run(case, "interpret", DTYPES[case.dtype], given)
+    return Outcome(
+        {name: distance(a, b) for name, a, b in zip(NAMES, found, exact, strict=True)},
+        {name: distance(a, b) for name, a, b in zip(NAMES, plain, exact, strict=True)},
+        {name: float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for name, x in zip(NAMES, exact, strict=True)},
+    )
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Largest difference; inf where one is infinite or NaN and the other not."""
+    if found.shape != exact.shape or not torch.equal(found.isfinite(), exact.isfinite()):
+        return math.inf
+    finite = exact.isfinite()
+    if not torch.equal(found[~finite], exact[~finite]):
+        return math.inf
+    return float((found - exact)[finite].abs().max()) if finite.any() else 0.0
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors without values hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------- jobs: (rank, world_size, ...) in the interpreting processes
+
+
+def run_share(rank: int, world_size: int, chosen: list[Case]) -> list[tuple[Case, Outcome]]:
+    """Every world_size-th case."""
+    return [(case, run_case(case)) for case in chosen[rank::world_size]]
+
+
+def run_one(rank: int, world_size: int, case: Case) -> Outcome:
+    return run_case(case)
+
+
+def repeat(rank: int, world_size: int, case: Case) -> bool:
+    """Whether a second run gives the same bits."""
+    with tiles(TILES[case.tiles]):
+        given = inputs(case)
+        first, second = (run(case, "interpret", DTYPES[case.dtype], given) for _ in range(2))
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+
+
+def isolated(rank: int, world_size: int, tile: str) -> list[bool]:
+    """Of each packed sequence whether everything about it is finite, where the second one is full of NaN."""
+    lengths = (21, 18, 37)
+    case = Case("fp32", (32, 32), (2, 1), (lengths, lengths), (True, None), None, tile)
+    given = [tensor[: sum(lengths)] for tensor in inputs(case)]
+    for tensor in given:
+        tensor[21:39] = math.nan
+    with tiles(TILES[tile]):
+        found = run(case, "interpret", torch.float32, given)
+    ends = [0, 21, 39, 76]
+    return [all(bool(x[a:b].isfinite().all()) for x in found) for a, b in pairwise(ends)]
+
+
+def check_operators(rank: int, world_size: int) -> None:
+    """torch's own checks of both operators: schema, autograd, fake tensors, tracing."""
+    use_backend("interpret")
+    q, k, v, do = (torch.randn(1, 5, n, 16, requires_grad=True) for n in (2, 1, 1, 2))
+    for starts_q in (None, starts((2, 3))):
+        q, k, v, do = (x.detach()[0] if starts_q is not None else x.detach() for x in (q, k, v, do))
+        settings = (starts_q, starts_q, 0.25, module.UNLIMITED, 0, None)
+        arguments = tuple(x.requires_grad_() for x in (q, k, v))
+        torch.library.opcheck(module.attention_op, (*arguments, *settings))
+        o, lse = (x.detach() for x in module.attention_op(q, k, v, *settings))
+        plain = tuple(x.detach() for x in (do, torch.randn_like(lse), q, k, v))
+        torch.library.opcheck(module.attention_backward_op, (*plain, o, lse, *settings))
+
+
+def compiled(rank: int, world_size: int) -> tuple[float, list[torch.dtype]]:
+    """Largest difference of torch.compile's outputs and gradients from eager ones, and the dtypes of the gradients."""
+    use_backend("interpret")
+    q, k, v = (torch.randn(2, 9, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (2, 1, 1))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = attention(q, k, v, scale=0.3, softcap=4.0, window=(4, None), return_lse=True)
+        return o.float().square().sum() + lse.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        value = function(q, k, v)
+        results.append([value, *torch.autograd.grad(value, [q, k, v])])
+    differences = [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
+    return max(differences), [x.dtype for x in results[1][1:]]
+
+
+def merged(rank: int, world_size: int, cut: int) -> dict[str, float]:
+    """Distance of attention over keys in two parts, merged, from attention over all of them, with gradients."""
+    use_backend("interpret")
+    generator = torch.Generator().manual_seed(cut)
+    q, k, v, do = (torch.randn(1, 11, n, 16, generator=generator).requires_grad_() for n in (2, 1, 1, 2))
+    window = (None, 2)  # the first queries see nothing of the second part
+    whole = attention(q, k, v, causal=False, window=window, return_lse=True)
+    # Queries stand beside the last keys: those of a part without the last 11 - cut keys reach so much further right.
+    first = attention(q, k[:, :cut], v[:, :cut], causal=False, window=(None, 2 + 11 - cut), return_lse=True)
+    second = attention(q, k[:, cut:], v[:, cut:], causal=False, window=window, return_lse=True)
+    both = module.merge_attention(*first, *second)
+    exact = torch.autograd.grad([*whole], [q, k, v], [do, do[..., 0]], retain_graph=True)
+    found = torch.autograd.grad([*both], [q, k, v], [do, do[..., 0]])
+    return {name: distance(a, b) for name, a, b in zip(NAMES, (*both, *found), (*whole, *exact), strict=True)}
