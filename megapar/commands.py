@@ -183,6 +183,9 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
     check_generate(config, trained, num_gpus=gpus, world_size=world_size)
+    from megapar.checkpoint import find_checkpoint, read_manifest
+
+    read_manifest(find_checkpoint(config.checkpoint.load or str(config.run.dir)))
     return Job(
         command="generate",
         config=dump(config),

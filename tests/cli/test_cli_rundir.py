@@ -98,6 +98,11 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
     assert main(whole) == 0  # from the beginning once more
     assert steps(folder) == [1, 2, 3, 4]
 
+    capsys.readouterr()
+    assert main(["generate", f"run.dir={folder}", f"checkpoint.load={tmp_path}", "prompt=x"]) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path}: holds no checkpoint")
+    assert not (folder / "logs" / "generate-rank-0.log").exists()  # before a rank was started
+
 
 def test_what_another_checkpoint_makes_is_another_run(tokens: str, tmp_path: Path) -> None:
     config = tiny_config(tokens, **{"run.dir": str(tmp_path / "run")})
