@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.weight_grad import WeightGrads
-from megapar.pipeline.actions import Action, Schedule
+from megapar.schedule.actions import Action, Schedule
 
 Tensors = dict[str, Tensor]
 Batch = dict[str, Tensor]

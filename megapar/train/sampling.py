@@ -15,7 +15,7 @@ from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Batch, Executor, Tensors
-from megapar.pipeline.schedules import forward_only, lower
+from megapar.schedule.schedules import forward_only, lower
 
 TOKENIZER = "tokenizer.model"  # in the run directory
 

@@ -15,10 +15,10 @@ from megapar.optim.adamw import Optimizer, StepResult, learning_rate
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.stage import StageContext
-from megapar.pipeline.check import check
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.partition import partition
-from megapar.pipeline.schedules import build, forward_only, lower
+from megapar.schedule.check import check
+from megapar.schedule.schedules import build, forward_only, lower
 from megapar.timeline import Span
 from megapar.train.task import TASKS
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapar.pipeline.actions import KINDS, Action, Schedule
-from megapar.pipeline.check import ScheduleError, check
 from megapar.pipeline.partition import partition
-from megapar.pipeline.schedules import SCHEDULES, build, forward_only, ideal_bubble, lower
+from megapar.schedule.actions import KINDS, Action, Schedule
+from megapar.schedule.check import ScheduleError, check
+from megapar.schedule.schedules import SCHEDULES, build, forward_only, ideal_bubble, lower
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -5,7 +5,7 @@ A schedule knows nothing of tensors or processes. `lower` adds the transfers tha
 
 from collections.abc import Callable
 
-from megapar.pipeline.actions import Action, Schedule
+from megapar.schedule.actions import Action, Schedule
 
 Rows = list[list[Action]]
 

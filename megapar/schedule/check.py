@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 
-from megapar.pipeline.actions import Action, Schedule
+from megapar.schedule.actions import Action, Schedule
 
 
 class ScheduleError(ValueError):
