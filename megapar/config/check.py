@@ -11,6 +11,8 @@ from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.kernels import select_backends
+from megapar.schedule.actions import ScheduleError
+from megapar.schedule.build import default_chunks, refusal
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
 
@@ -146,21 +148,29 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
 def check_pipeline(config: TrainConfig) -> None:
     """Refuse stages without layers and partitions that do not add up."""
     layers, pp, partition = config.model.layers, config.parallel.pp, config.pipeline.partition
-    if pp > layers:
-        raise ConfigError("parallel.pp", pp, f"more stages than model.layers={layers}; use at most {layers}")
-    if config.pipeline.chunks != 1:
-        problem = f"the {config.pipeline.schedule} schedule has one stage per rank; use 1"
-        raise ConfigError("pipeline.chunks", config.pipeline.chunks, problem)
+    try:
+        stages = pp * stages_per_rank(config)
+        dp, train = config.parallel.dp or 1, config.train
+        microbatches = max(1, train.global_batch_size // (train.micro_batch_size * dp))
+        why = refusal(config.pipeline.schedule, pp, microbatches, stages // pp) if pp > 1 else None
+    except ScheduleError as error:
+        raise ConfigError("pipeline.schedule", config.pipeline.schedule, str(error)) from None
+    if why:
+        raise ConfigError("pipeline.schedule", config.pipeline.schedule, why)
+    if stages > layers:
+        each = "" if stages == pp else f" of {stages // pp} stages each"
+        problem = f"{pp} ranks{each} are more stages than model.layers={layers}; use at most {layers} stages"
+        raise ConfigError("parallel.pp", pp, problem)
     if isinstance(partition, str):
         if partition != "uniform":
             raise ConfigError("pipeline.partition", partition, "use uniform, or the layers of each stage such as [5,3]")
         return
-    if len(partition) != pp:
+    if len(partition) != stages:
         raise ConfigError(
-            "pipeline.partition", partition, f"needs {pp} numbers, one per stage (parallel.pp={pp}); or uniform"
+            "pipeline.partition", partition, f"needs {stages} numbers, one per stage (parallel.pp={pp}); or uniform"
         )
     if min(partition) < 1 or sum(partition) != layers:
-        problem = f"must be {pp} numbers of at least 1 that add up to model.layers={layers}; or uniform"
+        problem = f"must be {stages} numbers of at least 1 that add up to model.layers={layers}; or uniform"
         raise ConfigError("pipeline.partition", partition, problem)
 
 
@@ -252,6 +262,14 @@ def check_generate(
     check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
 
+def stages_per_rank(config: TrainConfig) -> int:
+    """Virtual stages of a pipeline rank; without a pipeline there is one. Raises ScheduleError."""
+    if config.parallel.pp == 1:
+        return 1
+    chunks = config.pipeline.chunks
+    return default_chunks(config.pipeline.schedule, config.parallel.pp) if chunks is None else chunks
+
+
 def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
     """The layout of a resolved config."""
     return Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1)
@@ -261,7 +279,8 @@ def with_layout(config: T, layout: Layout) -> T:
     """The same config in another layout; a partition for another number of stages becomes uniform."""
     values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
     partition = config.pipeline.partition
-    if isinstance(partition, list) and len(partition) != layout.pp:
+    stages = layout.pp * stages_per_rank(changed(config, {"parallel.pp": layout.pp}))
+    if isinstance(partition, list) and len(partition) != stages:
         values["pipeline.partition"] = "uniform"
     return changed(config, values | {"parallel.auto": False})
 

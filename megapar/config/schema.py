@@ -61,9 +61,9 @@ class ParallelConfig:
 class PipelineConfig:
     """The pipeline schedule and the partition of layers."""
 
-    schedule: Literal["1f1b", "gpipe"] = option("1f1b", "order of forward and backward passes")
+    schedule: str = option("1f1b", "order of forward and backward passes; `megapar schedule` compares them")
     partition: str | list[int] = option("uniform", "layers per stage: uniform, or a list such as [5,3]")
-    chunks: int = option(1, "virtual stages per rank (1 for 1f1b and gpipe)")
+    chunks: int | None = option(None, "virtual stages per rank; default: the schedule's own number")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
 from megapar.parallel import collectives
 from megapar.parallel.grad_sync import GradSync
-from megapar.schedule.schedules import ideal_bubble
+from megapar.schedule.simulate import simulate
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config
@@ -163,13 +163,14 @@ class Sleep(torch.autograd.Function):
 
 def bubble_of_sleeping_stages(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float]:
     trainer = Trainer(config, rank)
-    forward = trainer.stage.forward
-    trainer.stage.forward = lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
+    [stage] = trainer.stages.values()
+    forward = stage.forward
+    stage.forward =  lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
     measured = []
     for step in (1, 2, 3):
         done = trainer.step(step)
         measured.append(summarise(gather_figures(local_figures(done.loss, done.spans), trainer.mesh))["bubble"])
-    ideal = ideal_bubble(trainer.mesh["pp"].size, trainer.microbatches)
+    ideal = simulate(trainer.schedule).mean_bubble
     trainer.close()
     return median(measured), ideal
 
