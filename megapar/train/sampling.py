@@ -15,7 +15,7 @@ from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Batch, Executor, Tensors
-from megapar.schedule.schedules import forward_only, lower
+from megapar.schedule.lower import forward_only, lower
 
 TOKENIZER = "tokenizer.model"  # in the run directory
 
@@ -100,7 +100,7 @@ def _next_token(
     def head(outputs: Tensors, batch: Batch) -> Tensor:
         return _whole_vocabulary(outputs["logits"][last], context)
 
-    schedule = lower(forward_only(stages, 1), stages, 1)
+    schedule = lower(forward_only(range(stages), 1), stages, 1)
     logits = executor.run(schedule, [_batch(seen, context)], head)
     mesh.timeline.take()
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)

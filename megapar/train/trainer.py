@@ -17,8 +17,9 @@ from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.partition import partition
+from megapar.schedule.build import build
 from megapar.schedule.check import check
-from megapar.schedule.schedules import build, forward_only, lower
+from megapar.schedule.lower import forward_only, lower
 from megapar.timeline import Span
 from megapar.train.task import TASKS
 
@@ -132,7 +133,7 @@ class Trainer(ModelPart):
         """This rank's part of the mean loss over the held-out samples."""
         batches, _ = self.task.validation()
         stages = self.mesh["pp"].size
-        schedule = lower(forward_only(stages, len(batches)), stages, len(batches))
+        schedule = lower(forward_only(range(stages), len(batches)), stages, len(batches))
         loss = self._part(self.executor.run(schedule, batches))
         self.mesh.timeline.take()
         return loss

@@ -16,7 +16,7 @@ from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.agreement import gather_texts
-from megapar.schedule.schedules import ideal_bubble
+from megapar.schedule.simulate import ideal_bubble
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text

@@ -17,7 +17,7 @@ from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
 from megapar.parallel import collectives
 from megapar.parallel.grad_sync import GradSync
-from megapar.schedule.schedules import ideal_bubble
+from megapar.schedule.simulate import ideal_bubble
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config

@@ -13,7 +13,7 @@ from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.parallel.stage import StageContext
 from megapar.schedule.actions import Action
-from megapar.schedule.schedules import lower
+from megapar.schedule.lower import lower
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer, build_stage
 from tests.tiny import tiny_config
