@@ -61,7 +61,7 @@ def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
 
 
 def make_schedule(config: TrainConfig) -> Schedule:
-    """The schedule of a step. Without a pipeline there is nothing to choose: one stage, forward and backward in turn."""
+    """The schedule of a step. Without a pipeline there is nothing to choose: forward and backward in turn."""
     train, pp, dp = config.train, config.parallel.pp, config.parallel.dp or 1
     microbatches = train.global_batch_size // (train.micro_batch_size * dp)
     if pp == 1:

@@ -111,8 +111,8 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
         f"checkpoint.load={tmp_path}": f"{tmp_path}: holds no checkpoint",
         "parallel=tp8": "model.heads=4: not divisible by parallel.tp=8",
     }.items():
-        refused = generate(override)
-        assert refused.returncode == 2 and refused.stderr.startswith(refusal)
+        answer = generate(override)
+        assert answer.returncode == 2 and answer.stderr.startswith(refusal)
         assert not log.exists()  # refused before a rank was started
     done = generate()
     assert (done.returncode, done.stdout) == (0, "{a}, b\n"), done.stderr

@@ -102,8 +102,8 @@ def bucket_reduced_twice() -> Iterator[None]:
 def divided_by_dp_again() -> Iterator[None]:
     original = GradSync.finish
 
-    def finish(self: GradSync) -> None:
-        original(self)
+    def finish(self: GradSync, stage: int) -> None:
+        original(self, stage)
         self.owned.div_(self.mesh["dp"].size)
 
     with mock.patch.object(GradSync, "finish", finish):

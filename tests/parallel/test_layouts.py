@@ -83,7 +83,8 @@ SCHEDULE_CASES = pairwise(
 @pytest.mark.parametrize("case", SCHEDULE_CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_every_schedule(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
     values = STYLES[case["style"]] | {key: value for key, value in case.items() if "." in key}
-    config = verify_config(prefix, [case["layout"]], **values, **{"model.layers": 8, "train.timeout_s": 10.0})
+    values |= {"model.layers": 8, "train.steps": 1}
+    config = verify_config(prefix, [case["layout"]], **values)
     [verdict] = compare(pool, tmp_path, config)
     assert verdict.passed, verdict
 

@@ -165,7 +165,7 @@ def bubble_of_sleeping_stages(rank: int, world_size: int, config: TrainConfig) -
     trainer = Trainer(config, rank)
     [stage] = trainer.stages.values()
     forward = stage.forward
-    stage.forward =  lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
+    stage.forward = lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
     measured = []
     for step in (1, 2, 3):
         done = trainer.step(step)

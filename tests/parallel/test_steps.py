@@ -266,7 +266,7 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
         outputs.extend(weakref.ref(tensor.untyped_storage()) for tensor in result.values())
         return result
 
-    stage.forward = forward  # type: ignore[method-assign]
+    stage.forward = forward
     backward = trainer.executor
 
     def count() -> None:
