@@ -55,10 +55,12 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
 
 
 def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
-    """A run's config with the layout, precision and device that it shall write in."""
+    """A run's config with the layout, precision and device that it shall write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
         "parallel.zero": 0,
+        "pipeline.schedule": "1f1b",
+        "pipeline.chunks": None,
         "train.dtype": config.dtype,
         "train.device": config.device,
     }

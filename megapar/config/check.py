@@ -241,7 +241,8 @@ def check_verify(config: VerifyConfig) -> None:
         refusal = why_not(config, Layout.parse(name))
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
-    partition, stages = config.pipeline.partition, {Layout.parse(name).pp for name in config.layouts or []}
+    partition, ranks = config.pipeline.partition, {Layout.parse(name).pp for name in config.layouts or []}
+    stages = {pp * stages_per_rank(changed(config, {"parallel.pp": pp})) for pp in ranks}
     if isinstance(partition, list) and len(partition) not in stages:
         problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
         raise ConfigError("pipeline.partition", partition, problem)
