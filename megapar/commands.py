@@ -10,6 +10,7 @@ from megapar.config import (
     ConfigError,
     GenerateConfig,
     PrepareConfig,
+    ScheduleConfig,
     TrainConfig,
     UserError,
     VerifyConfig,
@@ -94,20 +95,20 @@ def steps_done(config: TrainConfig) -> int:
     return manifest.step
 
 
-def refuse_bad_out(out: str | None, run_dir: str | None) -> None:
+def refuse_bad_out(out: str | None, run_dir: str | None, key: str = "out") -> None:
     """Raise ConfigError where `out` can't be written. In the run directory it can: that is yet to be made."""
     if out is None:
         return
     path = Path(out)
     folder = path.parent
     if path.is_dir():
-        raise ConfigError("out", out, "is a folder; name a file")
+        raise ConfigError(key, out, "is a folder; name a file")
     if run_dir is not None and folder.resolve() == Path(run_dir).resolve() and not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError("out", out, "there is no such folder; make it, or name another file")
+        raise ConfigError(key, out, "there is no such folder; make it, or name another file")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError("out", out, "can't be written; name another file")
+        raise ConfigError(key, out, "can't be written; name another file")
 
 
 def refuse_without_wandb_key(config: TrainConfig) -> None:
@@ -237,4 +238,31 @@ def data(config: PrepareConfig) -> int:
     ]
     for name, value in rows:
         print(f"{name:<14} {value}")
+    return 0
+
+
+def schedule(config: ScheduleConfig) -> int:
+    """Compare pipeline schedules by simulation; write or draw the chosen one. Returns the exit code."""
+    import json
+
+    from megapar.report.schedules import compare, draw
+    from megapar.schedule.table import write
+
+    for key in ("csv", "plot"):
+        path = getattr(config, key)
+        refuse_bad_out(path, None, key)
+        if path is not None and config.pipeline.schedule == "all":
+            raise ConfigError(key, path, "is for one schedule; name it: pipeline.schedule=NAME")
+    if config.plot is not None and not config.plot.endswith((".svg", ".html")):
+        raise ConfigError("plot", config.plot, "draws .svg or .html; name a file that ends so")
+    refuse_bad_out(config.out, None)
+    comparison = compare(config)
+    print(comparison.text())
+    if config.csv is not None:
+        write(comparison.candidates[0].schedule, config.csv)
+    if config.plot is not None:
+        Path(config.plot).write_text(draw(config, comparison.candidates[0]), encoding="utf-8")
+    if config.out is not None:
+        rows = [found.row() for found in comparison.candidates]
+        Path(config.out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -5,7 +5,16 @@ from megapar.config.derive import resolve, resolve_generate
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
-from megapar.config.schema import COMMANDS, PATHS, VERBATIM, GenerateConfig, PrepareConfig, TrainConfig, VerifyConfig
+from megapar.config.schema import (
+    COMMANDS,
+    PATHS,
+    VERBATIM,
+    GenerateConfig,
+    PrepareConfig,
+    ScheduleConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "COMMANDS",
@@ -15,6 +24,7 @@ __all__ = [
     "GenerateConfig",
     "Layout",
     "PrepareConfig",
+    "ScheduleConfig",
     "TrainConfig",
     "UserError",
     "VerifyConfig",

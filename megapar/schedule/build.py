@@ -35,16 +35,28 @@ def refuse_unknown(name: str) -> None:
     raise ScheduleError(f"no such schedule; {hint}There are {', '.join(known)} and {CSV}PATH")
 
 
-def default_chunks(name: str, ranks: int) -> int:
+def default_chunks(name: str) -> int:
     """Stages per rank of a schedule where nothing else is asked for. Raises ScheduleError."""
     refuse_unknown(name)
     if not name.startswith(CSV):
         return generators()[name].chunks.start
-    return -(-read(name.removeprefix(CSV)).stages // ranks)
+    table = read(name.removeprefix(CSV))
+    return -(-table.stages // len(table.rows))
+
+
+def refuse_chunks(name: str, chunks: int) -> str | None:
+    """Why a schedule does not take so many stages per rank; None if it does. A table's are checked by `refusal`."""
+    if name.startswith(CSV) or chunks in (takes := generators()[name].chunks):
+        return None
+    number = "one stage" if len(takes) == 1 and takes.start == 1 else f"{takes.start} stages"
+    return f"the {name} schedule has {number}{' or more' if len(takes) > 1 else ''} per rank; use {takes.start}"
 
 
 def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None:
-    """Why a schedule can't be had for so many ranks, micro-batches and stages per rank; None if it can."""
+    """Why a schedule can't be had for so many ranks, micro-batches and stages per rank; None if it can.
+
+    Raises ScheduleError for a table that can't be read.
+    """
     if name.startswith(CSV):
         table = read(name.removeprefix(CSV))
         if len(table.rows) != ranks:
@@ -54,11 +66,7 @@ def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None
         if table.stages != ranks * chunks:
             return f"the table has {table.stages} stages, and {ranks} ranks of {chunks} have {ranks * chunks}"
         return None
-    generator = generators()[name]
-    if chunks not in generator.chunks:
-        first, last = generator.chunks.start, generator.chunks.stop - 1
-        return f"takes {first if first == last else f'{first} or more'} stages per rank, not {chunks}"
-    return generator.refuse(ranks, microbatches, chunks)
+    return refuse_chunks(name, chunks) or generators()[name].refuse(ranks, microbatches, chunks)
 
 
 def build(
@@ -75,7 +83,7 @@ def build(
     chunks: stages per rank; default: the schedule's own. costs: by stage, default F = I = W; few schedules look at
     them. memory_limit: see `Problem`. Raises ScheduleError where there is no such schedule.
     """
-    chunks = default_chunks(name, ranks) if chunks is None else chunks
+    chunks = default_chunks(name) if chunks is None else chunks
     if why := refusal(name, ranks, microbatches, chunks):
         raise ScheduleError(f"{name}: {why}")
     stages = ranks * chunks

@@ -33,7 +33,7 @@ def write(schedule: Schedule, path: str) -> None:
 def read(path: str) -> Table:
     """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check` proves the rest."""
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
             cells = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(f"{path}: not readable as a table: {getattr(error, 'strerror', None) or error}") from None

@@ -20,7 +20,7 @@ def test_a_written_table_builds_the_same_schedule(name: str, tmp_path: Path) -> 
     schedule = build(name, 3, 8)
     path = str(tmp_path / "table.csv")
     write(schedule, path)
-    assert build(f"csv:{path}", 3, 8, chunks=default_chunks(name, 3)) == schedule
+    assert build(f"csv:{path}", 3, 8, chunks=default_chunks(name)) == schedule
     assert build(f"csv:{path}", 3, 8) == schedule
 
 
