@@ -73,6 +73,6 @@ def _timeline_panel(timeline: dict[str, Any], top: float) -> tuple[list[str], fl
             for span in rank["spans"]
             if (span["kind"] in COLOURS or span["kind"] in ("tp", "dp")) and span["stop"] <= stop
         ]
-        lanes.append(Lane(f"stage {place['pp']}  dp {place['dp']}  tp {place['tp']}", bars))
+        lanes.append(Lane(f"pp {place['pp']}  dp {place['dp']}  tp {place['tp']}", bars))
     title = f"Step {timeline['step']}: what every rank did in {1000 * (stop - start):.0f} ms"
     return draw_lanes(title, lanes, start, stop, top)

@@ -43,11 +43,6 @@ class Simulation:
         return sum(self.bubble) / len(self.bubble)
 
 
-def ideal_bubble(stages: int, microbatches: int) -> float:
-    """Idle share of a rank's pipeline phase for equal stages and free transfers, 1F1B and GPipe alike."""
-    return (stages - 1) / (microbatches + stages - 1)
-
-
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
     """Replay a proven schedule (`check`), in time linear in its actions. Default costs: F = I = W = 1 a rank."""
     if costs is None:
