@@ -142,6 +142,8 @@ def _local(call: Invocation, entry: str | None) -> int:
         return commands.data(config)
     if call.command == "kernels":
         return commands.kernels(config)
+    if call.command == "schedule":
+        return commands.schedule(config)
     if call.command == "verify":
         return commands.verify(config, overrides.as_list())
     from megapar.launch.local import launch

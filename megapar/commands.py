@@ -11,6 +11,7 @@ from megapar.config import (
     GenerateConfig,
     InspectConfig,
     PrepareConfig,
+    ScheduleConfig,
     TrainConfig,
     UserError,
     VerifyConfig,
@@ -185,6 +186,9 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
     check_generate(config, trained, num_gpus=gpus, world_size=world_size)
+    from megapar.checkpoint import find_checkpoint, read_manifest
+
+    read_manifest(find_checkpoint(config.checkpoint.load or str(config.run.dir)))
     return Job(
         command="generate",
         config=dump(config),
@@ -276,3 +280,30 @@ def kernels(config: InspectConfig) -> int:
         lines = ",\n".join(json.dumps(asdict(one)) for one in figures)
         Path(config.out).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 1 if any(one.error for one in figures) else 0
+
+
+def schedule(config: ScheduleConfig) -> int:
+    """Compare pipeline schedules by simulation; write or draw the chosen one. Returns the exit code."""
+    import json
+
+    from megapar.report.schedules import compare, draw
+    from megapar.schedule.table import write
+
+    for key in ("csv", "plot"):
+        path = getattr(config, key)
+        refuse_bad_out(path, None, key)
+        if path is not None and config.pipeline.schedule == "all":
+            raise ConfigError(key, path, "is for one schedule; name it: pipeline.schedule=NAME")
+    if config.plot is not None and not config.plot.endswith((".svg", ".html")):
+        raise ConfigError("plot", config.plot, "draws .svg or .html; name a file that ends so")
+    refuse_bad_out(config.out, None)
+    comparison = compare(config)
+    print(comparison.text())
+    if config.csv is not None:
+        write(comparison.candidates[0].schedule, config.csv)
+    if config.plot is not None:
+        Path(config.plot).write_text(draw(config, comparison.candidates[0]), encoding="utf-8")
+    if config.out is not None:
+        rows = [found.row() for found in comparison.candidates]
+        Path(config.out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -38,7 +38,8 @@ def split(arguments: Iterable[str]) -> Overrides:
     hydra, verbatim = [], {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key in VERBATIM:
+        table = key == "pipeline.schedule" and value.startswith("csv:")  # a path; names of schedules can be swept
+        if equals and (key in VERBATIM or table):
             if not value and key != "prompt":
                 raise ConfigError(key, "", "empty; give a value or leave it out")
             verbatim[key] = value

@@ -30,7 +30,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     tokenizer = run_tokenizer(run_dir, trained)
     part = ModelPart(trained, rank, weights_only=True)
     manifest = load_weights(config.checkpoint.load or run_dir, part.buffers, trained)
-    executor = Executor(part.stage, part.mesh, part.context.weight_grads)
+    executor = Executor(part.stages, part.mesh, part.context.weight_grads)
     with all_or_none(part.mesh["world"], part.mesh.device):
         refuse_other_tokenizer(tokenizer, manifest)
         end_of_text = tokenizer.end_of_text
@@ -55,11 +55,13 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
 
 
 def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
-    """A run's config with the layout, precision and device that it shall write in."""
+    """A run's config with the layout, precision and device that it shall write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
         "kernels": config.kernels,
         "parallel.zero": 0,
+        "pipeline.schedule": "1f1b",
+        "pipeline.chunks": None,
         "train.dtype": config.dtype,
         "train.device": config.device,
     }

@@ -12,6 +12,7 @@ ABOUT = {
     "train": "train a model in any tensor x pipeline x data-parallel layout",
     "verify": "train a few steps in many layouts and compare every gradient with one process",
     "generate": "let a trained model write",
+    "schedule": "compare pipeline schedules by simulation, write or draw one",
     "data": "make token files from text, or check existing ones",
     "kernels": "compile the Triton kernels for GPUs that need not be here, and read the machine code",
 }
@@ -35,6 +36,15 @@ EXAMPLES = {
         ("megapar generate run.dir=runs/demo prompt='def main(): '", "continue a text"),
         ("megapar generate run.dir=runs/demo prompt=x sample.temperature=0", "greedily"),
         ("megapar generate run.dir=runs/demo prompt=x parallel=tp2", "on two ranks"),
+    ],
+    "schedule": [
+        ("megapar schedule", "every schedule on 8 ranks with 32 micro-batches"),
+        ("megapar schedule stages=4 microbatches=16 costs.I=2 costs.head=0.4", "with a slow backward and a heavy head"),
+        (
+            "megapar schedule pipeline.schedule=zbv csv=zbv.csv plot=zbv.html",
+            "one schedule as a table and as a picture",
+        ),
+        ("megapar schedule pipeline.schedule=auto chunks=2 memory_limit=6", "the fastest order within a limit"),
     ],
     "data": [
         ("megapar data", "tokenize Python's standard library"),
@@ -68,6 +78,11 @@ MOST_USED = {
     "generate": [
         *("run.dir", "prompt", "sample.max_tokens", "sample.temperature", "sample.top_k", "sample.top_p"),
         *("sample.seed", "parallel.tp", "checkpoint.load", "out"),
+    ],
+    "schedule": [
+        *("pipeline.schedule", "stages", "microbatches", "chunks", "memory_limit", "csv", "plot", "out"),
+        *("costs.F", "costs.I", "costs.W", "costs.embedding", "costs.head", "costs.latency", "costs.transfer"),
+        "costs.file",
     ],
     "data": ["data.path", "data.tokenizer", "data.vocab_size", "data.split", "data.verify", "out"],
     "kernels": ["kernel", "targets", "specs", "out"],

@@ -12,6 +12,7 @@ from megapar.config.schema import (
     GenerateConfig,
     InspectConfig,
     PrepareConfig,
+    ScheduleConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "InspectConfig",
     "Layout",
     "PrepareConfig",
+    "ScheduleConfig",
     "TrainConfig",
     "UserError",
     "VerifyConfig",

@@ -11,6 +11,9 @@ from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.kernels import select_backends
+from megapar.schedule.actions import ScheduleError
+from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown
+from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
 
@@ -41,6 +44,15 @@ AT_LEAST: dict[str, float] = {
     "train.eval_samples": 1,
     "checkpoint.every": 0,
     "devices": 1,
+    "stages": 1,
+    "microbatches": 1,
+    "chunks": 1,
+    "costs.embedding": 0,
+    "costs.head": 0,
+    "costs.reduce": 0,
+    "costs.latency": 0,
+    "costs.transfer": 0,
+    "costs.tied": 0,
     "sample.max_tokens": 1,
     "sample.temperature": 0,
     "sample.top_k": 0,
@@ -53,6 +65,10 @@ MORE_THAN_ZERO = (
     "optim.lr",
     "optim.eps",
     "sample.top_p",
+    "costs.F",
+    "costs.I",
+    "costs.W",
+    "memory_limit",
 )
 BELOW_ONE = ("model.dropout", "data.split", "optim.beta1", "optim.beta2")  # in [0, 1)
 AT_MOST: dict[str, float] = {
@@ -61,7 +77,7 @@ AT_MOST: dict[str, float] = {
     "train.timeout_s": 30 * 24 * 3600,  # torch counts a timeout in a clock that overflows
     "sample.seed": 2**63 - 1,
 }
-AT_MOST_ONE = ("optim.min_lr", "sample.top_p")
+AT_MOST_ONE = ("optim.min_lr", "sample.top_p", "costs.kept")
 
 
 def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None) -> None:
@@ -128,6 +144,7 @@ def check_layout(config: TrainConfig) -> None:
     if batch % step:
         product = f"train.micro_batch_size * parallel.dp = {train.micro_batch_size} * {dp} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
+    check_schedule(config, batch // step)
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
@@ -146,22 +163,54 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
 def check_pipeline(config: TrainConfig) -> None:
     """Refuse stages without layers and partitions that do not add up."""
     layers, pp, partition = config.model.layers, config.parallel.pp, config.pipeline.partition
-    if pp > layers:
-        raise ConfigError("parallel.pp", pp, f"more stages than model.layers={layers}; use at most {layers}")
-    if config.pipeline.chunks != 1:
-        problem = f"the {config.pipeline.schedule} schedule has one stage per rank; use 1"
-        raise ConfigError("pipeline.chunks", config.pipeline.chunks, problem)
+    chunks = config.pipeline.chunks or 1
+    if why := refuse_chunks(config.pipeline.schedule, chunks):
+        raise ConfigError("pipeline.chunks", chunks, why)
+    stages = num_stages(config)
+    if stages > layers:
+        problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
+        if chunks > 1:
+            problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
+        raise ConfigError("parallel.pp", pp, problem)
     if isinstance(partition, str):
         if partition != "uniform":
             raise ConfigError("pipeline.partition", partition, "use uniform, or the layers of each stage such as [5,3]")
         return
-    if len(partition) != pp:
+    if len(partition) != stages:
+        product = f"parallel.pp={pp}" if chunks == 1 else f"parallel.pp * pipeline.chunks = {pp} * {chunks}"
         raise ConfigError(
-            "pipeline.partition", partition, f"needs {pp} numbers, one per stage (parallel.pp={pp}); or uniform"
+            "pipeline.partition", partition, f"needs {stages} numbers, one per stage ({product}); or uniform"
         )
     if min(partition) < 1 or sum(partition) != layers:
-        problem = f"must be {pp} numbers of at least 1 that add up to model.layers={layers}; or uniform"
+        problem = f"must be {stages} numbers of at least 1 that add up to model.layers={layers}; or uniform"
         raise ConfigError("pipeline.partition", partition, problem)
+
+
+def check_schedule_name(key: str, name: str) -> None:
+    """Refuse a name that is no schedule's."""
+    try:
+        refuse_unknown(name)
+    except ScheduleError as error:
+        raise ConfigError(key, name, str(error)) from None
+
+
+def check_schedule(config: TrainConfig, microbatches: int) -> None:
+    """Refuse a schedule that can't be had for the layout's ranks and micro-batches, and a table that can't run."""
+    name, ranks, chunks = config.pipeline.schedule, config.parallel.pp, config.pipeline.chunks or 1
+    if ranks == 1:
+        return
+    try:
+        why = refusal(name, ranks, microbatches, chunks)
+        if name.startswith(CSV) and why is None:
+            table = build(name, ranks, microbatches, chunks=chunks)
+            check_table(table)
+            ends = {table.placement[0], table.placement[-1]}
+            if config.model.tied and len(ends) > 1 and ends != {0, ranks - 1}:
+                why = "model.tied=true needs the first and the last stage on one rank, or on the first and the last"
+    except ScheduleError as error:
+        why = str(error)
+    if why:
+        raise ConfigError("pipeline.schedule", name, why)
 
 
 def check_training(config: TrainConfig) -> None:
@@ -229,7 +278,8 @@ def check_verify(config: VerifyConfig) -> None:
         refusal = why_not(config, Layout.parse(name))
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
-    partition, stages = config.pipeline.partition, {Layout.parse(name).pp for name in config.layouts or []}
+    layouts = [with_layout(config, Layout.parse(name)) for name in config.layouts or []]
+    partition, stages = config.pipeline.partition, {num_stages(layout) for layout in layouts}
     if isinstance(partition, list) and len(partition) not in stages:
         problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
         raise ConfigError("pipeline.partition", partition, problem)
@@ -250,6 +300,11 @@ def check_generate(
     check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
 
+def num_stages(config: TrainConfig) -> int:
+    """Stages of a resolved config: pipeline ranks times the stages on each; without a pipeline one."""
+    return config.parallel.pp * (config.pipeline.chunks or 1) if config.parallel.pp > 1 else 1
+
+
 def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
     """The layout of a resolved config."""
     return Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1)
@@ -259,9 +314,10 @@ def with_layout(config: T, layout: Layout) -> T:
     """The same config in another layout; a partition for another number of stages becomes uniform."""
     values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
     partition = config.pipeline.partition
-    if isinstance(partition, list) and len(partition) != layout.pp:
-        values["pipeline.partition"] = "uniform"
-    return changed(config, values | {"parallel.auto": False})
+    config = changed(config, values | {"parallel.auto": False})
+    if isinstance(partition, list) and len(partition) != num_stages(config):
+        return changed(config, {"pipeline.partition": "uniform"})
+    return config
 
 
 def why_not(config: TrainConfig, layout: Layout) -> ConfigError | None:

@@ -1,9 +1,11 @@
 """What a config leaves open: sizes derived from other sizes, the vocabulary, the layout, the device."""
 
+import os
 from typing import Any
 
 from megapar.config.check import (
     T,
+    check_schedule_name,
     check_values,
     feasible_layouts,
     layouts_up_to,
@@ -13,7 +15,9 @@ from megapar.config.check import (
 from megapar.config.errors import ConfigError
 from megapar.config.layout import Layout
 from megapar.config.parse import changed
-from megapar.config.schema import GenerateConfig, ModelConfig, VerifyConfig
+from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, VerifyConfig
+from megapar.schedule.actions import ScheduleError
+from megapar.schedule.build import CSV, default_chunks
 
 
 def resolve(
@@ -36,6 +40,7 @@ def resolve(
     check_values(config)
     sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
+    config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
     if isinstance(config, VerifyConfig):
         if config.train.device == "auto":
             config = changed(config, {"train.device": "cpu"})
@@ -81,6 +86,18 @@ def _model_sizes(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.head_dim or model.hidden // model.heads,
         "ffn": inner,
     }
+
+
+def _schedule(pipeline: PipelineConfig) -> dict[str, Any]:
+    """A table's path from anywhere, and the schedule's own number of stages per rank."""
+    name = pipeline.schedule
+    check_schedule_name("pipeline.schedule", name)
+    if name.startswith(CSV):
+        name = CSV + os.path.abspath(os.path.expanduser(name.removeprefix(CSV)))
+    try:
+        return {"schedule": name, "chunks": pipeline.chunks or default_chunks(name)}
+    except ScheduleError as error:
+        raise ConfigError("pipeline.schedule", pipeline.schedule, str(error)) from None
 
 
 def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | None) -> dict[str, Any]:

@@ -61,9 +61,11 @@ class ParallelConfig:
 class PipelineConfig:
     """The pipeline schedule and the partition of layers."""
 
-    schedule: Literal["1f1b", "gpipe"] = option("1f1b", "order of forward and backward passes")
+    schedule: str = option("1f1b", "order of forward and backward passes: a schedule's name, auto, or csv:PATH")
     partition: str | list[int] = option("uniform", "layers per stage: uniform, or a list such as [5,3]")
-    chunks: int = option(1, "virtual stages per rank (1 for 1f1b and gpipe)")
+    chunks: int | None = option(
+        None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,50 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleChoice:
+    """Which schedule to look at."""
+
+    schedule: str = option("all", "all: compare every schedule; or one: a name, auto, or csv:PATH")
+
+
+@dataclass(frozen=True)
+class CostsConfig:
+    """What the actions of a pipeline cost, in any unit of time; F, I, W and reduce are those of one rank's layers."""
+
+    F: float = option(1.0, "forward of one micro-batch through a rank's layers")
+    I: float = option(1.0, "its input gradients")  # noqa: E741 (the action's name)
+    W: float = option(1.0, "its weight gradients")
+    embedding: float = option(0.0, "what the first stage has on top, as a share of a rank's F and W")
+    head: float = option(0.0, "what the last stage has on top, as a share of a rank's F, I and W")
+    reduce: float = option(0.0, "gradient reduction that backward does not hide")
+    kept: float = option(1.0, "share of a micro-batch's activations that stays from I to W")
+    latency: float = option(0.0, "time until a sent message arrives, whatever its size")
+    transfer: float = option(0.0, "bytes / bandwidth of one message between stages")
+    overlap: bool = option(True, "transfers run beside computation")
+    tied: float = option(0.0, "one more reduction between the first and the last stage, for tied embeddings")
+    file: str | None = option(
+        None, "JSON with the costs of each layer or stage in place of all these: forward, input_grad, weight_grad lists"
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """`megapar schedule`: compare, write or draw pipeline schedules. Nothing is trained."""
+
+    pipeline: ScheduleChoice = group(ScheduleChoice, "the schedule")
+    stages: int = option(8, "pipeline ranks; the stages of the model are this times chunks")
+    microbatches: int = option(32, "micro-batches of a step")
+    chunks: int | None = option(None, "stages per rank of schedules that let you choose; default: their own")
+    costs: CostsConfig = group(CostsConfig, "what the actions cost")
+    memory_limit: float | None = option(
+        None, "most activations of a rank, in micro-batches; auto keeps to it, others are marked"
+    )
+    csv: str | None = option(None, "file to write the chosen schedule to: a row per rank, cells such as 2F0")
+    plot: str | None = option(None, "file to draw the chosen schedule's timeline to: .svg or .html")
+    out: str | None = option(None, "file for the comparison as JSON")
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """`megapar data`: make token files from text, or check existing ones."""
 
@@ -254,6 +300,7 @@ COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
+    "schedule": ScheduleConfig,
     "data": PrepareConfig,
     "kernels": InspectConfig,
 }
@@ -271,8 +318,11 @@ VERBATIM = (
     "checkpoint.load",
     "logger.wandb.project",
     "specs",
+    "costs.file",
+    "csv",
+    "plot",
     "out",
 )
 
 # Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
-PATHS = ("run.dir", "checkpoint.load", "specs", "out")
+PATHS = ("run.dir", "checkpoint.load", "costs.file", "csv", "plot", "specs", "out")

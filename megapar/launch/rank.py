@@ -171,10 +171,10 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     if world_size == 1:
         entry(config, rank, world_size)
         return
+    # No device_id: bound to a device, NCCL would run a group's transfers to all peers one after another, and a receive
+    # posted ahead would hold up the sends behind it.
     backend = "nccl" if job.device == "cuda" else "gloo"
     meet: dict[str, Any] = {"rank": rank, "world_size": world_size, "store": store} if store is not None else {}
-    if backend == "nccl":
-        meet["device_id"] = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s), **meet)
     entry(config, rank, world_size)
     if dist.is_initialized():

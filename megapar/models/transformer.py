@@ -208,7 +208,7 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The residual stream to logits: x [t, H] -> [T, V]. Tied: it multiplies by the embedding's weight."""
 
-    def __init__(self, context: StageContext, model: ModelConfig, embedding: Embedding | None) -> None:
+    def __init__(self, context: StageContext, model: ModelConfig) -> None:
         super().__init__()
         shape = Shape.of(model)
         self.norm = Norm(context, "norm", model.hidden, kind=model.norm, eps=model.norm_eps)
@@ -218,7 +218,6 @@ class Head(nn.Module):
             [("embedding" if model.tied else "head", shape.vocab_size, None)],
             init=Normal(model.init_std),
             bias=False,
-            tied_to=embedding.tokens.owner if model.tied and embedding else None,
             tie="embedding" if model.tied else None,
         )
         self.first_id = self.logits.owner.pieces[0].shard.start
@@ -252,7 +251,7 @@ class TransformerStage(nn.Module):
         self.layers = nn.ModuleDict(
             {str(index): TransformerLayer(context, model, index, recompute) for index in layers}
         )
-        self.head = Head(context, model, self.embedding) if last else None
+        self.head = Head(context, model) if last else None
 
     def received(self, batch: dict[str, Tensor]) -> dict[str, TensorSpec]:
         """What a stage that is not the first receives for this batch."""

@@ -1,7 +1,8 @@
-"""One flat buffer of parameters and one of main gradients per stage, cut into buckets.
+"""One flat buffer of parameters and one of main gradients per rank, cut into buckets.
 
-Parameters lie in reverse order of construction, so that buckets fill up in the order of backward. Every bucket is a
-multiple of the data-parallel size, which makes ZeRO-1's shards equal slices. Padding stays zero.
+Parameters lie in reverse order of construction, so that buckets fill up in the order of backward; a bucket holds
+parameters of one stage. Every bucket is a multiple of the data-parallel size, which makes ZeRO-1's shards equal slices.
+Padding stays zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,13 +28,17 @@ class Bucket:
     stop: int
     parameters: list[LocalParameter]
 
+    @property
+    def stage(self) -> int:
+        return self.parameters[0].stage
+
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
 class StageBuffers:
-    """The flat buffers of one stage.
+    """The flat buffers of one rank's stages.
 
     params: [n] compute dtype. grads: [n] wide dtype (main gradients).
     zero: with True every data-parallel rank owns an equal slice of each bucket, else all own everything.
@@ -65,11 +70,11 @@ class StageBuffers:
             start, size, held = position, 0, []
 
         for parameter in reversed(self.context.parameters):
-            tied = is_tied(parameter)
+            tied = self.waits_for_other_end(parameter)
             # Cut by `widest`, so that tensor-parallel peers cut at the same parameters however uneven their shards are:
             # a bucket's partial sums over tp are one collective. A tied parameter waits for another stage, so it gets a
             # bucket of its own and holds nobody up.
-            if held and (size + parameter.widest > bucket_size or tied):
+            if held and (size + parameter.widest > bucket_size or tied or held[-1].stage != parameter.stage):
                 close()
             self.offsets[parameter] = position
             position = _round_up(position + parameter.numel, _ALIGN)
@@ -143,8 +148,13 @@ class StageBuffers:
 
     def counted(self, parameter: LocalParameter, piece: Piece) -> bool:
         """Whether this rank counts the piece in global sums: of several holders exactly one does."""
-        tie_holder = piece.record.tie is None or self.mesh["pp"].size == 1 or self.mesh["pp"].index == 0
-        return tie_holder and piece.shard.replica == 0
+        ends = self.context.ends
+        holds_tie = piece.record.tie is None or ends is None or ends.index == 0
+        return holds_tie and piece.shard.replica == 0
+
+    def waits_for_other_end(self, parameter: LocalParameter) -> bool:
+        """Whether the rank at the pipeline's other end holds a copy, whose gradient is part of the sum."""
+        return self.context.ends is not None and parameter.tie is not None
 
     def gather(self, shards: Tensor) -> Tensor:
         """From every rank's owned values, bucket after bucket, to the whole flat buffer. Collective over dp."""
@@ -161,7 +171,3 @@ class StageBuffers:
         if not self.zero:
             return flat
         return torch.cat([flat[self.owned(bucket)] for bucket in self.buckets])
-
-
-def is_tied(parameter: LocalParameter) -> bool:
-    return any(piece.record.tie is not None for piece in parameter.pieces)

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
-from megapar.parallel.buffers import Bucket, StageBuffers, is_tied
+from megapar.parallel.buffers import Bucket, StageBuffers
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 
 class GradSync:
-    """Reduces the main gradients of one stage, once per step."""
+    """Reduces the main gradients of a rank's stages, once per step."""
 
     def __init__(self, buffers: StageBuffers) -> None:
         self.buffers = buffers
@@ -56,30 +56,31 @@ class GradSync:
             return
         bucket = self._bucket_of[parameter]
         self._missing[id(bucket)] -= 1
-        if self._missing[id(bucket)] == 0 and not self._waits_for_other_stage(bucket):
+        if self._missing[id(bucket)] == 0 and not self._waits_for_other_end(bucket):
             self._reduce(bucket)
 
-    def finish(self) -> None:
-        """Reduce what is left and wait. `owned` then holds the reduced gradients this rank owns."""
-        for bucket in self.buffers.buckets:
+    def finish(self, stage: int) -> None:
+        """Reduce what is left of a stage and wait. `owned` then holds the reduced gradients of it this rank owns."""
+        for bucket in (bucket for bucket in self.buffers.buckets if bucket.stage == stage):
             missing = self._missing[id(bucket)]
             if missing:
                 names = [p.name for p in bucket.parameters if self._added[p] < self._expected * p.uses]
                 raise RuntimeError(
                     f"no complete gradient for {', '.join(names)}: is the parameter used in every forward?"
                 )
-            if self._waits_for_other_stage(bucket):
+            if self._waits_for_other_end(bucket):
                 self._reduce(bucket)
-        for work, bucket in self._works:
+        for work, bucket in [started for started in self._works if started[1].stage == stage]:
             with self.mesh["dp"].blocked(f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"):
                 work.wait()
-        self._works.clear()
+        self._works = [started for started in self._works if started[1].stage != stage]
 
     def _reduce(self, bucket: Bucket) -> None:
         for axis, views in self._partial[id(bucket)]:
             _sum_together(views, axis)
-        if self._waits_for_other_stage(bucket):
-            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.mesh["ends"])
+        if self._waits_for_other_end(bucket):
+            assert self.buffers.context.ends is not None
+            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.buffers.context.ends)
         dp = self.mesh["dp"]
         if dp.size == 1:
             return
@@ -90,8 +91,8 @@ class GradSync:
             work = dist.all_reduce(flat, group=dp.group, async_op=True)
         self._works.append((work, bucket))
 
-    def _waits_for_other_stage(self, bucket: Bucket) -> bool:
-        return self.mesh["pp"].size > 1 and any(is_tied(parameter) for parameter in bucket.parameters)
+    def _waits_for_other_end(self, bucket: Bucket) -> bool:
+        return any(self.buffers.waits_for_other_end(parameter) for parameter in bucket.parameters)
 
     def _sum_axis(self, piece: Piece) -> Axis | None:
         """The ranks that hold this piece too and whose gradients of it are parts of a sum."""

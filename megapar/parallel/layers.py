@@ -31,7 +31,6 @@ class ColumnParallelLinear(nn.Module):
         *,
         init: Init,
         bias: bool,
-        tied_to: LocalParameter | None = None,
         tie: str | None = None,
     ) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
             ParameterRecord(f"{name}.weight", (features, in_features), init, 0, blocks, tie)
             for name, features, blocks in outputs
         ]
-        self.owner = context.share(tied_to) if tied_to else context.parameter(self, "weight", *weights)
+        self.owner = context.parameter(self, "weight", *weights)
         self.sizes = [piece.stop - piece.start for piece in self.owner.pieces]
         self.bias_owner: LocalParameter | None = None
         if bias:

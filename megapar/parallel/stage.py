@@ -13,22 +13,31 @@ from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
 
 @dataclass
 class StageContext:
-    """Given to every layer of a stage when it is built.
+    """Given to every layer of a rank's stages when they are built.
 
     dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
-    parameters: every parameter of this rank's stage in the order of construction.
+    parameters: every parameter of this rank's stages in the order of construction.
+    stage: the stage that is being built.
+    placement: the pipeline rank of every stage.
     """
 
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     seed: int = 0
+    placement: tuple[int, ...] = (0,)
+    stage: int = 0
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     parameters: list[LocalParameter] = field(default_factory=list)
 
     @property
     def tp(self) -> Axis:
         return self.mesh["tp"]
+
+    @property
+    def ends(self) -> Axis | None:
+        """The ranks of the first and the last stage, which hold copies of tied parameters; None if that is one rank."""
+        return self.mesh["ends"] if self.placement[0] != self.placement[-1] else None
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +62,13 @@ class StageContext:
     def parameter(self, module: nn.Module, attribute: str, *records: ParameterRecord) -> LocalParameter:
         """Declare `module.attribute`: this rank's shards of the records, stacked along dim 0.
 
-        No memory is taken: the tensor is made when the stage's flat buffers are.
+        No memory is taken: the tensor is made when the rank's flat buffers are. A record whose tie is held here already
+        is one more use of that parameter.
         """
+        tied = [held for held in self.parameters if records[0].tie is not None and held.tie == records[0].tie]
+        if tied:
+            tied[0].uses += 1
+            return tied[0]
         pieces: list[Piece] = []
         rows = 0
         for record in records:
@@ -67,15 +81,10 @@ class StageContext:
             record.shard_shape(piece.shard)[1:] == shape[1:] for record, piece in zip(records, pieces, strict=True)
         )
         widest = sum(record.widest_shard(self.tp.size) for record in records)
-        local = LocalParameter(module, attribute, shape, pieces, widest)
+        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage)
         module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
         self.parameters.append(local)
         return local
-
-    def share(self, parameter: LocalParameter) -> LocalParameter:
-        """A further op of this stage uses the same parameter."""
-        parameter.uses += 1
-        return parameter
 
     def adopt(self, stage: nn.Module) -> None:
         """Take over the parameters of plain modules inside a stage: replicated, gradients from autograd.
@@ -111,7 +120,7 @@ class StageContext:
                 record = ParameterRecord(name, tuple(tensor.shape) or (1,), Given())
                 shard = Shard(0, record.shape[0], self.tp.size, self.tp.index)
                 piece = Piece(record, shard, 0, record.shape[0])
-                local = LocalParameter(module, attribute, record.shape, [piece], record.numel)
+                local = LocalParameter(module, attribute, record.shape, [piece], record.numel, self.stage)
                 local.values = tensor.detach().clone()
                 adopted[id(tensor)] = local
                 self.parameters.append(local)

@@ -1,7 +1,7 @@
 """Weight gradients are explicit.
 
 An op that owns a parameter computes its input gradient in backward and hands the computation of its weight gradient to
-the stage's `WeightGrads`, which runs it at once (a full backward, B) or keeps it for later (I now, W later). The result
+the rank's `WeightGrads`, which runs it at once (a full backward, B) or keeps it for later (I now, W later). The result
 is added to the parameter's main gradient, a view of one flat buffer, and nowhere else.
 """
 
@@ -31,7 +31,8 @@ class LocalParameter:
     """One tensor of this rank: one shard, or several logical parameters' shards stacked along dim 0 (q, k and v).
 
     `tensor` is the parameter that ops read (compute dtype), `grad` its main gradient (at least fp32). Both are views of
-    the stage's flat buffers, set when those are made. `uses` counts the ops that add to the gradient in one backward.
+    the rank's flat buffers, set when those are made. `uses` counts the ops that add to the gradient in one backward.
+    `stage`: the pipeline stage that declared it.
     """
 
     module: nn.Module
@@ -39,11 +40,17 @@ class LocalParameter:
     shape: tuple[int, ...]
     pieces: list[Piece]
     widest: int  # elements on the tensor-parallel rank that holds most: the same number on all of them
+    stage: int = 0
     uses: int = 1
     aliases: list[tuple[nn.Module, str]] = field(default_factory=list)  # further places of a shared plain parameter
     values: Tensor | None = None  # of a plain module's parameter
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
     grad: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def tie(self) -> str | None:
+        """The tie group, the same for all pieces."""
+        return self.pieces[0].record.tie
 
     @property
     def numel(self) -> int:
@@ -55,16 +62,16 @@ class LocalParameter:
 
 
 class WeightGrads:
-    """Runs or queues the weight-gradient computations of one stage."""
+    """Runs or queues the weight-gradient computations of a rank's stages."""
 
     def __init__(self) -> None:
         self.on_added: Callable[[LocalParameter], None] = lambda parameter: None
-        self._queued: dict[int, list[tuple[LocalParameter, Callable[[Tensor], None]]]] = defaultdict(list)
-        self._defer_to: int | None = None
+        self._queued: dict[tuple[int, int], list[tuple[LocalParameter, Callable[[Tensor], None]]]] = defaultdict(list)
+        self._defer_to: tuple[int, int] | None = None
 
-    def defer(self, microbatch: int | None) -> None:
-        """From now on queue under this micro-batch, or with None run at once."""
-        self._defer_to = microbatch
+    def defer(self, work: tuple[int, int] | None) -> None:
+        """From now on queue under this (stage, micro-batch), or with None run at once."""
+        self._defer_to = work
 
     def submit(self, parameter: LocalParameter, add_to: Callable[[Tensor], None]) -> None:
         """`add_to(main_grad)` adds this use's gradient to the main gradient, in place."""
@@ -79,10 +86,10 @@ class WeightGrads:
         parameter.grad.add_(grad.view(parameter.shape))
         self.on_added(parameter)
 
-    def run(self, microbatch: int) -> None:
-        """W: run what the micro-batch's I has queued."""
+    def run(self, stage: int, microbatch: int) -> None:
+        """W: run what the I of this stage and micro-batch has queued."""
         with torch.no_grad():
-            for parameter, add_to in self._queued.pop(microbatch, ()):
+            for parameter, add_to in self._queued.pop((stage, microbatch), ()):
                 add_to(parameter.grad)
                 self.on_added(parameter)
 

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: a schedule is data that one checker proves and one executor runs."""
+"""Pipeline parallelism: one executor runs a proven schedule; the partition says which layers a stage holds."""

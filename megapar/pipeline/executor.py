@@ -1,10 +1,12 @@
 """Runs the actions of one rank: the only code that walks a schedule with tensors.
 
-Sends are asynchronous and never waited for before the end of the phase; receives are posted ahead. A sent activation is
-released as soon as its transfer is over: backward needs its place in the autograd graph, not its values.
+Sends are asynchronous and never waited for before the end of the phase; receives are posted ahead, on every channel in
+the order of its sends. A sent activation is released as soon as its transfer is over: backward needs its place in the
+autograd graph, not its values. Neighbouring stages on one rank hand over without a transfer.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +16,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.weight_grad import WeightGrads
-from megapar.pipeline.actions import Action, Schedule
+from megapar.schedule.actions import Action, Schedule
 
 Tensors = dict[str, Tensor]
 Batch = dict[str, Tensor]
 
-_POST_AHEAD = 2  # receives in flight per direction: one being waited for, one on its way
+_POST_AHEAD = 2  # receives in flight per channel: one being waited for, one on its way
 
 
 @dataclass
@@ -38,27 +40,25 @@ class _Forwarded:
 
 
 class Executor:
-    """Executes schedules on one pipeline rank that holds one stage.
+    """Executes schedules on one pipeline rank.
 
-    stage: a module with forward(received, batch) -> tensors for the next stage, `received(batch)` (specs of what it
-        receives) and `sent(batch)` (of what it sends, which is also what comes back as gradients).
+    stages: this rank's stages by number, modules with forward(received, batch) -> tensors for the next stage,
+        `received(batch)` (specs of what it receives) and `sent(batch)` (of what it sends, which is also what comes back
+        as gradients).
     loss(outputs, batch): on the last stage, the scalar whose gradient is propagated.
-    reduce(): finishes the stage's gradient reduction. Both are for training and may be left out without it.
+    reduce(stage): finishes a stage's gradient reduction. Both are for training and may be left out without it.
     """
 
     def __init__(
         self,
-        stage: nn.Module,
+        stages: Mapping[int, nn.Module],
         mesh: Mesh,
         weight_grads: WeightGrads,
         loss: Callable[[Tensors, Batch], Tensor] | None = None,
-        reduce: Callable[[], None] = lambda: None,
+        reduce: Callable[[int], None] = lambda stage: None,
     ) -> None:
-        self.stage, self.mesh, self.weight_grads, self.loss, self.reduce = stage, mesh, weight_grads, loss, reduce
-        self.index = mesh["pp"].index
-        self.channels: dict[str, Axis] = {}
-        if mesh["pp"].size > 1:
-            self.channels = {"F": mesh["pp"], "B": mesh["pp_backward"]}
+        self.stages, self.mesh, self.weight_grads, self.loss, self.reduce = stages, mesh, weight_grads, loss, reduce
+        self.axes: dict[str, Axis] = {"F": mesh["pp"], "B": mesh["pp_backward"]} if mesh["pp"].size > 1 else {}
 
     def run(
         self,
@@ -66,16 +66,16 @@ class Executor:
         batches: Sequence[Batch],
         head: Callable[[Tensors, Batch], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Execute this rank's row. Returns the losses by micro-batch, detached; empty unless it is the last stage.
+        """Execute this rank's row. Returns the losses by micro-batch, detached; empty unless it has the last stage.
 
         head(outputs, batch): what to return instead of the loss, in a schedule without backward.
         """
-        row = schedule.rows[self.index]
+        row = schedule.rows[self.mesh["pp"].index]
         training = any(action.kind in ("B", "I") for action in row)
-        self.stage.train(training)
+        for stage in self.stages.values():
+            stage.train(training)
         with self.mesh.timeline.span("phase", "pipeline"), torch.set_grad_enabled(training):
-            last = self.index == schedule.stages - 1
-            phase = _Phase(self, row, batches, training, last, head or self.loss)
+            phase = _Phase(self, schedule, batches, training, head or self.loss)
             for action in row:
                 with self.mesh.timeline.span(action.kind, str(action)):
                     phase.actions[action.kind](action)
@@ -84,120 +84,148 @@ class Executor:
 
 
 class _Phase:
-    """One pass through a row: what has arrived, what waits for its backward, what is on its way."""
+    """One pass through a row: what has arrived, what waits for its backward, what is on its way.
+
+    A (stage, micro-batch) is the key of what belongs to one pass through one stage. `_arrived` holds what a stage needs
+    from its neighbour by the action RECV_F or RECV_B, whether it was received or handed over on this rank.
+    """
 
     def __init__(
         self,
         executor: Executor,
-        row: Sequence[Action],
+        schedule: Schedule,
         batches: Sequence[Batch],
         training: bool,
-        last: bool,
         head: Callable[[Tensors, Batch], Tensor] | None,
     ) -> None:
-        self.executor, self.batches, self.training, self.last, self.head = executor, batches, training, last, head
-        self.mesh, self.stage, self.index = executor.mesh, executor.stage, executor.index
+        self.executor, self.schedule, self.batches, self.training = executor, schedule, batches, training
+        self.head, self.mesh, self.stages = head, executor.mesh, executor.stages
+        self.index = self.mesh["pp"].index
         self.losses: dict[int, Tensor] = {}
-        self._arrived: dict[tuple[str, int], Tensors] = {}
-        self._outgoing: dict[tuple[str, int], Tensors] = {}
-        self._forwarded: dict[int, _Forwarded] = {}
+        self._arrived: dict[Action, Tensors] = {}
+        self._outgoing: dict[Action, Tensors] = {}
+        self._forwarded: dict[tuple[int, int], _Forwarded] = {}
         self._posted: dict[Action, _Receive] = {}
         self._sends: list[tuple[dist.Work, Tensor]] = []
         self.actions: dict[str, Callable[[Action], None]] = {
             "F": self._forward,
             "B": self._backward,
             "I": self._input_gradient,
-            "W": lambda action: executor.weight_grads.run(action.microbatch),
-            "SEND_F": lambda action: self._send("F", action, self.index + 1),
-            "SEND_B": lambda action: self._send("B", action, self.index - 1),
-            "RECV_F": lambda action: self._receive("F", action),
-            "RECV_B": lambda action: self._receive("B", action),
-            "REDUCE": lambda action: executor.reduce(),
+            "W": lambda action: executor.weight_grads.run(action.stage, action.microbatch),
+            "SEND_F": self._send,
+            "SEND_B": self._send,
+            "RECV_F": self._receive,
+            "RECV_B": self._receive,
+            "REDUCE": lambda action: executor.reduce(action.stage),
         }
         self._unposted = {
-            kind: iter([action for action in row if action.kind == f"RECV_{kind}"]) for kind in executor.channels
+            (source, kind): deque(schedule.channel_order(source, self.index, kind))
+            for kind in executor.axes
+            for source in range(len(schedule.rows))
+            if source != self.index
         }
-        for kind in self._unposted:
+        for channel in self._unposted:
             for _ in range(_POST_AHEAD):
-                self._post_receive(kind)
+                self._post_receive(channel)
 
     def _forward(self, action: Action) -> None:
-        m = action.microbatch
-        received = self._arrived.pop(("F", m), {})
+        stage, _, m = action
+        received = self._arrived.pop(Action(stage, "RECV_F", m), {})
         for tensor in received.values():
             tensor.requires_grad_(self.training and tensor.is_floating_point())
         batch = self.batches[m]
-        outputs = self.stage(received, batch)
-        if self.last:
+        outputs = self.stages[stage](received, batch)
+        if stage == self.schedule.stages - 1:
             assert self.head is not None, "the last stage needs a loss or a head"
             loss = self.head(outputs, batch)
             self.losses[m] = loss.detach()
             outputs = {"loss": loss}
         else:
-            self._outgoing["F", m] = {name: tensor.detach() for name, tensor in outputs.items()}
+            self._hand_over("F", action, {name: tensor.detach() for name, tensor in outputs.items()})
         if self.training:
             names = [name for name, tensor in outputs.items() if tensor.requires_grad]
-            self._forwarded[m] = _Forwarded(received, [get_gradient_edge(outputs[name]) for name in names], names)
+            edges = [get_gradient_edge(outputs[name]) for name in names]
+            self._forwarded[stage, m] = _Forwarded(received, edges, names)
 
     def _backward(self, action: Action) -> None:
-        m = action.microbatch
-        forwarded = self._forwarded.pop(m)
-        if self.last:
+        stage, _, m = action
+        forwarded = self._forwarded.pop((stage, m))
+        if stage == self.schedule.stages - 1:
             grads = [torch.ones_like(self.losses[m])]
         else:
-            arrived = self._arrived.pop(("B", m))
+            arrived = self._arrived.pop(Action(stage, "RECV_B", m))
             grads = [arrived[name] for name in forwarded.names]
         torch.autograd.backward(forwarded.edges, grads)
-        self._outgoing["B", m] = {
-            name: tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-            for name, tensor in forwarded.received.items()
-            if tensor.requires_grad
-        }
+        if stage > 0:
+            grads_of_received = {
+                name: tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
+                for name, tensor in forwarded.received.items()
+                if tensor.requires_grad
+            }
+            self._hand_over("B", action, grads_of_received)
 
     def _input_gradient(self, action: Action) -> None:
-        self.executor.weight_grads.defer(action.microbatch)
+        self.executor.weight_grads.defer((action.stage, action.microbatch))
         try:
             self._backward(action)
         finally:
             self.executor.weight_grads.defer(None)
 
-    def _peer(self, stage: int) -> int:
-        return self.mesh["pp"].ranks[stage]
+    def _neighbour(self, stage: int, kind: str) -> int:
+        """The stage that a forward (F) or backward (B) pass through `stage` goes on to."""
+        return stage + 1 if kind == "F" else stage - 1
 
-    def _send(self, kind: str, action: Action, stage: int) -> None:
+    def _hand_over(self, kind: str, action: Action, tensors: Tensors) -> None:
+        """To the next stage of the pass: kept for its SEND, or put where it looks if it lives here."""
+        target = self._neighbour(action.stage, kind)
+        if target in self.stages:
+            self._arrived[Action(target, f"RECV_{kind}", action.microbatch)] = tensors
+        else:
+            self._outgoing[Action(action.stage, f"SEND_{kind}", action.microbatch)] = tensors
+
+    def _send(self, action: Action) -> None:
+        kind = action.kind[-1]
         self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
-        for name, tensor in self._outgoing.pop((kind, action.microbatch)).items():
+        target = self._rank(self.schedule.rank_of(self._neighbour(action.stage, kind)))
+        for name, tensor in self._outgoing.pop(action).items():
             tensor = tensor.contiguous()
             with self.mesh["pp"].blocked(f"{action} of {name}"):
-                work = dist.isend(tensor, self._peer(stage), group=self.executor.channels[kind].group)
+                work = dist.isend(tensor, target, group=self.executor.axes[kind].group)
             assert work is not None
             self._sends.append((work, tensor))
 
-    def _post_receive(self, kind: str) -> None:
-        action = next(self._unposted[kind], None)
-        if action is None:
+    def _rank(self, index: int) -> int:
+        """The global rank of a pipeline rank."""
+        return self.mesh["pp"].ranks[index]
+
+    def _post_receive(self, channel: tuple[int, str]) -> None:
+        if not self._unposted[channel]:
             return
-        peer = self._peer(self.index - 1 if kind == "F" else self.index + 1)
-        if kind == "F":
-            specs = self.stage.received(self.batches[action.microbatch])  # type: ignore[operator]
-        else:
-            specs = self.stage.sent(self.batches[action.microbatch])  # type: ignore[operator]
+        source, kind = channel
+        action = self._unposted[channel].popleft()
+        stage, batch = self.stages[action.stage], self.batches[action.microbatch]
+        specs = stage.received(batch) if kind == "F" else stage.sent(batch)  # type: ignore[operator]
         receive = _Receive({})
         for name, spec in specs.items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.mesh.device)
             receive.tensors[name] = tensor
-            work = dist.irecv(tensor, peer, group=self.executor.channels[kind].group)
+            work = dist.irecv(tensor, self._rank(source), group=self.executor.axes[kind].group)
             assert work is not None
             receive.works.append(work)
         self._posted[action] = receive
 
-    def _receive(self, kind: str, action: Action) -> None:
+    def _receive(self, action: Action) -> None:
+        kind = action.kind[-1]
+        # Receives come back from their neighbour: a forward's from stage - 1, a backward's from stage + 1.
+        source = self.schedule.rank_of(self._neighbour(action.stage, "B" if kind == "F" else "F"))
+        while action not in self._posted:
+            self._post_receive((source, kind))
         receive = self._posted.pop(action)
-        with self.mesh["pp"].blocked(f"{action} from rank {self._peer(self.index + (-1 if kind == 'F' else 1))}"):
+        with self.mesh["pp"].blocked(f"{action} from rank {self._rank(source)}"):
             for work in receive.works:
                 work.wait()
-        self._arrived[kind, action.microbatch] = receive.tensors
-        self._post_receive(kind)
+        self._arrived[action] = receive.tensors
+        self._post_receive((source, kind))
 
     def wait_for_sends(self) -> None:
         with self.mesh["pp"].blocked("the last sends"):

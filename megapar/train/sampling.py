@@ -15,7 +15,7 @@ from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Batch, Executor, Tensors
-from megapar.pipeline.schedules import forward_only, lower
+from megapar.schedule.lower import forward_only, lower
 
 TOKENIZER = "tokenizer.model"  # in the run directory
 
@@ -93,18 +93,18 @@ def _next_token(
     context_length: int,
     vocab_size: int | None,
 ) -> int:
-    mesh, stages = context.mesh, context.mesh["pp"].size
+    mesh, placement = context.mesh, context.placement
     seen = tokens[-context_length:]
     last = len(seen) - 1
 
     def head(outputs: Tensors, batch: Batch) -> Tensor:
         return _whole_vocabulary(outputs["logits"][last], context)
 
-    schedule = lower(forward_only(stages, 1), stages, 1)
+    schedule = lower(forward_only(placement, 1), len(placement), 1)
     logits = executor.run(schedule, [_batch(seen, context)], head)
     mesh.timeline.take()
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
-    source = mesh.rank_at(pp=stages - 1, dp=0, tp=0)
+    source = mesh.rank_at(pp=placement[-1], dp=0, tp=0)
     if mesh.rank == source:
         values = logits[0][:vocab_size].cpu().numpy()
         chosen[0] = choose(values, sample, len(tokens)) if np.isfinite(values).all() else _NOT_FINITE

@@ -28,10 +28,10 @@ class LanguageModeling:
     is known beforehand, so sums over micro-batches and ranks need no further scaling.
     """
 
-    def __init__(self, config: TrainConfig, context: StageContext, stage: TransformerStage) -> None:
+    def __init__(self, config: TrainConfig, context: StageContext, last: TransformerStage | None) -> None:
         assert config.data.prefix is not None and config.model.vocab_size is not None
         self.config, self.context, self.mesh = config, context, context.mesh
-        self.first_id = stage.head.first_id if stage.head else 0
+        self.first_id = last.head.first_id if last and last.head else 0
         self._samples = {
             split: SampleSet(
                 config.data.prefix,

@@ -17,10 +17,12 @@ from megapar.optim.adamw import Optimizer, StepResult, learning_rate
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.stage import StageContext
-from megapar.pipeline.check import check
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.partition import partition
-from megapar.pipeline.schedules import build, forward_only, lower
+from megapar.schedule.actions import Schedule
+from megapar.schedule.build import build
+from megapar.schedule.check import check
+from megapar.schedule.lower import forward_only, lower
 from megapar.timeline import Span
 from megapar.train.task import TASKS
 
@@ -47,23 +49,32 @@ def make_mesh(config: TrainConfig, rank: int) -> Mesh:
 
 
 def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
-    """This pipeline rank's stage of the configured model. No memory is taken and nothing is communicated."""
-    pp = context.mesh["pp"]
+    """The context's current stage of the configured model. No memory is taken and nothing is communicated."""
+    stage, stages = context.stage, len(context.placement)
     return TransformerStage(
         context,
         config.model,
-        partition(config.model.layers, pp.size, config.pipeline.partition)[pp.index],
-        first=pp.index == 0,
-        last=pp.index == pp.size - 1,
+        partition(config.model.layers, stages, config.pipeline.partition)[stage],
+        first=stage == 0,
+        last=stage == stages - 1,
         positions=config.train.seq_length,
         recompute=config.train.recompute,
     )
 
 
-class ModelPart:
-    """A rank's part of the model: its stage and the flat buffers of its parameters.
+def make_schedule(config: TrainConfig) -> Schedule:
+    """The schedule of a step. Without a pipeline there is nothing to choose: forward and backward in turn."""
+    train, pp, dp = config.train, config.parallel.pp, config.parallel.dp or 1
+    microbatches = train.global_batch_size // (train.micro_batch_size * dp)
+    if pp == 1:
+        return build("1f1b", 1, microbatches)
+    return build(config.pipeline.schedule, pp, microbatches, chunks=config.pipeline.chunks)
 
-    build_stage: makes the stage from (config, context); the default is the configured Transformer.
+
+class ModelPart:
+    """A rank's part of the model: its stages by number and the flat buffers of their parameters.
+
+    build_stage: makes a stage from (config, context); the default is the configured Transformer.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     """
 
@@ -82,12 +93,20 @@ class ModelPart:
             raise UserError(str(error)) from None
         self.config = config
         self.mesh = make_mesh(config, rank)
+        self.schedule = make_schedule(config)
         self.context = StageContext(
-            self.mesh, DTYPES[train.dtype], sequence_parallel=parallel.sequence_parallel, seed=train.seed
+            self.mesh,
+            DTYPES[train.dtype],
+            sequence_parallel=parallel.sequence_parallel,
+            seed=train.seed,
+            placement=self.schedule.placement,
         )
-        with self.context.seeded(f"stage {self.mesh['pp'].index}"):
-            self.stage = build_stage(config, self.context)
-        self.context.adopt(self.stage)
+        self.stages: dict[int, nn.Module] = {}
+        for number in self.schedule.stages_of(self.mesh["pp"].index):
+            self.context.stage = number
+            with self.context.seeded(f"stage {number}"):
+                self.stages[number] = build_stage(config, self.context)
+            self.context.adopt(self.stages[number])
         self.buffers = StageBuffers(
             self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1, weights_only=weights_only
         )
@@ -111,22 +130,20 @@ class Trainer(ModelPart):
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
     ) -> None:
         super().__init__(config, rank, build_stage)
-        train = config.train
+        check(self.schedule)
         self.sync = GradSync(self.buffers)
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
-        self.task = TASKS[config.task.name](config, self.context, self.stage)  # type: ignore[arg-type]
+        last = self.stages.get(self.schedule.stages - 1)
+        self.task = TASKS[config.task.name](config, self.context, last)  # type: ignore[arg-type]
         self.executor = Executor(
-            self.stage, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
+            self.stages, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
         )
-        self.microbatches = train.global_batch_size // (train.micro_batch_size * self.mesh["dp"].size)
-        self.schedule = build(config.pipeline.schedule, self.mesh["pp"].size, self.microbatches)
-        check(self.schedule)
         self.on_reduced: Callable[[], None] = lambda: None
 
     def step(self, step: int) -> Step:
         """Optimizer step number 1, 2, ..."""
         start = time.perf_counter()
-        self.sync.start(self.microbatches)
+        self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
@@ -137,8 +154,8 @@ class Trainer(ModelPart):
     def evaluate(self) -> float:
         """This rank's part of the mean loss over the held-out samples."""
         batches, _ = self.task.validation()
-        stages = self.mesh["pp"].size
-        schedule = lower(forward_only(stages, len(batches)), stages, len(batches))
+        placement = self.schedule.placement
+        schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
         loss = self._part(self.executor.run(schedule, batches))
         self.mesh.timeline.take()
         return loss

@@ -17,7 +17,7 @@ from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.kernels import BACKENDS, backend_of
 from megapar.parallel.agreement import gather_texts
-from megapar.pipeline.schedules import ideal_bubble
+from megapar.schedule.simulate import simulate
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
@@ -50,6 +50,7 @@ class Loop:
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.mesh.world_size))
+        self.bubble_ideal = simulate(self.trainer.schedule).mean_bubble
 
     def run(self) -> None:
         steps, every = self.config.train.steps, self.config.train.eval_every
@@ -90,7 +91,7 @@ class Loop:
             "step_time_s": seconds,
             "compute_s": summary["compute_s"],
             "bubble": summary["bubble"],
-            "bubble_ideal": ideal_bubble(self.trainer.mesh["pp"].size, self.trainer.microbatches),
+            "bubble_ideal": self.bubble_ideal,
             "cores_per_rank": self.cores_per_rank,
             "exposed_comm_s": summary["exposed_comm_s"],
             "skipped_steps": self.skipped,

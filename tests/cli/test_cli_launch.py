@@ -170,23 +170,6 @@ def test_a_full_disk_does_not_hide_the_cause(
         assert "rank 0 failed: ValueError: the cause" in terminal.getvalue()
 
 
-def test_generate_loads_a_run_and_writes_to_the_terminal(run: Callable, tmp_path: Path) -> None:
-    assert run("ok", "train", FOLDER).code == 0
-    command = [
-        sys.executable,
-        str(Path(__file__).parent / "stub_main.py"),
-        "write",
-        "generate",
-        FOLDER,
-        "prompt={a}, b",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "{a}, b\n"), done.stderr
-    assert (tmp_path / "run/logs/generate-rank-0.log").exists()
-    refused = subprocess.run([*command, "parallel=tp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and refused.stderr.startswith("model.heads=4: not divisible by parallel.tp=8")
-
-
 def test_data_command_prints_a_table(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -70,7 +72,8 @@ def test_an_interrupted_point_starts_anew(run: Callable, start: Callable, tmp_pa
 
 
 def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real run; what can't be loaded is refused before a directory is made; its own checkpoint goes on in place."""
+    """A real run; what can't be loaded is refused before a directory is made; its own checkpoint goes on in place, and
+    generate is started with it."""
     folder, other = tmp_path / "run", tmp_path / "other"
     whole = ["train", *SMALL, f"data.path={tokens}", f"run.dir={folder}"]
     assert main(whole) == 0
@@ -97,6 +100,23 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
     assert step_2.exists()
     assert main(whole) == 0  # from the beginning once more
     assert steps(folder) == [1, 2, 3, 4]
+
+    def generate(*overrides: str) -> subprocess.CompletedProcess[str]:
+        stub = [sys.executable, str(Path(__file__).parent / "stub_main.py"), "write"]
+        line = [*stub, "generate", f"run.dir={folder}", *overrides, "prompt={a}, b"]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    log = folder / "logs" / "generate-rank-0.log"
+    for override, refusal in {
+        f"checkpoint.load={tmp_path}": f"{tmp_path}: holds no checkpoint",
+        "parallel=tp8": "model.heads=4: not divisible by parallel.tp=8",
+    }.items():
+        answer = generate(override)
+        assert answer.returncode == 2 and answer.stderr.startswith(refusal)
+        assert not log.exists()  # refused before a rank was started
+    done = generate()
+    assert (done.returncode, done.stdout) == (0, "{a}, b\n"), done.stderr
+    assert log.exists()
 
 
 def test_what_another_checkpoint_makes_is_another_run(tokens: str, tmp_path: Path) -> None:

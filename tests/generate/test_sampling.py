@@ -133,9 +133,9 @@ def test_uses_the_logits_of_the_last_position(tokens: str) -> None:
     prompt = [5, 9, 2, 40]
     ids = torch.tensor([prompt])
     batch = {"ids": ids, "samples": torch.zeros(1, dtype=torch.int64), "step": torch.tensor(0)}
-    trainer.stage.eval()
+    trainer.stages[0].eval()
     with torch.no_grad():
-        logits = trainer.stage({}, batch)["logits"]
+        logits = trainer.stages[0]({}, batch)["logits"]
     greedy = SampleConfig(max_tokens=1, temperature=0.0)
     found = generate_tokens(trainer.executor, trainer.context, prompt, greedy, context_length=8)
     assert found == [int(logits[3].argmax())]

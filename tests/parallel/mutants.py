@@ -81,7 +81,7 @@ def no_sum_over_replicated_heads() -> Iterator[None]:
 
 @mutant("gradient")
 def no_tied_sum() -> Iterator[None]:
-    with mock.patch.object(GradSync, "_waits_for_other_stage", lambda self, bucket: False):
+    with mock.patch.object(GradSync, "_waits_for_other_end", lambda self, bucket: False):
         yield
 
 
@@ -102,8 +102,8 @@ def bucket_reduced_twice() -> Iterator[None]:
 def divided_by_dp_again() -> Iterator[None]:
     original = GradSync.finish
 
-    def finish(self: GradSync) -> None:
-        original(self)
+    def finish(self: GradSync, stage: int) -> None:
+        original(self, stage)
         self.owned.div_(self.mesh["dp"].size)
 
     with mock.patch.object(GradSync, "finish", finish):
@@ -150,10 +150,10 @@ def stale_copy_of_the_parameters() -> Iterator[None]:
 def stage_gradient_of_another_microbatch() -> Iterator[None]:
     original = _Phase._send
 
-    def send(self: _Phase, kind: str, action: Any, stage: int) -> None:
-        if kind == "B" and action.microbatch == 1:
-            self._outgoing["B", 1] = {name: 2 * tensor for name, tensor in self._outgoing["B", 1].items()}
-        original(self, kind, action, stage)
+    def send(self: _Phase, action: Any) -> None:
+        if action.kind == "SEND_B" and action.microbatch == 1:
+            self._outgoing[action] = {name: 2 * tensor for name, tensor in self._outgoing[action].items()}
+        original(self, action)
 
     with mock.patch.object(_Phase, "_send", send):
         yield

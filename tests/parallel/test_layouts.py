@@ -7,6 +7,7 @@ import pytest
 
 from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
+from megapar.schedule.build import generators
 from tests.pairwise import pairwise
 from tests.parallel import mutants
 from tests.parallel.layouts import ALL, ALL_OF_EIGHT, EIGHT, STYLES, compare, verify_config
@@ -64,6 +65,27 @@ def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: 
         values["model.layers"] = 5
         values["pipeline.partition"] = {2: [4, 1], 4: [1, 1, 2, 1]}[stages]
     [verdict] = compare(pool, tmp_path, verify_config(prefix, [case["layout"]], **values))
+    assert verdict.passed, verdict
+
+
+SCHEDULE_CASES = pairwise(
+    {
+        "pipeline.schedule": sorted(generators()),
+        "layout": ["pp2", "pp3", "pp4", "tp2pp2dp2", "tp2pp4"],
+        "style": ["llama", "gpt2"],
+        "model.tied": [False, True],
+        "parallel.zero": [0, 1],
+        "parallel.bucket_size": [500, 3000],
+    }
+)
+
+
+@pytest.mark.parametrize("case", SCHEDULE_CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_every_schedule(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
+    values = STYLES[case["style"]] | {key: value for key, value in case.items() if "." in key}
+    values |= {"model.layers": 8, "train.steps": 1}
+    config = verify_config(prefix, [case["layout"]], **values)
+    [verdict] = compare(pool, tmp_path, config)
     assert verdict.passed, verdict
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.parallel.stage import StageContext
-from megapar.pipeline.actions import Action
-from megapar.pipeline.schedules import lower
+from megapar.schedule.actions import Action
+from megapar.schedule.lower import lower
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer, build_stage
 from tests.tiny import tiny_config
@@ -199,7 +199,7 @@ def special_stage(config: TrainConfig, context: StageContext) -> nn.Module:
 
 def special_parameters(rank: int, world_size: int, config: TrainConfig) -> tuple[torch.Tensor, ...]:
     trainer = Trainer(config, rank, special_stage)
-    module: Any = trainer.stage.embedding
+    module: Any = trainer.stages[0].embedding
     before = module.frozen.weight.clone(), module.gain.clone()
     for step in (1, 2):
         trainer.step(step)
@@ -235,7 +235,7 @@ def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[tor
         compute = [action for action in row if action.kind in ("F", "B")]
         split = [Action(a.stage, "I", a.microbatch) if a.kind == "B" else a for a in compute]
         rows.append(split + [Action(a.stage, "W", a.microbatch) for a in compute if a.kind == "B"])
-    other.schedule = lower(rows, len(rows), other.microbatches)
+    other.schedule = lower(rows, len(rows), other.schedule.microbatches)
     other.on_reduced = lambda: gradients.append(other.sync.owned.clone())
     other.step(1)
     queued = len(other.context.weight_grads._queued)
@@ -257,7 +257,8 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
     """How many of this stage's sent activations still hold memory when its last forward has run."""
     trainer = Trainer(config, rank)
     outputs: list[weakref.ref] = []
-    original: Callable = trainer.stage.forward
+    [stage] = trainer.stages.values()
+    original: Callable = stage.forward
     alive = -1
 
     def forward(received: Any, batch: Any) -> Any:
@@ -265,7 +266,7 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
         outputs.extend(weakref.ref(tensor.untyped_storage()) for tensor in result.values())
         return result
 
-    trainer.stage.forward = forward
+    stage.forward = forward
     backward = trainer.executor
 
     def count() -> None:

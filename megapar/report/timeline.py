@@ -1,0 +1,94 @@
+"""What every rank did when, one lane per rank: measured runs and simulated schedules alike."""
+
+from dataclasses import dataclass, field
+from html import escape
+from statistics import median
+
+from megapar.report.svg import COLOURS, GRID, INK, LEFT, MUTED, NAMES, PAPER, RIGHT, WAIT, WIDTH, legend, text, ticks
+
+_DIGIT = 7.0  # pixels of an action's width for each digit of its micro-batch's number
+_WIDEST = 8000.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """kind: F, B, I, W or REDUCE; anything else is a wait, drawn as a mark along the lower edge.
+
+    start, end: in the timeline's unit; note: shown when the pointer is on it; label: written on it where it fits
+    tone: 0 to 1, how pale it is; tells a rank's stages apart
+    """
+
+    start: float
+    end: float
+    kind: str
+    note: str
+    label: str = ""
+    tone: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lane:
+    name: str
+    bars: list[Bar] = field(default_factory=list)
+
+
+def readable_width(lanes: list[Lane], start: float, stop: float) -> float:
+    """The width of a picture in which the usual bar has room for a number, within limits."""
+    lengths = [
+        bar.end - bar.start for lane in lanes for bar in lane.bars if bar.kind in COLOURS and bar.end > bar.start
+    ]
+    if not lengths:
+        return WIDTH
+    digits = max(len(bar.label) for lane in lanes for bar in lane.bars)
+    return min(_WIDEST, max(WIDTH, LEFT + RIGHT + (_DIGIT * digits + 1) * (stop - start) / median(lengths)))
+
+
+def draw_lanes(
+    title: str, lanes: list[Lane], start: float, stop: float, top: float, *, width: float = WIDTH, axis: bool = False
+) -> tuple[list[str], float]:
+    """A panel from `top` down, with a legend of what is in it. Returns its SVG elements and where it ends.
+
+    What no bar covers between start and stop is left in the shade of the lane: the bubble. axis: write the time below.
+    """
+    row, gap = (26.0, 6.0) if len(lanes) <= 16 else (14.0, 2.0)
+    scale = (width - LEFT - RIGHT) / ((stop - start) or 1.0)
+    used = {bar.kind for lane in lanes for bar in lane.bars}
+    entries = [(COLOURS[kind], name) for kind, name in NAMES.items() if kind in used]
+    if used - COLOURS.keys():
+        entries.append((WAIT, "waiting for communication"))
+    body = [text(LEFT, top, title, weight="600")]
+    top += 22
+    # At the right edge of what a screen shows at once: a wide picture is scrolled.
+    body += legend([*entries, (GRID, "idle")], min(width, WIDTH) - RIGHT, top)
+    for index, lane in enumerate(lanes):
+        y = top + 20 + index * (row + gap)
+        body.append(text(LEFT - 8, y + row / 2 + 4, lane.name, "end", MUTED))
+        body.append(f'<rect x="{LEFT}" y="{y}" width="{width - LEFT - RIGHT:.1f}" height="{row}" fill="{GRID}"/>')
+        for bar in sorted(lane.bars, key=lambda bar: bar.kind not in COLOURS):
+            body += _bar(bar, LEFT + (bar.start - start) * scale, y, (bar.end - bar.start) * scale, row)
+    bottom = top + 20 + len(lanes) * (row + gap)
+    if axis:
+        for value in ticks(0, stop - start, 10):
+            body.append(text(LEFT + value * scale, bottom + 12, f"{value:g}", "middle", MUTED))
+        body.append(text(LEFT - 8, bottom + 12, "time", "end", MUTED))
+        bottom += 18
+    return body, bottom + 14
+
+
+def _bar(bar: Bar, x: float, y: float, width: float, height: float) -> list[str]:
+    """An action as a full bar, a wait inside it as a mark along the lower edge."""
+    note = f"<title>{escape(bar.note)}</title>"
+    if bar.kind not in COLOURS:
+        y, height = y + height * 0.7, height * 0.3
+        size = f'x="{x:.2f}" y="{y:.1f}" width="{max(width, 0.2):.2f}" height="{height:.1f}"'
+        return [f'<rect {size} fill="{WAIT}">{note}</rect>']
+    size = f'x="{x:.2f}" y="{y:.1f}" width="{max(width - 0.4, 0.2):.2f}" height="{height:.1f}"'
+    drawn = [f'<rect {size} fill="{PAPER}"/>'] if bar.tone else []
+    pale = f' fill-opacity="{1 - 0.6 * bar.tone:.2f}"' if bar.tone else ""
+    drawn.append(f'<rect {size} fill="{COLOURS[bar.kind]}"{pale}>{note}</rect>')
+    font = min(10.0, height - 3)
+    if bar.label and width >= 0.6 * font * len(bar.label) + 1:
+        colour = INK if bar.tone > 0.4 else PAPER
+        place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 0.35 * font:.1f}" font-size="{font:g}" fill="{colour}"'
+        drawn.append(f'<text {place} text-anchor="middle" pointer-events="none">{escape(bar.label)}</text>')
+    return drawn

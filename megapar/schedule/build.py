@@ -1,0 +1,95 @@
+"""Schedules by name: the generators that there are, and `csv:PATH`."""
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+
+from megapar.schedule import generators as package
+from megapar.schedule.actions import Schedule, ScheduleError
+from megapar.schedule.costs import Costs
+from megapar.schedule.generator import Generator, Problem
+from megapar.schedule.lower import lower
+from megapar.schedule.table import read
+
+CSV = "csv:"
+
+
+@cache
+def generators() -> dict[str, Generator]:
+    """Every schedule by name: those of the modules in `generators/` that declare one."""
+    modules = (
+        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    )
+    declared = [module.SCHEDULE for module in modules if hasattr(module, "SCHEDULE")]
+    return {generator.name: generator for generator in sorted(declared, key=lambda generator: generator.name)}
+
+
+def refuse_unknown(name: str) -> None:
+    """Raise ScheduleError for a name that is no schedule's, with the nearest that is one."""
+    known = generators()
+    if name in known or (name.startswith(CSV) and name != CSV):
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ScheduleError(f"no such schedule; {hint}There are {', '.join(known)} and {CSV}PATH")
+
+
+def default_chunks(name: str) -> int:
+    """Stages per rank of a schedule where nothing else is asked for. Raises ScheduleError."""
+    refuse_unknown(name)
+    if not name.startswith(CSV):
+        return generators()[name].chunks.start
+    table = read(name.removeprefix(CSV))
+    return -(-table.stages // len(table.rows))
+
+
+def refuse_chunks(name: str, chunks: int) -> str | None:
+    """Why a schedule does not take so many stages per rank; None if it does. A table's are checked by `refusal`."""
+    if name.startswith(CSV) or chunks in (takes := generators()[name].chunks):
+        return None
+    number = "one stage" if len(takes) == 1 and takes.start == 1 else f"{takes.start} stages"
+    return f"the {name} schedule has {number}{' or more' if len(takes) > 1 else ''} per rank; use {takes.start}"
+
+
+def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None:
+    """Why a schedule can't be had for so many ranks, micro-batches and stages per rank; None if it can.
+
+    Raises ScheduleError for a table that can't be read.
+    """
+    if name.startswith(CSV):
+        table = read(name.removeprefix(CSV))
+        if len(table.rows) != ranks:
+            return f"the table has {len(table.rows)} rows, and there are {ranks} ranks"
+        if table.microbatches != microbatches:
+            return f"the table has {table.microbatches} micro-batches, and there are {microbatches}"
+        if table.stages != ranks * chunks:
+            return f"the table has {table.stages} stages, and {ranks} ranks of {chunks} have {ranks * chunks}"
+        return None
+    return refuse_chunks(name, chunks) or generators()[name].refuse(ranks, microbatches, chunks)
+
+
+def build(
+    name: str,
+    ranks: int,
+    microbatches: int,
+    *,
+    chunks: int | None = None,
+    costs: Costs | None = None,
+    memory_limit: float = float("inf"),
+) -> Schedule:
+    """The named schedule with its transfers, not yet checked.
+
+    chunks: stages per rank; default: the schedule's own. costs: by stage, default F = I = W; few schedules look at
+    them. memory_limit: see `Problem`. Raises ScheduleError where there is no such schedule.
+    """
+    chunks = default_chunks(name) if chunks is None else chunks
+    if why := refusal(name, ranks, microbatches, chunks):
+        raise ScheduleError(f"{name}: {why}")
+    stages = ranks * chunks
+    if name.startswith(CSV):
+        rows = read(name.removeprefix(CSV)).rows
+    else:
+        problem = Problem(ranks, microbatches, chunks, costs or Costs.even(ranks, stages), memory_limit)
+        rows = generators()[name].build(problem)
+    return lower(rows, stages, microbatches)

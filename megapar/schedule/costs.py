@@ -1,0 +1,120 @@
+"""What the actions of a pipeline cost: time by stage and kind, transfers, memory."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from megapar.schedule.actions import ScheduleError
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs by stage, in model order. Any unit of time, the same for all; memory in any unit, too.
+
+    forward, input_grad, weight_grad: time of F, I and W of each stage; B takes I + W
+    activation: memory that one micro-batch's forward leaves behind on each stage
+    kept: share of it that I leaves for W (1: I frees nothing)
+    reduce: time of REDUCE of each stage, as far as backward does not hide it
+    latency: time from a send to its arrival, whatever the size; transfer: bytes / bandwidth, during which a channel is
+        busy. A channel is one direction between two ranks for activations, or for gradients.
+    overlap: transfers run beside computation; without it a sender computes nothing during `transfer`
+    tied: time of one more reduction between the ranks of the first and the last stage, at the end of the step
+    """
+
+    forward: tuple[float, ...]
+    input_grad: tuple[float, ...]
+    weight_grad: tuple[float, ...]
+    activation: tuple[float, ...]
+    reduce: tuple[float, ...]
+    kept: float = 1.0
+    latency: float = 0.0
+    transfer: float = 0.0
+    overlap: bool = True
+    tied: float = 0.0
+
+    @property
+    def stages(self) -> int:
+        return len(self.forward)
+
+    @classmethod
+    def even(
+        cls,
+        ranks: int,
+        stages: int,
+        *,
+        F: float = 1.0,
+        I: float = 1.0,  # noqa: E741 (the action's name)
+        W: float = 1.0,
+        embedding: float = 0.0,
+        head: float = 0.0,
+        reduce: float = 0.0,
+        kept: float = 1.0,
+        latency: float = 0.0,
+        transfer: float = 0.0,
+        overlap: bool = True,
+        tied: float = 0.0,
+    ) -> "Costs":
+        """Layers spread evenly: F, I, W and reduce are those of one rank's share, memory is 1 a rank and micro-batch.
+
+        embedding: what the first stage has on top, as a share of a rank's F and W (no input gradient is taken there)
+        head: what the last stage has on top, as a share of a rank's F, I and W
+        """
+        share = ranks / stages
+        more = [0.0] * stages
+        more[-1] += head
+        first = more.copy()
+        first[0] += embedding
+        return cls(
+            forward=tuple(F * (share + extra) for extra in first),
+            input_grad=tuple(I * (share + extra) for extra in more),
+            weight_grad=tuple(W * (share + extra) for extra in first),
+            activation=(share,) * stages,
+            reduce=(reduce * share,) * stages,
+            kept=kept,
+            latency=latency,
+            transfer=transfer,
+            overlap=overlap,
+            tied=tied,
+        )
+
+    def merged(self, stages: int) -> "Costs":
+        """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
+        if self.stages % stages:
+            raise ScheduleError(f"costs of {self.stages} parts of the model can't be those of {stages} stages")
+        size = self.stages // stages
+
+        def merge(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(sum(values[size * stage : size * (stage + 1)]) for stage in range(stages))
+
+        return replace(self, **{name: merge(getattr(self, name)) for name in BY_STAGE})  # type: ignore[arg-type]
+
+
+BY_STAGE = ("forward", "input_grad", "weight_grad", "activation", "reduce")
+
+
+def read_costs(path: str, ranks: int) -> Costs:
+    """Costs from a JSON file of the fields of Costs: `{"forward": [...], "input_grad": [...], "weight_grad": [...]}`.
+
+    The lists have a number for each part of the model (a layer, a stage), all equally long. Without `activation` memory
+    is 1 a rank and micro-batch; whatever else is left out has Costs' default. Raises ScheduleError.
+    """
+    known = {field.name for field in fields(Costs)}
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        lists = {name: tuple(float(value) for value in data.pop(name)) for name in BY_STAGE if name in data}
+        numbers = {name: bool(value) if name == "overlap" else float(value) for name, value in data.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ScheduleError(f"{path}: not readable as costs: {error}") from None
+    if unknown := sorted(set(data) - known):
+        raise ScheduleError(f"{path}: unknown {unknown[0]}; it may have {', '.join(sorted(known))}")
+    if missing := [name for name in BY_STAGE[:3] if name not in lists]:
+        raise ScheduleError(f"{path}: {missing[0]} is missing")
+    parts = len(lists["forward"])
+    lists.setdefault("activation", (ranks / parts,) * parts if parts else ())
+    lists.setdefault("reduce", (0.0,) * parts)
+    if not parts or any(len(values) != parts for values in lists.values()):
+        raise ScheduleError(f"{path}: lists of different or no length: { ({k: len(v) for k, v in lists.items()}) }")
+    if any(value < 0 for values in (*lists.values(), numbers.values()) for value in values):
+        raise ScheduleError(f"{path}: a cost is negative")
+    return Costs(**lists, **numbers)  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""From compute actions to a schedule that can run: the transfers and reductions that follow from them."""
+
+from collections.abc import Sequence
+
+from megapar.schedule.actions import Action, Row, Rows, Schedule, placement
+from megapar.schedule.simulate import simulate
+
+
+def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> Schedule:
+    """Add transfers and reductions to compute actions.
+
+    A receive stands right before the action that needs it and a send right after the one that makes it: the executor
+    posts receives ahead and never waits for a send, so their place costs nothing. Neighbours on one rank, as at the
+    turn of a V, hand over without a transfer. Reductions end a row.
+    """
+    ranks = placement(rows, stages)
+    # remote[s]: stages s - 1 and s live on different ranks, so that a transfer passes between them
+    remote = [False, *(ranks[stage] != ranks[stage - 1] for stage in range(1, stages)), False]
+    lowered = []
+    for row in rows:
+        actions: Row = []
+        add = actions.append
+        for action in row:
+            stage, kind, m = action
+            if not 0 <= stage < stages:  # the checker names it
+                add(action)
+            elif kind == "F":
+                if remote[stage]:
+                    add(Action(stage, "RECV_F", m))
+                add(action)
+                if remote[stage + 1]:
+                    add(Action(stage, "SEND_F", m))
+            elif kind == "W":
+                add(action)
+            else:
+                if remote[stage + 1]:
+                    add(Action(stage, "RECV_B", m))
+                add(action)
+                if remote[stage]:
+                    add(Action(stage, "SEND_B", m))
+        # Last of all: a reduction runs from its stage's last gradient on, and to wait for it earlier would hold up the
+        # other stages, for ever where a tied one needs the rank at the other end.
+        for stage in sorted({a.stage for a in row if a.kind in ("B", "W")}, reverse=True):
+            add(Action(stage, "REDUCE"))
+        lowered.append(tuple(actions))
+    return Schedule(stages, microbatches, tuple(lowered))
+
+
+def pair_transfers(schedule: Schedule) -> Schedule:
+    """The same computation with its transfers where both ends come to them together: it runs with sends that wait.
+
+    Every transfer passes when its F, B or I is done in a replay with equal costs, so that one order in time holds for
+    all ranks. For backends and kernels without asynchronous sends; a receive may then stand before it is needed.
+    """
+    events: list[list[tuple[float, int, int, Action]]] = [[] for _ in schedule.rows]
+    transfers: list[tuple[float, Action, Action]] = []
+    for rank, spans in enumerate(simulate(schedule).spans):
+        for start, end, action in spans:
+            stage, kind, m = action
+            events[rank].append((start, 1, len(events[rank]), action))
+            step = {"F": 1, "W": 0}.get(kind, -1)
+            peer = stage + step
+            if step and 0 <= peer < schedule.stages and schedule.rank_of(peer) != rank:
+                way = "F" if kind == "F" else "B"
+                transfers.append((end, Action(stage, f"SEND_{way}", m), Action(peer, f"RECV_{way}", m)))
+    for number, (time, send, receive) in enumerate(sorted(transfers)):
+        # Before the computation that starts at the same time: that may need it.
+        events[schedule.rank_of(send.stage)].append((time, 0, number, send))
+        events[schedule.rank_of(receive.stage)].append((time, 0, number, receive))
+    rows = [[action for *_, action in sorted(row)] for row in events]
+    for row in rows:
+        for stage in {action.stage for action in row}:
+            last = max((at for at, a in enumerate(row) if a.stage == stage and a.kind in ("B", "W")), default=None)
+            if last is not None:
+                row.insert(last + 1, Action(stage, "REDUCE"))
+    return Schedule(schedule.stages, schedule.microbatches, tuple(map(tuple, rows)))
+
+
+def forward_only(ranks: Sequence[int], microbatches: int) -> Rows:
+    """Evaluation: forwards only, for the placement `ranks` of a training schedule (the rank of every stage).
+
+    Every rank follows one order, (group of micro-batches, stage, micro-batch), so that nothing can wait in a circle. A
+    group has as many micro-batches as there are ranks. With one stage per rank `ranks` is range(stages).
+    """
+    group = max(ranks) + 1
+    rows: Rows = [[] for _ in range(group)]
+    for first in range(0, microbatches, group):
+        for stage, rank in enumerate(ranks):
+            rows[rank] += [Action(stage, "F", m) for m in range(first, min(first + group, microbatches))]
+    return rows

@@ -1,0 +1,77 @@
+"""Pictures are well-formed, self-contained, and to scale."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megapar.cli import main
+from megapar.report.picture import draw
+from megapar.report.svg import GRID, LEFT, RIGHT, WAIT
+from megapar.report.timeline import Bar, Lane, draw_lanes, readable_width
+from megapar.schedule.build import build
+from megapar.schedule.simulate import simulate
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def bars(root: ElementTree.Element) -> list[tuple[str, float, float, str]]:
+    """(hover text, x, width, fill) of everything that has a hover."""
+    found = []
+    for rect in root.iter(f"{SVG}rect"):
+        title = rect.find(f"{SVG}title")
+        if title is not None:
+            found.append((str(title.text), float(rect.attrib["x"]), float(rect.attrib["width"]), rect.attrib["fill"]))
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["svg", "html"])
+def test_a_schedule_is_drawn_to_scale(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    assert main(["schedule", "pipeline.schedule=zbv", "stages=2", "microbatches=4", f"plot={path}"]) == 0
+    text = path.read_text()
+    assert text.count("http") == 1  # the name of SVG's namespace; nothing is fetched
+    root = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    simulation = simulate(build("zbv", 2, 4))
+    spans = [span for row in simulation.spans for span in row]
+    drawn = bars(root)
+    assert len(drawn) == len(spans)
+    width = float(root.attrib["width"])
+    scale = (width - LEFT - RIGHT) / simulation.step_time
+    for (start, end, action), (note, x, wide, _) in zip(spans, drawn, strict=True):
+        assert note.split()[0] == str(action)
+        # Positions are written with two digits, and a bar ends 0.4 before the next.
+        assert x == pytest.approx(LEFT + start * scale, abs=0.006)
+        assert wide == pytest.approx((end - start) * scale - 0.4, abs=0.006)
+    lanes = [
+        rect for rect in root.iter(f"{SVG}rect") if rect.attrib["fill"] == GRID and float(rect.attrib["width"]) > 99
+    ]
+    assert [float(lane.attrib["width"]) for lane in lanes] == pytest.approx([width - LEFT - RIGHT] * 2)
+
+
+def test_a_long_schedule_gets_room_for_its_numbers() -> None:
+    lanes = [Lane("rank 0", [Bar(at, at + 1, "F", f"0F{at}", str(at)) for at in range(300)])]
+    width = readable_width(lanes, 0, 300)
+    assert width > 4000
+    body, _ = draw_lanes("long", lanes, 0, 300, 0, width=width)
+    labels = [element for element in body if "pointer-events" in element]
+    assert len(labels) == 300
+    narrow, _ = draw_lanes("long", lanes, 0, 300, 0)
+    assert not [element for element in narrow if "pointer-events" in element]
+
+
+def test_a_runs_picture_has_its_actions_and_waits(tmp_path: Path) -> None:
+    spans = [
+        {"kind": "phase", "name": "pipeline", "start": 1.0, "stop": 2.0, "seconds": 1.0},
+        {"kind": "F", "name": "0F0", "start": 1.0, "stop": 1.5, "seconds": 0.5},
+        {"kind": "tp", "name": "all_reduce", "start": 1.2, "stop": 1.3, "seconds": 0.1},
+    ]
+    place = {"pp": 0, "dp": 0, "tp": 0}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
+    (tmp_path / "timeline.json").write_text(json.dumps({"step": 2, "ranks": [{"place": place, "spans": spans}]}))
+    path = draw(tmp_path)
+    assert path is not None
+    drawn = bars(ElementTree.fromstring(path.read_text()))
+    assert [note for note, *_ in drawn] == ["0F0: 500.0 ms", "all_reduce: 100.0 ms"]
+    assert drawn[1][3] == WAIT
