@@ -226,7 +226,7 @@ def test_compiled_by_torch(interpreter: WorkerPool) -> None:
 def test_what_is_inspected_is_what_is_launched(arch: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel, its constants and the types of its arguments, for each model's heads."""
     launched: list[Launch] = []
-    monkeypatch.setattr(Launch, "run", launched.append)
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))
     monkeypatch.setattr(module, "target_arch", lambda: arch)
     monkeypatch.setattr(module, "backend_of", lambda *_: "triton")
     dtype, heads, kv_heads, channels = module.MODELS[model]
