@@ -1,9 +1,10 @@
 """What the Triton kernels share: the device functions that they inline, and the description of a launch.
 
 Tensors are matrices to a kernel: a row for every position of every sequence, and in it the channels of one head after
-another. So an address is a row times the row stride, plus the head's first channel. Rows times strides are 64-bit.
+another. So a tile begins at a row and a column, and rows of a sequence are counted from the first of all.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,62 +63,47 @@ def cast(x, dtype: tl.constexpr):
 
 
 @device_function
-def tile_pointers(ptr, row, stride, ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Addresses of the tile [ROWS, BLOCK_CHANNELS] that begins `row` rows after ptr."""
-    first = ptr + tl.cast(row, tl.int64) * stride
-    return first + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_CHANNELS)[None, :]
+def tile_pointers(matrix, row, column, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Addresses of the tile [ROWS, BLOCK] of a matrix that begins in this row and column."""
+    first = matrix + tl.cast(row, tl.int64) * stride + column
+    return first + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
 
 
 @device_function
-def tile_mask(row, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Which elements of a tile that begins at `row` exist, [ROWS, BLOCK_CHANNELS] or [ROWS, 1]."""
-    mask = (row + tl.arange(0, ROWS) < num_rows)[:, None]
-    if CHANNELS != BLOCK_CHANNELS:
-        mask = mask & (tl.arange(0, BLOCK_CHANNELS) < CHANNELS)[None, :]
+def tile_mask(row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of a tile that begins at `row` exist, [ROWS, BLOCK] or [ROWS, 1]."""
+    mask = (row + tl.arange(0, ROWS) < end)[:, None]
+    if CHANNELS != BLOCK:
+        mask = mask & (tl.arange(0, BLOCK) < CHANNELS)[None, :]
     return mask
 
 
 @device_function
-def load_tile(ptr, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """A tile. Rows from num_rows on, and channels from CHANNELS on, are zeros and are not read."""
-    mask = tile_mask(row, num_rows, ROWS, CHANNELS, BLOCK_CHANNELS)
-    return tl.load(tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS), mask=mask, other=0.0)
+def load_tile(matrix, row, column, stride, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile. Rows from `end` on, and channels from CHANNELS on, are zeros and are not read."""
+    mask = tile_mask(row, end, ROWS, CHANNELS, BLOCK)
+    return tl.load(tile_pointers(matrix, row, column, stride, ROWS, BLOCK), mask=mask, other=0.0)
 
 
 @device_function
-def load_full_tile(
-    ptr,
-    tiles,
-    first_row,
-    row,
-    column,
-    stride,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """A tile of which every row exists.
-
-    ptr: row first_row and this column of the matrix; tiles: TMA descriptor of the whole matrix, None: read through ptr
-    """
+def load_full_tile(matrix, tiles, row, column, stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of which every row exists. tiles: the matrix's TMA descriptor; None: read through addresses."""
     if tiles is not None:
-        return tiles.load([first_row + row, column])
+        return tiles.load([row, column])
     else:
-        pointers = tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS)
-        if CHANNELS != BLOCK_CHANNELS:
-            return tl.load(pointers, mask=(tl.arange(0, BLOCK_CHANNELS) < CHANNELS)[None, :], other=0.0)
+        pointers = tile_pointers(matrix, row, column, stride, ROWS, BLOCK)
+        if CHANNELS != BLOCK:
+            return tl.load(pointers, mask=(tl.arange(0, BLOCK) < CHANNELS)[None, :], other=0.0)
         else:
             return tl.load(pointers)
 
 
 @device_function
-def store_tile(
-    ptr, tile, row, stride, num_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
-):
-    """Write the elements of a tile that exist, in the tensor's dtype."""
-    mask = tile_mask(row, num_rows, ROWS, CHANNELS, BLOCK_CHANNELS)
-    pointers = tile_pointers(ptr, row, stride, ROWS, BLOCK_CHANNELS)
-    tl.store(pointers, cast(tile, ptr.dtype.element_ty), mask=mask)
+def store_tile(matrix, tile, row, column, stride, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the elements of a tile that exist, in the matrix's dtype."""
+    mask = tile_mask(row, end, ROWS, CHANNELS, BLOCK)
+    pointers = tile_pointers(matrix, row, column, stride, ROWS, BLOCK)
+    tl.store(pointers, cast(tile, matrix.dtype.element_ty), mask=mask)
 
 
 @device_function
@@ -197,6 +183,22 @@ def target_arch() -> str:
         return "interpret"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+
+
+def precision(arch: str) -> str:
+    """How tensor cores multiply fp32: on NVIDIA as three tf32 products, which keeps 21 of fp32's 24 bits."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
+    heads, channels = x.shape[-2:]
+    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
+    if x.dim() == 4:
+        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
+    x = x if together and x.numel() else x.contiguous()
+    rows = math.prod(x.shape[:-2])
+    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
 
 
 def tiles_of(matrix: Tensor, rows: int, channels: int) -> TensorDescriptor | None:

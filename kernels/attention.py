@@ -1,7 +1,12 @@
 """Scaled dot-product attention with grouped query heads, windows and packed sequences.
 
-`attention` is the contract, in torch and in Triton (`attention_triton.py` has the kernels). Then come the torch form,
-the launches with their table of block sizes, and the two operators that torch sees.
+`attention` is the contract. Then come its form in torch, the Triton kernels, their launches with the table of block
+sizes, and the two operators that torch sees.
+
+The kernels follow FlashAttention-2 (Dao 2023): scores exist one tile at a time, the softmax is taken on the way, and
+the backward computes them again from the log-sum-exp. Each loop has two parts. Full tiles, which every row of the
+program sees whole, need no mask at all and are read by TMA where the machine has it. Boundary tiles, where the window,
+the diagonal or a sequence ends, are smaller and masked element by element.
 
 Shape letters: B samples, S query positions, L key positions, T all positions of packed sequences, N query heads,
 K key/value heads, D channels of q and k, E channels of v.
@@ -16,9 +21,29 @@ import torch
 from torch import Tensor
 
 from megapar.kernels import backend_of
-from megapar.kernels._common import Launch, next_power_of_2, num_tiles, target_arch, tiles_of
-from megapar.kernels.attention_triton import dkdv_kernel, dq_kernel, forward_kernel, statistics_kernel
+from megapar.kernels._common import (
+    LN_2,
+    LOG2_E,
+    Launch,
+    cast,
+    device_function,
+    dot,
+    find_sequence,
+    load_full_tile,
+    load_tile,
+    matrix,
+    next_power_of_2,
+    num_tiles,
+    precision,
+    store_tile,
+    target_arch,
+    tiles_of,
+    tl,
+    triton,
+)
 
+# Arguments whose values must not become part of a compilation: they change from batch to batch.
+VARYING = ["total_q", "len_q", "len_k", "left", "right", "num_sequences", "group"]
 UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
 
 
@@ -189,7 +214,362 @@ def _packed(
     return (out, torch.cat(lses)) if return_lse else out
 
 
-# --------------------------------------------------------------------------------------------------------- launches
+# -------------------------------------------------------------------------------------------------------------- kernels
+# An argument that is None is a constant: without a softcap or packed sequences their code is not compiled.
+
+
+def _visible_pairs(args: dict[str, Any]) -> float:
+    """(query, key) pairs of one head that are seen. Of packed sequences it reads the lengths: only a profiler asks."""
+    left, right = args["left"], args["right"]
+    if args["starts_q"] is None:
+        lengths = [(args["len_q"], args["len_k"])] * args["num_sequences"]
+    else:
+        ends_q, ends_k = args["starts_q"].tolist(), args["starts_k"].tolist()
+        lengths = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)]
+    seen = 0
+    for len_q, len_k in lengths:
+        shift = len_k - len_q
+        seen += sum(max(0, min(len_k, i + shift + right + 1) - max(0, i + shift - left)) for i in range(len_q))
+    return seen
+
+
+def _metadata(matmuls_d: int, matmuls_e: int) -> Any:
+    """Triton's launch_metadata: useful FLOPs and least bytes of a launch, from matmuls over D and over E channels."""
+
+    def describe(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+        heads = args["q"].shape[1] // args["D"]
+        flops = 2.0 * (matmuls_d * args["D"] + matmuls_e * args["E"]) * heads * _visible_pairs(args)
+        return {"name": kernel.name, f"flops{8 * args['q'].element_size()}": flops, "bytes": _bytes(args)}
+
+    return describe
+
+
+def _statistics_metadata(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    return {"name": kernel.name, "flops32": 2.0 * args["o"].numel(), "bytes": _bytes(args)}
+
+
+def _bytes(args: dict[str, Any]) -> int:
+    """Every tensor once."""
+    return sum(x.numel() * x.element_size() for x in args.values() if isinstance(x, Tensor))
+
+
+@device_function
+def _place(starts_q, starts_k, len_q, len_k, num_sequences, starts, ROWS: tl.constexpr):
+    """(first q row, q length, first k row, k length, tile) of this program's sequence.
+
+    starts: those of starts_q and starts_k over whose tiles the grid goes; None: all sequences have the same lengths
+    """
+    if starts is None:
+        sequence = tl.program_id(2)
+        return sequence * len_q, len_q, sequence * len_k, len_k, tl.program_id(0)
+    else:
+        sequence, tile = find_sequence(starts, num_sequences, ROWS)
+        first_q, first_k = tl.load(starts_q + sequence), tl.load(starts_k + sequence)
+        len_q = tl.load(starts_q + sequence + 1) - first_q
+        return first_q, len_q, first_k, tl.load(starts_k + sequence + 1) - first_k, tile
+
+
+@device_function
+def _ranges(start, shift, before, after, length, ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr):
+    """What the rows [start, start + ROWS) see of a sequence of this length, where row i sees the places from
+    i + shift - before to i + shift + after: (low, full_low, full_high, high).
+
+    Some row sees something of [low, high); every row sees all of [full_low, full_high), a multiple of STEP wide.
+    low and full_low are multiples of EDGE. No full tile: full_low = full_high = low.
+    """
+    low = tl.maximum(start + shift - before, 0) // EDGE * EDGE
+    high = tl.minimum(start + ROWS + shift + after, length)
+    full_low = (tl.maximum(start + ROWS - 1 + shift - before, 0) + EDGE - 1) // EDGE * EDGE
+    full = tl.maximum(tl.minimum(start + shift + after + 1, length) - full_low, 0) // STEP * STEP
+    full_low = tl.where(full == 0, low, full_low)
+    return low, full_low, full_low + full, high
+
+
+@device_function
+def _num_edges(low, full_low, full_high, high, EDGE: tl.constexpr):
+    """How many boundary tiles lie in [low, full_low) and [full_high, high)."""
+    return (full_low - low) // EDGE + (tl.maximum(high - full_high, 0) + EDGE - 1) // EDGE
+
+
+@device_function
+def _edge(index, low, full_low, full_high, EDGE: tl.constexpr):
+    """Where boundary tile `index` begins: first those before the full tiles, then those behind."""
+    before = (full_low - low) // EDGE
+    return tl.where(index < before, low + index * EDGE, full_high + (index - before) * EDGE)
+
+
+@device_function
+def _sees(query, key, shift, left, right, len_k):
+    """Whether a query sees a key, elementwise, broadcast."""
+    distance = key - query - shift
+    return (key < len_k) & (distance <= right) & (distance >= -left)
+
+
+@device_function
+def _factors(scale, softcap):
+    """(factor inside the tanh, factor to scores in units of log 2)."""
+    if softcap is None:
+        return 1.0, scale * LOG2_E
+    else:
+        return 2.0 * LOG2_E * scale / softcap, softcap * LOG2_E
+
+
+@device_function
+def _cap(s, inner, softcap):
+    """tanh, the score in units of softcap; without a softcap s as it is."""
+    if softcap is not None:
+        s = 1.0 - 2.0 / (1.0 + tl.exp2(s * inner))
+    return s
+
+
+@device_function
+def _softmax(s, m, total, scale, BOUNDARY: tl.constexpr):
+    """One step of the online softmax: (weights p, highest score m, sum of weights, what older sums are to be times)."""
+    highest = tl.maximum(m, tl.max(s, 1) * scale)
+    base = highest
+    if BOUNDARY:  # a row may have seen nothing yet: -inf minus -inf
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+    p = tl.exp2(s * scale - base[:, None])
+    decay = tl.exp2(m - base)
+    return p, highest, total * decay + tl.sum(p, 1), decay
+
+
+@triton.jit(launch_metadata=_metadata(1, 1), do_not_specialize=VARYING)
+def forward_kernel(
+    q, k, v, k_tiles, v_tiles, o, lse,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    total_q, len_q, len_k, left, right, num_sequences, group,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head: o [T, N*E] and lse [N, T]. Grid: tiles, N, sequences (packed: 1)."""
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_q, ROWS)
+    if starts_q is None:
+        tile = tl.num_programs(0) - 1 - tile  # under a causal mask the last tiles are the longest: they start first
+    start = tile * ROWS
+    if start >= len_q:
+        return
+    head = tl.program_id(1)
+    kv_head = head // group
+    end_q, end_k = first_q + len_q, first_k + len_k
+    shift = len_k - len_q
+    inner, scale = _factors(scale, softcap)
+    q_tile = load_tile(q, first_q + start, head * D, q_stride, end_q, ROWS, D, BLOCK_D)
+    rows = start + tl.arange(0, ROWS)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, BLOCK_E], 0.0, tl.float32)
+    low, full_low, full_high, high = _ranges(start, shift, left, right, len_k, ROWS, STEP, EDGE)
+
+    for index in tl.range(0, _num_edges(low, full_low, full_high, high, EDGE), num_stages=1):
+        n = _edge(index, low, full_low, full_high, EDGE)
+        k_tile = load_tile(k, first_k + n, kv_head * D, k_stride, end_k, EDGE, D, BLOCK_D)
+        s = _cap(dot(q_tile, k_tile.T, None, PRECISION), inner, softcap)
+        keys = n + tl.arange(0, EDGE)
+        s = tl.where(_sees(rows[:, None], keys[None, :], shift, left, right, len_k), s, float("-inf"))
+        p, m, total, decay = _softmax(s, m, total, scale, True)
+        v_tile = load_tile(v, first_k + n, kv_head * E, v_stride, end_k, EDGE, E, BLOCK_E)
+        acc = dot(cast(p, v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
+
+    if full_low < full_high:
+        # The product with v runs one tile behind, so that a tensor core multiplies it while this tile's softmax is
+        # computed. p is carried in fp32: cast before it is carried, Triton would take it through shared memory.
+        k_tile = load_full_tile(k, k_tiles, first_k + full_low, kv_head * D, k_stride, STEP, D, BLOCK_D)
+        s = _cap(dot(q_tile, k_tile.T, None, PRECISION), inner, softcap)
+        p, m, total, decay = _softmax(s, m, total, scale, False)
+        for n in tl.range(full_low + STEP, full_high, STEP):
+            weights = cast(p, v.dtype.element_ty)
+            k_tile = load_full_tile(k, k_tiles, first_k + n, kv_head * D, k_stride, STEP, D, BLOCK_D)
+            s = dot(q_tile, k_tile.T, None, PRECISION)
+            v_tile = load_full_tile(v, v_tiles, first_k + n - STEP, kv_head * E, v_stride, STEP, E, BLOCK_E)
+            acc = dot(weights, v_tile, acc * decay[:, None], PRECISION)
+            p, m, total, decay = _softmax(_cap(s, inner, softcap), m, total, scale, False)
+        v_tile = load_full_tile(v, v_tiles, first_k + full_high - STEP, kv_head * E, v_stride, STEP, E, BLOCK_E)
+        acc = dot(cast(p, v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
+
+    empty = total == 0.0
+    o_stride = tl.num_programs(1) * E
+    total = tl.where(empty, 1.0, total)
+    store_tile(o, acc / total[:, None], first_q + start, head * E, o_stride, end_q, ROWS, E, BLOCK_E)
+    lse += tl.cast(head, tl.int64) * total_q + first_q
+    tl.store(lse + rows, tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN_2), mask=rows < len_q)
+
+
+@triton.jit(launch_metadata=_statistics_metadata)
+def statistics_kernel(
+    o, do, lse, dlse, statistics, total_q, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
+):
+    """What the backward needs of each query: statistics [2, N, T], from o, do [T, N*E] and lse, dlse [N, T].
+
+    First lse in units of log 2, inf where a query sees nothing, so that its weights exp2(s - inf) are 0. Then
+    sum(o * do) - dlse, what is to be taken from the gradient of each weight. Grid: tiles of ROWS, N.
+    """
+    start, head, heads = tl.program_id(0) * ROWS, tl.program_id(1), tl.num_programs(1)
+    rows = start + tl.arange(0, ROWS)
+    o_tile = load_tile(o, start, head * E, heads * E, total_q, ROWS, E, BLOCK_E)
+    do_tile = load_tile(do, start, head * E, heads * E, total_q, ROWS, E, BLOCK_E)
+    at = tl.cast(head, tl.int64) * total_q + rows
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    delta -= tl.load(dlse + at, mask=rows < total_q, other=0.0)
+    logarithm = tl.load(lse + at, mask=rows < total_q, other=0.0) * LOG2_E
+    logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm)
+    tl.store(statistics + at, logarithm, mask=rows < total_q)
+    tl.store(statistics + tl.cast(heads, tl.int64) * total_q + at, delta, mask=rows < total_q)
+
+
+@device_function
+def _weights(s, logarithm, inner, scale, softcap):
+    """(scores as `_cap` returns them, weights) from q k^T; logarithm: inf where a query does not see a key."""
+    t = _cap(s, inner, softcap)
+    return t, tl.exp2(t * scale - logarithm)
+
+
+@device_function
+def _scores_gradient(p, dp, delta, t, softcap):
+    """Gradient of the scaled scores before the softcap, from the weights, dp = do v^T and the capped scores."""
+    ds = p * (dp - delta)
+    if softcap is not None:
+        ds = ds * (1.0 - t * t)
+    return ds
+
+
+@triton.jit(launch_metadata=_metadata(2, 2), do_not_specialize=VARYING)
+def dkdv_kernel(
+    q, k, v, do, q_tiles, do_tiles, statistics, dk, dv,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    total_q, len_q, len_k, left, right, num_sequences, group,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS keys of one kv head: dk [T', K*D], dv [T', K*E]. Grid: tiles, K, sequences (packed: 1).
+
+    It goes over the queries of every head that reads this one, in order: no atomics, and the same bits every time.
+    Scores are kept transposed, [keys, queries], so that they are operands of both products from registers.
+    """
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_k, ROWS)
+    start = tile * ROWS
+    if start >= len_k:
+        return
+    kv_head = tl.program_id(1)
+    end_q, end_k = first_q + len_q, first_k + len_k
+    shift = len_k - len_q
+    inner, scale_2 = _factors(scale, softcap)
+    do_stride = tl.num_programs(1) * group * E
+    k_tile = load_tile(k, first_k + start, kv_head * D, k_stride, end_k, ROWS, D, BLOCK_D)
+    v_tile = load_tile(v, first_k + start, kv_head * E, v_stride, end_k, ROWS, E, BLOCK_E)
+    keys = start + tl.arange(0, ROWS)
+    dk_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    dv_acc = tl.full([ROWS, BLOCK_E], 0.0, tl.float32)
+    # Key j is seen by the queries from j - shift - right to j - shift + left.
+    low, full_low, full_high, high = _ranges(start, -shift, right, left, len_q, ROWS, STEP, EDGE)
+
+    # One loop over the boundary tiles of all heads and one over the full ones: a loop in a loop would fill its pipeline
+    # anew for every head, and keep the addresses of both alive.
+    total = tl.cast(tl.num_programs(1) * group, tl.int64) * total_q
+    edges = _num_edges(low, full_low, full_high, high, EDGE)
+    for index in tl.range(0, group * edges, num_stages=1):
+        head = kv_head * group + index // edges
+        m = _edge(index % edges, low, full_low, full_high, EDGE)
+        rows = m + tl.arange(0, EDGE)
+        q_tile = load_tile(q, first_q + m, head * D, q_stride, end_q, EDGE, D, BLOCK_D)
+        do_tile = load_tile(do, first_q + m, head * E, do_stride, end_q, EDGE, E, BLOCK_E)
+        at = statistics + tl.cast(head, tl.int64) * total_q + first_q + rows
+        logarithm = tl.load(at, mask=rows < len_q, other=float("inf"))
+        delta = tl.load(at + total, mask=rows < len_q, other=0.0)
+        seen = _sees(rows[None, :], keys[:, None], shift, left, right, len_k)
+        logarithm = tl.where(seen, logarithm[None, :], float("inf"))
+        s = dot(k_tile, q_tile.T, None, PRECISION)
+        dp = dot(v_tile, do_tile.T, None, PRECISION)
+        t, p = _weights(s, logarithm, inner, scale_2, softcap)
+        dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc, PRECISION)
+        ds = _scores_gradient(p, dp, delta[None, :], t, softcap)
+        dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc, PRECISION)
+
+    # What is loaded where is chosen with care: a load among the products makes the compiler wait for them.
+    tiles = (full_high - full_low) // STEP
+    head, row = kv_head * group, first_q + full_low
+    for _ in tl.range(0, group * tiles):
+        at = statistics + tl.cast(head, tl.int64) * total_q + row + tl.arange(0, STEP)
+        q_tile = load_full_tile(q, q_tiles, row, head * D, q_stride, STEP, D, BLOCK_D)
+        do_tile = load_full_tile(do, do_tiles, row, head * E, do_stride, STEP, E, BLOCK_E)
+        logarithm = tl.load(at)[None, :]
+        s = dot(k_tile, q_tile.T, None, PRECISION)
+        dp = dot(v_tile, do_tile.T, None, PRECISION)
+        t, p = _weights(s, logarithm, inner, scale_2, softcap)
+        dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc, PRECISION)
+        ds = _scores_gradient(p, dp, tl.load(at + total)[None, :], t, softcap)
+        dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc, PRECISION)
+        row += STEP
+        if row >= first_q + full_high:
+            head += 1
+            row = first_q + full_low
+
+    dk_stride, dv_stride = tl.num_programs(1) * D, tl.num_programs(1) * E
+    store_tile(dk, dk_acc * scale, first_k + start, kv_head * D, dk_stride, end_k, ROWS, D, BLOCK_D)
+    store_tile(dv, dv_acc, first_k + start, kv_head * E, dv_stride, end_k, ROWS, E, BLOCK_E)
+
+
+@device_function
+def _dq_step(q_tile, do_tile, k_tile, v_tile, logarithm, delta, dq, inner, scale, softcap, PRECISION: tl.constexpr):
+    """dq with what one tile of keys adds."""
+    s = dot(q_tile, k_tile.T, None, PRECISION)
+    dp = dot(do_tile, v_tile.T, None, PRECISION)
+    t, p = _weights(s, logarithm, inner, scale, softcap)
+    ds = _scores_gradient(p, dp, delta[:, None], t, softcap)
+    return dot(cast(ds, k_tile.dtype), k_tile, dq, PRECISION)
+
+
+@triton.jit(launch_metadata=_metadata(2, 1), do_not_specialize=VARYING)
+def dq_kernel(
+    q, k, v, do, k_tiles, v_tiles, statistics, dq,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    total_q, len_q, len_k, left, right, num_sequences, group,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head: dq [T, N*D]. Grid: tiles, N, sequences (packed: 1)."""
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_q, ROWS)
+    if starts_q is None:
+        tile = tl.num_programs(0) - 1 - tile  # the longest first, as in the forward
+    start = tile * ROWS
+    if start >= len_q:
+        return
+    head = tl.program_id(1)
+    kv_head = head // group
+    end_q, end_k = first_q + len_q, first_k + len_k
+    shift = len_k - len_q
+    inner, scale_2 = _factors(scale, softcap)
+    do_stride = tl.num_programs(1) * E
+    q_tile = load_tile(q, first_q + start, head * D, q_stride, end_q, ROWS, D, BLOCK_D)
+    do_tile = load_tile(do, first_q + start, head * E, do_stride, end_q, ROWS, E, BLOCK_E)
+    rows = start + tl.arange(0, ROWS)
+    statistics += tl.cast(head, tl.int64) * total_q + first_q + rows
+    logarithm = tl.load(statistics, mask=rows < len_q, other=float("inf"))
+    delta = tl.load(statistics + tl.cast(tl.num_programs(1), tl.int64) * total_q, mask=rows < len_q, other=0.0)
+    acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    low, full_low, full_high, high = _ranges(start, shift, left, right, len_k, ROWS, STEP, EDGE)
+
+    for index in tl.range(0, _num_edges(low, full_low, full_high, high, EDGE), num_stages=1):
+        n = _edge(index, low, full_low, full_high, EDGE)
+        keys = n + tl.arange(0, EDGE)
+        k_tile = load_tile(k, first_k + n, kv_head * D, k_stride, end_k, EDGE, D, BLOCK_D)
+        v_tile = load_tile(v, first_k + n, kv_head * E, v_stride, end_k, EDGE, E, BLOCK_E)
+        seen = _sees(rows[:, None], keys[None, :], shift, left, right, len_k)
+        hiding = tl.where(seen, logarithm[:, None], float("inf"))
+        acc = _dq_step(q_tile, do_tile, k_tile, v_tile, hiding, delta, acc, inner, scale_2, softcap, PRECISION)
+
+    for n in tl.range(full_low, full_high, STEP):
+        k_tile = load_full_tile(k, k_tiles, first_k + n, kv_head * D, k_stride, STEP, D, BLOCK_D)
+        v_tile = load_full_tile(v, v_tiles, first_k + n, kv_head * E, v_stride, STEP, E, BLOCK_E)
+        acc = _dq_step(
+            q_tile, do_tile, k_tile, v_tile, logarithm[:, None], delta, acc, inner, scale_2, softcap, PRECISION
+        )
+
+    dq_stride = tl.num_programs(1) * D
+    store_tile(dq, acc * scale, first_q + start, head * D, dq_stride, end_q, ROWS, D, BLOCK_D)
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
 
 
 @dataclass(frozen=True)
@@ -208,7 +588,7 @@ class Config:
 # docs/kernels.md has the figures. sm_80's fit into the 99 KB of its smaller relatives.
 CONFIGS = {
     ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
-    ("forward", "sm_80", 128): Config(128, 32, 16, 8, 3),
+    ("forward", "sm_80", 128): Config(128, 32, 32, 8, 3),
     ("forward", "sm_80", 256): Config(64, 32, 16, 8, 2),
     ("forward", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
     ("forward", "sm_90", 256): Config(128, 64, 32, 8, 2, tma=True),
@@ -220,7 +600,7 @@ CONFIGS = {
     ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
     ("dkdv", "sm_80", 128): Config(64, 32, 16, 4, 2),
     ("dkdv", "sm_80", 256): Config(32, 32, 16, 4, 1),
-    ("dkdv", "sm_90", 64): Config(128, 128, 32, 8, 2, tma=True),
+    ("dkdv", "sm_90", 64): Config(128, 64, 64, 8, 2, tma=True),
     ("dkdv", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
     ("dkdv", "sm_90", 256): Config(64, 32, 16, 8, 2, tma=True),
     ("dkdv", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
@@ -238,17 +618,15 @@ CONFIGS = {
     ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
     ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
     ("dq", "interpret", 256): Config(128, 128, 64, 4, 1),
-}
-# The same for fp32 on any GPU. Three tf32 products for one need small tiles, or registers spill.
-FP32_CONFIGS = {
-    ("forward", 32): Config(64, 32, 16, 4, 2),
-    ("forward", 64): Config(32, 16, 16, 4, 1),
-    ("forward", 256): Config(16, 32, 16, 4, 1),
-    ("dkdv", 64): Config(32, 16, 16, 4, 1),
-    ("dkdv", 256): Config(16, 16, 16, 4, 1),
-    ("dq", 32): Config(64, 32, 16, 4, 2),
-    ("dq", 64): Config(32, 16, 16, 4, 1),
-    ("dq", 256): Config(16, 16, 16, 4, 1),
+    # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
+    ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
+    ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("forward", "fp32", 256): Config(16, 32, 16, 4, 1),
+    ("dkdv", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("dkdv", "fp32", 256): Config(16, 16, 16, 4, 1),
+    ("dq", "fp32", 32): Config(64, 32, 16, 4, 2),
+    ("dq", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("dq", "fp32", 256): Config(16, 16, 16, 4, 1),
 }
 STATISTICS_ROWS = 64
 
@@ -256,9 +634,10 @@ STATISTICS_ROWS = 64
 def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:
     """The block sizes that a launch takes, by the wider of a head's D and E."""
     if dtype == torch.float32 and arch != "interpret":
-        return FP32_CONFIGS[kernel, min(c for k, c in FP32_CONFIGS if k == kernel and c >= channels)]
-    arch = arch if ("forward", arch, 256) in CONFIGS else relative(arch)
-    return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if k == kernel and a == arch and c >= channels)]
+        arch = "fp32"
+    elif ("forward", arch, 256) not in CONFIGS:
+        arch = relative(arch)
+    return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels)]
 
 
 def relative(arch: str) -> str:
@@ -346,22 +725,6 @@ class Call:
     def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor) -> Launch:
         streamed = {"k": self.k, "v": self.v}
         return self.launch("dq", dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
-
-
-def matrix(x: Tensor) -> Tensor:
-    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
-    heads, channels = x.shape[-2:]
-    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
-    if x.dim() == 4:
-        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
-    x = x if together and x.numel() else x.contiguous()
-    rows = math.prod(x.shape[:-2])
-    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
-
-
-def precision(arch: str) -> str:
-    """How tensor cores multiply fp32: on NVIDIA as three tf32 products, which keeps 21 of fp32's 24 bits."""
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
 # -------------------------------------------------------------------------------------------------------- operators
