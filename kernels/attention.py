@@ -613,7 +613,7 @@ CONFIGS = {
     ("dq", "sm_80", 256): Config(32, 32, 16, 4, 1),
     ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
     ("dq", "sm_90", 256): Config(64, 32, 16, 4, 2, tma=True),
-    ("dq", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dq", "sm_100", 128): Config(128, 64, 64, 8, 2, tma=True),
     ("dq", "sm_100", 256): Config(64, 32, 16, 4, 2, tma=True),
     ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
     ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
@@ -628,7 +628,7 @@ CONFIGS = {
     ("dq", "fp32", 64): Config(32, 16, 16, 4, 1),
     ("dq", "fp32", 256): Config(16, 16, 16, 4, 1),
 }
-STATISTICS_ROWS = 64
+STATISTICS_ROWS = 32
 
 
 def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:

@@ -49,7 +49,7 @@ def _load_bits(opcode: str) -> int:
 
 
 def _loops(lines: list[str]) -> list[Counter[str]]:
-    """Instructions by unit between each label and the branch back to it that holds no other such."""
+    """Instructions by unit of each innermost loop: from a label to the last branch back to it."""
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
     spans = []
     for number, line in enumerate(lines):
@@ -57,4 +57,4 @@ def _loops(lines: list[str]) -> list[Counter[str]]:
         if target and labels.get(target[1], number) < number:
             spans.append((labels[target[1]], number))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [Counter(_unit(x) for x in lines[a:b] if re.match(r"[a-z]+_\w", x)) for a, b in inner]
+    return [Counter(_unit(x) for x in lines[a : b + 1] if re.match(r"[a-z]+_\w", x)) for a, b in inner]
