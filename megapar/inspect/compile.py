@@ -1,7 +1,6 @@
 """Compile kernels for GPUs that are not here, and read figures off the machine code. Each in a process of its own."""
 
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -13,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from megapar.config.errors import UserError
 from megapar.cores import num_cores
 from megapar.inspect import amdgcn, sass
+from megapar.kernels import INTERPRET, interprets
+from megapar.launch.local import environment_with
 
 # Bytes of shared memory that one thread block may have. The compiler does not check it: only a launch would.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -79,35 +81,26 @@ TMA_BITS = 1024
 
 
 def specs_of(kernels: list[str], targets: list[str]) -> list[Spec]:
-    """What the launchers of these kernels would compile on these targets."""
+    """What the launchers of these kernels would compile on these targets.
+
+    Raises UserError in a process whose Triton kernels are interpreted: they can't be compiled.
+    """
+    if interprets():
+        raise UserError(f"kernels: {INTERPRET} is set, so Triton would interpret kernels; unset it to compile them")
     found = []
     for kernel in kernels:
         module = import_module(f"megapar.kernels.{kernel}")
         for target in targets:
             for name, launch in module.aot_specs(target).items():
                 function = launch.kernel.fn
-                types, constants, divisible = launch.specialisation()
-                found.append(
-                    Spec(
-                        name,
-                        function.__module__,
-                        function.__name__,
-                        target,
-                        types,
-                        constants,
-                        divisible,
-                        launch.options,
-                    )
-                )
+                compiled = (function.__module__, function.__name__, target)
+                found.append(Spec(name, *compiled, *launch.specialisation(), launch.options))
     return found
 
 
 def compile_all(specs: list[Spec]) -> list[Figures]:
     """Figures of every spec, in order. A compiler that crashes takes its own process with it and no other."""
-    environment = dict(os.environ)
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
+    with environment_with({"OMP_NUM_THREADS": "1"}):
         with _pool(min(num_cores(), len(specs) or 1)) as pool:
             futures = [pool.submit(compile_one, spec) for spec in specs]
             try:
@@ -115,9 +108,6 @@ def compile_all(specs: list[Spec]) -> list[Figures]:
             except BrokenProcessPool:
                 pass
         return [_alone(spec) for spec in specs]  # Triton's cache has what was compiled before the crash
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def _pool(size: int) -> ProcessPoolExecutor:
