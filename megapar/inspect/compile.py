@@ -93,8 +93,9 @@ def specs_of(kernels: list[str], targets: list[str]) -> list[Spec]:
         for target in targets:
             for name, launch in module.aot_specs(target).items():
                 function = launch.kernel.fn
-                compiled = (function.__module__, function.__name__, target)
-                found.append(Spec(name, *compiled, *launch.specialisation(), launch.options))
+                types, constants, divisible = launch.specialisation()
+                where = (function.__module__, function.__name__, target)
+                found.append(Spec(name, *where, types, constants, divisible, launch.options))
     return found
 
 

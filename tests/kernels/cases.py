@@ -1,6 +1,8 @@
 """Cases of attention, and what a process with interpreted kernels does with them."""
 
+import ctypes
 import math
+import mmap
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +131,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def guarded(like: Tensor, before: bool) -> Tensor:
+    """A copy whose memory ends where a page begins that can't be touched; before: begins where such a page ends."""
+    page, size = mmap.PAGESIZE, like.numel() * like.element_size()
+    pages = -(-size // page)
+    region = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    closed, first = (start, page) if before else (start + pages * page, pages * page - size)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(closed), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(region, dtype=like.dtype, count=like.numel(), offset=first).view(like.shape).copy_(like)
+
+
 # ------------------------------------------------------- jobs: (rank, world_size, ...) in the interpreting processes
 
 
@@ -207,3 +220,29 @@ def merged(rank: int, world_size: int, cut: int) -> dict[str, float]:
     exact = torch.autograd.grad([*whole], [q, k, v], [do, do[..., 0]], retain_graph=True)
     found = torch.autograd.grad([*both], [q, k, v], [do, do[..., 0]])
     return {name: distance(a, b) for name, a, b in zip(NAMES, (*both, *found), (*whole, *exact), strict=True)}
+
+
+def run_guarded(rank: int, world_size: int, case: Case) -> None:
+    """Every kernel on tensors beside pages that can't be touched: a stray read or write ends the process."""
+    q, k, v, do, _ = (x.nan_to_num().to(DTYPES[case.dtype]) for x in inputs(case))
+    heads, rows = case.heads[0], q.shape[:-2].numel()
+    lse, statistics = torch.zeros(heads, rows), torch.zeros(2, heads, rows)
+    options = case.options()
+    starts_q, starts_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
+    sides = module._window(*case.mask)
+    for before in (False, True):
+
+        def guard(x: Any, before: bool = before) -> Any:
+            return None if x is None else guarded(x, before)
+
+        def place(x: Tensor) -> Tensor:
+            return module.matrix(guard(x))
+
+        with tiles(TILES[case.tiles]):
+            inside = (guard(q), guard(k), guard(v), guard(starts_q), guard(starts_k))
+            call = module.Call.of(*inside, 0.3, *sides, case.softcap)
+            o, do_, found, given = place(do), place(do), guard(lse), guard(statistics)
+            call.forward("interpret", o, found).run()
+            call.statistics("interpret", o, do_, found, guard(lse), given).run()
+            call.dkdv("interpret", do_, given, place(k), place(v)).run()
+            call.dq("interpret", do_, given, place(q)).run()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,6 +206,13 @@ def test_a_sequence_full_of_nan_touches_no_other(interpreter: WorkerPool, tile: 
 def test_merged_kernels(interpreter: WorkerPool, cut: int) -> None:
     """Values are around 1, sums of a dozen fp32 products."""
     assert max(interpreter.run(cases.merged, 1, cut)[0].values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x) for x in vars(case).values()))
+def test_nothing_outside_the_tensors_is_touched(interpreter: WorkerPool, case: Case) -> None:
+    interpreter.run(cases.run_guarded, 1, case, timeout=300)
 
 
 def test_operators_pass_torchs_checks(interpreter: WorkerPool) -> None:
