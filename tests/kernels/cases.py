@@ -1,6 +1,7 @@
 """Cases of attention, and what a process with interpreted kernels does with them."""
 
 import ctypes
+import importlib.util
 import math
 import mmap
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapar import kernels
 from megapar.kernels import attention as module
 from megapar.kernels import use_backend
 from megapar.kernels.attention import Config, attention
@@ -246,3 +248,22 @@ def run_guarded(rank: int, world_size: int, case: Case) -> None:
             call.statistics("interpret", o, do_, found, guard(lse), given).run()
             call.dkdv("interpret", do_, given, place(k), place(v)).run()
             call.dq("interpret", do_, given, place(q)).run()
+
+
+def run_howto(rank: int, world_size: int, path: str) -> tuple[float, float, list[str]]:
+    """docs/howto/add-a-kernel.md's kernel in bf16 against fp64: largest errors of value and gradient; its specs."""
+    kernels.BACKENDS["scaled_silu"] = kernels.BACKENDS["attention"]
+    spec = importlib.util.spec_from_file_location("scaled_silu", path)
+    assert spec is not None and spec.loader is not None
+    written = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(written)
+    x = torch.linspace(-4, 4, 1500).to(torch.bfloat16).requires_grad_()
+    results = []
+    for backend, given in (("interpret", x), ("torch", x.detach().double().requires_grad_())):
+        use_backend(backend)
+        out = written.scaled_silu(given, 1.5)
+        results.append([out, *torch.autograd.grad(out.sum(), given)])
+    value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
+    use_backend("interpret")
+    torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
+    return value, gradient, list(written.aot_specs("sm_90"))

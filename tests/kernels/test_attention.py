@@ -208,9 +208,13 @@ def test_merged_kernels(interpreter: WorkerPool, cut: int) -> None:
     assert max(interpreter.run(cases.merged, 1, cut)[0].values()) < 1e-5
 
 
-@pytest.mark.slow
+# Few in every run: heads that are padded, where a tile without a mask would reach past the end of the last head.
+PADDED = [case for case in CASES if case.channels == (40, 40)][:4]
+GUARDED = [*PADDED, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in PADDED)]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x) for x in vars(case).values()))
+@pytest.mark.parametrize("case", GUARDED, ids=lambda case: "-".join(str(x) for x in vars(case).values()))
 def test_nothing_outside_the_tensors_is_touched(interpreter: WorkerPool, case: Case) -> None:
     interpreter.run(cases.run_guarded, 1, case, timeout=300)
 
