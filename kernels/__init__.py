@@ -10,7 +10,7 @@ import sys
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "interpret"),
     "rope": ("torch",),
-    "swiglu": ("torch",),
+    "swiglu": ("torch", "triton", "interpret"),
     "dropout": ("torch",),
 }
 REQUESTS = ("auto", "torch", "triton", "interpret")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -145,7 +146,9 @@ class Launch:
 
     def run(self) -> None:
         """Run it on the device of its tensors."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+        first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its tensors' is
+            self.kernel[self.grid](**self.arguments, **self.options)
 
     def specialisation(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:
         """What the compiler is given, as a launch would have Triton derive it from the arguments.
@@ -201,10 +204,10 @@ def matrix(x: Tensor) -> Tensor:
     return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
 
 
-def tiles_of(matrix: Tensor, rows: int, channels: int) -> TensorDescriptor | None:
+def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | None":
     """TMA descriptor of a matrix for tiles [rows, channels]; None where the hardware can't read it so."""
     size = matrix.element_size()
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return TensorDescriptor.from_tensor(matrix, [rows, channels]) if aligned and matrix.numel() else None
 
 

@@ -54,9 +54,9 @@ def test_compiled(figures: list[Figures]) -> None:
         where, expected = f"{one.name} on {one.target}", golden[one.name]
         assert one.error is None, where
         assert one.spill_bytes == 0 and "spill" not in one.loop, where
-        assert 0 < one.shared_bytes + ("statistics" in one.name) <= one.shared_limit, where
+        assert one.shared_bytes <= one.shared_limit, where
         assert one.widest_load >= 128, where
-        if "statistics" not in one.name:
+        if one.name.startswith("attention") and "statistics" not in one.name:
             assert one.mma.split(".")[0].startswith(SMALL.get((one.target, one.name), MMA[one.target])), where
         assert sum(one.loop.values()) <= 1.1 * sum(expected["loop"].values()), where
         for bound in ("perfect", "serial", "lockstep"):
@@ -68,5 +68,5 @@ def test_compiled(figures: list[Figures]) -> None:
 
 
 def test_heads_of_128_and_64_are_read_by_tma() -> None:
-    heads = [one for one in GOLDEN if one["target"] in ("sm_90", "sm_100") and "_d32" not in one["name"]]
-    assert all(one["widest_load"] == 1024 for one in heads if "statistics" not in one["name"])
+    heads = [one for one in GOLDEN if one["target"] in ("sm_90", "sm_100") and one["mma"] and "_d32" not in one["name"]]
+    assert len(heads) == 2 * 9 and all(one["widest_load"] == 1024 for one in heads)

@@ -54,4 +54,4 @@ def test_a_run_says_which_backend_ran(runs: dict[str, Path]) -> None:
             json.loads((folder / n).read_text()) for n in ("environment.json", "summary.json")
         ]
         for kernels in (one["kernels"] for one in facts):
-            assert kernels["attention"] == backend and kernels["rope"] == kernels["swiglu"] == "torch"
+            assert kernels["attention"] == kernels["swiglu"] == backend and kernels["rope"] == "torch"
