@@ -621,8 +621,10 @@ CONFIGS = {
     # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
     ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("forward", "fp32", 128): Config(16, 32, 16, 8, 1),
     ("forward", "fp32", 256): Config(16, 32, 16, 4, 1),
     ("dkdv", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("dkdv", "fp32", 128): Config(16, 16, 16, 8, 1),
     ("dkdv", "fp32", 256): Config(16, 16, 16, 4, 1),
     ("dq", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("dq", "fp32", 64): Config(32, 16, 16, 4, 1),
