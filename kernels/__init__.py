@@ -11,6 +11,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "interpret"),
     "rope": ("torch",),
     "swiglu": ("torch", "triton", "interpret"),
+    "cross_entropy": ("torch", "triton", "interpret"),
     "dropout": ("torch",),
 }
 REQUESTS = ("auto", "torch", "triton", "interpret")

@@ -52,11 +52,10 @@ class LanguageModeling:
 
     def loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """This micro-batch's part of the mean loss over the global batch."""
-        logits = outputs["logits"].to(self.context.wide_dtype)
-        labels = batch["labels"].reshape(-1)
-        losses = vocab_parallel_cross_entropy(logits, labels, self.first_id, self.context.tp)
+        labels, tp = batch["labels"].reshape(-1), self.context.tp
+        losses = vocab_parallel_cross_entropy(outputs["logits"], labels, self.first_id, tp, ignored=_IGNORED)
         # The sum is fp64: a rank that sums other tokens should not lose other digits.
-        return (losses * (labels != _IGNORED)).sum(dtype=torch.float64) / batch["tokens"]
+        return losses.sum(dtype=torch.float64) / batch["tokens"]
 
     def validation(self) -> tuple[list[Batch], int]:
         """This data-parallel rank's share of the held-out samples, and how many tokens all ranks' shares hold.
