@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapar.pipeline.partition import PartitionError, balanced, partition
@@ -47,6 +47,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(problems())
 def test_balanced_is_the_best_of_all(problem: dict[str, Any]) -> None:
     """Brute force over every partition that keeps the limits."""
