@@ -12,7 +12,7 @@ from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.kernels import select_backends
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown
+from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
@@ -281,6 +281,9 @@ def check_verify(config: VerifyConfig) -> None:
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
     layouts = [with_layout(config, Layout.parse(name)) for name in config.layouts or []]
+    if (ranks := table_ranks(config.pipeline.schedule)) not in (None, *(layout.parallel.pp for layout in layouts)):
+        problem = f"the table has {ranks} rows; name a layout with pp{ranks} in layouts"
+        raise ConfigError("pipeline.schedule", config.pipeline.schedule, problem)
     partition, stages = config.pipeline.partition, {num_stages(layout) for layout in layouts}
     if isinstance(partition, list) and len(partition) not in stages:
         problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
@@ -313,8 +316,10 @@ def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
 
 
 def with_layout(config: T, layout: Layout) -> T:
-    """The same config in another layout; a partition for another number of stages becomes uniform."""
+    """The same config in another layout; a table for another number of ranks becomes 1F1B, a partition uniform."""
     values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
+    if table_ranks(config.pipeline.schedule) not in (None, layout.pp):
+        config = changed(config, {"pipeline.schedule": "1f1b", "pipeline.chunks": 1})
     partition = config.pipeline.partition
     config = changed(config, values | {"parallel.auto": False})
     if isinstance(partition, list) and len(partition) != num_stages(config):

@@ -17,7 +17,7 @@ from megapar.config.layout import Layout
 from megapar.config.parse import changed
 from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import CSV, default_chunks
+from megapar.schedule.build import CSV, default_chunks, table_ranks
 
 
 def resolve(
@@ -125,7 +125,10 @@ def _auto(config: T, ranks: int) -> Layout:
     if (config.parallel.tp, config.parallel.pp, config.parallel.dp) != (1, 1, None):
         raise ConfigError("parallel.auto", True, "it chooses tp, pp and dp itself; leave them out, or use auto=false")
     everything = [Layout(), *layouts_up_to(ranks)]
+    ranks_of_table = table_ranks(config.pipeline.schedule)
     fitting = [layout for layout in everything if why_not(config, layout) is None]
+    if ranks_of_table is not None:
+        fitting = [layout for layout in fitting if layout.pp == ranks_of_table]
     exact = [layout for layout in fitting if layout.world == ranks]
     if not exact:
         most = max((layout.world for layout in fitting), default=0)

@@ -35,6 +35,11 @@ def refuse_unknown(name: str) -> None:
     raise ScheduleError(f"no such schedule; {hint}There are {', '.join(known)} and {CSV}PATH")
 
 
+def table_ranks(name: str) -> int | None:
+    """The ranks that a `csv:PATH` is for; None for a schedule that takes any. Raises ScheduleError."""
+    return len(read(name.removeprefix(CSV)).rows) if name.startswith(CSV) else None
+
+
 def default_chunks(name: str) -> int:
     """Stages per rank of a schedule where nothing else is asked for. Raises ScheduleError."""
     refuse_unknown(name)
