@@ -257,7 +257,6 @@ def schedule(config: ScheduleConfig) -> int:
         raise ConfigError("plot", config.plot, "draws .svg or .html; name a file that ends so")
     refuse_bad_out(config.out, None)
     comparison = compare(config)
-    print(comparison.text())
     if config.csv is not None:
         write(comparison.candidates[0].schedule, config.csv)
     if config.plot is not None:
@@ -265,4 +264,5 @@ def schedule(config: ScheduleConfig) -> int:
     if config.out is not None:
         rows = [found.row() for found in comparison.candidates]
         Path(config.out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(comparison.text())
     return 0

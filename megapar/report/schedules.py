@@ -9,7 +9,7 @@ from megapar.config.errors import ConfigError
 from megapar.config.schema import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
 from megapar.report.timeline import Bar, Lane, draw_lanes, readable_width
-from megapar.schedule.actions import Schedule, ScheduleError
+from megapar.schedule.actions import COMPUTE, Schedule, ScheduleError
 from megapar.schedule.build import CSV, build, default_chunks, generators, refusal, refuse_chunks
 from megapar.schedule.check import check
 from megapar.schedule.costs import Costs, read_costs
@@ -185,7 +185,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
         lane = Lane(f"rank {rank}  {names}")
         for start, end, action in spans:
             note = f"{action}  {start:g} to {end:g}"
-            label = "" if action.kind == "REDUCE" else str(action.microbatch)
+            label = "" if action.kind not in COMPUTE else str(action.microbatch)
             tone = stages.index(action.stage) / max(1, len(stages) - 1)
             lane.bars.append(Bar(start, end, action.kind, note, label, tone))
         lanes.append(lane)

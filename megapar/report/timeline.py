@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from html import escape
-from statistics import median
 
 from megapar.report.svg import COLOURS, GRID, INK, LEFT, MUTED, NAMES, PAPER, RIGHT, WAIT, WIDTH, legend, text, ticks
 
@@ -33,14 +32,13 @@ class Lane:
 
 
 def readable_width(lanes: list[Lane], start: float, stop: float) -> float:
-    """The width of a picture in which the usual bar has room for a number, within limits."""
-    lengths = [
-        bar.end - bar.start for lane in lanes for bar in lane.bars if bar.kind in COLOURS and bar.end > bar.start
-    ]
-    if not lengths:
+    """The width of a picture in which three of four bars have room for their number, within limits."""
+    bars = [bar for lane in lanes for bar in lane.bars if bar.label and bar.end > bar.start]
+    if not bars:
         return WIDTH
-    digits = max(len(bar.label) for lane in lanes for bar in lane.bars)
-    return min(_WIDEST, max(WIDTH, LEFT + RIGHT + (_DIGIT * digits + 1) * (stop - start) / median(lengths)))
+    length = sorted(bar.end - bar.start for bar in bars)[len(bars) // 4]
+    digits = max(len(bar.label) for bar in bars)
+    return min(_WIDEST, max(WIDTH, LEFT + RIGHT + (_DIGIT * digits + 1) * (stop - start) / length))
 
 
 def draw_lanes(
@@ -88,7 +86,7 @@ def _bar(bar: Bar, x: float, y: float, width: float, height: float) -> list[str]
     drawn.append(f'<rect {size} fill="{COLOURS[bar.kind]}"{pale}>{note}</rect>')
     font = min(10.0, height - 3)
     if bar.label and width >= 0.6 * font * len(bar.label) + 1:
-        colour = INK if bar.tone > 0.4 else PAPER
+        colour = INK if bar.tone > 0.25 or bar.kind == "B" else PAPER  # what can be read on it
         place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 0.35 * font:.1f}" font-size="{font:g}" fill="{colour}"'
         drawn.append(f'<text {place} text-anchor="middle" pointer-events="none">{escape(bar.label)}</text>')
     return drawn
