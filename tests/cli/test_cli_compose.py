@@ -10,7 +10,7 @@ import yaml
 
 from megapar.cli import main
 from megapar.compose import CONF, compose, group_files, split
-from megapar.config import COMMANDS, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
+from megapar.config import COMMANDS, ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
 from megapar.config.parse import groups, keys
 from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
