@@ -159,8 +159,7 @@ class _Phase:
         else:
             arrived = self._arrived.pop(Action(stage, "RECV_B", m))
             grads = [arrived[name] for name in forwarded.names]
-        if forwarded.edges:  # not in a first stage whose weights are all frozen
-            torch.autograd.backward(forwarded.edges, grads)
+        torch.autograd.backward(forwarded.edges, grads)
         if stage > 0:
             grads_of_received = {
                 name: tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
