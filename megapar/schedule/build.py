@@ -95,6 +95,7 @@ def build(
     if name.startswith(CSV):
         rows = read(name.removeprefix(CSV)).rows
     else:
-        problem = Problem(ranks, microbatches, chunks, costs or Costs.even(ranks, stages), memory_limit)
+        costs = Costs.even(ranks, stages) if costs is None else costs.normalised(ranks)
+        problem = Problem(ranks, microbatches, chunks, costs, memory_limit)
         rows = generators()[name].build(problem)
     return lower(rows, stages, microbatches)

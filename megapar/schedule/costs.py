@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 
 from megapar.schedule.actions import ScheduleError
@@ -82,12 +83,28 @@ class Costs:
         """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
         if self.stages % stages:
             raise ScheduleError(f"costs of {self.stages} parts of the model can't be those of {stages} stages")
-        size = self.stages // stages
+        return self.cut([self.stages // stages] * stages)
 
-        def merge(values: Sequence[float]) -> tuple[float, ...]:
-            return tuple(sum(values[size * stage : size * (stage + 1)]) for stage in range(stages))
+    def normalised(self, ranks: int) -> "Costs":
+        """The same in another unit of time, in which F of all layers on a rank takes 1 on average."""
+        unit = sum(self.forward) / ranks
+        times = {
+            name: tuple(value / unit for value in getattr(self, name)) for name in BY_STAGE if name != "activation"
+        }
+        return replace(self, **times, latency=self.latency / unit, transfer=self.transfer / unit, tied=self.tied / unit)  # type: ignore[arg-type]
 
-        return replace(self, **{name: merge(getattr(self, name)) for name in BY_STAGE})  # type: ignore[arg-type]
+    def cut(self, counts: Sequence[int], speed: Sequence[float] | None = None) -> "Costs":
+        """Stages of so many parts each, such as layers; times are divided by the speed of each stage's device."""
+        assert sum(counts) == self.stages, f"{counts} of {self.stages} parts"
+        ends = list(accumulate(counts))
+        speed = speed or [1.0] * len(counts)
+
+        def cut(name: str) -> tuple[float, ...]:
+            values, by = getattr(self, name), [1.0] * len(counts) if name == "activation" else speed
+            parts = zip(ends, counts, by, strict=True)
+            return tuple(sum(values[end - count : end]) / of_device for end, count, of_device in parts)
+
+        return replace(self, **{name: cut(name) for name in BY_STAGE})  # type: ignore[arg-type]
 
 
 BY_STAGE = ("forward", "input_grad", "weight_grad", "activation", "reduce")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.config.schema import TrainConfig
+from megapar.config.stages import make_schedule, stage_layers
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerStage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
@@ -16,11 +17,9 @@ from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Executor
-from megapar.pipeline.partition import partition
-from megapar.schedule.actions import Schedule
-from megapar.schedule.build import build
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
+from megapar.schedule.partition import ranges
 from megapar.timeline import Span
 from megapar.train.task import TASKS
 
@@ -52,21 +51,12 @@ def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
     return TransformerStage(
         context,
         config.model,
-        partition(config.model.layers, stages, config.pipeline.partition)[stage],
+        ranges(stage_layers(config))[stage],
         first=stage == 0,
         last=stage == stages - 1,
         positions=config.train.seq_length,
         recompute=config.train.recompute,
     )
-
-
-def make_schedule(config: TrainConfig) -> Schedule:
-    """The schedule of a step. Without a pipeline there is nothing to choose: forward and backward in turn."""
-    train, pp, dp = config.train, config.parallel.pp, config.parallel.dp or 1
-    microbatches = train.global_batch_size // (train.micro_batch_size * dp)
-    if pp == 1:
-        return build("1f1b", 1, microbatches)
-    return build(config.pipeline.schedule, pp, microbatches, chunks=config.pipeline.chunks)
 
 
 class ModelPart:

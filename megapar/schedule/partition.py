@@ -1,4 +1,4 @@
-"""Which layers a stage holds."""
+"""How many layers a stage holds."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,14 +8,17 @@ class PartitionError(ValueError):
     """No partition can keep the memory limits; one line says what is missing."""
 
 
-def partition(layers: int, stages: int, choice: str | list[int]) -> list[range]:
-    """Layers of each stage: `uniform`, or the number of layers per stage.
+def uniform(layers: int, stages: int) -> list[int]:
+    """Layers of each stage, as even as can be.
 
-    Uniform counts that don't divide put one layer more on the middle and early stages, never on the last, which holds
-    the head, unless all others have it too.
+    Counts that don't divide put one layer more on the middle and early stages, never on the last, which holds the head,
+    unless all others have it too.
     """
-    counts = choice if isinstance(choice, list) else [(layers + stages - 1 - s) // stages for s in range(stages)]
-    assert len(counts) == stages and sum(counts) == layers, f"{counts} for {layers} layers on {stages} stages"
+    return [(layers + stages - 1 - stage) // stages for stage in range(stages)]
+
+
+def ranges(counts: Sequence[int]) -> list[range]:
+    """The layers by number of stages with so many each."""
     ends = list(accumulate(counts))
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
