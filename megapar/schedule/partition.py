@@ -83,6 +83,27 @@ def balanced(
     return counts[::-1]
 
 
+WORTH_MOVING = 0.03  # shorter slowest stage: less is the noise of measured times, and a move costs a checkpoint
+
+
+def rebalanced(counts: Sequence[int], layer: Sequence[float], rest: Sequence[float]) -> list[int]:
+    """Layers per stage for measured times, or `counts` again where a move is not worth it.
+
+    layer: seconds of one layer on the device of each stage, forward and backward of one micro-batch
+    rest: seconds of everything else of the stage: embedding, head, loss
+
+    Layers are taken to be equal in work, so that a device's speed is known from those it has.
+    """
+
+    def slowest(counts: Sequence[int]) -> float:
+        return max(count * one + other for count, one, other in zip(counts, layer, rest, strict=True))
+
+    speed = [1 / seconds for seconds in layer]
+    embedding, head = rest[0] * speed[0], rest[-1] * speed[-1]
+    found = balanced([1.0] * sum(counts), len(counts), embedding=embedding, head=head, speed=speed)
+    return found if slowest(found) < (1 - WORTH_MOVING) * slowest(counts) else list(counts)
+
+
 def _why_impossible(needed: float, limit: Sequence[float], layers: int) -> str:
     room = sum(limit)
     if needed > room:

@@ -103,6 +103,11 @@ class MetricsWriter:
         text = f"step {row['step']:>6}  validation loss {row['val_loss']:.4f} nats/token"
         self.say(text + (f", {bits:.3f} bits/char" if bits is not None else ""))
 
+    def partition(self, step: int, before: list[int], after: list[int]) -> None:
+        """A row of layers that moved after a step."""
+        self._write({"step": step, "partition": after})
+        self.say(f"step {step:>6}  layers per stage {before} -> {after}, by measured times")
+
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""
         if self._bar is not None:

@@ -63,6 +63,7 @@ class ModelPart:
     """A rank's part of the model: its stages by number and the flat buffers of their parameters.
 
     build_stage: makes a stage from (config, context); the default is the configured Transformer.
+    mesh: one of this very layout that is there already: torch can't make the groups of a closed one a second time.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     """
 
@@ -72,11 +73,12 @@ class ModelPart:
         rank: int,
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
         *,
+        mesh: Mesh | None = None,
         weights_only: bool = False,
     ) -> None:
         train, parallel = config.train, config.parallel
         self.config = config
-        self.mesh = make_mesh(config, rank)
+        self.mesh = mesh or make_mesh(config, rank)
         self.schedule = make_schedule(config)
         self.context = StageContext(
             self.mesh,
@@ -112,8 +114,10 @@ class Trainer(ModelPart):
         config: TrainConfig,
         rank: int,
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+        *,
+        mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(config, rank, build_stage)
+        super().__init__(config, rank, build_stage, mesh=mesh)
         check(self.schedule)
         self.sync = GradSync(self.buffers)
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)

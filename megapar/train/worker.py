@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from megapar.checkpoint import load, save
+from megapar.config.parse import changed
 from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.config.stages import stage_layers
 from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
+from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
 from megapar.train.trainer import Step, Trainer
@@ -45,6 +48,8 @@ class Loop:
         self.writer = MetricsWriter(config, console(), self.first_step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
+        self.rebalances = bool(config.pipeline.rebalance) and config.parallel.pp > 1
+        self.times = StageTimes()
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0
@@ -59,16 +64,39 @@ class Loop:
             self._step(step)
             if every and (step % every == 0 or step == steps):
                 self._evaluate(step)
+            saved = None
             if step == steps or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                save(self.folder / "checkpoints", self.trainer.optimizer, self.config, step)
+                saved = self._save(step)
+            if self.rebalances and step % self.config.pipeline.rebalance == 0 and step < steps:
+                self._rebalance(step, saved)
         sample = self._sample()
         if self.writer is not None:
             self._finish(self.writer, sample)
         self.trainer.close()
 
+    def _save(self, step: int) -> Path:
+        return save(self.folder / "checkpoints", self.trainer.optimizer, self.config, step)
+
+    def _rebalance(self, step: int, saved: Path | None) -> None:
+        """Move layers to where they are faster: into a checkpoint, and out of it in another partition."""
+        before = stage_layers(self.config)
+        after = self.times.layers(before, self.trainer.mesh)
+        if after == before:
+            return
+        saved, mesh = saved or self._save(step), self.trainer.mesh
+        del self.trainer  # its memory, before the next one takes as much
+        self.config = changed(self.config, {"pipeline.partition": after})
+        self.trainer = Trainer(self.config, mesh.rank, mesh=mesh)
+        load(saved, self.trainer.optimizer, self.config)
+        self.bubble_ideal = simulate(self.trainer.schedule).mean_bubble
+        if self.writer is not None:
+            self.writer.partition(step, before, after)
+
     def _step(self, step: int) -> None:
         start = time.perf_counter()
         done = self.trainer.step(step)
+        if self.rebalances:
+            self.times.add(done.spans)
         figures = gather_figures(local_figures(done.loss, done.spans), self.trainer.mesh)
         self.skipped += done.result.skipped
         if self.writer is not None:

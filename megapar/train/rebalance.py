@@ -1,0 +1,48 @@
+"""Dynamic scheduling: where layers should live, by the times that the last steps took."""
+
+from collections import defaultdict
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from megapar.mesh import Mesh
+from megapar.schedule.actions import Action
+from megapar.schedule.partition import rebalanced
+from megapar.timeline import Span
+
+
+class StageTimes:
+    """Collects what the actions of a rank's stages took, step after step, until layers are dealt out anew."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+
+    def add(self, spans: list[Span]) -> None:
+        for span in spans:
+            if span.kind == "layers":
+                self._seconds[int(span.name), span.kind].append(span.seconds)
+            elif span.kind in ("F", "B", "I", "W"):
+                self._seconds[Action.parse(span.name).stage, span.kind].append(span.seconds)
+
+    def layers(self, counts: list[int], mesh: Mesh) -> list[int]:
+        """Layers per stage from now on; the times start anew. Collective, and the same on every rank.
+
+        Of the replicas of a stage the slowest counts. Backward is split between layers and the rest as forward is.
+        """
+        times = torch.zeros(2, len(counts), dtype=torch.float64)
+        for stage, count in enumerate(counts):
+            forward = self._seconds.get((stage, "F"))
+            if forward:
+                parts = {
+                    kind: median(self._seconds.get((stage, kind)) or [0.0]) for kind in ("F", "B", "I", "W", "layers")
+                }
+                share = parts["layers"] / parts["F"]
+                whole = parts["F"] + (parts["B"] or parts["I"] + parts["W"])
+                times[:, stage] = torch.tensor([whole * share / count, whole * (1 - share)])
+        self._seconds.clear()
+        times = times.to(mesh.device)
+        if mesh.world_size > 1:
+            dist.all_reduce(times, dist.ReduceOp.MAX, group=mesh["world"].group)
+        layer, rest = times.tolist()
+        return rebalanced(counts, layer, rest)

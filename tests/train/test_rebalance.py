@@ -1,0 +1,65 @@
+"""Layers move to where they are faster while a run goes on, and the run computes the same."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from megapar.models.transformer import TransformerLayer
+from megapar.schedule.partition import rebalanced
+from megapar.train.worker import Loop
+from tests.tiny import tiny_config
+
+
+def test_times_decide() -> None:
+    # A device of a third of the others' speed: one layer takes what three take there.
+    assert rebalanced([4, 4, 3], [3.0, 1.0, 1.0], [0.0, 0.0, 0.0]) == [1, 5, 5]
+    # A head of two layers.
+    assert rebalanced([4, 4], [1.0, 1.0], [0.0, 2.0]) == [5, 3]
+    # An embedding of two layers on the first of three.
+    assert rebalanced([4, 4, 4], [1.0, 1.0, 1.0], [2.0, 0.0, 0.0]) == [3, 5, 4]
+    # 2 % is noise.
+    assert rebalanced([50, 50], [1.0, 1.0], [0.0, 2.0]) == [50, 50]
+
+
+def run_with_a_slow_device(rank: int, world_size: int, config: TrainConfig, slow: int | None) -> None:
+    plain = TransformerLayer.forward
+
+    def slowed(self: TransformerLayer, *args: Any) -> Any:
+        if rank == slow:
+            time.sleep(0.01)
+        return plain(self, *args)
+
+    TransformerLayer.forward = slowed  # type: ignore[method-assign, assignment]
+    try:
+        Loop(config, rank).run()
+    finally:
+        TransformerLayer.forward = plain  # type: ignore[method-assign]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_slow_device_gets_fewer_layers(schedule: str, pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
+    """Forward takes 10 ms more a layer on one of two devices, which is most of a layer's time in this tiny model."""
+    found = {}
+    for name, every in (("fixed", 0), ("moved", 2)):
+        (tmp_path / name).mkdir()
+        values = {"model.layers": 6, "pipeline.schedule": schedule, "pipeline.rebalance": every, "train.steps": 5}
+        values |= {"run.dir": str(tmp_path / name), "logger.wandb.mode": "disabled", "logger.progress": False}
+        pool.run(run_with_a_slow_device, 2, tiny_config(tokens, "pp2", **values), 1)
+        found[name] = rows_of(tmp_path / name)
+    moves = [row["partition"] for row in found["moved"] if "partition" in row]
+    assert moves, "no layer moved"
+    on_slow_device = sum(moves[0][1::2])
+    assert sum(moves[0]) == 6 and on_slow_device <= 2
+    losses = {name: [row["loss"] for row in rows if "loss" in row] for name, rows in found.items()}
+    # fp64: the gradient norm's sum over parameters is taken in another order
+    assert losses["moved"] == pytest.approx(losses["fixed"], rel=1e-11)
+    assert len(losses["moved"]) == 5
