@@ -28,21 +28,24 @@ class StageTimes:
     def layers(self, counts: list[int], mesh: Mesh) -> list[int]:
         """Layers per stage from now on; the times start anew. Collective, and the same on every rank.
 
-        Of the replicas of a stage the slowest counts. Backward is split between layers and the rest as forward is.
+        Of the replicas of a stage the slowest counts.
         """
-        times = torch.zeros(2, len(counts), dtype=torch.float64)
-        for stage, count in enumerate(counts):
-            forward = self._seconds.get((stage, "F"))
-            if forward:
-                parts = {
-                    kind: median(self._seconds.get((stage, kind)) or [0.0]) for kind in ("F", "B", "I", "W", "layers")
-                }
-                share = parts["layers"] / parts["F"]
-                whole = parts["F"] + (parts["B"] or parts["I"] + parts["W"])
-                times[:, stage] = torch.tensor([whole * share / count, whole * (1 - share)])
+        times = torch.tensor([self._stage(stage, count) for stage, count in enumerate(counts)], dtype=torch.float64)
         self._seconds.clear()
         times = times.to(mesh.device)
         if mesh.world_size > 1:
             dist.all_reduce(times, dist.ReduceOp.MAX, group=mesh["world"].group)
-        layer, rest = times.tolist()
+        layer, rest = times.t().tolist()
         return rebalanced(counts, layer, rest)
+
+    def _stage(self, stage: int, layers: int) -> tuple[float, float]:
+        """Seconds of one layer and of the rest of a stage, forward and backward; zeros for one that is elsewhere.
+
+        Backward is split between the layers and the rest as forward is.
+        """
+        if (stage, "F") not in self._seconds:
+            return 0.0, 0.0
+        middle = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", "layers")}
+        in_layers = middle["layers"] / middle["F"]
+        whole = middle["F"] + (middle["B"] or middle["I"] + middle["W"])
+        return whole * in_layers / layers, whole * (1 - in_layers)

@@ -9,8 +9,11 @@ import pytest
 
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
+from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerLayer
 from megapar.schedule.partition import rebalanced
+from megapar.timeline import Span
+from megapar.train.rebalance import StageTimes
 from megapar.train.worker import Loop
 from tests.tiny import tiny_config
 
@@ -24,6 +27,26 @@ def test_times_decide() -> None:
     assert rebalanced([4, 4, 4], [1.0, 1.0, 1.0], [2.0, 0.0, 0.0]) == [3, 5, 4]
     # 2 % is noise.
     assert rebalanced([50, 50], [1.0, 1.0], [0.0, 2.0]) == [50, 50]
+
+
+def span(kind: str, name: str, seconds: float) -> Span:
+    return Span(kind, name, 0.0, seconds)
+
+
+def test_what_layers_take_and_what_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 0: two layers in 20 of 30 ms forward; stage 1, split backward: four in 20 of 40 ms."""
+    times, found = StageTimes(), []
+    monkeypatch.setattr("megapar.train.rebalance.rebalanced", lambda *given: found.append(given) or [3, 3])
+    times.add(
+        [span("layers", "0", 0.02), span("F", "0F0", 0.03), span("B", "0B0", 0.06), span("tp", "all_reduce", 9.0)]
+    )
+    times.add([span("layers", "1", 0.02), span("F", "1F0", 0.04), span("I", "1I0", 0.03), span("W", "1W0", 0.01)])
+    times.add([span("layers", "1", 0.02), span("F", "1F1", 0.04), span("I", "1I1", 0.03), span("W", "1W1", 0.01)])
+    times.add([span("layers", "1", 0.02), span("F", "1F2", 0.04), span("I", "1I2", 7.0), span("W", "1W2", 0.01)])
+    assert times.layers([2, 4], Mesh({"pp": 1, "dp": 1, "tp": 1})) == [3, 3]
+    [(counts, layer, rest)] = found
+    assert counts == [2, 4]
+    assert layer == pytest.approx([0.03, 0.01]) and rest == pytest.approx([0.03, 0.04])
 
 
 def run_with_a_slow_device(rank: int, world_size: int, config: TrainConfig, slow: int | None) -> None:
