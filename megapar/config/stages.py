@@ -72,9 +72,8 @@ def layer_costs(config: TrainConfig) -> Costs:
     except ScheduleError as error:
         raise ConfigError("pipeline.costs", path, str(error)) from None
     if measured.stages != layers:
-        raise ConfigError(
-            "pipeline.costs", path, f"has costs of {measured.stages} layers, not of model.layers={layers}"
-        )
+        problem = f"has costs of {measured.stages} layers, and model.layers={layers}; take a run of this model's"
+        raise ConfigError("pipeline.costs", path, problem)
     return measured
 
 
