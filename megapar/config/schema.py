@@ -130,6 +130,11 @@ class TrainSection:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in backward: none, attention only, whole layers"
     )
+    trace: list[int] | None = option(
+        None,
+        "[N,M]: first and last step whose timeline is kept in trace.json; default: the last step only; a run that "
+        "starts from a later checkpoint traces nothing",
+    )
     timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
 
 

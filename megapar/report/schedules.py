@@ -8,8 +8,8 @@ from megapar.config.check import check_schedule_name, check_values
 from megapar.config.errors import ConfigError
 from megapar.config.schema import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
-from megapar.report.timeline import Bar, Lane, draw_lanes, readable_width
-from megapar.schedule.actions import COMPUTE, Schedule, ScheduleError
+from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width
+from megapar.schedule.actions import Schedule, ScheduleError
 from megapar.schedule.build import CSV, build, default_chunks, generators, refusal, refuse_chunks
 from megapar.schedule.check import check
 from megapar.schedule.costs import Costs, read_costs
@@ -184,10 +184,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
         names = f"stage{'s' * (chunks > 1)} {', '.join(map(str, stages))}" if chunks <= 3 else f"{chunks} stages"
         lane = Lane(f"rank {rank}  {names}")
         for start, end, action in spans:
-            note = f"{action}  {start:g} to {end:g}"
-            label = "" if action.kind not in COMPUTE else str(action.microbatch)
-            tone = stages.index(action.stage) / max(1, len(stages) - 1)
-            lane.bars.append(Bar(start, end, action.kind, note, label, tone))
+            lane.bars.append(action_bar(action, start, end, stages, f"{action}  {start:g} to {end:g}"))
         lanes.append(lane)
     title = (
         f"{_short(found.name)}, {config.stages} ranks of {chunks} stage{'s' if chunks > 1 else ''}, "
@@ -195,7 +192,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
         f"memory {found.peak:g} micro-batches"
     )
     width = readable_width(lanes, 0.0, simulation.step_time)
-    body, height = draw_lanes(title, lanes, 0.0, simulation.step_time, 30, width=width, axis=True)
+    body, height = draw_lanes(title, lanes, 0.0, simulation.step_time, 30, width=width, unit="time")
     picture = document(body, max(width, WIDTH), height)
     if str(config.plot).endswith(".svg"):
         return picture

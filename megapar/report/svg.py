@@ -4,9 +4,23 @@ from html import escape
 
 WIDTH, LEFT, RIGHT = 960, 150, 20
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7684", "#e3e7ec", "#ffffff"
-COLOURS = {"F": "#4c78a8", "B": "#f2a154", "I": "#e2733f", "W": "#b279a2", "REDUCE": "#6aa84f"}
+COLOURS = {
+    "F": "#4c78a8",
+    "B": "#f2a154",
+    "I": "#2a9d8f",
+    "W": "#b279a2",
+    "REDUCE": "#8a9a3b",
+    "OPTIMIZER": "#5d6875",
+}
 WAIT = "#7d2e2e"
-NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "REDUCE": "gradient reduction"}
+NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "REDUCE": "gradient reduction",
+    "OPTIMIZER": "optimizer",
+}
 
 
 def document(body: list[str], width: float, height: float) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megapar.schedule.actions import ScheduleError
@@ -118,3 +118,8 @@ def read_costs(path: str, ranks: int) -> Costs:
     if any(value < 0 for values in (*lists.values(), numbers.values()) for value in values):
         raise ScheduleError(f"{path}: a cost is negative")
     return Costs(**lists, **numbers)  # type: ignore[arg-type]
+
+
+def write_costs(costs: Costs, path: Path) -> None:
+    """Write costs as `read_costs` reads them."""
+    path.write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from megapar.schedule.actions import Schedule
 from megapar.schedule.build import build
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
-from megapar.timeline import Span
+from megapar.trace import Span
 from megapar.train.task import TASKS
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +141,8 @@ class Trainer(ModelPart):
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        result = self.optimizer.step(lr)
+        with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
+            result = self.optimizer.step(lr)
         loss = self._part(losses)
         return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
 
