@@ -49,7 +49,7 @@ class RankTrace:
 class Trace:
     """The traced steps of a run; all times in seconds on one clock.
 
-    layout: size of every axis; name: the schedule's; clock_error: by how much two ranks' clocks may differ here
+    layout: size of every axis; name: the schedule's; clock_error: how far apart two ranks' clocks may still be
     """
 
     layout: dict[str, int]
@@ -93,12 +93,12 @@ def clock_shifts(meetings: Sequence[Sequence[tuple[float, float]]]) -> list[tupl
     shift from both sides. The narrowest bounds of all meetings count (Cristian 1989, Probabilistic clock
     synchronization).
     """
-    shifts = []
-    for mine in meetings:
+    shifts = [(0.0, 0.0)]
+    for mine in meetings[1:]:
         pairs = list(zip(mine, meetings[0], strict=True))
-        low = max((start - stop_0 for (start, _), (_, stop_0) in pairs), default=0.0)
-        high = min((stop - start_0 for (_, stop), (start_0, _) in pairs), default=0.0)
-        shifts.append(((low + high) / 2, (high - low) / 2) if mine is not meetings[0] else (0.0, 0.0))
+        low = max(start - stop_0 for (start, _), (_, stop_0) in pairs)
+        high = min(stop - start_0 for (_, stop), (start_0, _) in pairs)
+        shifts.append(((low + high) / 2, (high - low) / 2))
     return shifts
 
 

@@ -1,6 +1,7 @@
 """One picture of a run: the loss over the steps; what every rank did in one of them, and what simulation says."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,10 @@ def _loss_panel(
         return top + 20 + height * (high - value) / (high - low)
 
     body = [text(LEFT, top, "Loss in nats per token", weight="600")]
-    for value in ticks(low, high):
+    for value in ticks(low, high, 6):
         body.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end", MUTED))
-    for step in ticks(0, last, 8):
+    for step in ticks(0, last, 10):
         body.append(text(x(step), top + height + 38, f"{step:g}", "middle", MUTED))
     body.append(text(LEFT - 8, top + height + 38, "step", "end", MUTED))
     points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in losses)
@@ -109,18 +110,24 @@ def _timeline_panels(trace: Trace, top: float) -> tuple[list[str], float, float]
 
 def _measured_lane(trace: Trace, rank: RankTrace, step: int) -> Lane:
     """A rank's actions, the waits inside them as marks, and its waits between them as the hover of the bubble."""
-    place, stages = rank.place, trace.schedule.stages_of(rank.place["pp"])
+    place, stages, spans = rank.place, trace.schedule.stages_of(rank.place["pp"]), rank.steps[step]
+    # The optimizer begins with the gradient norm, for which all ranks meet: until the last is there the others idle.
+    met = max((span.stop for span in spans if span.kind == "world"), default=-math.inf)
     bars = []
-    for span in rank.steps[step]:
+    for span in spans:
         note = _note(span.name, span.seconds)
-        if span.kind in ("tp", "dp", "OPTIMIZER"):
+        if span.kind == "OPTIMIZER":
+            bars.append(
+                Bar(max(span.start, met), span.stop, span.kind, _note(span.name, span.stop - max(span.start, met)))
+            )
+        elif span.kind in ("tp", "dp"):
             bars.append(Bar(span.start, span.stop, span.kind, note))
-        elif span.kind in ("RECV_F", "RECV_B"):
-            bars.append(Bar(span.start, span.stop, IDLE, note))
+        elif span.kind in ("RECV_F", "RECV_B", "world"):
+            bars.append(Bar(span.start, span.stop, IDLE, f"waiting, {note}"))
         elif span.kind in COLOURS:
             bars.append(action_bar(Action.parse(span.name), span.start, span.stop, stages, note))
     name = "  ".join(f"{axis} {place[axis]}" for axis in ("pp", "dp", "tp"))
-    return Lane(name, bars, max(span.stop for span in rank.steps[step] if span.kind == "phase"))
+    return Lane(name, bars, max(span.stop for span in spans))
 
 
 def _note(what: str, seconds: float) -> str:

@@ -77,7 +77,7 @@ def draw_lanes(
     body = [text(LEFT, top, title, weight="600")]
     top += 22
     # At the right edge of what a screen shows at once: a wide picture is scrolled.
-    body += legend([*entries, (GRID, "idle")], min(width, WIDTH) - RIGHT, top)
+    body += legend([*entries, (GRID, "idle: the bubble")], min(width, WIDTH) - RIGHT, top)
     for index, lane in enumerate(lanes):
         y = top + 20 + index * (row + gap)
         body.append(text(LEFT - 8, y + row / 2 + 4, lane.name, "end", MUTED))

@@ -78,10 +78,16 @@ class Costs:
             tied=tied,
         )
 
+    def refuse(self, stages: int) -> str | None:
+        """Why these can't be the costs of so many stages; None if they can."""
+        if self.stages % stages == 0:
+            return None
+        return f"costs of {self.stages} parts of the model can't be those of {stages} stages"
+
     def merged(self, stages: int) -> "Costs":
         """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
-        if self.stages % stages:
-            raise ScheduleError(f"costs of {self.stages} parts of the model can't be those of {stages} stages")
+        if why := self.refuse(stages):
+            raise ScheduleError(why)
         size = self.stages // stages
 
         def merge(values: Sequence[float]) -> tuple[float, ...]:
@@ -121,5 +127,13 @@ def read_costs(path: str, ranks: int) -> Costs:
 
 
 def write_costs(costs: Costs, path: Path) -> None:
-    """Write costs as `read_costs` reads them."""
-    path.write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
+    """Write costs as `read_costs` reads them, to six digits."""
+    data = {
+        name: value
+        if isinstance(value, bool)
+        else [float(f"{each:.6g}") for each in value]
+        if name in BY_STAGE
+        else value
+        for name, value in asdict(costs).items()
+    }
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ class Tracer:
             name=self.config.pipeline.schedule if mesh.sizes["pp"] > 1 else "1f1b",
             schedule=self.schedule,
             ranks=ranks,
-            clock_error=max(error for _, error in shifts),
+            clock_error=sum(sorted(error for _, error in shifts)[-2:]),
             versions={"megapar": megapar.__version__, "torch": torch.__version__},
         )
         write(trace, self.folder / "trace.json")
