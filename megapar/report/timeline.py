@@ -74,6 +74,8 @@ def draw_lanes(
     entries = [(COLOURS[kind], name) for kind, name in NAMES.items() if kind in used]
     if used - COLOURS.keys():
         entries.append((WAIT, "waiting for communication"))
+    if any(bar.tone for lane in lanes for bar in lane.bars):
+        title += " (pale: a rank's later stages)"
     body = [text(LEFT, top, title, weight="600")]
     top += 22
     # At the right edge of what a screen shows at once: a wide picture is scrolled.

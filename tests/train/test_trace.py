@@ -172,13 +172,17 @@ def test_a_run_that_starts_later_traces_what_is_left(
     values: dict[str, Any] = {"train.trace": [2, 3], "run.dir": str(tmp_path)}
     config = tiny_config(tokens, **values)
     tracer = Tracer(config, Mesh({"pp": 1, "dp": 1, "tp": 1}), build("1f1b", 1, 1), first_step)
-    names = [("phase", "pipeline"), ("F", "0F0"), ("B", "0B0")]
+    assert list(tracer.steps) == traced
+    names = [("F", "0F0"), ("B", "0B0"), ("phase", "pipeline")]
     for step in range(first_step, 5):
         tracer.before(step)
-        tracer.after(step, [Span(kind, name, step, step + 0.5) for kind, name in names])
+        tracer.after(step, [Span(kind, name, step, step + length) for length, (kind, name) in enumerate(names, 1)])
     assert (tmp_path / "costs.json").exists() == (tmp_path / "trace.json").exists() == bool(traced)
     if traced:
-        assert read(tmp_path / "trace.json").steps == traced
+        trace = read(tmp_path / "trace.json")
+        assert trace.steps == traced
+        # Of spans that start together the outer one comes first, or a viewer would not nest them.
+        assert [span.name for span in trace.ranks[0].steps[3]] == ["pipeline", "0B0", "0F0"]
 
 
 def test_the_default_is_the_last_step(tokens: str) -> None:
