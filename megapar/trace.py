@@ -133,20 +133,18 @@ def read(path: Path) -> Trace:
     about = data["otherData"]
     layout, schedule = about["layout"], about["schedule"]
     rows = tuple(tuple(Action.parse(text) for text in row.split()) for row in schedule["rows"])
-    ranks: dict[tuple[int, int], RankTrace] = {}
+    ranks: dict[int, RankTrace] = {}
     for event in data["traceEvents"]:
         if event["ph"] == "X":
-            dp, thread = event["pid"], event["tid"]
-            pp, tp = divmod(thread, layout["tp"])
-            rank = ranks.setdefault((thread, dp), RankTrace({"pp": pp, "dp": dp, "tp": tp}, {}))
-            start = event["ts"] / 1e6
+            thread, start = event["tid"], event["ts"] / 1e6
+            rank = ranks.setdefault(thread, RankTrace(_place(layout, thread), {}))
             span = Span(event["cat"], event["name"], start, start + event["dur"] / 1e6)
             rank.steps.setdefault(event["args"]["step"], []).append(span)
     return Trace(
         layout,
         schedule["name"],
         Schedule(schedule["stages"], schedule["microbatches"], rows),
-        [ranks[key] for key in sorted(ranks, key=lambda key: (key[0] // layout["tp"], key[1], key[0]))],
+        [ranks[thread] for thread in sorted(ranks)],
         about["clock_error_us"] / 1e6,
         about["versions"],
     )
@@ -157,7 +155,27 @@ def _us(seconds: float) -> float:
 
 
 def _where(trace: Trace, rank: RankTrace) -> dict[str, int]:
-    return {"pid": rank.place["dp"], "tid": rank.place["pp"] * trace.layout["tp"] + rank.place["tp"]}
+    """The numbers of a rank's process and thread. None is 0 and none is used twice: Perfetto takes 0 for the idle
+    process, gives a name to a thread's number whatever its process, and takes a thread with its process' number for
+    the main one."""
+    layout, place = trace.layout, rank.place
+    number = (place["pp"] * layout["dp"] + place["dp"]) * layout["tp"] + place["tp"]
+    return {"pid": 1 + place["dp"], "tid": 1 + layout["dp"] + number}
+
+
+def _place(layout: dict[str, int], thread: int) -> dict[str, int]:
+    """Where the rank of a thread is: the inverse of `_where`."""
+    number, tp = divmod(thread - 1 - layout["dp"], layout["tp"])
+    pp, dp = divmod(number, layout["dp"])
+    return {"pp": pp, "dp": dp, "tp": tp}
+
+
+def _number(trace: Trace, rank: RankTrace, step: int, sent: Action) -> int:
+    """A number for each transfer of the run: Perfetto reads an id as one, and texts that are none not at all."""
+    schedule = trace.schedule
+    number = (step * trace.layout["dp"] + rank.place["dp"]) * trace.layout["tp"] + rank.place["tp"]
+    number = (number * schedule.stages + sent.stage) * schedule.microbatches + sent.microbatch
+    return 2 * number + (sent.kind == "SEND_B")
 
 
 def _names(trace: Trace, rank: RankTrace) -> Iterator[dict[str, Any]]:
@@ -166,7 +184,7 @@ def _names(trace: Trace, rank: RankTrace) -> Iterator[dict[str, Any]]:
     stages = trace.schedule.stages_of(place["pp"])
     name = f"pp {place['pp']}" + (f" tp {place['tp']}" if trace.layout["tp"] > 1 else "")
     name += f" (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"
-    if where["tid"] == 0:
+    if place["pp"] == place["tp"] == 0:
         yield {"ph": "M", "name": "process_name", **where, "args": {"name": f"dp {place['dp']}"}}
     yield {"ph": "M", "name": "thread_name", **where, "args": {"name": name}}
     yield {"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}}
@@ -194,7 +212,7 @@ def _events(trace: Trace, rank: RankTrace, step: int, spans: list[Span], zero: f
             if action.kind.startswith("RECV"):
                 sender += -1 if way == "F" else 1
             sent = Action(sender, f"SEND_{way}", action.microbatch)
-            arrow = {"name": "transfer", "cat": "transfer", "id": f"{where['pid']}/{rank.place['tp']}/{step}/{sent}"}
+            arrow = {"name": "transfer", "cat": "transfer", "id": _number(trace, rank, step, sent)}
             if action.kind.startswith("SEND"):
                 yield {"ph": "s", **arrow, "ts": start, **where}
             else:

@@ -8,7 +8,7 @@ import pytest
 from megapar.report.picture import draw
 from megapar.report.svg import COLOURS, GRID, LEFT, RIGHT, WAIT
 from megapar.schedule.build import build
-from megapar.trace import RankTrace, Span, Trace, write
+from megapar.trace import RankTrace, Span, Trace, read, write
 from tests.report.test_timeline import SVG, bars
 
 ONE_STAGE = [
@@ -69,6 +69,7 @@ def stage_trace(pp: int, dp: int, tp: int) -> RankTrace:
     """A rank of two stages with one micro-batch: each action takes 1 s."""
     first, last = (0.0, 3.0) if pp == 0 else (1.0, 2.0)
     spans = [("F", f"{pp}F0", first, first + 1), ("B", f"{pp}B0", last, last + 1), ("phase", "pipeline", 0.0, 4.0)]
+    spans.sort(key=lambda span: (span[2], -span[3]))
     return RankTrace({"pp": pp, "dp": dp, "tp": tp}, {2: [Span(*span) for span in spans]})
 
 
@@ -100,6 +101,7 @@ def test_measured_above_simulated_below(tmp_path: Path) -> None:
 def test_of_many_ranks_one_pipeline_is_drawn(tp: int, shown: int, tmp_path: Path) -> None:
     ranks = [stage_trace(pp, dp, each) for pp in (0, 1) for dp in (0, 1) for each in range(tp)]
     write_trace(tmp_path, ranks, "1f1b", 2, 1, dp=2, tp=tp)
+    assert read(tmp_path / "trace.json").ranks == ranks  # each rank at its place
     path = draw(tmp_path)
     assert path is not None
     said = [text for text, _ in texts(path)]

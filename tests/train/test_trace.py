@@ -51,18 +51,19 @@ def trace(folder: Path) -> dict[str, Any]:
 
 def complete(trace: dict[str, Any]) -> Iterator[tuple[int, int, int, list[dict[str, Any]]]]:
     """(replica, pipeline rank, step, its complete events) of all."""
-    for pid in (0, 1):
-        for tid in (0, 1):
-            mine = [e for e in trace["traceEvents"] if e["ph"] == "X" and (e["pid"], e["tid"]) == (pid, tid)]
+    for dp in (0, 1):
+        for pp in (0, 1):
+            where = 1 + dp, 3 + 2 * pp + dp  # process and thread
+            mine = [e for e in trace["traceEvents"] if e["ph"] == "X" and (e["pid"], e["tid"]) == where]
             for step in STEPS:
-                yield pid, tid, step, [event for event in mine if event["args"]["step"] == step]
+                yield dp, pp, step, [event for event in mine if event["args"]["step"] == step]
 
 
 def test_every_scheduled_action_is_there_once(trace: dict[str, Any]) -> None:
-    for _, tid, _, events in complete(trace):
+    for _, pp, _, events in complete(trace):
         actions = [event for event in events if event["cat"] in KINDS]
-        assert [event["name"] for event in actions] == [str(action) for action in SCHEDULE.rows[tid]]
-        for event, action in zip(actions, SCHEDULE.rows[tid], strict=True):
+        assert [event["name"] for event in actions] == [str(action) for action in SCHEDULE.rows[pp]]
+        for event, action in zip(actions, SCHEDULE.rows[pp], strict=True):
             about = {"stage": action.stage} | ({} if action.kind == "REDUCE" else {"microbatch": action.microbatch})
             assert event["args"].items() >= about.items() and event["cat"] == action.kind
         kinds = Counter(event["cat"] for event in events)
@@ -95,6 +96,7 @@ def test_arrows_lead_from_every_send_to_its_receive(trace: dict[str, Any]) -> No
     ends = {ph: {e["id"]: e for e in events if e["ph"] == ph} for ph in "sf"}
     count = sum(action.kind.startswith("SEND") for row in SCHEDULE.rows for action in row)
     assert count == 4 and len(ends["s"]) == len([e for e in events if e["ph"] == "s"]) == count * 2 * len(STEPS)
+    assert all(isinstance(number, int) for number in ends["s"])  # Perfetto reads no other text than a number
     assert ends["s"].keys() == ends["f"].keys() and len([e for e in events if e["ph"] == "f"]) == len(ends["f"])
 
     def at(end: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -124,13 +126,14 @@ def test_arrows_lead_from_every_send_to_its_receive(trace: dict[str, Any]) -> No
 def test_names_of_processes_and_threads(trace: dict[str, Any]) -> None:
     named = [e for e in trace["traceEvents"] if e["ph"] == "M" and e["name"] != "thread_sort_index"]
     assert {(e["name"], e["pid"], e["tid"]): e["args"]["name"] for e in named} == {
-        ("process_name", 0, 0): "dp 0",
-        ("process_name", 1, 0): "dp 1",
-        ("thread_name", 0, 0): "pp 0 (stage 0)",
-        ("thread_name", 0, 1): "pp 1 (stage 1)",
-        ("thread_name", 1, 0): "pp 0 (stage 0)",
-        ("thread_name", 1, 1): "pp 1 (stage 1)",
+        ("process_name", 1, 3): "dp 0",
+        ("process_name", 2, 4): "dp 1",
+        ("thread_name", 1, 3): "pp 0 (stage 0)",
+        ("thread_name", 1, 5): "pp 1 (stage 1)",
+        ("thread_name", 2, 4): "pp 0 (stage 0)",
+        ("thread_name", 2, 6): "pp 1 (stage 1)",
     }
+    assert {e["tid"] for e in trace["traceEvents"]} == {3, 4, 5, 6}
 
 
 def test_the_file_is_read_back(folder: Path) -> None:
