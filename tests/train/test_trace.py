@@ -18,7 +18,7 @@ from megapar.schedule.actions import KINDS
 from megapar.schedule.build import build
 from megapar.schedule.costs import read_costs
 from megapar.schedule.simulate import simulate
-from megapar.trace import Span, clock_shifts, read
+from megapar.trace import RankTrace, Span, Trace, clock_shifts, read, write
 from megapar.train import worker
 from megapar.train.tracing import Tracer
 from tests.tiny import tiny_config
@@ -121,6 +121,25 @@ def test_arrows_lead_from_every_send_to_its_receive(trace: dict[str, Any]) -> No
         error = trace["otherData"]["clock_error_us"]
         assert receive["ts"] + receive["dur"] >= send["ts"] - error
         assert error < 0.1 * 1e6
+
+
+def test_no_two_transfers_share_an_arrow(tmp_path: Path) -> None:
+    """A stage in the middle sends the same micro-batch both ways; tp peers and replicas send the same ones."""
+    schedule = build("1f1b", 3, 2)
+    ranks = [
+        RankTrace(
+            {"pp": pp, "dp": dp, "tp": tp},
+            {step: [Span(a.kind, str(a), at, at + 1.0) for at, a in enumerate(schedule.rows[pp])] for step in STEPS},
+        )
+        for pp in range(3)
+        for dp in range(2)
+        for tp in range(2)
+    ]
+    write(Trace({"dp": 2, "pp": 3, "tp": 2}, "1f1b", schedule, ranks, 0.0, {}), tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for end in "sf":
+        ids = [event["id"] for event in events if event["ph"] == end]
+        assert len(ids) == len(set(ids)) == 8 * 4 * len(STEPS)
 
 
 def test_names_of_processes_and_threads(trace: dict[str, Any]) -> None:
