@@ -131,9 +131,7 @@ class TrainSection:
         "none", "activations recomputed in backward: none, attention only, whole layers"
     )
     trace: list[int] | None = option(
-        None,
-        "[N,M]: first and last step whose timeline is kept in trace.json; default: the last step only; a run that "
-        "starts from a later checkpoint traces nothing",
+        None, "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M"
     )
     timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
 

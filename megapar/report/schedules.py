@@ -1,5 +1,6 @@
 """Pipeline schedules side by side, simulated; one of them drawn."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Comparison:
     def text(self) -> str:
         """The table, what could not be had, and what balance is worth."""
         limit = self.config.memory_limit
+        slowest = max(found.simulation.step_time for found in self.candidates)
+        digits = 2 if slowest >= 1 else 3 - math.floor(math.log10(slowest))  # seconds, as a run measures them
         lines = [
             f"{'schedule':<14} {'chunks':>6} {'step time':>10} {'bubble':>7} {'own':>6} {'memory':>7} {'exposed':>8}"
         ]
@@ -63,8 +66,8 @@ class Comparison:
             row = found.row()
             over = "  over memory_limit" if limit is not None and found.peak > limit + 1e-9 else ""
             lines.append(
-                f"{_short(found.name):<14} {found.chunks:>6} {row['step_time']:>10.4g} {row['bubble']:>7.1%} "
-                f"{row['own_bubble']:>6.1%} {row['peak_memory']:>7.2f} {row['exposed_comm']:>8.3g}{over}"
+                f"{_short(found.name):<14} {found.chunks:>6} {row['step_time']:>10.{digits}f} {row['bubble']:>7.1%} "
+                f"{row['own_bubble']:>6.1%} {row['peak_memory']:>7.2f} {row['exposed_comm']:>8.{digits}f}{over}"
             )
         lines += [f"{name:<14} {why}" for name, why in self.refused.items()]
         lines += ["", *_LEGEND, "", *self._balance()]
