@@ -35,13 +35,12 @@ class Tracer:
 
     def before(self, step: int) -> None:
         """Before a step: set the clocks where it is the first traced one."""
-        if step not in self.steps:
+        if not self.steps or step != self.steps[0]:
             return
-        self.mesh.timeline.take()  # of what came between two steps, such as a checkpoint
-        if step == self.steps[0]:
-            for _ in range(MEETINGS):
-                all_reduce(torch.zeros(1, device=self.mesh.device), self.mesh["world"])
-            self._meetings = [(span.start, span.stop) for span in self.mesh.timeline.take()]
+        self.mesh.timeline.take()  # what came before is no meeting
+        for _ in range(MEETINGS):
+            all_reduce(torch.zeros(1, device=self.mesh.device), self.mesh["world"])
+        self._meetings = [(span.start, span.stop) for span in self.mesh.timeline.take()]
 
     def after(self, step: int, spans: list[Span]) -> None:
         """After a step: keep its spans, and write all where it is the last traced one. Collective then."""

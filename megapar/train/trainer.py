@@ -136,6 +136,7 @@ class Trainer(ModelPart):
 
     def step(self, step: int) -> Step:
         """Optimizer step number 1, 2, ..."""
+        self.mesh.timeline.take()  # what was waited for between two steps, as for a checkpoint, is no part of this one
         start = time.perf_counter()
         self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))

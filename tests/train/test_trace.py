@@ -36,10 +36,10 @@ def train(rank: int, world_size: int, config: TrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def folder(pool: WorkerPool, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with pp=2, dp=2, four steps of two micro-batches, two of them traced; a checkpoint between these."""
+    """A run with pp=2, dp=2, four steps of two micro-batches, two of them traced; a checkpoint after each."""
     folder = tmp_path_factory.mktemp("traced")
     values: dict[str, Any] = {"pipeline.schedule": "zb_h1", "train.trace": list(STEPS), "run.dir": str(folder)}
-    values |= {"checkpoint.every": 2, "logger.wandb.mode": "disabled", "train.dtype": "fp32"}
+    values |= {"checkpoint.every": 1, "logger.wandb.mode": "disabled", "train.dtype": "fp32"}
     pool.run(train, 4, tiny_config(tokens, "pp2dp2", **values))
     return folder
 
