@@ -135,4 +135,4 @@ def _note(what: str, seconds: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{1000 * seconds:,.0f} ms"
+    return f"{1000 * seconds:,.{1 if seconds < 0.1 else 0}f} ms"
