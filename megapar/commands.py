@@ -200,11 +200,14 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
 
 
 def draw(job: Job) -> None:
-    """Draw the picture of a finished run."""
+    """Draw the picture of a finished run, and say where it is."""
     from megapar.report.picture import draw as draw_run
 
-    if path := draw_run(Path(job.folder)):
+    folder = Path(job.folder)
+    if path := draw_run(folder):
         print(f"picture     {path}")
+    if (folder / "trace.json").exists():
+        print(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
 
 
 def verify(config: VerifyConfig, overrides: list[str]) -> int:

@@ -242,6 +242,10 @@ def check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
         )
+    trace = train.trace
+    if trace is not None and (len(trace) != 2 or not 1 <= trace[0] <= trace[1] <= train.steps):
+        problem = f"needs the first and the last step to trace, within 1 to train.steps={train.steps}, such as "
+        raise ConfigError("train.trace", trace, problem + f"[{max(1, train.steps - 1)},{train.steps}]")
     if train.eval_every and not config.data.split:
         raise ConfigError(
             "train.eval_every", train.eval_every, "data.split=0 holds nothing out; raise it or use eval_every=0"

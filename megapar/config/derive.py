@@ -41,6 +41,8 @@ def resolve(
     sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
+    if config.train.trace is None:
+        config = changed(config, {"train.trace": [config.train.steps] * 2})
     if isinstance(config, VerifyConfig):
         if config.train.device == "auto":
             config = changed(config, {"train.device": "cpu"})

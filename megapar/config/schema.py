@@ -147,6 +147,9 @@ class TrainSection:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in backward: none, attention only, whole layers"
     )
+    trace: list[int] | None = option(
+        None, "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M"
+    )
     timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
 
 

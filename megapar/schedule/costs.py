@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -79,10 +79,16 @@ class Costs:
             tied=tied,
         )
 
+    def refuse(self, stages: int) -> str | None:
+        """Why these can't be the costs of so many stages; None if they can."""
+        if self.stages % stages == 0:
+            return None
+        return f"costs of {self.stages} parts of the model can't be those of {stages} stages"
+
     def merged(self, stages: int) -> "Costs":
         """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
-        if self.stages % stages:
-            raise ScheduleError(f"costs of {self.stages} parts of the model can't be those of {stages} stages")
+        if why := self.refuse(stages):
+            raise ScheduleError(why)
         return self.cut([self.stages // stages] * stages)
 
     def normalised(self, ranks: int) -> "Costs":
@@ -135,3 +141,16 @@ def read_costs(path: str, ranks: int) -> Costs:
     if any(value < 0 for values in (*lists.values(), numbers.values()) for value in values):
         raise ScheduleError(f"{path}: a cost is negative")
     return Costs(**lists, **numbers)  # type: ignore[arg-type]
+
+
+def write_costs(costs: Costs, path: Path) -> None:
+    """Write costs as `read_costs` reads them, to six digits."""
+    data = {
+        name: value
+        if isinstance(value, bool)
+        else [float(f"{each:.6g}") for each in value]
+        if name in BY_STAGE
+        else value
+        for name, value in asdict(costs).items()
+    }
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

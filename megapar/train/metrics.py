@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from megapar.config.schema import TrainConfig
 from megapar.mesh import AXES, Mesh
-from megapar.timeline import Span
+from megapar.trace import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
-BUSY = ("F", "B", "I", "W", "REDUCE")
 _WAITS = (*AXES, "world")  # world: the gradient norm, where ranks meet once per step
 _COLUMNS = ("loss", "phase", "busy", *_WAITS)
 

@@ -20,7 +20,7 @@ from megapar.pipeline.executor import Executor
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
 from megapar.schedule.partition import ranges
-from megapar.timeline import Span
+from megapar.trace import Span
 from megapar.train.task import TASKS
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,12 +130,14 @@ class Trainer(ModelPart):
 
     def step(self, step: int) -> Step:
         """Optimizer step number 1, 2, ..."""
+        self.mesh.timeline.take()  # what was waited for between two steps, as for a checkpoint, is no part of this one
         start = time.perf_counter()
         self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        result = self.optimizer.step(lr)
+        with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
+            result = self.optimizer.step(lr)
         loss = self._part(losses)
         return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
 

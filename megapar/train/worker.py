@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,12 +16,12 @@ from megapar.config.stages import stage_layers
 from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
-from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
+from megapar.train.tracing import Tracer
 from megapar.train.trainer import Step, Trainer
 
 
@@ -45,6 +44,7 @@ class Loop:
         self.first_step = 1
         if config.checkpoint.load is not None:
             self.first_step = load(config.checkpoint.load, self.trainer.optimizer, config).step + 1
+        self.tracer = Tracer(config, self.trainer.mesh, self.trainer.schedule, self.first_step)
         self.writer = MetricsWriter(config, console(), self.first_step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
@@ -93,6 +93,7 @@ class Loop:
             self.writer.partition(step, before, after)
 
     def _step(self, step: int) -> None:
+        self.tracer.before(step)
         start = time.perf_counter()
         done = self.trainer.step(step)
         if self.rebalances:
@@ -103,8 +104,7 @@ class Loop:
             row = self._row(step, done, summarise(figures), time.perf_counter() - start)
             self.rows.append(row)
             self.writer.step(row)
-        if step == self.config.train.steps:
-            self._keep_timeline(step, done)
+        self.tracer.after(step, done.spans)
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.trainer.task.tokens_per_step
@@ -123,16 +123,6 @@ class Loop:
             "exposed_comm_s": summary["exposed_comm_s"],
             "skipped_steps": self.skipped,
         }
-
-    def _keep_timeline(self, step: int, done: Step) -> None:
-        """timeline.json: what every rank did in this step, for the picture of the run."""
-        mesh = self.trainer.mesh
-        spans = [asdict(span) | {"seconds": span.seconds} for span in done.spans]
-        mine = {"place": mesh.coordinates(mesh.rank), "spans": spans}
-        ranks = gather_texts(json.dumps(mine), mesh["world"], mesh.device)
-        if mesh.rank == 0:
-            text = json.dumps({"step": step, "ranks": [json.loads(rank) for rank in ranks]})
-            (self.folder / "timeline.json").write_text(text)
 
     def _evaluate(self, step: int) -> None:
         part = self.trainer.evaluate()
