@@ -9,20 +9,30 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from megapar.schedule.actions import KINDS, TRANSFERS, Action, Schedule
 from megapar.schedule.costs import Costs
-from megapar.schedule.measured import measured_costs
+from megapar.schedule.measured import measured_costs, spread
 
 BUSY = ("F", "B", "I", "W", "REDUCE")
+LAYERS = "layers"
+
+
+def layers_of(stage: int) -> str:
+    """The name of a span around a stage's layers in its F, without embedding and head."""
+    return f"layers of stage {stage}"
+
+
+def stage_of_layers(name: str) -> int:
+    return int(name.rsplit(" ", 1)[1])
 
 
 @dataclass(frozen=True)
 class Span:
-    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it), `phase` (the
-    schedule's walk) or OPTIMIZER.
+    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it), LAYERS (their part
+    of an F), `phase` (the schedule's walk) or OPTIMIZER.
 
     start and stop in seconds on this rank's clock. Spans nest: an F holds the tp waits inside it.
     """
@@ -67,6 +77,16 @@ class Trace:
         """What the schedule's actions cost in seconds: medians over steps, micro-batches and all ranks of a stage."""
         spans = (span for rank in self.ranks for step in rank.steps.values() for span in step)
         return measured_costs(self.schedule, ((span.name, span.seconds) for span in spans if span.kind in KINDS))
+
+    def layer_costs(self, counts: Sequence[int]) -> Costs:
+        """The same of every layer, where stage s has counts[s] of them. Without a LAYERS span it is all layers'."""
+        spans = [span for rank in self.ranks for step in rank.steps.values() for span in step if span.kind == LAYERS]
+        forward, share = self.costs().forward, [1.0] * len(counts)
+        for stage in range(len(counts)):
+            seconds = [span.seconds for span in spans if stage_of_layers(span.name) == stage]
+            if seconds and forward[stage]:
+                share[stage] = min(1.0, median(seconds) / forward[stage])
+        return spread(self.costs(), counts, share)
 
     def phase(self, step: int) -> float:
         """Seconds of a step's pipeline phase, from its first start to its last end on any rank."""

@@ -39,6 +39,7 @@ from megapar.parallel.layers import (
 )
 from megapar.parallel.record import Normal
 from megapar.parallel.stage import StageContext
+from megapar.trace import LAYERS, layers_of
 
 SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP = range(3)
 
@@ -263,7 +264,7 @@ class TransformerStage(nn.Module):
 
     def forward(self, received: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x_tH = received["hidden"] if self.embedding is None else self.embedding(batch)
-        with self.context.mesh.timeline.span("layers", str(self.number)):
+        with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
                 x_tH = layer(x_tH, batch)
         return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}

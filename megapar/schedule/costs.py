@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megapar.schedule.actions import ScheduleError
+from megapar.schedule.partition import uniform
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,13 @@ class Costs:
 
     def refuse(self, stages: int) -> str | None:
         """Why these can't be the costs of so many stages; None if they can."""
-        if self.stages % stages == 0:
-            return None
-        return f"costs of {self.stages} parts of the model can't be those of {stages} stages"
+        return f"costs of {self.stages} parts of the model can't fill {stages} stages" if stages > self.stages else None
 
     def merged(self, stages: int) -> "Costs":
-        """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
+        """The same model cut into stages, as evenly as its parts allow. Raises ScheduleError for too few of them."""
         if why := self.refuse(stages):
             raise ScheduleError(why)
-        return self.cut([self.stages // stages] * stages)
+        return self.cut(uniform(self.stages, stages))
 
     def normalised(self, ranks: int) -> "Costs":
         """The same in another unit of time, in which F of all layers on a rank takes 1 on average."""

@@ -1,11 +1,12 @@
 """Costs from a run: what each stage's actions took."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 
 from megapar.schedule.actions import Action, Schedule, ScheduleError
-from megapar.schedule.costs import Costs
+from megapar.schedule.costs import BY_STAGE, Costs
 
 
 def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float]]) -> Costs:
@@ -37,3 +38,23 @@ def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float
         activation=(len(schedule.rows) / schedule.stages,) * schedule.stages,
         reduce=tuple(median(seconds[stage, "REDUCE"] or [0.0]) for stage in stages),
     )
+
+
+def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> Costs:
+    """Costs of every layer from those of stages with so many layers each.
+
+    in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and goes
+    to the first layer, or the head's, and goes to the last one of the model; of a stage in the middle it is spread.
+    """
+
+    def of_layers(name: str) -> tuple[float, ...]:
+        values: list[float] = []
+        for stage, (cost, count) in enumerate(zip(getattr(costs, name), counts, strict=True)):
+            at_end = name != "activation" and stage in (0, len(counts) - 1)
+            layers = cost * (in_layers[stage] if at_end else 1.0)
+            values += [layers / count] * count
+            if at_end:
+                values[0 if stage == 0 else -1] += cost - layers
+        return tuple(values)
+
+    return replace(costs, **{name: of_layers(name) for name in BY_STAGE})  # type: ignore[arg-type]

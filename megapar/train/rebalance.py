@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megapar.mesh import Mesh
 from megapar.schedule.actions import Action
 from megapar.schedule.partition import rebalanced
-from megapar.timeline import Span
+from megapar.trace import LAYERS, Span, stage_of_layers
 
 
 class StageTimes:
@@ -20,8 +20,8 @@ class StageTimes:
 
     def add(self, spans: list[Span]) -> None:
         for span in spans:
-            if span.kind == "layers":
-                self._seconds[int(span.name), span.kind].append(span.seconds)
+            if span.kind == LAYERS:
+                self._seconds[stage_of_layers(span.name), LAYERS].append(span.seconds)
             elif span.kind in ("F", "B", "I", "W"):
                 self._seconds[Action.parse(span.name).stage, span.kind].append(span.seconds)
 
@@ -45,7 +45,7 @@ class StageTimes:
         """
         if (stage, "F") not in self._seconds:
             return 0.0, 0.0
-        middle = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", "layers")}
-        in_layers = middle["layers"] / middle["F"]
+        middle = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", LAYERS)}
+        in_layers = middle[LAYERS] / middle["F"]
         whole = middle["F"] + (middle["B"] or middle["I"] + middle["W"])
         return whole * in_layers / layers, whole * (1 - in_layers)

@@ -7,6 +7,7 @@ import torch
 
 import megapar
 from megapar.config.schema import TrainConfig
+from megapar.config.stages import stage_layers
 from megapar.mesh import Mesh
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce
@@ -51,6 +52,11 @@ class Tracer:
             self._write()
             self._spans.clear()
 
+    def moved(self, config: TrainConfig, schedule: Schedule) -> None:
+        """From now on layers are on other stages: what is traced of before does not go with what comes."""
+        self.config, self.schedule = config, schedule
+        self._spans.clear()
+
     def _write(self) -> None:
         """trace.json and costs.json, from all ranks' spans on rank 0's clock."""
         mesh = self.mesh
@@ -82,4 +88,4 @@ class Tracer:
             versions={"megapar": megapar.__version__, "torch": torch.__version__},
         )
         write(trace, self.folder / "trace.json")
-        write_costs(trace.costs(), self.folder / "costs.json")
+        write_costs(trace.layer_costs(stage_layers(self.config)), self.folder / "costs.json")

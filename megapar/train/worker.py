@@ -88,6 +88,7 @@ class Loop:
         self.config = changed(self.config, {"pipeline.partition": after})
         self.trainer = Trainer(self.config, mesh.rank, mesh=mesh)
         load(saved, self.trainer.optimizer, self.config)
+        self.tracer.moved(self.config, self.trainer.schedule)
         self.bubble_ideal = simulate(self.trainer.schedule).mean_bubble
         if self.writer is not None:
             self.writer.partition(step, before, after)

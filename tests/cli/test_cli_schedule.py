@@ -61,7 +61,7 @@ def test_costs_of_a_run_are_compared(capsys: pytest.CaptureFixture[str], tmp_pat
     path.write_text(json.dumps({name: [0.001] * 2 for name in ("forward", "input_grad", "weight_grad")}))
     assert main(["schedule", "stages=2", "microbatches=4", f"costs.file={path}"]) == 0
     text = capsys.readouterr().out
-    assert "zbv            costs of 2 parts of the model can't be those of 4 stages" in text
+    assert "zbv            costs of 2 parts of the model can't fill 4 stages" in text
     by_name = {line.split()[0]: line.split()[1:4] for line in text.split("\n\n")[0].splitlines()}
     assert by_name["1f1b"] == ["1", "0.01500", "20.0%"]  # (4 + 1) micro-batches of 3 ms
     for chosen in ("stages=4", "pipeline.schedule=zbv"):

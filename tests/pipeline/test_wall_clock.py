@@ -1,7 +1,8 @@
-"""The executor with stages that sleep: what a schedule takes by the clock is what the simulator says."""
+"""What a schedule takes by the clock is what the simulator says: with stages that sleep, and with those of a model."""
 
 import time
 from dataclasses import dataclass
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megapar.config.schema import TrainConfig
+from megapar.config.stages import make_schedule
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
 from megapar.models.transformer import TensorSpec
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.executor import Batch, Executor, Tensors
-from megapar.schedule.actions import Schedule
+from megapar.schedule.actions import KINDS, Schedule
 from megapar.schedule.build import build, generators
 from megapar.schedule.costs import Costs
+from megapar.schedule.measured import measured_costs
 from megapar.schedule.simulate import simulate
-from megapar.train.metrics import BUSY
+from megapar.trace import BUSY
+from megapar.train.trainer import Trainer
+from tests.tiny import tiny_config
 
 # Of a stage. Waking up, autograd and a transfer take 0.3 to 1 ms of an action on two shared cores (measured).
 SECONDS = {"F": 0.03, "I": 0.036, "W": 0.024}
@@ -103,3 +109,35 @@ def test_the_wall_clock_is_the_simulators(name: str, ranks: int, pool: WorkerPoo
     taken, busy = min((max(seconds for seconds, _ in step), sum(busy for _, busy in step) / ranks) for step in steps)
     assert taken == pytest.approx(simulated.step_time, rel=0.05)
     assert 1 - busy / taken == pytest.approx(simulated.mean_bubble, abs=0.05)
+
+
+def train_and_time(rank: int, world_size: int, config: TrainConfig) -> list[list[tuple[str, str, float]]]:
+    """(kind, name, seconds) of every span of every step but the first two."""
+    trainer = Trainer(config, rank)
+    steps = [trainer.step(step).spans for step in range(1, config.train.steps + 1)]
+    trainer.close()
+    return [[(span.kind, span.name, span.seconds) for span in spans] for spans in steps[2:]]
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zbv"])
+def test_a_models_step_takes_what_its_costs_say(name: str, pool: WorkerPool, tokens: str) -> None:
+    """Within 10 %: costs from every other step, the pipeline's phase from those between (medians of five each).
+
+    Two ranks on two cores, actions of some 10 ms.
+    """
+    values: dict[str, Any] = {
+        "model.layers": 4,
+        "model.hidden": 128,
+        "model.ffn": 384,
+        "train.seq_length": 128,
+        "train.steps": 12,
+    }
+    values |= {"train.dtype": "fp32", "train.micro_batch_size": 2, "pipeline.schedule": name}
+    config = tiny_config(tokens, "pp2", **values)
+    ranks = pool.run(train_and_time, 2, config)
+    schedule = make_schedule(config)
+    spans = [(name, seconds) for steps in ranks for step in steps[::2] for kind, name, seconds in step if kind in KINDS]
+    simulated = simulate(schedule, measured_costs(schedule, spans)).step_time
+    phases = [[next(s for kind, _, s in step if kind == "phase") for step in steps[1::2]] for steps in ranks]
+    taken = median(max(of_ranks) for of_ranks in zip(*phases, strict=True))
+    assert taken == pytest.approx(simulated, rel=0.1)

@@ -8,7 +8,7 @@ import pytest
 from megapar.schedule.actions import Action, ScheduleError
 from megapar.schedule.build import build, generators
 from megapar.schedule.costs import Costs, read_costs, write_costs
-from megapar.schedule.measured import measured_costs
+from megapar.schedule.measured import measured_costs, spread
 from megapar.schedule.simulate import simulate
 
 HALVES = ("0F0", 1.0), ("0I0", 2.0), ("0W0", 3.0), ("0REDUCE", 0.5), ("1F0", 4.0), ("1I0", 5.0), ("1W0", 6.0)
@@ -69,3 +69,16 @@ def test_costs_are_written_and_read(tmp_path: Path) -> None:
     assert found.forward == pytest.approx(costs.forward, rel=5e-6) and found.forward[0] == 0.166667  # six digits
     assert (found.latency, found.overlap, found.stages) == (0.25, False, 4)
     assert json.loads(path.read_text()).keys() == costs.__dataclass_fields__.keys()
+
+
+def test_a_stages_costs_are_its_layers_and_what_stands_at_the_ends() -> None:
+    costs = measured_costs(build("zb_h1", 2, 2), HALVES)
+    layers = spread(costs, [2, 4], [0.5, 0.25])
+    assert layers.forward == (0.75, 0.25, 0.25, 0.25, 0.25, 3.25)
+    assert layers.weight_grad == (2.25, 0.75, 0.375, 0.375, 0.375, 4.875)
+    assert layers.activation == (0.5, 0.5, 0.25, 0.25, 0.25, 0.25)
+    assert layers.cut([2, 4]) == costs
+    middle = spread(
+        measured_costs(build("1f1b", 3, 1), [(f"{s}{k}0", 6.0) for s in range(3) for k in "FB"]), [1, 3, 1], [0.5] * 3
+    )
+    assert middle.forward == (6.0, 2.0, 2.0, 2.0, 6.0)

@@ -12,7 +12,7 @@ from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerLayer
 from megapar.schedule.partition import rebalanced
-from megapar.timeline import Span
+from megapar.trace import LAYERS, Span, layers_of
 from megapar.train.rebalance import StageTimes
 from megapar.train.worker import Loop
 from tests.tiny import tiny_config
@@ -42,12 +42,11 @@ def test_what_layers_take_and_what_the_rest_takes(monkeypatch: pytest.MonkeyPatc
         return [3, 3]
 
     monkeypatch.setattr("megapar.train.rebalance.rebalanced", keep)
-    times.add(
-        [span("layers", "0", 0.02), span("F", "0F0", 0.03), span("B", "0B0", 0.06), span("tp", "all_reduce", 9.0)]
-    )
-    times.add([span("layers", "1", 0.02), span("F", "1F0", 0.04), span("I", "1I0", 0.03), span("W", "1W0", 0.01)])
-    times.add([span("layers", "1", 0.02), span("F", "1F1", 0.04), span("I", "1I1", 0.03), span("W", "1W1", 0.01)])
-    times.add([span("layers", "1", 0.02), span("F", "1F2", 0.04), span("I", "1I2", 7.0), span("W", "1W2", 0.01)])
+    forward = [span(LAYERS, layers_of(0), 0.02), span("F", "0F0", 0.03)]
+    times.add([*forward, span("B", "0B0", 0.06), span("tp", "all_reduce", 9.0)])
+    for m, input_grad in enumerate((0.03, 0.03, 7.0)):
+        forward = [span(LAYERS, layers_of(1), 0.02), span("F", f"1F{m}", 0.04)]
+        times.add([*forward, span("I", f"1I{m}", input_grad), span("W", f"1W{m}", 0.01)])
     assert times.layers([2, 4], Mesh({"pp": 1, "dp": 1, "tp": 1})) == [3, 3]
     [(counts, layer, rest)] = found
     assert counts == [2, 4]
