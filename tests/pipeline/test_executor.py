@@ -12,7 +12,8 @@ from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
 from megapar.models.transformer import TensorSpec
 from megapar.parallel.weight_grad import WeightGrads
-from megapar.pipeline.executor import Batch, Executor, Tensors
+from megapar.pipeline.executor import Batch, Executor, Tensors, _Phase
+from megapar.schedule.actions import COMPUTE, Action
 from megapar.schedule.build import build, default_chunks, generators
 
 MICROBATCHES = 4
@@ -191,3 +192,48 @@ def run_frozen(rank: int, world_size: int) -> dict[str, Any]:
     Executor({rank: stage}, mesh, WeightGrads(), loss_of).run(build("1f1b", 2, MICROBATCHES), batches())
     mesh.close()
     return {name: p.grad for name, p in stage.named_parameters()}
+
+
+def posted_ahead(rank: int, world_size: int, name: str) -> list[tuple[Action, int]]:
+    """For every receive of this rank's row: how many computations began between its posting and its wait."""
+    schedule = build(name, world_size, MICROBATCHES)
+    mesh = Mesh({"pp": world_size, "dp": 1, "tp": 1}, rank)
+    stages = {stage: CrossStage(stage, schedule.stages) for stage in schedule.stages_of(rank)}
+    executor = Executor(stages, mesh, WeightGrads(), loss_of)
+    begun, posted, found = 0, {}, []
+    span, post = mesh.timeline.span, _Phase._post_receive
+
+    def watched_post(phase: _Phase, channel: tuple[int, str]) -> None:
+        before = set(phase._posted)
+        post(phase, channel)
+        posted.update(dict.fromkeys(set(phase._posted) - before, begun))
+
+    def watched_span(kind: str, text: str, where: str = "") -> Any:
+        nonlocal begun
+        if kind in COMPUTE:
+            begun += 1
+        if kind.startswith("RECV"):
+            action = Action.parse(text)
+            found.append((action, begun - posted[action] if action in posted else -1))
+        return span(kind, text, where)
+
+    _Phase._post_receive = watched_post  # type: ignore[method-assign, assignment]
+    mesh.timeline.span = watched_span  # type: ignore[method-assign, assignment]
+    try:
+        executor.run(schedule, batches())
+    finally:
+        _Phase._post_receive = post  # type: ignore[method-assign]
+    mesh.close()
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(generators()))
+def test_receives_are_posted_ahead(name: str, pool: WorkerPool) -> None:
+    """Every receive is on its way before the computation ahead of it begins, but where there is none before it."""
+    schedule = build(name, 2, MICROBATCHES)
+    for rank, found in enumerate(pool.run(posted_ahead, 2, name)):
+        row = schedule.rows[rank]
+        assert len(found) == sum(action.kind.startswith("RECV") for action in row) > 0
+        first = next(index for index, action in enumerate(row) if action.kind in COMPUTE)
+        late = [str(action) for action, ahead in found if ahead < 1 and row.index(action) > first]
+        assert late == []
