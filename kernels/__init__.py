@@ -1,23 +1,99 @@
 """Kernels: tensors in, tensors out. Installed as `megapar.kernels`; importing it imports nothing else.
 
-Every kernel has a `torch` implementation, plain differentiable torch in any floating dtype.
+Every kernel has a `torch` form, plain differentiable torch in any floating dtype. Some have a Triton form too, which
+runs compiled on a GPU (`triton`) or, on any machine and slowly, in Triton's interpreter (`interpret`).
 """
 
+import os
+import sys
+
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch",),
+    "attention": ("torch", "triton", "interpret"),
     "rope": ("torch",),
-    "swiglu": ("torch",),
+    "swiglu": ("torch", "triton", "interpret"),
     "dropout": ("torch",),
 }
+REQUESTS = ("auto", "torch", "triton", "interpret")
+INTERPRET = "TRITON_INTERPRET"  # Triton's own variable, which it reads when a kernel is defined
+
+_requested = "auto"
 
 
-def select_backends(requested: str) -> dict[str, str]:
-    """The implementation that runs for each kernel under `kernels.backend=requested`.
+def use_backend(name: str) -> None:
+    """Choose the backend of this process's kernels: auto, torch, triton or interpret.
 
-    Raises ValueError where a kernel has no such implementation; nothing is replaced silently.
+    auto: Triton for tensors on a GPU, torch for others and for fp64. A kernel without a Triton form runs in torch
+    under every name. Whether Triton interprets is fixed when the kernels are imported: before that, `interpret` sets
+    TRITON_INTERPRET=1 in this process's environment.
+
+    Raises ValueError for an unknown name and where it can't run.
     """
-    chosen = "torch" if requested == "auto" else requested
-    missing = [name for name, backends in BACKENDS.items() if chosen not in backends]
-    if missing:
-        raise ValueError(f"no {chosen} implementation of {', '.join(missing)}; use torch or auto")
-    return dict.fromkeys(BACKENDS, chosen)
+    global _requested
+    if name not in REQUESTS:
+        raise ValueError(f"kernels.backend={name}: use one of {', '.join(REQUESTS)}")
+    if name in ("triton", "interpret"):
+        _refuse_without_triton(name)
+        if "triton.language" not in sys.modules and name == "interpret":
+            os.environ[INTERPRET] = "1"
+        if interprets() != (name == "interpret"):
+            state, remedy = ("interprets", "unset") if interprets() else ("compiles", "set")
+            value = "" if interprets() else "=1"
+            raise ValueError(
+                f"kernels.backend={name}: this process {state} its Triton kernels, which was settled when they were "
+                f"imported; {remedy} {INTERPRET}{value} before it starts"
+            )
+    _requested = name
+
+
+def interprets() -> bool:
+    """Whether Triton kernels of this process run in Triton's interpreter."""
+    language = sys.modules.get("triton.language")
+    if language is not None:  # its own functions were defined when it was imported, and show what was set then
+        return type(language.sum).__name__ == "InterpretedFunction"
+    return os.environ.get(INTERPRET, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def backend_of(kernel: str, device: str, dtype: object = None) -> str:
+    """The backend that runs a kernel on tensors of a device type, under what `use_backend` chose.
+
+    dtype: the tensors' torch dtype. Raises ValueError where the chosen backend can't take them.
+    """
+    narrow = str(dtype) != "torch.float64"
+    if _requested == "auto":
+        return "triton" if device == "cuda" and narrow and "triton" in BACKENDS[kernel] and has_triton() else "torch"
+    if _requested == "torch" or _requested not in BACKENDS[kernel]:
+        return "torch"
+    if not narrow:
+        raise ValueError(f"kernels.backend={_requested}: {kernel} has no fp64 form in Triton; use torch")
+    if _requested == "triton" and device != "cuda":
+        raise ValueError(f"kernels.backend=triton: {kernel} got tensors on the {device}; use a GPU, or torch")
+    return _requested
+
+
+def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") -> dict[str, str]:
+    """The backend that runs each kernel under `kernels.backend=requested` on a device (cpu, cuda) in a dtype.
+
+    Raises ValueError where the kernels that have a Triton form can't run in it as requested.
+    """
+    if requested in ("triton", "interpret"):
+        _refuse_without_triton(requested)
+        if dtype == "fp64":
+            raise ValueError("the Triton kernels take fp32, bf16 and fp16; use another dtype, or torch")
+        if requested == "triton" and device != "cuda":
+            raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
+    chosen = requested
+    if requested == "auto":
+        chosen = "triton" if device == "cuda" and dtype != "fp64" and has_triton() else "torch"
+    return {kernel: chosen if chosen in backends else "torch" for kernel, backends in BACKENDS.items()}
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed. Does not import it."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def _refuse_without_triton(name: str) -> None:
+    if not has_triton():
+        raise ValueError(f"kernels.backend={name}: Triton is not installed; use torch, or auto")

@@ -140,6 +140,8 @@ def _local(call: Invocation, entry: str | None) -> int:
     config = compose(call.command, overrides)
     if call.command == "data":
         return commands.data(config)
+    if call.command == "kernels":
+        return commands.kernels(config)
     if call.command == "schedule":
         return commands.schedule(config)
     if call.command == "verify":

@@ -9,6 +9,7 @@ from typing import TypeVar
 from megapar.config import (
     ConfigError,
     GenerateConfig,
+    InspectConfig,
     PrepareConfig,
     ScheduleConfig,
     TrainConfig,
@@ -22,7 +23,7 @@ from megapar.config import (
 )
 from megapar.config.file import dump
 from megapar.config.parse import changed
-from megapar.kernels import select_backends
+from megapar.kernels import INTERPRET, select_backends
 from megapar.launch import rundir
 from megapar.launch.machine import num_gpus
 from megapar.launch.rank import GENERATE, TRAIN, Job
@@ -42,7 +43,7 @@ def finish(config: T, world_size: int | None = None) -> T:
     """
     gpus = num_gpus()
     draft = check_early(config, gpus, world_size)
-    if world_size is None:
+    if world_size is None and config.kernels.backend != "interpret":
         from megapar.launch.local import start_fork_server
 
         start_fork_server(layout_of(draft).world)  # imports torch while we prepare the data
@@ -96,7 +97,7 @@ def steps_done(config: TrainConfig) -> int:
 
 
 def refuse_bad_out(out: str | None, run_dir: str | None, key: str = "out") -> None:
-    """Raise ConfigError where `out` can't be written. In the run directory it can: that is yet to be made."""
+    """Raise ConfigError where a file can't be written. In the run directory it can: that is yet to be made."""
     if out is None:
         return
     path = Path(out)
@@ -154,7 +155,7 @@ def plan(
     if isinstance(config, GenerateConfig):
         return _plan_generate(config, world_size, entry or GENERATE)
     config = finish(config, world_size)
-    backends = select_backends(config.kernels.backend)
+    backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     config = rundir.create(config, overrides, backends, claims, steps_done=steps_done(config))
     return _train_job(config, entry or TRAIN)
 
@@ -171,6 +172,7 @@ def _train_job(config: TrainConfig, entry: str) -> Job:
         device=config.train.device,
         timeout_s=config.train.timeout_s,
         ranks=layout.world,
+        env=rank_environment(config.kernels.backend),
     )
 
 
@@ -196,7 +198,13 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
         timeout_s=trained.train.timeout_s,
         ranks=layout_of(config).world,
         log_name="generate-rank",
+        env=rank_environment(config.kernels.backend),
     )
+
+
+def rank_environment(backend: str) -> dict[str, str]:
+    """What a rank's environment must say before it imports the kernels."""
+    return {INTERPRET: "1"} if backend == "interpret" else {}
 
 
 def draw(job: Job) -> None:
@@ -214,7 +222,8 @@ def verify(config: VerifyConfig, overrides: list[str]) -> int:
     """Compare layouts. Returns the exit code."""
     config = finish(config)
     with ExitStack() as claims:
-        config = rundir.create(config, overrides, select_backends(config.kernels.backend), claims)
+        backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
+        config = rundir.create(config, overrides, backends, claims)
         import megapar.verify
 
         return megapar.verify.run(config)
@@ -242,6 +251,38 @@ def data(config: PrepareConfig) -> int:
     for name, value in rows:
         print(f"{name:<14} {value}")
     return 0
+
+
+def kernels(config: InspectConfig) -> int:
+    """Compile kernels for GPUs that need not be here and print what the machine code shows. Returns the exit code."""
+    import json
+    from dataclasses import asdict
+
+    from megapar.inspect.compile import KERNELS, TARGETS, compile_all, specs_of
+    from megapar.inspect.table import table
+    from megapar.kernels import has_triton
+
+    for key, known in (("kernel", KERNELS), ("targets", TARGETS)):
+        for name in getattr(config, key):
+            if name not in known:
+                raise ConfigError(key, name, f"unknown; use {', '.join(known)}")
+    refuse_bad_out(config.specs, None, "specs")
+    refuse_bad_out(config.out, None)
+    if not has_triton():
+        raise UserError("kernels: Triton is not installed, and it is the compiler; install it: pip install triton")
+    specs = specs_of(config.kernel, config.targets)
+    if config.specs is not None:
+        entries = [spec.batch_entry() for spec in specs if spec.target.startswith("sm_")]
+        Path(config.specs).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        say(f"{config.specs}: {len(entries)} kernels, nothing compiled")
+        return 0
+    say(f"compiling {len(specs)} kernels; Triton's cache keeps them")
+    figures = compile_all(specs)
+    print(table(figures))
+    if config.out is not None:
+        lines = ",\n".join(json.dumps(asdict(one)) for one in figures)
+        Path(config.out).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return 1 if any(one.error for one in figures) else 0
 
 
 def schedule(config: ScheduleConfig) -> int:

@@ -58,6 +58,7 @@ def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
     """A run's config with the layout, precision and device that it shall write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
+        "kernels": config.kernels,
         "parallel.zero": 0,
         "pipeline.schedule": "1f1b",
         "pipeline.chunks": None,

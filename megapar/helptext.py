@@ -14,6 +14,7 @@ ABOUT = {
     "generate": "let a trained model write",
     "schedule": "compare pipeline schedules by simulation, write or draw one",
     "data": "make token files from text, or check existing ones",
+    "kernels": "compile the Triton kernels for GPUs that need not be here, and read the machine code",
 }
 
 EXAMPLES = {
@@ -49,6 +50,11 @@ EXAMPLES = {
         ("megapar data", "tokenize Python's standard library"),
         ("megapar data data.path=FOLDER data.vocab_size=4096 out=tokens/mine", "your own text"),
         ("megapar data data.path=PREFIX data.verify=full", "re-hash existing token files"),
+    ],
+    "kernels": [
+        ("megapar kernels", "a table: every kernel on every target"),
+        ("megapar kernels targets=[sm_90] kernel=[attention]", "one of each"),
+        ("megapar kernels specs=specs.json", "what would be compiled, for another tool"),
     ],
 }
 
@@ -88,6 +94,7 @@ MOST_USED = {
         "costs.file",
     ],
     "data": ["data.path", "data.tokenizer", "data.vocab_size", "data.split", "data.verify", "out"],
+    "kernels": ["kernel", "targets", "specs", "out"],
 }
 
 
@@ -121,8 +128,9 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
     lines += ["examples:"]
     for line, text in EXAMPLES[command]:
         lines += [f"  {line}", f"      {text}"]
-    lines += ["", "groups, and the files to choose from:"]
-    lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
+    if files:
+        lines += ["", "groups, and the files to choose from:"]
+        lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
     lines += ["", "most used keys:"]
     lines += _table([(key, known[key].metadata["help"]) for key in MOST_USED[command]])
     verbatim = [key for key in VERBATIM if key in known]

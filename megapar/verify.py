@@ -233,7 +233,7 @@ def run(config: VerifyConfig) -> int:
     verdicts = []
     with (
         tempfile.TemporaryDirectory(prefix=REFERENCE, dir=config.run.dir) as folder,
-        WorkerPool(max([layout.world for layout in layouts] + [1])) as pool,
+        WorkerPool(max([layout.world for layout in layouts] + [1]), config.kernels.backend == "interpret") as pool,
     ):
         for verdict in compare_layouts(config, pool, folder):
             verdicts.append(verdict)

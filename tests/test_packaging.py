@@ -37,3 +37,13 @@ def test_the_wheel_installs_one_top_level_package(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"megapar"}
     assert {"megapar/kernels/attention.py", "megapar/conf/train.yaml", "megapar/conf/model/demo.yaml"} <= set(names)
     assert {"megapar/py.typed", "megapar/conf/experiment/demo.yaml"} <= set(names)
+
+
+def test_kernels_run_in_torch_where_triton_is_not_installed() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from megapar import kernels; "
+        "from megapar.kernels.attention import attention; from megapar.kernels.swiglu import swiglu; "
+        "x = torch.ones(1, 2, 1, 16); swiglu(attention(x, x, x)[0, 0], x[0, 0]); "
+        "print(kernels.backend_of('attention', 'cuda'), kernels.has_triton())"
+    )
+    assert run(code) == "torch False"

@@ -257,7 +257,7 @@ def check_training(config: TrainConfig) -> None:
 
 def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None) -> None:
     """Refuse what the hardware or the number of started ranks does not allow."""
-    check_backend(config.kernels.backend, num_gpus)
+    check_backend(config.kernels.backend, config.train.device, config.train.dtype)
     if isinstance(config, VerifyConfig):
         return
     layout = layout_of(config)
@@ -281,12 +281,10 @@ def check_ranks(layout: Layout, device: str, key: str, *, num_gpus: int, world_s
         raise ConfigError("parallel", layout, problem)
 
 
-def check_backend(backend: str, num_gpus: int) -> None:
-    """Refuse a kernel backend that can't run here."""
-    if backend == "triton" and num_gpus == 0:
-        raise ConfigError("kernels.backend", backend, "no GPU is visible; use torch, or auto")
+def check_backend(backend: str, device: str, dtype: str) -> None:
+    """Refuse a kernel backend that can't run on a resolved device and in this dtype."""
     try:
-        select_backends(backend)
+        select_backends(backend, device, dtype)
     except ValueError as error:
         raise ConfigError("kernels.backend", backend, str(error)) from None
 
@@ -321,7 +319,7 @@ def check_generate(
 ) -> None:
     """Refuse a layout that the trained model does not divide into, and absent hardware."""
     check_values(config)
-    check_backend(config.kernels.backend, num_gpus)
+    check_backend(config.kernels.backend, config.device, config.dtype)
     if config.parallel.pp > trained.model.layers:
         problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)

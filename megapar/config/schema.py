@@ -304,12 +304,25 @@ class PrepareConfig:
     out: str | None = option(None, "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache")
 
 
+@dataclass(frozen=True)
+class InspectConfig:
+    """`megapar kernels`: compile the Triton kernels for GPUs that need not be here, and read the machine code."""
+
+    kernel: list[str] = option(["attention", "swiglu"], "kernels to compile")
+    targets: list[str] = option(
+        ["sm_80", "sm_90", "sm_100", "gfx942"], "GPUs to compile for: A100, H100, B200, MI300 by their architecture"
+    )
+    specs: str | None = option(None, "file to write what would be compiled to, as JSON, and compile nothing")
+    out: str | None = option(None, "file for the figures as JSON; default: only the table")
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
     "schedule": ScheduleConfig,
     "data": PrepareConfig,
+    "kernels": InspectConfig,
 }
 
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
@@ -325,6 +338,7 @@ VERBATIM = (
     "checkpoint.load",
     "logger.wandb.project",
     "pipeline.costs",
+    "specs",
     "costs.file",
     "csv",
     "plot",
@@ -332,4 +346,4 @@ VERBATIM = (
 )
 
 # Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
-PATHS = ("run.dir", "checkpoint.load", "pipeline.costs", "costs.file", "csv", "plot", "out")
+PATHS = ("run.dir", "checkpoint.load", "pipeline.costs", "costs.file", "csv", "plot", "specs", "out")

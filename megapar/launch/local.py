@@ -15,6 +15,7 @@ from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from megapar.config.errors import UserError
+from megapar.kernels import INTERPRET
 from megapar.launch.failure import RankFailure
 from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
@@ -34,7 +35,7 @@ def start_fork_server(ranks: int = 1) -> None:
         multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["megapar.launch.preload"])
     resource_tracker.ensure_running()
-    with _environment({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}), _sigint_blocked():
+    with environment_with({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}), _sigint_blocked():
         forkserver.ensure_running()
 
 
@@ -55,11 +56,16 @@ def launch(job: Job, quiet: bool = False) -> None:
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.addHandler(logging.NullHandler())
-    start_fork_server(job.ranks)
-    with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), _environment({}):
+    # A process that forks from the server has imported the kernels. Where the job changes how they are imported, each
+    # starts afresh, which takes seconds.
+    afresh = INTERPRET in job.env
+    if not afresh:
+        start_fork_server(job.ranks)
+    kept = {"OMP_NUM_THREADS": str(threads_per_rank(job.ranks))} | job.env if afresh else {}
+    with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), environment_with(kept):
         job = replace(job, quiet=quiet, threads=threads_per_rank(job.ranks), reports=scratch, env=LOOPBACK | job.env)
         try:
-            elastic_launch(_settings(job.ranks, scratch), run_elastic)(job)
+            elastic_launch(_settings(job.ranks, scratch, "spawn" if afresh else "forkserver"), run_elastic)(job)
         except ChildFailedError as error:
             _raise_cause(job, error)
         except SignalException as error:
@@ -68,7 +74,7 @@ def launch(job: Job, quiet: bool = False) -> None:
             raise SystemExit(128 + error.sigval.value) from None
 
 
-def _settings(ranks: int, scratch: str) -> Any:
+def _settings(ranks: int, scratch: str, start_method: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -82,7 +88,7 @@ def _settings(ranks: int, scratch: str) -> Any:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        start_method="forkserver",
+        start_method=start_method,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         shutdown_timeout=5,
     )
@@ -128,7 +134,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment_with(values: dict[str, str]) -> Iterator[None]:
     """Set variables where not set yet, and put the environment back afterwards."""
     kept = dict(os.environ)
     for name, value in values.items():

@@ -15,9 +15,12 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from megapar.launch.local import start_fork_server
+from megapar.kernels import INTERPRET
+from megapar.launch.local import environment_with, start_fork_server
+from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import die_with_parent, is_lost_peer
 
+MANY = 64  # ranks that share few cores: one thread each
 GRACE_S = 1.5  # after the first failure, for the other ranks to say what they have to say
 
 
@@ -37,11 +40,13 @@ class WorkerPool:
     """`size` processes that keep torch imported. Use as a context manager, or call `close`.
 
     Each has one thread, and runs one job after another as a rank of that job's own process group.
+    interpret: they run Triton kernels in Triton's interpreter, so each imports everything afresh
     """
 
-    def __init__(self, size: int) -> None:
-        start_fork_server(64)  # one thread each: many ranks share few cores
-        self.size = size
+    def __init__(self, size: int, interpret: bool = False) -> None:
+        if not interpret:
+            start_fork_server(MANY)
+        self.size, self._interpret = size, interpret
         self._folder = tempfile.TemporaryDirectory(prefix="megapar-pool-")
         self._jobs = 0
         self._workers = [self._start(index) for index in range(size)]
@@ -91,7 +96,7 @@ class WorkerPool:
         self.close()
 
     def _start(self, index: int) -> "_Worker":
-        return _Worker(Path(self._folder.name) / f"stack-{index}-{self._jobs}.txt")
+        return _Worker(Path(self._folder.name) / f"stack-{index}-{self._jobs}.txt", self._interpret)
 
     def _collect(self, world_size: int, deadline: float) -> tuple[dict[int, Any], bool]:
         """Answers by rank, and whether time ran out on the ranks that are missing."""
@@ -103,7 +108,7 @@ class WorkerPool:
             if not ready:
                 return answers, not failed
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                rank = waiting[pipe]
                 answers[rank] = self._workers[rank].receive()
                 if answers[rank][0] != "done" and not failed:
                     failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
@@ -120,12 +125,14 @@ class WorkerPool:
 class _Worker:
     """The parent's side of one process."""
 
-    def __init__(self, stack_file: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
+    def __init__(self, stack_file: Path, interpret: bool) -> None:
+        context: Any = multiprocessing.get_context("spawn" if interpret else "forkserver")
+        added = {INTERPRET: "1", "OMP_NUM_THREADS": str(threads_per_rank(MANY))} if interpret else {}
         self.pipe, theirs = context.Pipe()
         self._stack_file = stack_file
         self._process = context.Process(target=_serve, args=(theirs, str(stack_file)), daemon=True)
-        self._process.start()
+        with environment_with(added):
+            self._process.start()
         theirs.close()
 
     def send(self, job: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     lines += [
         "",
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
+        f"kernels     {_backends(summary['kernels'])}",
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {summary['loss']:.4f} nats/token after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
@@ -28,6 +29,14 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     lines += _time_lines(summary, config)
     lines += [f"left in     {config.run.dir}: metrics.jsonl, summary.json, config.yaml, logs/, checkpoints/"]
     return "\n".join(lines)
+
+
+def _backends(kernels: dict[str, str]) -> str:
+    """`torch` where that ran every kernel, else each backend and its kernels."""
+    names = dict.fromkeys(kernels.values())
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{name}: {', '.join(k for k in kernels if kernels[k] == name)}" for name in names)
 
 
 def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:

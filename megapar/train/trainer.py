@@ -8,8 +8,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
+from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import make_schedule, stage_layers
+from megapar.kernels import use_backend
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerStage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
@@ -77,6 +79,10 @@ class ModelPart:
         weights_only: bool = False,
     ) -> None:
         train, parallel = config.train, config.parallel
+        try:
+            use_backend(config.kernels.backend)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         self.config = config
         self.mesh = mesh or make_mesh(config, rank)
         self.schedule = make_schedule(config)

@@ -16,13 +16,14 @@ from megapar.config.stages import stage_layers
 from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
+from megapar.kernels import BACKENDS, backend_of
 from megapar.schedule.simulate import simulate
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
 from megapar.train.tracing import Tracer
-from megapar.train.trainer import Step, Trainer
+from megapar.train.trainer import DTYPES, Step, Trainer
 
 
 def run(config: TrainConfig, rank: int, world_size: int) -> None:
@@ -165,9 +166,10 @@ class Loop:
         def middle(key: str, part: str | None = None) -> float:
             return median(row[key] if part is None else row[key][part] for row in rows)
 
-        parallel = self.config.parallel
+        parallel, train = self.config.parallel, self.config.train
         return {
             "layout": {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
+            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
             "steps": len(self.rows),
             "skipped_steps": self.skipped,
             "loss": self.rows[-1]["loss"],

@@ -127,7 +127,11 @@ REFUSED = {
     "verify pipeline.partition=even": ["pipeline.partition=even", "uniform"],
     # machine and data
     "train kernels.backend=triton": ["kernels.backend=triton", "use torch"],
-    "train kernels.backend=interpret": ["kernels.backend=interpret", "use torch"],
+    "train kernels.backend=interpret train.dtype=fp64": ["kernels.backend=interpret", "fp32", "or torch"],
+    "verify kernels.backend=interpret": ["kernels.backend=interpret", "fp32", "or torch"],
+    "kernels targets=[sm_90,sm_99]": ["targets=sm_99", "unknown", "sm_100"],
+    "kernels kernel=[atention]": ["kernel=atention", "unknown", "attention"],
+    "kernels specs=/nodir/x.json": ["specs=/nodir/x.json", "no such folder"],
     "train data.path=/does/not/exist": ["/does/not/exist"],
     "data data.path=/does/not/exist": ["/does/not/exist"],
     "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],

@@ -1,0 +1,220 @@
+"""What the Triton kernels share: the device functions that they inline, and the description of a launch.
+
+Tensors are matrices to a kernel: a row for every position of every sequence, and in it the channels of one head after
+another. So a tile begins at a row and a column, and rows of a sequence are counted from the first of all.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Absent:
+    """Stands for Triton where there is no Triton: kernels can be defined, and none can run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = _Absent()
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed here: triton.jit reads it when a kernel is defined
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def device_function(function: Any) -> Any:
+    """triton.jit for what kernels call. The interpreter gets it as it is: each call through triton.jit would have it
+    patch the whole language anew, a millisecond that no arithmetic of a small tile takes."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+@device_function
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32; a @ b where acc is None.
+
+    The interpreter multiplies bf16 as if its bits were integers, so there the operands become fp32 first. Products of
+    two bf16 are exact in fp32, as they are in a tensor core.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@device_function
+def cast(x, dtype: tl.constexpr):
+    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@device_function
+def tile_pointers(matrix, row, column, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Addresses of the tile [ROWS, BLOCK] of a matrix that begins in this row and column."""
+    first = matrix + tl.cast(row, tl.int64) * stride + column
+    return first + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
+
+
+@device_function
+def tile_mask(row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of a tile that begins at `row` exist, [ROWS, BLOCK] or [ROWS, 1]."""
+    mask = (row + tl.arange(0, ROWS) < end)[:, None]
+    if CHANNELS != BLOCK:
+        mask = mask & (tl.arange(0, BLOCK) < CHANNELS)[None, :]
+    return mask
+
+
+@device_function
+def load_tile(matrix, row, column, stride, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile. Rows from `end` on, and channels from CHANNELS on, are zeros and are not read."""
+    mask = tile_mask(row, end, ROWS, CHANNELS, BLOCK)
+    return tl.load(tile_pointers(matrix, row, column, stride, ROWS, BLOCK), mask=mask, other=0.0)
+
+
+@device_function
+def load_full_tile(matrix, tiles, row, column, stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of which every row exists. tiles: the matrix's TMA descriptor; None: read through addresses."""
+    if tiles is not None:
+        return tiles.load([row, column])
+    else:
+        pointers = tile_pointers(matrix, row, column, stride, ROWS, BLOCK)
+        if CHANNELS != BLOCK:
+            return tl.load(pointers, mask=(tl.arange(0, BLOCK) < CHANNELS)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@device_function
+def store_tile(matrix, tile, row, column, stride, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the elements of a tile that exist, in the matrix's dtype."""
+    mask = tile_mask(row, end, ROWS, CHANNELS, BLOCK)
+    pointers = tile_pointers(matrix, row, column, stride, ROWS, BLOCK)
+    tl.store(pointers, cast(tile, matrix.dtype.element_ty), mask=mask)
+
+
+@device_function
+def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
+    """(sequence, tile inside it) of this program, for packed sequences that begin at starts [num_sequences + 1].
+
+    The tiles of sequence b are numbered from starts[b] // ROWS + b: no two sequences meet, although each may end in a
+    part of a tile, and the number needs no sum over the sequences before. A grid of total // ROWS + num_sequences + 1
+    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do.
+    """
+    tile = tl.program_id(0)
+    first, last = tl.cast(0, tl.int32), tl.cast(num_sequences, tl.int32)
+    while first + 1 < last:
+        middle = (first + last) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            first = middle
+        else:
+            last = middle
+    return first, tile - (tl.load(starts + first) // ROWS + first)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, ready to run, or to be compiled for a machine that is not here.
+
+    arguments: every parameter of the kernel by name. A parameter that is None is a constant of the compilation.
+    """
+
+    kernel: Any  # triton.jit's
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Fusing multiply and add is Triton's default, and announced to change: said here, it can't change by itself.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Run it on the device of its tensors."""
+        first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its tensors' is
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+    def specialisation(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """What the compiler is given, as a launch would have Triton derive it from the arguments.
+
+        (types of the run-time parameters, values of the constants, parameters that are multiples of 16).
+        """
+        types, constants, divisible = {}, {}, []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                constants[name] = value
+                continue
+            types[name] = _type_of(value)
+            whole = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if whole and not parameter.do_not_specialize:
+                divisible.append(name)
+        return types, constants, divisible
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _DTYPES[str(value.dtype)]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_DTYPES[str(value.base.dtype)]}[{','.join(map(str, value.block_shape))}]>"
+    return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+
+
+_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.int32": "i32"}
+
+
+@cache
+def target_arch() -> str:
+    """What kernels are launched for in this process: sm_90, gfx942, ..., or "interpret"."""
+    if INTERPRETED:
+        return "interpret"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+
+
+def precision(arch: str) -> str:
+    """How tensor cores multiply fp32: on NVIDIA as three tf32 products, which keeps 21 of fp32's 24 bits."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
+    heads, channels = x.shape[-2:]
+    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
+    if x.dim() == 4:
+        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
+    x = x if together and x.numel() else x.contiguous()
+    rows = math.prod(x.shape[:-2])
+    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
+
+
+def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | None":
+    """TMA descriptor of a matrix for tiles [rows, channels]; None where the hardware can't read it so."""
+    size = matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
+    return TensorDescriptor.from_tensor(matrix, [rows, channels]) if aligned and matrix.numel() else None
+
+
+def num_tiles(length: int, rows: int) -> int:
+    return -(-length // rows)
+
+
+def next_power_of_2(number: int) -> int:
+    """The block that holds so many channels: at least 16, the least that a tensor core multiplies."""
+    return max(16, 1 << (number - 1).bit_length())

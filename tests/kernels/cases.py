@@ -1,0 +1,295 @@
+"""Cases of attention, and what a process with interpreted kernels does with them."""
+
+import ctypes
+import importlib.util
+import math
+import mmap
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar import kernels
+from megapar.kernels import attention as module
+from megapar.kernels import use_backend
+from megapar.kernels.attention import Config, attention
+from megapar.kernels.swiglu import swiglu, swiglu_backward_op, swiglu_op
+
+NAMES = ("o", "lse", "dq", "dk", "dv")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Small, so that short sequences have full tiles and boundary tiles on both sides of them.
+TILES = {
+    "square": Config(32, 32, 16, 4, 1),
+    "tma": Config(32, 16, 16, 4, 1, tma=True),
+    "wide": Config(16, 64, 32, 4, 1),
+}
+Lengths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention. lengths: (S, L), or of packed sequences ((S, ...), (L, ...))."""
+
+    dtype: str
+    channels: tuple[int, int]  # D, E
+    heads: tuple[int, int]  # N, K
+    lengths: tuple[Any, Any]
+    mask: tuple[bool, Any]  # causal, window
+    softcap: float | None
+    tiles: str
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.lengths[0], tuple)
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"causal": self.mask[0], "window": self.mask[1], "softcap": self.softcap}
+        if self.packed:
+            options |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(starts, self.lengths), strict=True))
+        return options
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of o, lse, dq, dk, dv: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
+
+    error: dict[str, float]
+    torch_error: dict[str, float]
+    size: dict[str, float]
+
+
+def starts(lengths: Lengths) -> Tensor:
+    return torch.tensor([sum(lengths[:number]) for number in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+@contextmanager
+def tiles(config: Config) -> Iterator[None]:
+    """Every interpreted kernel takes these block sizes."""
+    kept = dict(module.CONFIGS)
+    module.CONFIGS.update({key: config for key in kept if key[1] == "interpret"})
+    try:
+        yield
+    finally:
+        module.CONFIGS.update(kept)
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """q, k, v, do, dlse in fp64 with values that the case's dtype holds; rows behind the packed sequences are NaN."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    (n, k), (d, e), (s, length) = case.heads, case.channels, case.lengths
+    rows, keys = ((sum(s) + 3,), (sum(length) + 2,)) if case.packed else ((2, s), (2, length))
+    shapes = ((*rows, n, d), (*keys, k, d), (*keys, k, e), (*rows, n, e), (*rows, n))
+    made = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).double() for shape in shapes]
+    if case.packed:
+        for tensor, behind in zip(made, (3, 2, 2, 3, 3), strict=True):
+            tensor[-behind:] = math.nan
+    return made
+
+
+def run(case: Case, backend: str, dtype: torch.dtype, given: list[Tensor]) -> list[Tensor]:
+    """o, lse, dq, dk, dv of a backend in a dtype. Memory that a kernel does not write holds NaN."""
+    use_backend(backend)
+    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in given[:3])
+    o, lse = attention(q, k, v, return_lse=True, **case.options())
+    gradients = torch.autograd.grad([o, lse], [q, k, v], [given[3].to(o.dtype), given[4].to(lse.dtype)])
+    return [x.detach().double() for x in (o, lse, *gradients)]
+
+
+def run_case(case: Case) -> Outcome:
+    with poisoned_memory(), tiles(TILES[case.tiles]):
+        given = inputs(case)
+        exact = run(case, "torch", torch.float64, given)
+        plain = run(case, "torch", DTYPES[case.dtype], given)
+        found = run(case, "interpret", DTYPES[case.dtype], given)
+    return Outcome(
+        {name: distance(a, b) for name, a, b in zip(NAMES, found, exact, strict=True)},
+        {name: distance(a, b) for name, a, b in zip(NAMES, plain, exact, strict=True)},
+        {name: float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for name, x in zip(NAMES, exact, strict=True)},
+    )
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Largest difference; inf where one is infinite or NaN and the other not."""
+    if found.shape != exact.shape or not torch.equal(found.isfinite(), exact.isfinite()):
+        return math.inf
+    finite = exact.isfinite()
+    if not torch.equal(found[~finite], exact[~finite]):
+        return math.inf
+    return float((found - exact)[finite].abs().max()) if finite.any() else 0.0
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors without values hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def guarded(like: Tensor, before: bool) -> Tensor:
+    """A copy whose memory ends where a page begins that can't be touched; before: begins where such a page ends."""
+    page, size = mmap.PAGESIZE, like.numel() * like.element_size()
+    pages = -(-size // page)
+    region = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    closed, first = (start, page) if before else (start + pages * page, pages * page - size)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(closed), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(region, dtype=like.dtype, count=like.numel(), offset=first).view(like.shape).copy_(like)
+
+
+# ------------------------------------------------------- jobs: (rank, world_size, ...) in the interpreting processes
+
+
+def run_share(rank: int, world_size: int, chosen: list[Case]) -> list[tuple[Case, Outcome]]:
+    """Every world_size-th case."""
+    return [(case, run_case(case)) for case in chosen[rank::world_size]]
+
+
+def run_one(rank: int, world_size: int, case: Case) -> Outcome:
+    return run_case(case)
+
+
+def repeat(rank: int, world_size: int, case: Case) -> bool:
+    """Whether a second run gives the same bits."""
+    with tiles(TILES[case.tiles]):
+        given = inputs(case)
+        first, second = (run(case, "interpret", DTYPES[case.dtype], given) for _ in range(2))
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+
+
+def isolated(rank: int, world_size: int, tile: str) -> list[bool]:
+    """Of each packed sequence whether everything about it is finite, where the second one is full of NaN."""
+    lengths = (21, 18, 37)
+    case = Case("fp32", (32, 32), (2, 1), (lengths, lengths), (True, None), None, tile)
+    given = [tensor[: sum(lengths)] for tensor in inputs(case)]
+    for tensor in given:
+        tensor[21:39] = math.nan
+    with tiles(TILES[tile]):
+        found = run(case, "interpret", torch.float32, given)
+    ends = [0, 21, 39, 76]
+    return [all(bool(x[a:b].isfinite().all()) for x in found) for a, b in pairwise(ends)]
+
+
+def check_operators(rank: int, world_size: int) -> None:
+    """torch's own checks of both operators: schema, autograd, fake tensors, tracing."""
+    use_backend("interpret")
+    q, k, v, do = (torch.randn(1, 5, n, 16, requires_grad=True) for n in (2, 1, 1, 2))
+    for starts_q in (None, starts((2, 3))):
+        q, k, v, do = (x.detach()[0] if starts_q is not None else x.detach() for x in (q, k, v, do))
+        settings = (starts_q, starts_q, 0.25, module.UNLIMITED, 0, None)
+        arguments = tuple(x.requires_grad_() for x in (q, k, v))
+        torch.library.opcheck(module.attention_op, (*arguments, *settings))
+        o, lse = (x.detach() for x in module.attention_op(q, k, v, *settings))
+        plain = tuple(x.detach() for x in (do, torch.randn_like(lse), q, k, v))
+        torch.library.opcheck(module.attention_backward_op, (*plain, o, lse, *settings))
+
+
+def compiled(rank: int, world_size: int) -> tuple[float, list[torch.dtype]]:
+    """Largest difference of torch.compile's outputs and gradients from eager ones, and the dtypes of the gradients."""
+    use_backend("interpret")
+    q, k, v = (torch.randn(2, 9, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (2, 1, 1))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = attention(q, k, v, scale=0.3, softcap=4.0, window=(4, None), return_lse=True)
+        return o.float().square().sum() + lse.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        value = function(q, k, v)
+        results.append([value, *torch.autograd.grad(value, [q, k, v])])
+    differences = [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
+    return max(differences), [x.dtype for x in results[1][1:]]
+
+
+def merged(rank: int, world_size: int, cut: int) -> dict[str, float]:
+    """Distance of attention over keys in two parts, merged, from attention over all of them, with gradients."""
+    use_backend("interpret")
+    generator = torch.Generator().manual_seed(cut)
+    q, k, v, do = (torch.randn(1, 11, n, 16, generator=generator).requires_grad_() for n in (2, 1, 1, 2))
+    window = (None, 2)  # the first queries see nothing of the second part
+    whole = attention(q, k, v, causal=False, window=window, return_lse=True)
+    # Queries stand beside the last keys: those of a part without the last 11 - cut keys reach so much further right.
+    first = attention(q, k[:, :cut], v[:, :cut], causal=False, window=(None, 2 + 11 - cut), return_lse=True)
+    second = attention(q, k[:, cut:], v[:, cut:], causal=False, window=window, return_lse=True)
+    both = module.merge_attention(*first, *second)
+    exact = torch.autograd.grad([*whole], [q, k, v], [do, do[..., 0]], retain_graph=True)
+    found = torch.autograd.grad([*both], [q, k, v], [do, do[..., 0]])
+    return {name: distance(a, b) for name, a, b in zip(NAMES, (*both, *found), (*whole, *exact), strict=True)}
+
+
+def run_guarded(rank: int, world_size: int, case: Case) -> None:
+    """Every kernel on tensors beside pages that can't be touched: a stray read or write ends the process."""
+    q, k, v, do, _ = (x.nan_to_num().to(DTYPES[case.dtype]) for x in inputs(case))
+    heads, rows = case.heads[0], q.shape[:-2].numel()
+    lse, statistics = torch.zeros(heads, rows), torch.zeros(2, heads, rows)
+    options = case.options()
+    starts_q, starts_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
+    sides = module._window(*case.mask)
+    for before in (False, True):
+
+        def guard(x: Any, before: bool = before) -> Any:
+            return None if x is None else guarded(x, before)
+
+        def place(x: Tensor) -> Tensor:
+            return module.matrix(guard(x))
+
+        with tiles(TILES[case.tiles]):
+            inside = (guard(q), guard(k), guard(v), guard(starts_q), guard(starts_k))
+            call = module.Call.of(*inside, 0.3, *sides, case.softcap)
+            o, do_, found, given = place(do), place(do), guard(lse), guard(statistics)
+            call.forward("interpret", o, found).run()
+            call.statistics("interpret", o, do_, found, guard(lse), given).run()
+            call.dkdv("interpret", do_, given, place(k), place(v)).run()
+            call.dq("interpret", do_, given, place(q)).run()
+
+
+def run_howto(rank: int, world_size: int, path: str) -> tuple[float, float, list[str]]:
+    """docs/howto/add-a-kernel.md's kernel in bf16 against fp64: largest errors of value and gradient; its specs."""
+    kernels.BACKENDS["scaled_silu"] = kernels.BACKENDS["attention"]
+    spec = importlib.util.spec_from_file_location("scaled_silu", path)
+    assert spec is not None and spec.loader is not None
+    written = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(written)
+    x = torch.linspace(-4, 4, 1500).to(torch.bfloat16).requires_grad_()
+    results = []
+    for backend, given in (("interpret", x), ("torch", x.detach().double().requires_grad_())):
+        use_backend(backend)
+        out = written.scaled_silu(given, 1.5)
+        results.append([out, *torch.autograd.grad(out.sum(), given)])
+    value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
+    use_backend("interpret")
+    torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
+    return value, gradient, list(written.aot_specs("sm_90"))
+
+
+def swiglu_errors(rank: int, world_size: int, dtype: str, rows: int, columns: int) -> list[tuple[float, float, float]]:
+    """(error, torch's in the same dtype, largest value) of value, dgate, dup, in fp64; gate and up are slices."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    fused, dout = (torch.randn(rows, c, generator=generator).to(DTYPES[dtype]) for c in (2 * columns + 1, columns))
+    results = []
+    with poisoned_memory():
+        for backend, given in (("torch", fused.double()), ("torch", fused), ("interpret", fused)):
+            use_backend(backend)
+            gate, up = given.requires_grad_()[:, 1:].split(columns, 1)
+            out = swiglu(gate, up)
+            results.append([out, *torch.autograd.grad(out, [gate, up], dout.to(out.dtype))])
+    exact, plain, found = ([x.detach().double() for x in result] for result in results)
+    return [(distance(a, c), distance(b, c), float(c.abs().max())) for a, b, c in zip(found, plain, exact, strict=True)]
+
+
+def check_swiglu_operators(rank: int, world_size: int) -> None:
+    """torch's own checks of both operators, and of torch.compile."""
+    use_backend("interpret")
+    gate, up, dout = (torch.randn(3, 5) for _ in range(3))
+    torch.library.opcheck(swiglu_op, (gate.clone().requires_grad_(), up.clone().requires_grad_()))
+    torch.library.opcheck(swiglu_backward_op, (dout, gate, up))
+    compiled = torch.compile(swiglu, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(gate, up), swiglu(gate, up))
