@@ -208,11 +208,14 @@ def rank_environment(backend: str) -> dict[str, str]:
 
 
 def draw(job: Job) -> None:
-    """Draw the picture of a finished run."""
+    """Draw the picture of a finished run, and say where it is."""
     from megapar.report.picture import draw as draw_run
 
-    if path := draw_run(Path(job.folder)):
+    folder = Path(job.folder)
+    if path := draw_run(folder):
         print(f"picture     {path}")
+    if (folder / "trace.json").exists():
+        print(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
 
 
 def verify(config: VerifyConfig, overrides: list[str]) -> int:
@@ -298,7 +301,6 @@ def schedule(config: ScheduleConfig) -> int:
         raise ConfigError("plot", config.plot, "draws .svg or .html; name a file that ends so")
     refuse_bad_out(config.out, None)
     comparison = compare(config)
-    print(comparison.text())
     if config.csv is not None:
         write(comparison.candidates[0].schedule, config.csv)
     if config.plot is not None:
@@ -306,4 +308,5 @@ def schedule(config: ScheduleConfig) -> int:
     if config.out is not None:
         rows = [found.row() for found in comparison.candidates]
         Path(config.out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(comparison.text())
     return 0

@@ -63,7 +63,16 @@ MOST_USED = {
         *("parallel.tp", "parallel.pp", "parallel.dp", "parallel.sequence_parallel", "parallel.zero"),
         *("pipeline.schedule", "pipeline.partition", "model.layers", "model.hidden", "model.heads", "model.kv_heads"),
         *("train.steps", "train.seq_length", "train.micro_batch_size", "train.global_batch_size", "train.dtype"),
-        *("train.eval_every", "train.recompute", "optim.lr", "data.path", "checkpoint.every", "run.dir", "run.name"),
+        *(
+            "train.eval_every",
+            "train.recompute",
+            "train.trace",
+            "optim.lr",
+            "data.path",
+            "checkpoint.every",
+            "run.dir",
+            "run.name",
+        ),
         *("logger.wandb.mode", "kernels.backend", "devices", "out"),
     ],
     "verify": [

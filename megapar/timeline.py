@@ -1,28 +1,12 @@
-"""What a rank did when: spans of computation and of standing still for communication."""
+"""A rank's clock: spans of computation and of standing still for communication."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Span:
-    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it) or `phase`.
-
-    start and stop in seconds on this rank's clock. Spans nest: an F holds the tp waits inside it.
-    """
-
-    kind: str
-    name: str
-    start: float
-    stop: float
-
-    @property
-    def seconds(self) -> float:
-        return self.stop - self.start
+from megapar.trace import Span
 
 
 class Timeline:

@@ -10,9 +10,10 @@ from megapar.config.errors import ConfigError
 from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
+from megapar.config.stages import make_schedule, num_microbatches, num_stages, stage_layers
 from megapar.kernels import select_backends
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown
+from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
@@ -30,6 +31,7 @@ AT_LEAST: dict[str, float] = {
     "parallel.dp": 1,
     "parallel.bucket_size": 1,
     "pipeline.chunks": 1,
+    "pipeline.rebalance": 0,
     "data.vocab_size": 1,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
@@ -69,6 +71,7 @@ MORE_THAN_ZERO = (
     "costs.I",
     "costs.W",
     "memory_limit",
+    "pipeline.memory_limit",
 )
 BELOW_ONE = ("model.dropout", "data.split", "optim.beta1", "optim.beta2")  # in [0, 1)
 AT_MOST: dict[str, float] = {
@@ -144,7 +147,8 @@ def check_layout(config: TrainConfig) -> None:
     if batch % step:
         product = f"train.micro_batch_size * parallel.dp = {train.micro_batch_size} * {dp} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
-    check_schedule(config, batch // step)
+    check_schedule(config)
+    stage_layers(config)
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
@@ -172,9 +176,12 @@ def check_pipeline(config: TrainConfig) -> None:
         if chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
+    for key in ("speed", "device_memory"):
+        check_devices(f"pipeline.{key}", getattr(config.pipeline, key), pp, chunks)
     if isinstance(partition, str):
-        if partition != "uniform":
-            raise ConfigError("pipeline.partition", partition, "use uniform, or the layers of each stage such as [5,3]")
+        if partition not in ("uniform", "balanced"):
+            problem = "use uniform, balanced, or the layers of each stage such as [5,3]"
+            raise ConfigError("pipeline.partition", partition, problem)
         return
     if len(partition) != stages:
         product = f"parallel.pp={pp}" if chunks == 1 else f"parallel.pp * pipeline.chunks = {pp} * {chunks}"
@@ -186,6 +193,18 @@ def check_pipeline(config: TrainConfig) -> None:
         raise ConfigError("pipeline.partition", partition, problem)
 
 
+def check_devices(key: str, values: list[float] | None, pp: int, chunks: int) -> None:
+    """Refuse figures that are not one per pipeline rank, or are given where a rank has several stages."""
+    if values is None or pp == 1:
+        return
+    if len(values) != pp:
+        raise ConfigError(key, values, f"needs {pp} numbers, one per pipeline rank")
+    if min(values) <= 0:
+        raise ConfigError(key, values, "must be more than 0")
+    if chunks > 1:
+        raise ConfigError(key, values, f"needs one stage per rank, and pipeline.chunks={chunks}; use a list of layers")
+
+
 def check_schedule_name(key: str, name: str) -> None:
     """Refuse a name that is no schedule's."""
     try:
@@ -194,11 +213,12 @@ def check_schedule_name(key: str, name: str) -> None:
         raise ConfigError(key, name, str(error)) from None
 
 
-def check_schedule(config: TrainConfig, microbatches: int) -> None:
+def check_schedule(config: TrainConfig) -> None:
     """Refuse a schedule that can't be had for the layout's ranks and micro-batches, and a table that can't run."""
     name, ranks, chunks = config.pipeline.schedule, config.parallel.pp, config.pipeline.chunks or 1
     if ranks == 1:
         return
+    microbatches = num_microbatches(config)
     try:
         why = refusal(name, ranks, microbatches, chunks)
         if name.startswith(CSV) and why is None:
@@ -207,6 +227,8 @@ def check_schedule(config: TrainConfig, microbatches: int) -> None:
             ends = {table.placement[0], table.placement[-1]}
             if config.model.tied and len(ends) > 1 and ends != {0, ranks - 1}:
                 why = "model.tied=true needs the first and the last stage on one rank, or on the first and the last"
+        if name == "auto" and config.pipeline.memory_limit is not None:
+            make_schedule(config)
     except ScheduleError as error:
         why = str(error)
     if why:
@@ -220,6 +242,10 @@ def check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
         )
+    trace = train.trace
+    if trace is not None and (len(trace) != 2 or not 1 <= trace[0] <= trace[1] <= train.steps):
+        problem = f"needs the first and the last step to trace, within 1 to train.steps={train.steps}, such as "
+        raise ConfigError("train.trace", trace, problem + f"[{max(1, train.steps - 1)},{train.steps}]")
     if train.eval_every and not config.data.split:
         raise ConfigError(
             "train.eval_every", train.eval_every, "data.split=0 holds nothing out; raise it or use eval_every=0"
@@ -279,6 +305,9 @@ def check_verify(config: VerifyConfig) -> None:
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
     layouts = [with_layout(config, Layout.parse(name)) for name in config.layouts or []]
+    if (ranks := table_ranks(config.pipeline.schedule)) not in (None, *(layout.parallel.pp for layout in layouts)):
+        problem = f"the table has {ranks} rows; name a layout with pp{ranks} in layouts"
+        raise ConfigError("pipeline.schedule", config.pipeline.schedule, problem)
     partition, stages = config.pipeline.partition, {num_stages(layout) for layout in layouts}
     if isinstance(partition, list) and len(partition) not in stages:
         problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
@@ -300,19 +329,22 @@ def check_generate(
     check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
 
-def num_stages(config: TrainConfig) -> int:
-    """Stages of a resolved config: pipeline ranks times the stages on each; without a pipeline one."""
-    return config.parallel.pp * (config.pipeline.chunks or 1) if config.parallel.pp > 1 else 1
-
-
 def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
     """The layout of a resolved config."""
     return Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1)
 
 
 def with_layout(config: T, layout: Layout) -> T:
-    """The same config in another layout; a partition for another number of stages becomes uniform."""
+    """The same config in another layout, without what is for another number of pipeline ranks.
+
+    A table becomes 1F1B, a partition uniform, speeds and memory of devices are left out.
+    """
     values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
+    for key in ("speed", "device_memory"):
+        if len(getattr(config.pipeline, key) or ()) != layout.pp:
+            values[f"pipeline.{key}"] = None
+    if table_ranks(config.pipeline.schedule) not in (None, layout.pp):
+        config = changed(config, {"pipeline.schedule": "1f1b", "pipeline.chunks": 1})
     partition = config.pipeline.partition
     config = changed(config, values | {"parallel.auto": False})
     if isinstance(partition, list) and len(partition) != num_stages(config):

@@ -17,7 +17,7 @@ from megapar.config.layout import Layout
 from megapar.config.parse import changed
 from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import CSV, default_chunks
+from megapar.schedule.build import CSV, default_chunks, table_ranks
 
 
 def resolve(
@@ -41,6 +41,8 @@ def resolve(
     sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
+    if config.train.trace is None:
+        config = changed(config, {"train.trace": [config.train.steps] * 2})
     if isinstance(config, VerifyConfig):
         if config.train.device == "auto":
             config = changed(config, {"train.device": "cpu"})
@@ -125,7 +127,10 @@ def _auto(config: T, ranks: int) -> Layout:
     if (config.parallel.tp, config.parallel.pp, config.parallel.dp) != (1, 1, None):
         raise ConfigError("parallel.auto", True, "it chooses tp, pp and dp itself; leave them out, or use auto=false")
     everything = [Layout(), *layouts_up_to(ranks)]
+    ranks_of_table = table_ranks(config.pipeline.schedule)
     fitting = [layout for layout in everything if why_not(config, layout) is None]
+    if ranks_of_table is not None:
+        fitting = [layout for layout in fitting if layout.pp == ranks_of_table]
     exact = [layout for layout in fitting if layout.world == ranks]
     if not exact:
         most = max((layout.world for layout in fitting), default=0)

@@ -62,9 +62,26 @@ class PipelineConfig:
     """The pipeline schedule and the partition of layers."""
 
     schedule: str = option("1f1b", "order of forward and backward passes: a schedule's name, auto, or csv:PATH")
-    partition: str | list[int] = option("uniform", "layers per stage: uniform, or a list such as [5,3]")
+    partition: str | list[int] = option(
+        "uniform", "layers per stage: uniform; balanced: the slowest stage as fast as can be; or a list such as [5,3]"
+    )
     chunks: int | None = option(
         None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1"
+    )
+    rebalance: int = option(
+        0, "steps after which layers move to where they are faster, by measured times, at a checkpoint; 0: never"
+    )
+    costs: str | None = option(
+        None, "costs.json of an earlier run, for balanced and auto; default: estimated from floating-point operations"
+    )
+    speed: list[float] | None = option(
+        None, "relative speed of each pipeline rank's device, for balanced and auto; default: all the same"
+    )
+    device_memory: list[float] | None = option(
+        None, "GiB of each pipeline rank's device, kept to by balanced; default: no limit"
+    )
+    memory_limit: float | None = option(
+        None, "most activations of a rank that auto may hold, in micro-batches; default: no limit"
     )
 
 
@@ -129,6 +146,9 @@ class TrainSection:
     eval_samples: int = option(64, "held-out samples of one evaluation")
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in backward: none, attention only, whole layers"
+    )
+    trace: list[int] | None = option(
+        None, "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M"
     )
     timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
 
@@ -317,6 +337,7 @@ VERBATIM = (
     "data.cache",
     "checkpoint.load",
     "logger.wandb.project",
+    "pipeline.costs",
     "specs",
     "costs.file",
     "csv",
@@ -325,4 +346,4 @@ VERBATIM = (
 )
 
 # Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
-PATHS = ("run.dir", "checkpoint.load", "costs.file", "csv", "plot", "specs", "out")
+PATHS = ("run.dir", "checkpoint.load", "pipeline.costs", "costs.file", "csv", "plot", "specs", "out")

@@ -23,9 +23,10 @@ from megapar.launch.machine import environment
 
 T = TypeVar("T", bound=TrainConfig)
 
-NOT_THE_RUN = ("run.dir", "run.name", "out", "logger.progress")  # may differ when a run is started again
+NOT_THE_RUN = ("run.dir", "run.name", "out", "logger.progress", "train.trace")  # may differ when a run is started again
 METRICS = "metrics.jsonl"
-RESULTS = ("timeline.json", "summary.json", "run.svg", "verify.json")
+RESULTS = ("summary.json", "run.svg", "verify.json")
+TRACED = ("trace.json", "costs.json")
 REFERENCE = "reference-"  # what verify's folder for the one-process run begins with
 
 
@@ -52,7 +53,7 @@ def create(
     if claims is not None:
         claims.enter_context(claimed(folder))
     refuse_other_config(config)
-    _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None)
+    _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None, config.train.trace)
     for name in ("logs", "checkpoints"):
         _make_writable(folder / name)
     write_atomic(folder / "config.yaml", dump(config))
@@ -108,12 +109,15 @@ def _own_checkpoint(folder: Path, load: str | None) -> bool:
     return load is not None and Path(load).resolve().is_relative_to(folder.resolve())
 
 
-def _clear(folder: Path, going_on_after: int | None) -> None:
+def _clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> None:
     """Remove what an earlier start of the run wrote, so that each step is there once. wandb keeps starts apart itself.
 
     going_on_after: steps of which the metrics stay, with the logs; None: the run starts anew
+    trace: the steps to trace; where all of them are done, what they left stays
     """
     stale = [folder / name for name in RESULTS]
+    if going_on_after is None or trace is None or trace[1] > going_on_after:
+        stale += [folder / name for name in TRACED]
     if going_on_after is None:
         stale += [folder / METRICS, *(folder / "logs").glob("rank-*.log")]
     elif (folder / METRICS).exists():

@@ -39,6 +39,7 @@ from megapar.parallel.layers import (
 )
 from megapar.parallel.record import Normal
 from megapar.parallel.stage import StageContext
+from megapar.trace import LAYERS, layers_of
 
 SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP = range(3)
 
@@ -245,7 +246,7 @@ class TransformerStage(nn.Module):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        self.context, self.hidden = context, model.hidden
+        self.context, self.hidden, self.number = context, model.hidden, context.stage
         self.embedding = Embedding(context, model, positions) if first else None
         # By number in the whole model, so that a module has the same path whatever stage it is on.
         self.layers = nn.ModuleDict(
@@ -263,8 +264,9 @@ class TransformerStage(nn.Module):
 
     def forward(self, received: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x_tH = received["hidden"] if self.embedding is None else self.embedding(batch)
-        for layer in self.layers.values():
-            x_tH = layer(x_tH, batch)
+        with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
+            for layer in self.layers.values():
+                x_tH = layer(x_tH, batch)
         return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}
 
 

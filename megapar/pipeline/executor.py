@@ -2,12 +2,14 @@
 
 Sends are asynchronous and never waited for before the end of the phase; receives are posted ahead, on every channel in
 the order of its sends. A sent activation is released as soon as its transfer is over: backward needs its place in the
-autograd graph, not its values. Neighbouring stages on one rank hand over without a transfer.
+autograd graph, not its values. Neighbouring stages on one rank hand over without a transfer. Messages take their memory
+from the allocator, which keeps what is freed (on a CPU: `megapar.launch.machine.keep_freed_memory`).
 """
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,9 +44,10 @@ class _Forwarded:
 class Executor:
     """Executes schedules on one pipeline rank.
 
-    stages: this rank's stages by number, modules with forward(received, batch) -> tensors for the next stage,
-        `received(batch)` (specs of what it receives) and `sent(batch)` (of what it sends, which is also what comes back
-        as gradients).
+    stages: this rank's stages by number, modules with forward(received, batch) -> tensors for the next stage by name,
+        `received(batch)` (shape and dtype of what it receives) and `sent(batch)` (of what it sends). They may differ
+        from one micro-batch to the next. Every floating-point tensor comes back as a gradient; one that a stage hands
+        on untouched, such as an encoder's output along the decoder, has the sum of all its readers' gradients.
     loss(outputs, batch): on the last stage, the scalar whose gradient is propagated.
     reduce(stage): finishes a stage's gradient reduction. Both are for training and may be left out without it.
     """
@@ -141,6 +144,7 @@ class _Phase:
             self.losses[m] = loss.detach()
             outputs = {"loss": loss}
         else:
+            _check_sent(action, outputs, self.stages[stage].sent(batch))  # type: ignore[operator]
             self._hand_over("F", action, {name: tensor.detach() for name, tensor in outputs.items()})
         if self.training:
             names = [name for name, tensor in outputs.items() if tensor.requires_grad]
@@ -187,7 +191,7 @@ class _Phase:
         kind = action.kind[-1]
         self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
         target = self._rank(self.schedule.rank_of(self._neighbour(action.stage, kind)))
-        for name, tensor in self._outgoing.pop(action).items():
+        for name, tensor in sorted(self._outgoing.pop(action).items()):
             tensor = tensor.contiguous()
             with self.mesh["pp"].blocked(f"{action} of {name}"):
                 work = dist.isend(tensor, target, group=self.executor.axes[kind].group)
@@ -206,7 +210,9 @@ class _Phase:
         stage, batch = self.stages[action.stage], self.batches[action.microbatch]
         specs = stage.received(batch) if kind == "F" else stage.sent(batch)  # type: ignore[operator]
         receive = _Receive({})
-        for name, spec in specs.items():
+        for name, spec in sorted(specs.items()):  # the order of sends
+            if kind == "B" and not spec.dtype.is_floating_point:
+                continue
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.mesh.device)
             receive.tensors[name] = tensor
             work = dist.irecv(tensor, self._rank(source), group=self.executor.axes[kind].group)
@@ -232,3 +238,11 @@ class _Phase:
             for work, _ in self._sends:
                 work.wait()
         self._sends.clear()
+
+
+def _check_sent(action: Action, outputs: Tensors, specs: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a stage gives what it says it sends: the next one has posted receives for that."""
+    given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in outputs.items()}
+    declared = {name: (tuple(spec.shape), spec.dtype) for name, spec in specs.items()}
+    if given != declared:
+        raise ValueError(f"{action} gave {given}, and the stage's `sent` says {declared}; make them agree")

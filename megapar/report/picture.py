@@ -1,15 +1,21 @@
-"""One picture of a run: the loss over the steps, and what every rank did in the last one."""
+"""One picture of a run: the loss over the steps; what every rank did in one of them, and what simulation says."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megapar.report.svg import COLOURS, GRID, LEFT, MUTED, PAPER, RIGHT, WIDTH, document, legend, text, ticks
-from megapar.report.timeline import Bar, Lane, draw_lanes
+from megapar.report.timeline import IDLE, Bar, Lane, action_bar, draw_lanes, readable_width
+from megapar.schedule.actions import Action
+from megapar.schedule.simulate import simulate
+from megapar.trace import RankTrace, Trace, read
+
+MOST_LANES = 32  # of a run with more ranks one pipeline is drawn
 
 
 def draw(run_dir: Path) -> Path | None:
-    """Draw `run_dir`/run.svg from its metrics.jsonl and timeline.json. None where there is nothing to draw."""
+    """Draw `run_dir`/run.svg from its metrics.jsonl and trace.json. None where there is nothing to draw."""
     metrics = run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
@@ -17,12 +23,12 @@ def draw(run_dir: Path) -> Path | None:
         return None
     held_out = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     body, height = _loss_panel(losses, held_out, 30)
-    timeline = run_dir / "timeline.json"
-    if timeline.exists():
-        more, height = _timeline_panel(json.loads(timeline.read_text()), height + 50)
+    width: float = WIDTH
+    if (traced := run_dir / "trace.json").exists():
+        more, width, height = _timeline_panels(read(traced), height + 50)
         body += more
     path = run_dir / "run.svg"
-    path.write_text(document(body, WIDTH, height), encoding="utf-8")
+    path.write_text(document(body, width, height), encoding="utf-8")
     return path
 
 
@@ -43,10 +49,10 @@ def _loss_panel(
         return top + 20 + height * (high - value) / (high - low)
 
     body = [text(LEFT, top, "Loss in nats per token", weight="600")]
-    for value in ticks(low, high):
+    for value in ticks(low, high, 6):
         body.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end", MUTED))
-    for step in ticks(0, last, 8):
+    for step in ticks(0, last, 10):
         body.append(text(x(step), top + height + 38, f"{step:g}", "middle", MUTED))
     body.append(text(LEFT - 8, top + height + 38, "step", "end", MUTED))
     points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in losses)
@@ -61,18 +67,72 @@ def _loss_panel(
     return body, top + height + 44
 
 
-def _timeline_panel(timeline: dict[str, Any], top: float) -> tuple[list[str], float]:
-    """One lane per rank: its actions, and under them its waits."""
-    spans = [span for rank in timeline["ranks"] for span in rank["spans"] if span["kind"] == "phase"]
-    start, stop = min(span["start"] for span in spans), max(span["stop"] for span in spans)
-    lanes = []
-    for rank in timeline["ranks"]:
-        place = rank["place"]
-        bars = [
-            Bar(span["start"], span["stop"], span["kind"], f"{span['name']}: {1000 * span['seconds']:.1f} ms")
-            for span in rank["spans"]
-            if (span["kind"] in COLOURS or span["kind"] in ("tp", "dp")) and span["stop"] <= stop
-        ]
-        lanes.append(Lane(f"pp {place['pp']}  dp {place['dp']}  tp {place['tp']}", bars))
-    title = f"Step {timeline['step']}: what every rank did in {1000 * (stop - start):.0f} ms"
-    return draw_lanes(title, lanes, start, stop, top)
+def _timeline_panels(trace: Trace, top: float) -> tuple[list[str], float, float]:
+    """The last traced step as it was, and below it its schedule replayed with what the actions took, to one scale.
+
+    Returns the elements, the width and where they end.
+    """
+    step = trace.steps[-1]
+    simulation = simulate(trace.schedule, trace.costs())
+    drawn = [rank for rank in trace.ranks if len(trace.ranks) <= MOST_LANES or not rank.place["dp"] + rank.place["tp"]]
+    spans = [span for rank in drawn for span in rank.steps[step]]
+    start = min(span.start for span in spans)
+    stop = max(*(span.stop for span in spans), start + simulation.step_time)
+    measured = [_measured_lane(trace, rank, step) for rank in drawn]
+    replayed = [
+        Lane(
+            f"pp {rank}",
+            [
+                action_bar(
+                    action, start + begin, start + end, trace.schedule.stages_of(rank), _note(str(action), end - begin)
+                )
+                for begin, end, action in row
+            ],
+            start + simulation.step_time,
+        )
+        for rank, row in enumerate(simulation.spans)
+    ]
+    width = readable_width(replayed, start, stop)
+    took, foreseen = trace.phase(step), simulation.step_time
+    title = (
+        f"Step {step}, {trace.name}: pipeline {_ms(took)} measured, {_ms(foreseen)} simulated; "
+        f"bubble {trace.bubble(step):.1%} measured, {simulation.mean_bubble:.1%} simulated"
+    )
+    who = "every rank" if len(drawn) == len(trace.ranks) else f"dp 0, tp 0 of {len(trace.ranks)} ranks"
+    first, last = trace.steps[0], trace.steps[-1]
+    of = f"of step {step}" if first == last else f"over steps {first} to {last}"
+    panel = partial(draw_lanes, start=start, stop=stop, width=width, unit="ms", per_unit=1000.0)
+    body = [text(LEFT, top, title, weight="600")]
+    above, bottom = panel(f"Measured: what {who} did", measured, top=top + 24)
+    below, bottom = panel(f"Simulated: the same schedule with the median costs {of}", replayed, top=bottom + 20)
+    return body + above + below, width, bottom
+
+
+def _measured_lane(trace: Trace, rank: RankTrace, step: int) -> Lane:
+    """A rank's actions, the waits inside them as marks, and its waits between them as the hover of the bubble."""
+    place, stages, spans = rank.place, trace.schedule.stages_of(rank.place["pp"]), rank.steps[step]
+    # The optimizer begins with the gradient norm, for which all ranks meet: until the last is there the others idle.
+    met = max((span.stop for span in spans if span.kind == "world"), default=-math.inf)
+    bars = []
+    for span in spans:
+        note = _note(span.name, span.seconds)
+        if span.kind == "OPTIMIZER":
+            bars.append(
+                Bar(max(span.start, met), span.stop, span.kind, _note(span.name, span.stop - max(span.start, met)))
+            )
+        elif span.kind in ("tp", "dp"):
+            bars.append(Bar(span.start, span.stop, span.kind, note))
+        elif span.kind in ("RECV_F", "RECV_B", "world"):
+            bars.append(Bar(span.start, span.stop, IDLE, f"waiting, {note}"))
+        elif span.kind in COLOURS:
+            bars.append(action_bar(Action.parse(span.name), span.start, span.stop, stages, note))
+    name = "  ".join(f"{axis} {place[axis]}" for axis in ("pp", "dp", "tp"))
+    return Lane(name, bars, max(span.stop for span in spans))
+
+
+def _note(what: str, seconds: float) -> str:
+    return f"{what}: {1000 * seconds:.1f} ms"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.{1 if seconds < 0.1 else 0}f} ms"

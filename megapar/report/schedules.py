@@ -1,5 +1,6 @@
 """Pipeline schedules side by side, simulated; one of them drawn."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from megapar.config.check import check_schedule_name, check_values
 from megapar.config.errors import ConfigError
 from megapar.config.schema import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
-from megapar.report.timeline import Bar, Lane, draw_lanes, readable_width
+from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Schedule, ScheduleError
 from megapar.schedule.build import CSV, build, default_chunks, generators, refusal, refuse_chunks
 from megapar.schedule.check import check
 from megapar.schedule.costs import Costs, read_costs
 from megapar.schedule.simulate import Simulation, simulate
 
+_EVEN = CostsConfig()
 HEAVIER = 0.4  # of the last stage, in the comparison with balance: a head's share in a model of a few layers per stage
 
 
@@ -55,6 +57,8 @@ class Comparison:
     def text(self) -> str:
         """The table, what could not be had, and what balance is worth."""
         limit = self.config.memory_limit
+        slowest = max(found.simulation.step_time for found in self.candidates)
+        digits = 2 if slowest >= 1 else 3 - math.floor(math.log10(slowest))  # seconds, as a run measures them
         lines = [
             f"{'schedule':<14} {'chunks':>6} {'step time':>10} {'bubble':>7} {'own':>6} {'memory':>7} {'exposed':>8}"
         ]
@@ -62,8 +66,8 @@ class Comparison:
             row = found.row()
             over = "  over memory_limit" if limit is not None and found.peak > limit + 1e-9 else ""
             lines.append(
-                f"{_short(found.name):<14} {found.chunks:>6} {row['step_time']:>10.2f} {row['bubble']:>7.1%} "
-                f"{row['own_bubble']:>6.1%} {row['peak_memory']:>7.2f} {row['exposed_comm']:>8.2f}{over}"
+                f"{_short(found.name):<14} {found.chunks:>6} {row['step_time']:>10.{digits}f} {row['bubble']:>7.1%} "
+                f"{row['own_bubble']:>6.1%} {row['peak_memory']:>7.2f} {row['exposed_comm']:>8.{digits}f}{over}"
             )
         lines += [f"{name:<14} {why}" for name, why in self.refused.items()]
         lines += ["", *_LEGEND, "", *self._balance()]
@@ -102,17 +106,23 @@ def compare(config: ScheduleConfig) -> Comparison:
     name = config.pipeline.schedule
     if name != "all":
         check_schedule_name("pipeline.schedule", name)
+    given = given_costs(config)
     candidates, refused = [], {}
     try:
         for known, chunks in _wanted(config):
-            if why := refusal(known, config.stages, config.microbatches, chunks):
-                if name != "all":
-                    raise ConfigError("pipeline.schedule", name, why)
-                refused[known] = why
+            why = refusal(known, config.stages, config.microbatches, chunks)
+            if why is None:
+                why = None if given is None else given.refuse(config.stages * chunks)
+            if why is None:
+                candidates.append(_candidate(config, known, chunks, given))
+            elif name != "all":
+                raise ConfigError("pipeline.schedule", name, why)
             else:
-                candidates.append(_candidate(config, known, chunks))
+                refused[known] = why
     except ScheduleError as error:
         raise ConfigError("pipeline.schedule", name, str(error)) from None
+    if not candidates:  # with costs of another number of stages
+        raise ConfigError("stages", config.stages, "; ".join(sorted(set(refused.values()))))
     return Comparison(config, candidates, refused)
 
 
@@ -136,7 +146,7 @@ def _wanted(config: ScheduleConfig) -> list[tuple[str, int]]:
     return wanted
 
 
-def _candidate(config: ScheduleConfig, name: str, chunks: int) -> Candidate:
+def _candidate(config: ScheduleConfig, name: str, chunks: int, given: Costs | None) -> Candidate:
     limit = float("inf") if config.memory_limit is None else config.memory_limit
 
     def replay(costs: Costs) -> tuple[Schedule, Simulation]:
@@ -145,7 +155,13 @@ def _candidate(config: ScheduleConfig, name: str, chunks: int) -> Candidate:
         check(built)
         return built, simulate(built, costs)
 
-    costs = costs_of(config, config.stages * chunks)
+    stages = config.stages * chunks
+    if given is None:
+        numbers = asdict(config.costs)
+        del numbers["file"]
+        costs = Costs.even(config.stages, stages, **numbers)
+    else:
+        costs = given.merged(stages)
     schedule, simulation = replay(costs)
     _, heavier = replay(_with_heavy_last_stage(costs, config.stages))
     return Candidate(name, chunks, schedule, simulation, heavier)
@@ -160,17 +176,16 @@ def _with_heavy_last_stage(costs: Costs, ranks: int) -> Costs:
     return replace(costs, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
 
 
-def costs_of(config: ScheduleConfig, stages: int) -> Costs:
-    """The configured costs for so many stages. Raises ConfigError."""
-    numbers = asdict(config.costs)
-    path = numbers.pop("file")
+def given_costs(config: ScheduleConfig) -> Costs | None:
+    """The costs of costs.file, None without it. Raises ConfigError."""
+    path = config.costs.file
     if path is None:
-        return Costs.even(config.stages, stages, **numbers)
-    changed = [key for key, value in numbers.items() if value != getattr(CostsConfig(), key)]
+        return None
+    changed = [key for key, value in asdict(config.costs).items() if key != "file" and value != getattr(_EVEN, key)]
     if changed:
         raise ConfigError("costs.file", path, f"says all costs; leave out costs.{changed[0]}, or put it into the file")
     try:
-        return read_costs(path, config.stages).merged(stages)
+        return read_costs(path, config.stages)
     except ScheduleError as error:
         raise ConfigError("costs.file", path, str(error)) from None
 
@@ -184,10 +199,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
         names = f"stage{'s' * (chunks > 1)} {', '.join(map(str, stages))}" if chunks <= 3 else f"{chunks} stages"
         lane = Lane(f"rank {rank}  {names}")
         for start, end, action in spans:
-            note = f"{action}  {start:g} to {end:g}"
-            label = "" if action.kind == "REDUCE" else str(action.microbatch)
-            tone = stages.index(action.stage) / max(1, len(stages) - 1)
-            lane.bars.append(Bar(start, end, action.kind, note, label, tone))
+            lane.bars.append(action_bar(action, start, end, stages, f"{action}  {start:g} to {end:g}"))
         lanes.append(lane)
     title = (
         f"{_short(found.name)}, {config.stages} ranks of {chunks} stage{'s' if chunks > 1 else ''}, "
@@ -195,7 +207,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
         f"memory {found.peak:g} micro-batches"
     )
     width = readable_width(lanes, 0.0, simulation.step_time)
-    body, height = draw_lanes(title, lanes, 0.0, simulation.step_time, 30, width=width, axis=True)
+    body, height = draw_lanes(title, lanes, 0.0, simulation.step_time, 30, width=width, unit="time")
     picture = document(body, max(width, WIDTH), height)
     if str(config.plot).endswith(".svg"):
         return picture

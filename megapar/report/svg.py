@@ -1,12 +1,27 @@
 """What all pictures are made of: plain SVG as text, no libraries."""
 
+import math
 from html import escape
 
 WIDTH, LEFT, RIGHT = 960, 150, 20
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7684", "#e3e7ec", "#ffffff"
-COLOURS = {"F": "#4c78a8", "B": "#f2a154", "I": "#e2733f", "W": "#b279a2", "REDUCE": "#6aa84f"}
+COLOURS = {
+    "F": "#4c78a8",
+    "B": "#f2a154",
+    "I": "#26b095",
+    "W": "#b279a2",
+    "REDUCE": "#8a9a3b",
+    "OPTIMIZER": "#4a4f57",
+}
 WAIT = "#7d2e2e"
-NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "REDUCE": "gradient reduction"}
+NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "REDUCE": "gradient reduction",
+    "OPTIMIZER": "optimizer",
+}
 
 
 def document(body: list[str], width: float, height: float) -> str:
@@ -23,14 +38,13 @@ def text(x: float, y: float, content: str, anchor: str = "start", colour: str = 
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content)}</text>'
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high, about `count` of them."""
+def ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Round numbers from low to high, at most `most` steps of 1, 2 or 5 times a power of ten apart."""
     span = (high - low) or 1.0
-    step = 10.0 ** (len(f"{span / count:.0f}") - 1) if span >= count else 0.1
-    while span / step > count:
-        step *= 2.5 if str(step).lstrip("0.").startswith("2") else 2
-    first = -(-low // step) * step
-    return [first + step * i for i in range(int((high - first) / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * number for number in range(first, last + 1)]
 
 
 def legend(entries: list[tuple[str, str]], right: float, y: float) -> list[str]:

@@ -35,6 +35,11 @@ def refuse_unknown(name: str) -> None:
     raise ScheduleError(f"no such schedule; {hint}There are {', '.join(known)} and {CSV}PATH")
 
 
+def table_ranks(name: str) -> int | None:
+    """The ranks that a `csv:PATH` is for; None for a schedule that takes any. Raises ScheduleError."""
+    return len(read(name.removeprefix(CSV)).rows) if name.startswith(CSV) else None
+
+
 def default_chunks(name: str) -> int:
     """Stages per rank of a schedule where nothing else is asked for. Raises ScheduleError."""
     refuse_unknown(name)
@@ -90,6 +95,7 @@ def build(
     if name.startswith(CSV):
         rows = read(name.removeprefix(CSV)).rows
     else:
-        problem = Problem(ranks, microbatches, chunks, costs or Costs.even(ranks, stages), memory_limit)
+        costs = Costs.even(ranks, stages) if costs is None else costs.normalised(ranks)
+        problem = Problem(ranks, microbatches, chunks, costs, memory_limit)
         rows = generators()[name].build(problem)
     return lower(rows, stages, microbatches)

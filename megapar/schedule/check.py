@@ -141,8 +141,6 @@ class _Replay:
                         elif not (backward[index + m_count] or inputs[index + m_count]):
                             self._refuse(rank, at, f"before the backward of stage {stage + 1}")
                 if kind != "I":
-                    if self.reduced[stage]:
-                        self._refuse(rank, at, f"after {Action(stage, 'REDUCE')}")
                     self.backward[stage] += 1
                     self.held[rank] -= 1
                     self.held_by_stage[stage] -= 1
@@ -165,20 +163,15 @@ class _Replay:
             raise ScheduleError(f"deadlock: {waiting}")
 
     def refuse_incomplete(self) -> None:
-        """What every stage must have done once all rows have ended."""
+        """What every stage must have done once all rows have ended.
+
+        A message that nothing receives needs no check: what needs it was refused, or is missing here.
+        """
         done, m_count = self.done, self.microbatches
         for stage, rank in enumerate(self.ranks):
             of_stage = slice(stage * m_count, (stage + 1) * m_count)
             if (m := done["F"][of_stage].find(0)) >= 0:
                 raise ScheduleError(f"rank {rank}: {Action(stage, 'F', m)} is missing")
-            for kind, peer in (("F", stage + 1), ("B", stage - 1)):
-                sent = done[f"SEND_{kind}"][of_stage]
-                received = (
-                    done[f"RECV_{kind}"][max(peer, 0) * m_count : (peer + 1) * m_count] if sent.count(1) else sent
-                )
-                if sent != received:
-                    m = next(m for m in range(m_count) if sent[m] != received[m])
-                    raise ScheduleError(f"rank {self.ranks[peer]}: {Action(peer, f'RECV_{kind}', m)} is missing")
             if self.training and self.backward[stage] < m_count:
                 m = next(m for m in range(m_count) if not done["B"][of_stage][m] | done["W"][of_stage][m])
                 missing = Action(stage, "W" if done["I"][of_stage][m] else "B", m)

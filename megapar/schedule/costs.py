@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 
 from megapar.schedule.actions import ScheduleError
+from megapar.schedule.partition import uniform
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,36 @@ class Costs:
             tied=tied,
         )
 
+    def refuse(self, stages: int) -> str | None:
+        """Why these can't be the costs of so many stages; None if they can."""
+        return f"costs of {self.stages} parts of the model can't fill {stages} stages" if stages > self.stages else None
+
     def merged(self, stages: int) -> "Costs":
-        """The same model cut into fewer stages: neighbours are added up. Raises ScheduleError where that can't be."""
-        if self.stages % stages:
-            raise ScheduleError(f"costs of {self.stages} parts of the model can't be those of {stages} stages")
-        size = self.stages // stages
+        """The same model cut into stages, as evenly as its parts allow. Raises ScheduleError for too few of them."""
+        if why := self.refuse(stages):
+            raise ScheduleError(why)
+        return self.cut(uniform(self.stages, stages))
 
-        def merge(values: Sequence[float]) -> tuple[float, ...]:
-            return tuple(sum(values[size * stage : size * (stage + 1)]) for stage in range(stages))
+    def normalised(self, ranks: int) -> "Costs":
+        """The same in another unit of time, in which F of all layers on a rank takes 1 on average."""
+        unit = sum(self.forward) / ranks
+        times = {
+            name: tuple(value / unit for value in getattr(self, name)) for name in BY_STAGE if name != "activation"
+        }
+        return replace(self, **times, latency=self.latency / unit, transfer=self.transfer / unit, tied=self.tied / unit)  # type: ignore[arg-type]
 
-        return replace(self, **{name: merge(getattr(self, name)) for name in BY_STAGE})  # type: ignore[arg-type]
+    def cut(self, counts: Sequence[int], speed: Sequence[float] | None = None) -> "Costs":
+        """Stages of so many parts each, such as layers; times are divided by the speed of each stage's device."""
+        assert sum(counts) == self.stages, f"{counts} of {self.stages} parts"
+        ends = list(accumulate(counts))
+        speed = speed or [1.0] * len(counts)
+
+        def cut(name: str) -> tuple[float, ...]:
+            values, by = getattr(self, name), [1.0] * len(counts) if name == "activation" else speed
+            parts = zip(ends, counts, by, strict=True)
+            return tuple(sum(values[end - count : end]) / of_device for end, count, of_device in parts)
+
+        return replace(self, **{name: cut(name) for name in BY_STAGE})  # type: ignore[arg-type]
 
 
 BY_STAGE = ("forward", "input_grad", "weight_grad", "activation", "reduce")
@@ -118,3 +140,16 @@ def read_costs(path: str, ranks: int) -> Costs:
     if any(value < 0 for values in (*lists.values(), numbers.values()) for value in values):
         raise ScheduleError(f"{path}: a cost is negative")
     return Costs(**lists, **numbers)  # type: ignore[arg-type]
+
+
+def write_costs(costs: Costs, path: Path) -> None:
+    """Write costs as `read_costs` reads them, to six digits."""
+    data = {
+        name: value
+        if isinstance(value, bool)
+        else [float(f"{each:.6g}") for each in value]
+        if name in BY_STAGE
+        else value
+        for name, value in asdict(costs).items()
+    }
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from megapar.config.schema import TrainConfig
 from megapar.mesh import AXES, Mesh
-from megapar.timeline import Span
+from megapar.trace import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
-BUSY = ("F", "B", "I", "W", "REDUCE")
 _WAITS = (*AXES, "world")  # world: the gradient norm, where ranks meet once per step
 _COLUMNS = ("loss", "phase", "busy", *_WAITS)
 
@@ -102,6 +101,11 @@ class MetricsWriter:
         bits = row["val_bits_per_char"]
         text = f"step {row['step']:>6}  validation loss {row['val_loss']:.4f} nats/token"
         self.say(text + (f", {bits:.3f} bits/char" if bits is not None else ""))
+
+    def partition(self, step: int, before: list[int], after: list[int]) -> None:
+        """A row of layers that moved after a step."""
+        self._write({"step": step, "partition": after})
+        self.say(f"step {step:>6}  layers per stage {before} -> {after}, by measured times")
 
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""

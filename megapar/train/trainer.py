@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
+from megapar.config.stages import make_schedule, stage_layers
 from megapar.kernels import use_backend
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerStage
@@ -18,12 +19,10 @@ from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.stage import StageContext
 from megapar.pipeline.executor import Executor
-from megapar.pipeline.partition import partition
-from megapar.schedule.actions import Schedule
-from megapar.schedule.build import build
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
-from megapar.timeline import Span
+from megapar.schedule.partition import ranges
+from megapar.trace import Span
 from megapar.train.task import TASKS
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,7 +53,7 @@ def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
     return TransformerStage(
         context,
         config.model,
-        partition(config.model.layers, stages, config.pipeline.partition)[stage],
+        ranges(stage_layers(config))[stage],
         first=stage == 0,
         last=stage == stages - 1,
         positions=config.train.seq_length,
@@ -62,19 +61,11 @@ def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
     )
 
 
-def make_schedule(config: TrainConfig) -> Schedule:
-    """The schedule of a step. Without a pipeline there is nothing to choose: forward and backward in turn."""
-    train, pp, dp = config.train, config.parallel.pp, config.parallel.dp or 1
-    microbatches = train.global_batch_size // (train.micro_batch_size * dp)
-    if pp == 1:
-        return build("1f1b", 1, microbatches)
-    return build(config.pipeline.schedule, pp, microbatches, chunks=config.pipeline.chunks)
-
-
 class ModelPart:
     """A rank's part of the model: its stages by number and the flat buffers of their parameters.
 
     build_stage: makes a stage from (config, context); the default is the configured Transformer.
+    mesh: one of this very layout that is there already: torch can't make the groups of a closed one a second time.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     """
 
@@ -84,6 +75,7 @@ class ModelPart:
         rank: int,
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
         *,
+        mesh: Mesh | None = None,
         weights_only: bool = False,
     ) -> None:
         train, parallel = config.train, config.parallel
@@ -92,7 +84,7 @@ class ModelPart:
         except ValueError as error:
             raise UserError(str(error)) from None
         self.config = config
-        self.mesh = make_mesh(config, rank)
+        self.mesh = mesh or make_mesh(config, rank)
         self.schedule = make_schedule(config)
         self.context = StageContext(
             self.mesh,
@@ -128,8 +120,10 @@ class Trainer(ModelPart):
         config: TrainConfig,
         rank: int,
         build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+        *,
+        mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(config, rank, build_stage)
+        super().__init__(config, rank, build_stage, mesh=mesh)
         check(self.schedule)
         self.sync = GradSync(self.buffers)
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
@@ -142,12 +136,14 @@ class Trainer(ModelPart):
 
     def step(self, step: int) -> Step:
         """Optimizer step number 1, 2, ..."""
+        self.mesh.timeline.take()  # what was waited for between two steps, as for a checkpoint, is no part of this one
         start = time.perf_counter()
         self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        result = self.optimizer.step(lr)
+        with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
+            result = self.optimizer.step(lr)
         loss = self._part(losses)
         return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
 

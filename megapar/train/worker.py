@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,16 +10,19 @@ from typing import Any
 import torch
 
 from megapar.checkpoint import load, save
+from megapar.config.parse import changed
 from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.config.stages import stage_layers
 from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.kernels import BACKENDS, backend_of
-from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
+from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
+from megapar.train.tracing import Tracer
 from megapar.train.trainer import DTYPES, Step, Trainer
 
 
@@ -43,9 +45,12 @@ class Loop:
         self.first_step = 1
         if config.checkpoint.load is not None:
             self.first_step = load(config.checkpoint.load, self.trainer.optimizer, config).step + 1
+        self.tracer = Tracer(config, self.trainer.mesh, self.trainer.schedule, self.first_step)
         self.writer = MetricsWriter(config, console(), self.first_step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
+        self.rebalances = bool(config.pipeline.rebalance) and config.parallel.pp > 1
+        self.times = StageTimes()
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0
@@ -60,24 +65,48 @@ class Loop:
             self._step(step)
             if every and (step % every == 0 or step == steps):
                 self._evaluate(step)
+            saved = None
             if step == steps or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                save(self.folder / "checkpoints", self.trainer.optimizer, self.config, step)
+                saved = self._save(step)
+            if self.rebalances and step % self.config.pipeline.rebalance == 0 and step < steps:
+                self._rebalance(step, saved)
         sample = self._sample()
         if self.writer is not None:
             self._finish(self.writer, sample)
         self.trainer.close()
 
+    def _save(self, step: int) -> Path:
+        return save(self.folder / "checkpoints", self.trainer.optimizer, self.config, step)
+
+    def _rebalance(self, step: int, saved: Path | None) -> None:
+        """Move layers to where they are faster: into a checkpoint, and out of it in another partition."""
+        before = stage_layers(self.config)
+        after = self.times.layers(before, self.trainer.mesh)
+        if after == before:
+            return
+        saved, mesh = saved or self._save(step), self.trainer.mesh
+        del self.trainer  # its memory, before the next one takes as much
+        self.config = changed(self.config, {"pipeline.partition": after})
+        self.trainer = Trainer(self.config, mesh.rank, mesh=mesh)
+        load(saved, self.trainer.optimizer, self.config)
+        self.tracer.moved(self.config, self.trainer.schedule)
+        self.bubble_ideal = simulate(self.trainer.schedule).mean_bubble
+        if self.writer is not None:
+            self.writer.partition(step, before, after)
+
     def _step(self, step: int) -> None:
+        self.tracer.before(step)
         start = time.perf_counter()
         done = self.trainer.step(step)
+        if self.rebalances:
+            self.times.add(done.spans)
         figures = gather_figures(local_figures(done.loss, done.spans), self.trainer.mesh)
         self.skipped += done.result.skipped
         if self.writer is not None:
             row = self._row(step, done, summarise(figures), time.perf_counter() - start)
             self.rows.append(row)
             self.writer.step(row)
-        if step == self.config.train.steps:
-            self._keep_timeline(step, done)
+        self.tracer.after(step, done.spans)
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.trainer.task.tokens_per_step
@@ -96,16 +125,6 @@ class Loop:
             "exposed_comm_s": summary["exposed_comm_s"],
             "skipped_steps": self.skipped,
         }
-
-    def _keep_timeline(self, step: int, done: Step) -> None:
-        """timeline.json: what every rank did in this step, for the picture of the run."""
-        mesh = self.trainer.mesh
-        spans = [asdict(span) | {"seconds": span.seconds} for span in done.spans]
-        mine = {"place": mesh.coordinates(mesh.rank), "spans": spans}
-        ranks = gather_texts(json.dumps(mine), mesh["world"], mesh.device)
-        if mesh.rank == 0:
-            text = json.dumps({"step": step, "ranks": [json.loads(rank) for rank in ranks]})
-            (self.folder / "timeline.json").write_text(text)
 
     def _evaluate(self, step: int) -> None:
         part = self.trainer.evaluate()

@@ -10,10 +10,12 @@ import yaml
 
 from megapar.cli import main
 from megapar.compose import CONF, compose, group_files, split
-from megapar.config import COMMANDS, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
+from megapar.config import COMMANDS, ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
 from megapar.config.parse import groups, keys
 from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
+from megapar.schedule.build import build
+from megapar.schedule.table import write
 
 # A group's file on its own may need more than the defaults of the others.
 COMPANIONS = {
@@ -195,3 +197,31 @@ def test_broken_pipe_is_no_traceback(tmp_path: Path) -> None:
         f"{sys.executable} -m megapar.cli train --info config | head -1", shell=True, capture_output=True, text=True
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_table_is_for_its_own_number_of_ranks(tmp_path: Path) -> None:
+    """Layouts of verify with other ranks run 1F1B, as a partition becomes uniform; `auto` keeps to the table."""
+    path = tmp_path / "table.csv"
+    write(build("zb_h1", 2, 12), str(path))
+    schedule = f"pipeline.schedule=csv:{path}"
+    config = resolve(compose("verify", split([schedule, "layouts=[pp2,tp2]"])))
+    check(config)
+    schedules = [with_layout(config, Layout.parse(name)).pipeline.schedule for name in ("pp2", "tp2", "pp4")]
+    assert schedules == [f"csv:{path}", "1f1b", "1f1b"]
+    with pytest.raises(ConfigError, match="the table has 2 rows; name a layout with pp2"):
+        check(resolve(compose("verify", split([schedule, "layouts=[tp2,pp4]"]))))
+    sizes = ["parallel=auto", "devices=4", "train.micro_batch_size=1", "train.global_batch_size=12"]
+    with pytest.raises(ConfigError, match="devices=2 works"):  # dp 2 would leave 6 micro-batches
+        resolve(compose("train", split([schedule, "model.heads=3", "model.hidden=96", "model.ffn=99", *sizes])))
+    sizes[1] = "devices=2"
+    assert resolve(compose("train", split([schedule, *sizes]))).parallel.pp == 2
+
+
+def test_a_tables_path_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(build("1f1b", 1, 4), str(tmp_path / "a=b, c.csv"))
+    monkeypatch.chdir(tmp_path)
+    config = resolve(compose("train", split(["pipeline.schedule=csv:a=b, c.csv"])))
+    check(config)
+    assert (config.pipeline.schedule, config.pipeline.chunks) == (f"csv:{tmp_path}/a=b, c.csv", 1)
+    swept = split(["pipeline.schedule=1f1b,zb_h1"])
+    assert swept.hydra and not swept.verbatim  # names are swept, only a table's path is taken as it stands

@@ -89,6 +89,13 @@ REFUSED = {
     "train model.attention_dropout=0.1": ["model.attention_dropout=0.1", "model.dropout"],
     "train optim.warmup_steps=101": ["optim.warmup_steps=101", "train.steps=100"],
     "train train.eval_every=5 data.split=0": ["train.eval_every=5", "data.split=0"],
+    "train train.trace=[3]": ["train.trace=[3]", "the first and the last step", "train.steps=100", "[99,100]"],
+    "train train.trace=[]": ["train.trace=[]", "the first and the last step"],
+    "train train.trace=[0,3]": ["train.trace=[0,3]", "within 1 to train.steps=100"],
+    "train train.trace=[99,101]": ["train.trace=[99,101]", "within 1 to train.steps=100"],
+    "train train.trace=[5,4]": ["train.trace=[5,4]", "first and the last"],
+    "train train.steps=1 train.trace=[2,2]": ["train.trace=[2,2]", "within 1 to train.steps=1,", "[1,1]"],
+    "train train.trace=7": ["train.trace=7", "a list such as [5,3]"],
     "train data=text": ["data.path=", "folder"],
     # layouts
     "train parallel.tp=3": ["model.heads=4", "parallel.tp=3", "use 3 or 6"],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,15 @@ def test_two_runs_do_not_share_a_directory(start: Callable, run: Callable, tmp_p
 def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("rows", "train", FOLDER).code == 0
-    for name in ("summary.json", "timeline.json", "run.svg", "checkpoints/latest", "logs/rank-7.log", "kept.txt"):
+    for name in (
+        "summary.json",
+        "trace.json",
+        "costs.json",
+        "run.svg",
+        "checkpoints/latest",
+        "logs/rank-7.log",
+        "kept.txt",
+    ):
         (folder / name).touch()
     (folder / "reference-x").mkdir()  # of a verify that was killed
     assert run("rows", "train", FOLDER).code == 0
@@ -55,7 +64,7 @@ def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
     assert (folder / "logs/rank-0.log").read_text().count("a line of the log") == 1
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"checkpoints/latest", "kept.txt", "run.svg", "config.yaml"} <= left  # the picture is new
-    assert not {"summary.json", "timeline.json", "logs/rank-7.log"} & left
+    assert not {"summary.json", "trace.json", "costs.json", "logs/rank-7.log"} & left
     assert not (folder / "reference-x").exists()
 
 
@@ -126,6 +135,18 @@ def test_what_another_checkpoint_makes_is_another_run(tokens: str, tmp_path: Pat
     rundir.refuse_other_config(changed(config, {"checkpoint.load": str(tmp_path / "run")}))
     with pytest.raises(ConfigError, match=r"checkpoint.load was null, now /elsewhere"):
         rundir.refuse_other_config(changed(config, {"checkpoint.load": "/elsewhere"}))
+
+
+@pytest.mark.parametrize("traced,stays", [([1, 2], True), ([2, 3], False)])
+def test_the_trace_of_steps_not_taken_again_stays(traced: list[int], stays: bool, tokens: str, tmp_path: Path) -> None:
+    own = tmp_path / "run" / "checkpoints" / "step-00000002"
+    values: dict[str, Any] = {"run.dir": str(tmp_path / "run"), "checkpoint.load": str(own), "train.trace": traced}
+    own.mkdir(parents=True)
+    for name in rundir.TRACED:
+        (tmp_path / "run" / name).touch()
+    with ExitStack() as claims:
+        rundir.create(tiny_config(tokens, **values), [], {}, claims, steps_done=2)
+    assert [(tmp_path / "run" / name).exists() for name in rundir.TRACED] == [stays, stays]
 
 
 def test_out_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,17 @@ def test_costs_come_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert from_file == capsys.readouterr().out  # 8 layers of a quarter on 2 ranks are 1 a rank
     assert main(["schedule", *sizes, f"costs.file={path}", "costs.I=2"]) == 2
     assert "leave out costs.I" in capsys.readouterr().err
+
+
+def test_costs_of_a_run_are_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Costs of 2 stages say nothing about 4: schedules with two stages a rank are refused, the others are compared."""
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({name: [0.001] * 2 for name in ("forward", "input_grad", "weight_grad")}))
+    assert main(["schedule", "stages=2", "microbatches=4", f"costs.file={path}"]) == 0
+    text = capsys.readouterr().out
+    assert "zbv            costs of 2 parts of the model can't fill 4 stages" in text
+    by_name = {line.split()[0]: line.split()[1:4] for line in text.split("\n\n")[0].splitlines()}
+    assert by_name["1f1b"] == ["1", "0.01500", "20.0%"]  # (4 + 1) micro-batches of 3 ms
+    for chosen in ("stages=4", "pipeline.schedule=zbv"):
+        assert main(["schedule", "stages=2", f"costs.file={path}", chosen]) == 2
+        assert f"{chosen}: costs of 2 parts" in capsys.readouterr().err

@@ -1,14 +1,13 @@
 """Pictures are well-formed, self-contained, and to scale."""
 
-import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from megapar.cli import main
-from megapar.report.picture import draw
-from megapar.report.svg import GRID, LEFT, RIGHT, WAIT
+from megapar.report.svg import COLOURS, GRID, LEFT, RIGHT, ticks
 from megapar.report.timeline import Bar, Lane, draw_lanes, readable_width
 from megapar.schedule.build import build
 from megapar.schedule.simulate import simulate
@@ -61,17 +60,21 @@ def test_a_long_schedule_gets_room_for_its_numbers() -> None:
     assert not [element for element in narrow if "pointer-events" in element]
 
 
-def test_a_runs_picture_has_its_actions_and_waits(tmp_path: Path) -> None:
-    spans = [
-        {"kind": "phase", "name": "pipeline", "start": 1.0, "stop": 2.0, "seconds": 1.0},
-        {"kind": "F", "name": "0F0", "start": 1.0, "stop": 1.5, "seconds": 0.5},
-        {"kind": "tp", "name": "all_reduce", "start": 1.2, "stop": 1.3, "seconds": 0.1},
-    ]
-    place = {"pp": 0, "dp": 0, "tp": 0}
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
-    (tmp_path / "timeline.json").write_text(json.dumps({"step": 2, "ranks": [{"place": place, "spans": spans}]}))
-    path = draw(tmp_path)
-    assert path is not None
-    drawn = bars(ElementTree.fromstring(path.read_text()))
-    assert [note for note, *_ in drawn] == ["0F0: 500.0 ms", "all_reduce: 100.0 ms"]
-    assert drawn[1][3] == WAIT
+@pytest.mark.parametrize("low,high", [(0.0, 1.0), (4.1, 4.15), (0.0, 7.0), (-3.0, 250.0), (2.0, 2.0), (0.0, 2373.0)])
+def test_ticks_are_round_and_few(low: float, high: float) -> None:
+    found = ticks(low, high, 6)
+    assert (1 if low == high else 3) <= len(found) <= 7
+    assert low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+    assert all(len(f"{value:.6g}".replace(".", "").strip("-0")) <= 4 for value in found), found
+
+
+def test_kinds_can_be_told_apart() -> None:
+    """No two colours are near each other: B and a darker orange, which the eye confuses, are 53 of 441 apart."""
+
+    def channels(colour: str) -> list[int]:
+        return [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+
+    palette = [*COLOURS.values(), GRID]
+    for number, colour in enumerate(palette):
+        for other in palette[:number]:
+            assert math.dist(channels(colour), channels(other)) > 60, (colour, other)

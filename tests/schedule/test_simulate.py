@@ -113,8 +113,9 @@ def test_costs_are_read_and_merged(tmp_path: Path) -> None:
     path.write_text(json.dumps(lists))
     costs = read_costs(str(path), ranks=2)
     assert costs.merged(2).forward == (3, 7) and costs.merged(2).activation == (1.0, 1.0) and costs.latency == 0.5
-    with pytest.raises(ScheduleError, match="costs of 4 parts of the model can't be those of 3 stages"):
-        costs.merged(3)
+    with pytest.raises(ScheduleError, match="costs of 4 parts of the model can't fill 5 stages"):
+        costs.merged(5)
+    assert costs.merged(3).forward == (3, 3, 4)
     for change, complaint in (
         ({"forward": [1, 2]}, "lists of different or no length"),
         ({"forward": [1, 2, 3, -4]}, "a cost is negative"),

@@ -97,9 +97,12 @@ def test_a_resumed_run_goes_on_where_it_was_in_another_layout(runs: dict[str, Pa
         assert row["tokens"] == expected["tokens"]
 
 
+_TRACED = ("trace.json", "costs.json", "run.svg")
+
+
 def test_the_run_directory(runs: dict[str, Path]) -> None:
     folder = runs["all"]
-    for name in ("config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "run.svg"):
+    for name in ("config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", *_TRACED):
         assert (folder / name).stat().st_size > 0, name
     assert sorted(path.name for path in (folder / "logs").iterdir()) == [f"rank-{rank}.log" for rank in range(8)]
     assert (folder / "checkpoints" / "step-00000006" / "manifest.json").exists()

@@ -16,7 +16,8 @@ def auto(problem: Problem) -> Rows:
 
     Candidates are the other generators, and a list scheduler under several policies, placements (loop, and V for two
     stages a rank) and amounts of memory up to the limit. So it is never slower than a named schedule that fits. Of
-    equals the one that holds least wins. Raises ScheduleError where the limit can't hold one micro-batch.
+    equals the one that holds least wins. It builds and replays some fifty tables, and takes that much longer than one.
+    Raises ScheduleError where the limit can't hold one micro-batch.
     """
     best: tuple[tuple[float, float], Rows] | None = None
     for rows in _candidates(problem):

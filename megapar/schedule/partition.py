@@ -1,4 +1,4 @@
-"""Which layers a stage holds."""
+"""How many layers a stage holds."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,14 +8,17 @@ class PartitionError(ValueError):
     """No partition can keep the memory limits; one line says what is missing."""
 
 
-def partition(layers: int, stages: int, choice: str | list[int]) -> list[range]:
-    """Layers of each stage: `uniform`, or the number of layers per stage.
+def uniform(layers: int, stages: int) -> list[int]:
+    """Layers of each stage, as even as can be.
 
-    Uniform counts that don't divide put one layer more on the middle and early stages, never on the last, which holds
-    the head, unless all others have it too.
+    Counts that don't divide put one layer more on the middle and early stages, never on the last, which holds the head,
+    unless all others have it too.
     """
-    counts = choice if isinstance(choice, list) else [(layers + stages - 1 - s) // stages for s in range(stages)]
-    assert len(counts) == stages and sum(counts) == layers, f"{counts} for {layers} layers on {stages} stages"
+    return [(layers + stages - 1 - stage) // stages for stage in range(stages)]
+
+
+def ranges(counts: Sequence[int]) -> list[range]:
+    """The layers by number of stages with so many each."""
     ends = list(accumulate(counts))
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
@@ -78,6 +81,27 @@ def balanced(
         counts.append(end - chosen[end])
         end = chosen[end]
     return counts[::-1]
+
+
+WORTH_MOVING = 0.03  # shorter slowest stage: less is the noise of measured times, and a move costs a checkpoint
+
+
+def rebalanced(counts: Sequence[int], layer: Sequence[float], rest: Sequence[float]) -> list[int]:
+    """Layers per stage for measured times, or `counts` again where a move is not worth it.
+
+    layer: seconds of one layer on the device of each stage, forward and backward of one micro-batch
+    rest: seconds of everything else of the stage: embedding, head, loss
+
+    Layers are taken to be equal in work, so that a device's speed is known from those it has.
+    """
+
+    def slowest(counts: Sequence[int]) -> float:
+        return max(count * one + other for count, one, other in zip(counts, layer, rest, strict=True))
+
+    speed = [1 / seconds for seconds in layer]
+    embedding, head = rest[0] * speed[0], rest[-1] * speed[-1]
+    found = balanced([1.0] * sum(counts), len(counts), embedding=embedding, head=head, speed=speed)
+    return found if slowest(found) < (1 - WORTH_MOVING) * slowest(counts) else list(counts)
 
 
 def _why_impossible(needed: float, limit: Sequence[float], layers: int) -> str:

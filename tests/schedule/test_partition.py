@@ -4,24 +4,24 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapar.pipeline.partition import PartitionError, balanced, partition
+from megapar.schedule.partition import PartitionError, balanced, ranges, uniform
 
 
 def test_partitions_cover_the_layers_once() -> None:
     for layers in range(1, 20):
         for stages in range(1, layers + 1):
-            parts = partition(layers, stages, "uniform")
+            parts = ranges(uniform(layers, stages))
             assert [layer for part in parts for layer in part] == list(range(layers))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
             assert len(parts[-1]) == min(map(len, parts))
-    assert [len(part) for part in partition(8, 2, [5, 3])] == [5, 3]
+    assert ranges([5, 3]) == [range(5), range(5, 8)]
 
 
 def slowest(counts: list[int], costs: list[float], embedding: float, head: float, speed: list[float]) -> float:
-    parts = partition(len(costs), len(counts), counts)
+    parts = ranges(counts)
     times = [sum(costs[layer] for layer in part) for part in parts]
     times[0] += embedding
     times[-1] += head
@@ -47,6 +47,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(problems())
 def test_balanced_is_the_best_of_all(problem: dict[str, Any]) -> None:
     """Brute force over every partition that keeps the limits."""

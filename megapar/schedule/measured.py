@@ -1,0 +1,60 @@
+"""Costs from a run: what each stage's actions took."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from megapar.schedule.actions import Action, Schedule, ScheduleError
+from megapar.schedule.costs import BY_STAGE, Costs
+
+
+def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float]]) -> Costs:
+    """The median seconds of each stage's F, I, W and REDUCE, as costs for the simulator and for `auto`.
+
+    spans: (action or its text, seconds) as the pipeline ranks of a replica ran them, of one step or several, in any
+        order; a wait for tp or dp inside an action is part of it. Sends and receives are left out: what they cost shows
+        as time between actions.
+
+    A stage that ran B only gets half of its median for each of I and W: no order of B's can tell them apart. Memory is
+    1 a rank and micro-batch, as it can't be seen in times. Raises ScheduleError for a stage that lacks F or backward.
+    """
+    seconds: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for what, took in spans:
+        action = Action.parse(what) if isinstance(what, str) else what
+        seconds[action.stage, action.kind].append(took)
+
+    def middle(stage: int, kind: str) -> float:
+        if not seconds[stage, kind]:
+            raise ScheduleError(f"no {kind} of stage {stage} was measured; it takes a whole training step of all ranks")
+        return median(seconds[stage, kind])
+
+    stages = range(schedule.stages)
+    halves = {stage: middle(stage, "B") / 2 for stage in stages if not seconds[stage, "I"]}
+    return Costs(
+        forward=tuple(middle(stage, "F") for stage in stages),
+        input_grad=tuple(halves[stage] if stage in halves else middle(stage, "I") for stage in stages),
+        weight_grad=tuple(halves[stage] if stage in halves else middle(stage, "W") for stage in stages),
+        activation=(len(schedule.rows) / schedule.stages,) * schedule.stages,
+        reduce=tuple(median(seconds[stage, "REDUCE"] or [0.0]) for stage in stages),
+    )
+
+
+def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> Costs:
+    """Costs of every layer from those of stages with so many layers each.
+
+    in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and goes
+    to the first layer, or the head's, and goes to the last one of the model; of a stage in the middle it is spread.
+    """
+
+    def of_layers(name: str) -> tuple[float, ...]:
+        values: list[float] = []
+        for stage, (cost, count) in enumerate(zip(getattr(costs, name), counts, strict=True)):
+            at_end = name != "activation" and stage in (0, len(counts) - 1)
+            layers = cost * (in_layers[stage] if at_end else 1.0)
+            values += [layers / count] * count
+            if at_end:
+                values[0 if stage == 0 else -1] += cost - layers
+        return tuple(values)
+
+    return replace(costs, **{name: of_layers(name) for name in BY_STAGE})  # type: ignore[arg-type]
