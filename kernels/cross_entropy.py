@@ -31,6 +31,9 @@ class Objective(NamedTuple):
     vocabulary: int = 1
 
 
+PLAIN = Objective()
+
+
 class Merged(NamedTuple):
     """Of every token, over the whole vocabulary, [T] each, at least fp32: the log of the softmax's denominator, the
     target's logit, the sum of the logits where smoothing needs it."""

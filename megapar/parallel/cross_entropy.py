@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megapar.kernels.cross_entropy import (
+    PLAIN,
     Objective,
     cross_entropy_gradient_,
     cross_entropy_statistics,
@@ -42,7 +43,7 @@ def vocab_parallel_cross_entropy(
     axis: Axis,
     *,
     ignored: int | None = None,
-    objective: Objective = Objective(),
+    objective: Objective = PLAIN,
 ) -> Tensor:
     """Negative log likelihood of every token, in nats; with `objective` smoothed, and with a z-loss.
 

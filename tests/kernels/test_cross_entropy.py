@@ -1,6 +1,7 @@
-"""Cross entropy: both backends against torch's own in fp64, in parts of a vocabulary; what it moves and communicates."""
+"""Cross entropy: both backends against torch's own in fp64, in parts of a vocabulary; what it moves and sends."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ OBJECTIVES = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-3), (0.2, 1e-2)]
 
 
 def given(tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that the dtype holds, far from 0 too, targets of which every third is ignored, gradients of the losses."""
+    """Logits that the dtype holds, some around 30 and some around -30, targets of which every third is ignored,
+    gradients of the losses."""
     generator = torch.Generator().manual_seed(tokens * vocabulary)
-    logits = (4 * torch.randn(tokens, vocabulary, generator=generator) + 30).to(dtype)
+    logits = (4 * torch.randn(tokens, vocabulary, generator=generator) + (30 if tokens % 2 else -30)).to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     targets[2::3] = IGNORED
     return logits, targets, torch.randn(tokens, generator=generator)
@@ -64,7 +66,7 @@ def in_parts(
 
 
 def errors(rank: int, world_size: int, backend: str) -> list[tuple[str, float, float]]:
-    """(case, error of losses in units of their rounding, error of the gradient in units of its dtype's) of all cases."""
+    """(case, error of losses in units of their rounding, of the gradient in units of its dtype's) of all cases."""
     found = []
     with poisoned_memory():
         for (name, dtype), (tokens, vocabulary, parts), (smoothing, z) in product(DTYPES.items(), SIZES, OBJECTIVES):
@@ -74,20 +76,20 @@ def errors(rank: int, world_size: int, backend: str) -> list[tuple[str, float, f
             assert got.dtype == torch.float32 and slope.dtype == dtype
             wide, narrow = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
             in_losses = float(((got - losses).abs() / (wide * (1 + losses.abs() + 30))).max())
-            scale = float(gradient.abs().max()) + 1e-30
-            in_gradient = float(((slope - gradient).abs() / (narrow * gradient.abs() + wide * scale)).max())
+            # fp32's exp of a difference of numbers near 30 is off by some 30 of its roundings.
+            allowed = 64 * wide * gradient.abs().max() + narrow * torch.finfo(dtype).smallest_normal
+            excess = (slope - gradient).abs() - allowed
+            in_gradient = float((excess / (narrow * gradient.abs() + 1e-30)).max())
             found.append((f"{name} {tokens}x{vocabulary} in {parts}, {smoothing}, {z}", in_losses, in_gradient))
     return found
 
 
 @pytest.mark.parametrize("backend", ["torch", "interpret"])
 def test_parts_of_a_vocabulary_give_torchs_cross_entropy(backend: str, interpreter: WorkerPool) -> None:
-    """Losses within a few of fp32's roundings of logits of about 30; gradients within one rounding of their dtype.
-
-    fp32 exp of a difference of numbers near 30 is off by 30 roundings of 1, so that much of the largest gradient too.
-    """
+    """Losses within a few of fp32's roundings of logits of about 30; gradients rounded once to nearest, to half of the
+    dtype's epsilon, beyond what fp32 inside makes of them."""
     for case, in_losses, in_gradient in interpreter.run(errors, 1, backend, timeout=300)[0]:
-        assert in_losses < 8 and in_gradient < 64, (case, in_losses, in_gradient)
+        assert in_losses < 8 and in_gradient < 0.51, (case, in_losses, in_gradient)
 
 
 def check_operators(rank: int, world_size: int) -> None:
@@ -146,7 +148,8 @@ def test_six_bytes_per_logit() -> None:
             launch_statistics(logits, targets, torch.empty(8, 3), 0),
             launch_gradient(logits, targets, column, column, 0, Objective()),
         ]
-    moved = [one.kernel.launch_metadata(one.grid, one.kernel, one.arguments)["bytes"] for one in launches]
+    named = SimpleNamespace(name="")
+    moved = [one.kernel.launch_metadata(one.grid, named, one.arguments)["bytes"] for one in launches]
     assert sum(moved) == 6 * logits.numel()
 
 
