@@ -81,12 +81,12 @@ class Trace:
     def layer_costs(self, counts: Sequence[int]) -> Costs:
         """The same of every layer, where stage s has counts[s] of them. Without a LAYERS span it is all layers'."""
         spans = [span for rank in self.ranks for step in rank.steps.values() for span in step if span.kind == LAYERS]
-        forward, share = self.costs().forward, [1.0] * len(counts)
+        costs, share = self.costs(), [1.0] * len(counts)
         for stage in range(len(counts)):
             seconds = [span.seconds for span in spans if stage_of_layers(span.name) == stage]
-            if seconds and forward[stage]:
-                share[stage] = min(1.0, median(seconds) / forward[stage])
-        return spread(self.costs(), counts, share)
+            if seconds and costs.forward[stage]:
+                share[stage] = min(1.0, median(seconds) / costs.forward[stage])
+        return spread(costs, counts, share)
 
     def phase(self, step: int) -> float:
         """Seconds of a step's pipeline phase, from its first start to its last end on any rank."""

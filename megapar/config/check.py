@@ -10,7 +10,7 @@ from megapar.config.errors import ConfigError
 from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
-from megapar.config.stages import make_schedule, num_microbatches, num_stages, stage_layers
+from megapar.config.stages import layer_costs, make_schedule, num_microbatches, num_stages, stage_layers
 from megapar.kernels import select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
@@ -79,6 +79,9 @@ AT_MOST: dict[str, float] = {
     "train.seed": 2**63 - 1,  # dropout mixes it into int64 keys
     "train.timeout_s": 30 * 24 * 3600,  # torch counts a timeout in a clock that overflows
     "sample.seed": 2**63 - 1,
+    "stages": 4096,
+    "microbatches": 65536,
+    "chunks": 256,
 }
 AT_MOST_ONE = ("optim.min_lr", "sample.top_p", "costs.kept")
 
@@ -176,8 +179,9 @@ def check_pipeline(config: TrainConfig) -> None:
         if chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
-    for key in ("speed", "device_memory"):
-        check_devices(f"pipeline.{key}", getattr(config.pipeline, key), pp, chunks)
+    check_devices(config)
+    if config.pipeline.costs is not None:
+        layer_costs(config)
     if isinstance(partition, str):
         if partition not in ("uniform", "balanced"):
             problem = "use uniform, balanced, or the layers of each stage such as [5,3]"
@@ -193,16 +197,29 @@ def check_pipeline(config: TrainConfig) -> None:
         raise ConfigError("pipeline.partition", partition, problem)
 
 
-def check_devices(key: str, values: list[float] | None, pp: int, chunks: int) -> None:
-    """Refuse figures that are not one per pipeline rank, or are given where a rank has several stages."""
-    if values is None or pp == 1:
-        return
-    if len(values) != pp:
-        raise ConfigError(key, values, f"needs {pp} numbers, one per pipeline rank")
-    if min(values) <= 0:
-        raise ConfigError(key, values, "must be more than 0")
-    if chunks > 1:
-        raise ConfigError(key, values, f"needs one stage per rank, and pipeline.chunks={chunks}; use a list of layers")
+def check_devices(config: TrainConfig) -> None:
+    """Refuse figures of devices that are not one per pipeline rank, and keys that nothing would look at."""
+    pipeline, pp = config.pipeline, config.parallel.pp
+    looks = {
+        "speed": pipeline.partition == "balanced" or pipeline.schedule == "auto",
+        "device_memory": pipeline.partition == "balanced",
+        "memory_limit": pipeline.schedule == "auto",
+    }
+    needed = {
+        "speed": "pipeline.partition=balanced, or pipeline.schedule=auto",
+        "device_memory": "pipeline.partition=balanced",
+        "memory_limit": "pipeline.schedule=auto",
+    }
+    for name, used in looks.items():
+        key, value = f"pipeline.{name}", getattr(pipeline, name)
+        if value is None or pp == 1:
+            continue
+        if not used:
+            raise ConfigError(key, value, f"nothing would look at it; it goes with {needed[name]}")
+        if isinstance(value, list) and len(value) != pp:
+            raise ConfigError(key, value, f"needs {pp} numbers, one per pipeline rank")
+        if isinstance(value, list) and min(value) <= 0:
+            raise ConfigError(key, value, "must be more than 0")
 
 
 def check_schedule_name(key: str, name: str) -> None:

@@ -33,9 +33,9 @@ def stage_layers(config: TrainConfig) -> list[int]:
         return uniform(layers, stages)
     costs = layer_costs(config)
     time = [sum(of_layer) for of_layer in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
-    room = _room(config, stages)
+    room = _room(config)
     try:
-        return balanced(time, stages, speed=config.pipeline.speed, memory=[1.0] * layers, memory_limit=room)
+        return balanced(time, stages, speed=_speeds(config), memory=[1.0] * layers, memory_limit=room)
     except PartitionError:
         problem = "the layers don't fit into them; raise it, raise parallel.tp, or recompute: train.recompute=full"
         raise ConfigError("pipeline.device_memory", config.pipeline.device_memory, problem) from None
@@ -43,7 +43,7 @@ def stage_layers(config: TrainConfig) -> list[int]:
 
 def stage_costs(config: TrainConfig) -> Costs:
     """Costs of every stage, for schedules that look at them."""
-    return layer_costs(config).cut(stage_layers(config), config.pipeline.speed)
+    return layer_costs(config).cut(stage_layers(config), _speeds(config))
 
 
 def make_schedule(config: TrainConfig) -> Schedule:
@@ -106,20 +106,36 @@ def _layer_weights(config: TrainConfig) -> int:
     return attention + (3 if model.activation == "swiglu" else 2) * model.hidden * model.ffn
 
 
-def _room(config: TrainConfig, stages: int) -> list[float] | None:
-    """How many layers the device of every stage has memory for, beside embedding and head; None without a limit."""
+def _speeds(config: TrainConfig) -> list[float] | None:
+    """Of the device of every stage."""
+    speed = config.pipeline.speed
+    return None if speed is None else [speed[rank] for rank in _evenly(config).placement]
+
+
+def _evenly(config: TrainConfig) -> Schedule:
+    """The schedule for stages that are all alike: where its stages live is where the real one's do."""
+    alike = replace(config.pipeline, partition="uniform", costs=None, speed=None, device_memory=None)
+    return make_schedule(replace(config, pipeline=alike))
+
+
+def _room(config: TrainConfig) -> list[float] | None:
+    """How many layers every stage has memory for, beside embedding and head; None without a limit.
+
+    Stages of one device have equal shares of it.
+    """
     memory = config.pipeline.device_memory
     if memory is None:
         return None
     model, parallel = config.model, config.parallel
+    schedule = _evenly(config)
+    held, chunks = simulate(schedule).peak, schedule.stages // len(schedule.rows)
+    room = [GIB * memory[rank] / chunks for rank in schedule.placement]
     table = state_bytes(config) * model.hidden * (model.vocab_size or 0) / parallel.tp
-    room = [GIB * of_device for of_device in memory]
     room[0] -= table
     room[-1] -= table
     layer = state_bytes(config) * _layer_weights(config) / parallel.tp
-    activations = activation_bytes(config)
-    held = simulate(make_schedule(replace(config, pipeline=replace(config.pipeline, partition="uniform")))).peak
-    return [max(0.0, of_device / (layer + count * activations)) for of_device, count in zip(room, held, strict=True)]
+    needs = [layer + held[rank] * activation_bytes(config) for rank in schedule.placement]
+    return [max(0.0, has / of_layer) for has, of_layer in zip(room, needs, strict=True)]
 
 
 def state_bytes(config: TrainConfig) -> float:

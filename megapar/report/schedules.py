@@ -19,6 +19,8 @@ from megapar.schedule.simulate import Simulation, simulate
 _EVEN = CostsConfig()
 HEAVIER = 0.4  # of the last stage, in the comparison with balance: a head's share in a model of a few layers per stage
 
+MOST_PASSES = 1 << 21  # stages times micro-batches of a comparison: some minutes and a few GB
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -70,8 +72,22 @@ class Comparison:
                 f"{row['own_bubble']:>6.1%} {row['peak_memory']:>7.2f} {row['exposed_comm']:>8.{digits}f}{over}"
             )
         lines += [f"{name:<14} {why}" for name, why in self.refused.items()]
-        lines += ["", *_LEGEND, "", *self._balance()]
+        lines += ["", *self._about(), *_LEGEND, "", *self._balance()]
         return "\n".join(lines)
+
+    def _about(self) -> list[str]:
+        """Of one schedule what it is, and whether it needs sends that don't wait for their receiver, as ours."""
+        if self.config.pipeline.schedule == "all":
+            return []
+        [found] = self.candidates
+        stops = check(found.schedule, rendezvous=True).rendezvous
+        known = generators().get(found.name)
+        return [
+            *([f"{found.name}: {known.about}"] if known else []),
+            "with sends that wait for their receiver it would "
+            + (f"stop: {stops}" if stops else "run, too, as it is lowered here"),
+            "",
+        ]
 
     def _balance(self) -> list[str]:
         by_bubble = sorted(self.candidates, key=lambda found: found.simulation.mean_bubble)
@@ -107,20 +123,17 @@ def compare(config: ScheduleConfig) -> Comparison:
     if name != "all":
         check_schedule_name("pipeline.schedule", name)
     given = given_costs(config)
+    if config.stages * config.microbatches * (config.chunks or 1) > MOST_PASSES:
+        problem = f"with {config.stages} stages and {config.chunks or 1} chunks too many to compare; use fewer"
+        raise ConfigError("microbatches", config.microbatches, problem)
     candidates, refused = [], {}
-    try:
-        for known, chunks in _wanted(config):
-            why = refusal(known, config.stages, config.microbatches, chunks)
-            if why is None:
-                why = None if given is None else given.refuse(config.stages * chunks)
-            if why is None:
-                candidates.append(_candidate(config, known, chunks, given))
-            elif name != "all":
-                raise ConfigError("pipeline.schedule", name, why)
-            else:
-                refused[known] = why
-    except ScheduleError as error:
-        raise ConfigError("pipeline.schedule", name, str(error)) from None
+    for known, chunks in _wanted(config):
+        try:
+            candidates.append(_candidate(config, known, chunks, given))
+        except ScheduleError as error:
+            if name != "all":
+                raise ConfigError("pipeline.schedule", name, str(error)) from None
+            refused[known] = str(error)
     if not candidates:  # with costs of another number of stages
         raise ConfigError("stages", config.stages, "; ".join(sorted(set(refused.values()))))
     return Comparison(config, candidates, refused)
@@ -147,6 +160,9 @@ def _wanted(config: ScheduleConfig) -> list[tuple[str, int]]:
 
 
 def _candidate(config: ScheduleConfig, name: str, chunks: int, given: Costs | None) -> Candidate:
+    """Raises ScheduleError where the schedule can't be had."""
+    if why := refusal(name, config.stages, config.microbatches, chunks):
+        raise ScheduleError(why)
     limit = float("inf") if config.memory_limit is None else config.memory_limit
 
     def replay(costs: Costs) -> tuple[Schedule, Simulation]:
@@ -196,7 +212,7 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
     lanes = []
     for rank, spans in enumerate(simulation.spans):
         stages = found.schedule.stages_of(rank)
-        names = f"stage{'s' * (chunks > 1)} {', '.join(map(str, stages))}" if chunks <= 3 else f"{chunks} stages"
+        names = f"stage{'s' * (chunks > 1)} {', '.join(map(str, stages))}" if chunks <= 3 else f"with {chunks} stages"
         lane = Lane(f"rank {rank}  {names}")
         for start, end, action in spans:
             lane.bars.append(action_bar(action, start, end, stages, f"{action}  {start:g} to {end:g}"))

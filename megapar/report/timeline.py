@@ -1,6 +1,6 @@
 """What every rank did when, one lane per rank: measured runs and simulated schedules alike."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from megapar.report.svg import COLOURS, GRID, INK, LEFT, MUTED, NAMES, PAPER, RIGHT, WAIT, WIDTH, legend, text, ticks
@@ -70,6 +70,7 @@ def draw_lanes(
     """
     row, gap = (26.0, 6.0) if len(lanes) <= 16 else (14.0, 2.0)
     scale = (width - LEFT - RIGHT) / ((stop - start) or 1.0)
+    lanes = _labelled_alike(lanes, scale, min(10.0, row - 3))
     used = {bar.kind for lane in lanes for bar in lane.bars} - {IDLE}
     entries = [(COLOURS[kind], name) for kind, name in NAMES.items() if kind in used]
     if used - COLOURS.keys():
@@ -96,6 +97,19 @@ def draw_lanes(
     return body, bottom + 14
 
 
+def _room_for(label: str, font: float) -> float:
+    return 0.6 * font * len(label) + 1
+
+
+def _labelled_alike(lanes: list[Lane], scale: float, font: float) -> list[Lane]:
+    """Without labels where most of the long ones find no room: short ones alone would read as a count that stops."""
+    longest = max((len(bar.label) for lane in lanes for bar in lane.bars), default=0)
+    bars = [bar for lane in lanes for bar in lane.bars if longest > 1 and len(bar.label) == longest]
+    if 2 * sum((bar.end - bar.start) * scale >= _room_for(bar.label, font) for bar in bars) >= len(bars):
+        return lanes
+    return [replace(lane, bars=[replace(bar, label="") for bar in lane.bars]) for lane in lanes]
+
+
 def _bar(bar: Bar, x: float, y: float, width: float, height: float) -> list[str]:
     """An action as a full bar, a wait inside it as a mark along the lower edge."""
     note = f"<title>{escape(bar.note)}</title>"
@@ -111,7 +125,7 @@ def _bar(bar: Bar, x: float, y: float, width: float, height: float) -> list[str]
     pale = f' fill-opacity="{1 - 0.6 * bar.tone:.2f}"' if bar.tone else ""
     drawn.append(f'<rect {size} fill="{COLOURS[bar.kind]}"{pale}>{note}</rect>')
     font = min(10.0, height - 3)
-    if bar.label and width >= 0.6 * font * len(bar.label) + 1:
+    if bar.label and width >= _room_for(bar.label, font):
         colour = INK if bar.tone > 0.25 or bar.kind == "B" else PAPER  # what can be read on it
         place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 0.35 * font:.1f}" font-size="{font:g}" fill="{colour}"'
         drawn.append(f'<text {place} text-anchor="middle" pointer-events="none">{escape(bar.label)}</text>')

@@ -7,6 +7,7 @@ from functools import cache
 
 from megapar.schedule import generators as package
 from megapar.schedule.actions import Schedule, ScheduleError
+from megapar.schedule.compute import check_rows
 from megapar.schedule.costs import Costs
 from megapar.schedule.generator import Generator, Problem
 from megapar.schedule.lower import lower
@@ -32,7 +33,7 @@ def refuse_unknown(name: str) -> None:
         return
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ScheduleError(f"no such schedule; {hint}There are {', '.join(known)} and {CSV}PATH")
+    raise ScheduleError(f"no such schedule; {hint}there are {', '.join(known)} and {CSV}PATH")
 
 
 def table_ranks(name: str) -> int | None:
@@ -94,6 +95,7 @@ def build(
     stages = ranks * chunks
     if name.startswith(CSV):
         rows = read(name.removeprefix(CSV)).rows
+        check_rows(rows, stages, microbatches)
     else:
         costs = Costs.even(ranks, stages) if costs is None else costs.normalised(ranks)
         problem = Problem(ranks, microbatches, chunks, costs, memory_limit)

@@ -30,6 +30,8 @@ def check(schedule: Schedule, *, rendezvous: bool = False) -> Proof:
     """
     if -1 in schedule.placement:
         raise ScheduleError(f"stage {schedule.placement.index(-1)}: no rank has it")
+    if () in schedule.rows:
+        raise ScheduleError(f"rank {schedule.rows.index(())}: no action; every rank needs a stage")
     replay = _Replay(schedule)
     replay.run()
     replay.refuse_stuck()

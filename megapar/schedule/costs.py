@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.partition import uniform
@@ -121,25 +122,47 @@ def read_costs(path: str, ranks: int) -> Costs:
     The lists have a number for each part of the model (a layer, a stage), all equally long. Without `activation` memory
     is 1 a rank and micro-batch; whatever else is left out has Costs' default. Raises ScheduleError.
     """
-    known = {field.name for field in fields(Costs)}
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        lists = {name: tuple(float(value) for value in data.pop(name)) for name in BY_STAGE if name in data}
-        numbers = {name: bool(value) if name == "overlap" else float(value) for name, value in data.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ScheduleError(f"{path}: not readable as costs: {error}") from None
+    except OSError as error:
+        raise ScheduleError(f"{path}: not readable as costs: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ScheduleError(f"{path}: no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ScheduleError(f"{path}: needs an object with the lists {', '.join(BY_STAGE[:3])}")
+    known = {field.name for field in fields(Costs)}
     if unknown := sorted(set(data) - known):
         raise ScheduleError(f"{path}: unknown {unknown[0]}; it may have {', '.join(sorted(known))}")
-    if missing := [name for name in BY_STAGE[:3] if name not in lists]:
+    if missing := [name for name in BY_STAGE[:3] if name not in data]:
         raise ScheduleError(f"{path}: {missing[0]} is missing")
+    read = {name: _of_file(path, name, value) for name, value in data.items()}
+    lists = {name: value for name, value in read.items() if name in BY_STAGE}
     parts = len(lists["forward"])
-    lists.setdefault("activation", (ranks / parts,) * parts if parts else ())
-    lists.setdefault("reduce", (0.0,) * parts)
-    if not parts or any(len(values) != parts for values in lists.values()):
-        raise ScheduleError(f"{path}: lists of different or no length: { ({k: len(v) for k, v in lists.items()}) }")
-    if any(value < 0 for values in (*lists.values(), numbers.values()) for value in values):
-        raise ScheduleError(f"{path}: a cost is negative")
-    return Costs(**lists, **numbers)  # type: ignore[arg-type]
+    if any(len(values) != parts for values in lists.values()):
+        raise ScheduleError(f"{path}: lists of different length: { ({k: len(v) for k, v in lists.items()}) }")
+    if not 0 < sum(lists["forward"]) < _LARGEST:
+        raise ScheduleError(f"{path}: forward adds up to nothing")
+    return Costs(**{"activation": (ranks / parts,) * parts, "reduce": (0.0,) * parts} | read)
+
+
+def _of_file(path: str, name: str, value: Any) -> Any:
+    """A field's value from JSON: a list of numbers, a number, or for `overlap` true or false."""
+    if name == "overlap":
+        if not isinstance(value, bool):
+            raise ScheduleError(f"{path}: overlap is {value!r}; use true or false")
+        return value
+    several = name in BY_STAGE
+    if isinstance(value, list) != several or value == []:
+        raise ScheduleError(f"{path}: {name} must be {'a list of numbers' if several else 'a number'}")
+    for each in value if several else [value]:
+        if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each < _LARGEST:
+            raise ScheduleError(f"{path}: {name} has {str(each)[:40]}; a cost is a number of at least 0")
+    if name == "kept" and value > 1:
+        raise ScheduleError(f"{path}: kept is {value:g}, a share; use at most 1")
+    return tuple(map(float, value)) if several else float(value)
+
+
+_LARGEST = 1e15  # of a cost: sums of what is more lose the digits of what is less
 
 
 def write_costs(costs: Costs, path: Path) -> None:

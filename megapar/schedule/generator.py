@@ -37,11 +37,10 @@ def no_constraint(ranks: int, microbatches: int, chunks: int) -> str | None:
 class Generator:
     """A schedule's name, its compute actions, and what they ask for.
 
-    name: what `pipeline.schedule` takes; about: one line for tables and help
+    name: what `pipeline.schedule` takes; about: one line, which `megapar schedule` shows
     build: the compute actions (F, B, I, W) of every rank; transfers and reductions are added by `lower`
     chunks: the stages per rank that it takes; the first is its default
     refuse: (ranks, microbatches, chunks) -> why not, in one line that says what would do; None if it can
-    splits_backward: it has I and W
     """
 
     name: str
@@ -49,4 +48,3 @@ class Generator:
     build: Callable[[Problem], Rows]
     chunks: range = range(1, 2)
     refuse: Callable[[int, int, int], str | None] = no_constraint
-    splits_backward: bool = False

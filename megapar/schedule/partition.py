@@ -83,7 +83,7 @@ def balanced(
     return counts[::-1]
 
 
-WORTH_MOVING = 0.03  # shorter slowest stage: less is the noise of measured times, and a move costs a checkpoint
+WORTH_MOVING = 0.05  # shorter slowest stage: less is the noise of measured times, and a move costs a checkpoint
 
 
 def rebalanced(counts: Sequence[int], layer: Sequence[float], rest: Sequence[float]) -> list[int]:

@@ -31,9 +31,9 @@ def write(schedule: Schedule, path: str) -> None:
 
 
 def read(path: str) -> Table:
-    """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check` proves the rest."""
+    """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check_rows` says the rest."""
     try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
+        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
             cells = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(f"{path}: not readable as a table: {getattr(error, 'strerror', None) or error}") from None

@@ -26,6 +26,9 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         if last["val_bits_per_char"] is not None:
             text += f", {first['val_bits_per_char']:.3f} -> {last['val_bits_per_char']:.3f} bits/char"
         lines.append(text)
+    if layout["pp"] > 1:
+        of_stages = ", ".join(map(str, summary["layers_per_stage"]))
+        lines.append(f"stages      {of_stages} layers, {config.pipeline.schedule} schedule")
     lines += _time_lines(summary, config)
     lines += [f"left in     {config.run.dir}: metrics.jsonl, summary.json, config.yaml, logs/, checkpoints/"]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.kernels import BACKENDS, backend_of
 from megapar.schedule.simulate import simulate
+from megapar.trace import Span
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
 from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
@@ -62,12 +63,13 @@ class Loop:
         if every:
             self._evaluate(self.first_step - 1)
         for step in range(self.first_step, steps + 1):
-            self._step(step)
+            spans = self._step(step)
             if every and (step % every == 0 or step == steps):
                 self._evaluate(step)
             saved = None
             if step == steps or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 saved = self._save(step)
+            self.tracer.after(step, spans)  # the state is safe before anything is made of times
             if self.rebalances and step % self.config.pipeline.rebalance == 0 and step < steps:
                 self._rebalance(step, saved)
         sample = self._sample()
@@ -94,7 +96,7 @@ class Loop:
         if self.writer is not None:
             self.writer.partition(step, before, after)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> list[Span]:
         self.tracer.before(step)
         start = time.perf_counter()
         done = self.trainer.step(step)
@@ -106,7 +108,7 @@ class Loop:
             row = self._row(step, done, summarise(figures), time.perf_counter() - start)
             self.rows.append(row)
             self.writer.step(row)
-        self.tracer.after(step, done.spans)
+        return done.spans
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.trainer.task.tokens_per_step
@@ -171,6 +173,7 @@ class Loop:
             "layout": {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
             "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
             "steps": len(self.rows),
+            "layers_per_stage": stage_layers(self.config),
             "skipped_steps": self.skipped,
             "loss": self.rows[-1]["loss"],
             "evaluations": self.evaluations,

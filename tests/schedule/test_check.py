@@ -1,12 +1,15 @@
 """The checker: every way to break a valid table is named."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapar.schedule.actions import KINDS, Action, Schedule, ScheduleError
-from megapar.schedule.build import build
+from megapar.schedule.actions import COMPUTE, KINDS, Action, Schedule, ScheduleError
+from megapar.schedule.build import build, generators
 from megapar.schedule.check import check
+from megapar.schedule.compute import check_rows
 from tests.schedule.tables import table
 
 
@@ -206,3 +209,47 @@ def test_sends_that_wait_for_their_receiver_are_told_apart() -> None:
     assert check(build("gpipe", 4, 8), rendezvous=True).rendezvous is None
     where = check(build("1f1b", 2, 4), rendezvous=True).rendezvous
     assert where == "rank 0 at 0SEND_F1, rank 1 at 1SEND_B0"
+
+
+TABLES = [
+    ("0B0,0F0,0F1,0B1/1F0,1B0,1F1,1B1", "row 0, computation 0, 0B0: before 0F0"),
+    ("0F0,0F1,0B0,0B1,0B0/1F0,1B0,1F1,1B1", "row 0, computation 4, 0B0: a second backward of this micro-batch"),
+    ("0F0,0F1,0B0,0B1,0F0/1F0,1B0,1F1,1B1", "row 0, computation 4, 0F0: a second time"),
+    ("0F0,0F1,0B0,0B1/1F0,1B0,1F1", "row 1: 1B1 is missing"),
+    ("0F0,0F1,0I0,0B1/1F0,1B0,1F1,1B1", "row 0: 0W0 is missing"),
+    ("0F0,0F1,0B0,0B1/1F0,1B0,1B1", "row 1, computation 2, 1B1: before 1F1"),
+    ("0F0,0F1/1F0,1F1", "row 0: 0B0 is missing"),
+    ("0F0,0B0,0F1,0B1/1F1,1B1,1F0,1B0", "every row waits for another: row 0 at 0B0 for the backward of 0 on stage 1"),
+    ("/0F0,1F0,0F1,1F1,1B0,0B0,1B1,0B1", "row 0: no computation"),
+    ("0F0,0F1,0W0,0B0,0B1/1F0,1B0,1F1,1B1", "row 0, computation 2, 0W0: before 0I0"),
+    ("0F0,0F1,0B0,0B1/1F0,1B0,0F1,1F1,1B1", "row 1, computation 2, 0F1: stage 0 is in row 0"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), TABLES)
+def test_a_tables_mistake_is_named_in_its_own_words(table: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(table.replace("/", "\n") + "\n")
+    with pytest.raises(ScheduleError) as found:
+        build(f"csv:{path}", 2, 2)
+    assert message in str(found.value)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_computation_less_or_twice_is_named(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(generators())))
+    schedule = build(name, 2, 5)
+    rows = [[action for action in row if action.kind in COMPUTE] for row in schedule.rows]
+    check_rows(rows, schedule.stages, 5)
+    row = data.draw(st.sampled_from(rows))
+    at = data.draw(st.integers(0, len(row) - 1))
+    action = row[at]
+    if data.draw(st.booleans()):
+        del row[at]
+        wanted = f"{action}|the backward of {action.microbatch} on stage {action.stage}"
+    else:
+        row.insert(data.draw(st.integers(at, len(row))), action)
+        wanted = f"{action}: a second"
+    with pytest.raises(ScheduleError, match=wanted):
+        check_rows(rows, schedule.stages, 5)

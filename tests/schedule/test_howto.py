@@ -11,12 +11,12 @@ GUIDE = Path(__file__).parents[2] / "docs" / "howto" / "add-a-schedule.md"
 TEXT = GUIDE.read_text()
 (SOURCE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
-# Adds a folder (the first argument) to those where schedules are found, then runs a command line (the others).
+# Puts a folder (the first argument) before those where schedules are found, then runs a command line (the others).
 FOUND_TOO = """
 import sys
 from megapar.cli import main
 from megapar.schedule import generators
-generators.__path__.append(sys.argv[1])
+generators.__path__.insert(0, sys.argv[1])
 """
 
 PROMISES = """

@@ -117,13 +117,26 @@ def test_costs_are_read_and_merged(tmp_path: Path) -> None:
         costs.merged(5)
     assert costs.merged(3).forward == (3, 3, 4)
     for change, complaint in (
-        ({"forward": [1, 2]}, "lists of different or no length"),
-        ({"forward": [1, 2, 3, -4]}, "a cost is negative"),
+        ({"forward": [1, 2]}, "lists of different length"),
+        ({"forward": [1, 2, 3, -4]}, "forward has -4; a cost is a number of at least 0"),
+        ({"forward": [1, 2, 3, float("nan")]}, "forward has nan"),
+        ({"forward": [1, 2, 3, float("inf")]}, "forward has inf"),
+        ({"forward": [1, 2, 3, 10**400]}, "forward has 1000"),
+        ({"forward": [1, 2, 3, True]}, "forward has True"),
+        ({"forward": "1234"}, "forward must be a list"),
+        ({"forward": [0, 0, 0, 0]}, "forward adds up to nothing"),
+        ({"forward": []}, "forward must be a list"),
         ({"forwards": 1}, "unknown forwards"),
-        ({"latency": "slow"}, "not readable as costs"),
+        ({"latency": "slow"}, "latency has slow"),
+        ({"kept": 5}, "kept is 5, a share"),
+        ({"overlap": "false"}, "overlap is 'false'; use true or false"),
     ):
         path.write_text(json.dumps(lists | change))
         with pytest.raises(ScheduleError, match=complaint):
+            read_costs(str(path), ranks=2)
+    for text in ("[1]", "[" * 100000, "{", "null"):
+        path.write_text(text)
+        with pytest.raises(ScheduleError, match=r"no JSON|needs an object"):
             read_costs(str(path), ranks=2)
     path.write_text("{}")
     with pytest.raises(ScheduleError, match="forward is missing"):

@@ -57,6 +57,14 @@ def test_a_slow_device_holds_less() -> None:
     assert slowest(config) < 0.6 * slowest(changed(config, {"pipeline.partition": "uniform"}))
 
 
+def test_a_slow_device_holds_less_with_several_stages_a_rank() -> None:
+    """In a V the first and the last stage are on rank 0."""
+    config = config_of(**{"pipeline.speed": [0.4, 1.0, 1.0, 1.0], "pipeline.schedule": "zbv", "model.layers": 24})
+    check(changed(config, {"pipeline.device_memory": [1.0] * 4}))
+    counts = stage_layers(changed(config, {"model.vocab_size": 10}))
+    assert len(counts) == 8 and max(counts[0], counts[7]) * 2 <= min(counts[1:7])
+
+
 def test_a_small_device_holds_less() -> None:
     layer = config_of(**{"model.vocab_size": 10})
     whole = 12 * (64 * 64 * 4 + 3 * 64 * 192) * 16 / 2**30  # GiB of weights, gradients and moments in fp32
@@ -84,7 +92,7 @@ def test_measured_costs_decide(tmp_path: Path) -> None:
     assert sum(stage_costs(config).forward) == 18.0
     with pytest.raises(ConfigError, match=r"costs of 12 layers, and model.layers=8"):
         check(changed(config, {"model.layers": 8}))
-    with pytest.raises(ConfigError, match=r"pipeline.costs=.*not readable"):
+    with pytest.raises(ConfigError, match=r"pipeline.costs=.*not readable as costs: No such file"):
         check(changed(config, {"pipeline.costs": str(tmp_path / "none.json")}))
 
 
@@ -107,7 +115,9 @@ def test_auto_is_written_for_the_stages_costs(tmp_path: Path) -> None:
     [
         ({"pipeline.speed": [1.0, 2.0]}, "speed=.*4 numbers"),
         ({"pipeline.speed": [1.0, 2.0, 0.0, 1.0]}, "more than 0"),
-        ({"pipeline.device_memory": [1.0] * 4, "pipeline.schedule": "zbv"}, "one stage per rank"),
+        ({"pipeline.device_memory": [1.0] * 4, "pipeline.partition": "uniform"}, "nothing would look at it"),
+        ({"pipeline.speed": [1.0] * 4, "pipeline.partition": "uniform"}, "nothing would look at it"),
+        ({"pipeline.memory_limit": 3.0}, "nothing would look at it; it goes with pipeline.schedule=auto"),
         ({"pipeline.rebalance": -1}, "at least 0"),
         ({"pipeline.partition": "even"}, "uniform, balanced, or"),
     ],

@@ -27,7 +27,7 @@ def auto(problem: Problem) -> Rows:
         if score[1] <= problem.memory_limit + 1e-9 and (best is None or score < best[0]):
             best = (score, rows)
     if best is None:
-        raise ScheduleError(f"auto: memory_limit={problem.memory_limit:g} can't hold one micro-batch on every rank")
+        raise ScheduleError(f"memory_limit={problem.memory_limit:g} can't hold one micro-batch on every rank")
     return best[1]
 
 
@@ -55,5 +55,4 @@ SCHEDULE = Generator(
     "the fastest found for given costs and a memory limit",
     auto,
     chunks=range(1, 1 << 30),
-    splits_backward=True,
 )

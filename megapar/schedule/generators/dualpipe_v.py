@@ -68,5 +68,4 @@ SCHEDULE = Generator(
     dualpipe_v,
     chunks=range(2, 3),
     refuse=refuse,
-    splits_backward=True,
 )

@@ -14,6 +14,4 @@ def v_half(problem: Problem) -> Rows:
     return v_block(problem, Pace(2, 1, 2, 1), limit=min(problem.ranks, problem.ranks / 2 + 1))
 
 
-SCHEDULE = Generator(
-    "v_half", "V of two stages a rank: half the memory of 1F1B", v_half, chunks=range(2, 3), splits_backward=True
-)
+SCHEDULE = Generator("v_half", "V of two stages a rank: half the memory of 1F1B", v_half, chunks=range(2, 3))

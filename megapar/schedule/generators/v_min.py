@@ -14,6 +14,4 @@ def v_min(problem: Problem) -> Rows:
     return v_block(problem, Pace(1, 1, 1, 1), limit=min(problem.ranks, 2 * problem.ranks // 3 / 2 + 1.5))
 
 
-SCHEDULE = Generator(
-    "v_min", "V of two stages a rank: a third of the memory of 1F1B", v_min, chunks=range(2, 3), splits_backward=True
-)
+SCHEDULE = Generator("v_min", "V of two stages a rank: a third of the memory of 1F1B", v_min, chunks=range(2, 3))

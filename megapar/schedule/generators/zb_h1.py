@@ -19,9 +19,9 @@ def one_f_one_i(problem: Problem, warm_up: int, held: int) -> Rows:
 def zb_h1(problem: Problem) -> Rows:
     """1F1B whose W runs in the bubble. Every rank holds at most p micro-batches, what 1F1B's first rank holds.
 
-    For m >= p the bubble is (p-1) * (F + I - W), where 1F1B's is (p-1) * (F + I + W).
+    For m >= p and W <= I the bubble is (p-1) * (F + I - W), where 1F1B's is (p-1) * (F + I + W).
     """
     return one_f_one_i(problem, warm_up=1, held=problem.ranks)
 
 
-SCHEDULE = Generator("zb_h1", "1F1B with W in the bubble: a third of it left", zb_h1, splits_backward=True)
+SCHEDULE = Generator("zb_h1", "1F1B with W in the bubble: a third of it left", zb_h1)

@@ -14,4 +14,4 @@ def zb_h2(problem: Problem) -> Rows:
     return one_f_one_i(problem, warm_up=2, held=2 * problem.ranks - 1)
 
 
-SCHEDULE = Generator("zb_h2", "no bubble inside a rank's step, twice the memory of 1F1B", zb_h2, splits_backward=True)
+SCHEDULE = Generator("zb_h2", "no bubble inside a rank's step, twice the memory of 1F1B", zb_h2)

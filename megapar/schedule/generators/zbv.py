@@ -19,5 +19,4 @@ SCHEDULE = Generator(
     "V of two stages a rank: no bubble for F = I = W, memory of 1F1B",
     zbv,
     chunks=range(2, 3),
-    splits_backward=True,
 )
