@@ -315,6 +315,8 @@ def check_verify(config: VerifyConfig) -> None:
     if config.checkpoint.load is not None:
         problem = "verify starts every layout from its initial values; leave it out"
         raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
+    if config.pipeline.rebalance:
+        raise ConfigError("pipeline.rebalance", config.pipeline.rebalance, "verify moves no layers; leave it out")
     if config.layouts is not None and not config.layouts:
         raise ConfigError("layouts", [], "nothing to compare; name layouts such as [tp2,pp2], or leave it out for all")
     for name in config.layouts or []:

@@ -42,9 +42,8 @@ def _row(p: int, m: int, rank: int) -> Row:
 
     run("F0", 2 * after)  # fill the way there
     run("F0 F1", rank + 1)  # the first ones come back
-    run(
-        "I1 W F1", after
-    )  # their backwards begin; an I is sent on sooner than a B, and there is no bubble to keep W for
+    # Their backwards begin; an I is sent on sooner than a B, and there is no bubble to keep W for.
+    run("I1 W F1", after)
     run("F0 B1 F1 B0", m - 2 * p + rank + 1)  # full: one leg's F beside the other's B
     run("B1 F1 B0", after)  # no F is left on the way there
     # Only backwards are left: full ones in the first half, then I, which frees the next rank sooner.
