@@ -91,13 +91,14 @@ def _model_sizes(model: ModelConfig) -> dict[str, Any]:
 
 
 def _schedule(pipeline: PipelineConfig) -> dict[str, Any]:
-    """A table's path from anywhere, and the schedule's own number of stages per rank."""
+    """Paths that hold from anywhere, and the schedule's own number of stages per rank."""
     name = pipeline.schedule
     check_schedule_name("pipeline.schedule", name)
     if name.startswith(CSV):
         name = CSV + os.path.abspath(os.path.expanduser(name.removeprefix(CSV)))
     try:
-        return {"schedule": name, "chunks": pipeline.chunks or default_chunks(name)}
+        costs = os.path.abspath(pipeline.costs) if pipeline.costs else None
+        return {"schedule": name, "chunks": pipeline.chunks or default_chunks(name), "costs": costs}
     except ScheduleError as error:
         raise ConfigError("pipeline.schedule", pipeline.schedule, str(error)) from None
 

@@ -223,5 +223,6 @@ def test_a_tables_path_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     config = resolve(compose("train", split(["pipeline.schedule=csv:a=b, c.csv"])))
     check(config)
     assert (config.pipeline.schedule, config.pipeline.chunks) == (f"csv:{tmp_path}/a=b, c.csv", 1)
+    assert resolve(compose("train", split(["pipeline.costs=c.json"]))).pipeline.costs == f"{tmp_path}/c.json"
     swept = split(["pipeline.schedule=1f1b,zb_h1"])
     assert swept.hydra and not swept.verbatim  # names are swept, only a table's path is taken as it stands
