@@ -200,22 +200,17 @@ def check_pipeline(config: TrainConfig) -> None:
 def check_devices(config: TrainConfig) -> None:
     """Refuse figures of devices that are not one per pipeline rank, and keys that nothing would look at."""
     pipeline, pp = config.pipeline, config.parallel.pp
-    looks = {
-        "speed": pipeline.partition == "balanced" or pipeline.schedule == "auto",
-        "device_memory": pipeline.partition == "balanced",
-        "memory_limit": pipeline.schedule == "auto",
-    }
-    needed = {
-        "speed": "pipeline.partition=balanced, or pipeline.schedule=auto",
-        "device_memory": "pipeline.partition=balanced",
-        "memory_limit": "pipeline.schedule=auto",
-    }
-    for name, used in looks.items():
+    balanced, auto = pipeline.partition == "balanced", pipeline.schedule == "auto"
+    for name, used, goes_with in (
+        ("speed", balanced or auto, "pipeline.partition=balanced, or pipeline.schedule=auto"),
+        ("device_memory", balanced, "pipeline.partition=balanced"),
+        ("memory_limit", auto, "pipeline.schedule=auto"),
+    ):
         key, value = f"pipeline.{name}", getattr(pipeline, name)
         if value is None or pp == 1:
             continue
         if not used:
-            raise ConfigError(key, value, f"nothing would look at it; it goes with {needed[name]}")
+            raise ConfigError(key, value, f"nothing would look at it; it goes with {goes_with}")
         if isinstance(value, list) and len(value) != pp:
             raise ConfigError(key, value, f"needs {pp} numbers, one per pipeline rank")
         if isinstance(value, list) and min(value) <= 0:
