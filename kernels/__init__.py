@@ -9,6 +9,8 @@ import sys
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "interpret"),
+    "rmsnorm": ("torch", "triton", "interpret"),
+    "layernorm": ("torch", "triton", "interpret"),
     "rope": ("torch",),
     "swiglu": ("torch", "triton", "interpret"),
     "cross_entropy": ("torch", "triton", "interpret"),

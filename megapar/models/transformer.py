@@ -177,8 +177,8 @@ class TransformerLayer(nn.Module):
         return self._forward(x_tH, batch)
 
     def _forward(self, x_tH: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        x_tH = x_tH + self.dropout1(self.attention(self.norm1(x_tH), batch), batch)
-        return x_tH + self.dropout2(self.mlp(self.norm2(x_tH)), batch)
+        y_tH, x_tH = self.norm2.of_sum(self.dropout1(self.attention(self.norm1(x_tH), batch), batch), x_tH)
+        return x_tH + self.dropout2(self.mlp(y_tH), batch)
 
 
 class Embedding(nn.Module):
