@@ -11,7 +11,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "interpret"),
     "rmsnorm": ("torch", "triton", "interpret"),
     "layernorm": ("torch", "triton", "interpret"),
-    "rope": ("torch",),
+    "rope": ("torch", "triton", "interpret"),
     "swiglu": ("torch", "triton", "interpret"),
     "cross_entropy": ("torch", "triton", "interpret"),
     "dropout": ("torch",),

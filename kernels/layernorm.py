@@ -141,8 +141,8 @@ def weight_grad_kernel(
         rows = rows.to(tl.int64)
         value = tl.load(h + rows * h_stride + columns, mask=exists, other=0.0).to(tl.float32)
         gradient = tl.load(dy + rows * num_columns + columns, mask=exists, other=0.0).to(tl.float32)
-        of_weight += gradient * (value - centre) * scale
         of_bias += gradient
+        of_weight += (value - centre) * (gradient * scale)
     at = tl.program_id(0) * num_columns + columns
     tl.store(partial + at, tl.sum(of_weight, 0, keep_dims=True), mask=columns < num_columns)
     at += tl.num_programs(0) * num_columns
@@ -170,7 +170,7 @@ def launch_forward(
         "eps": eps, "num_rows": num_rows, "num_columns": num_columns, "x_stride": x.stride(0),
         "residual_stride": None if residual is None else residual.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
+    return Launch(forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
 
 
 def launch_input_grad(
@@ -182,7 +182,7 @@ def launch_input_grad(
         "dy": dy, "h": h, "weight": weight, "mean": mean, "rstd": rstd, "dh": dh, "dx": dx,
         "num_rows": num_rows, "num_columns": num_columns, "h_stride": h.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
+    return Launch(input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
 
 
 def launch_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, partial: Tensor) -> Launch:

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         )
         if self.rotates:
             table = rope_table(length, self.head_dim, self.theta, self.context.wide_dtype, q.device)
-            q, k = rope(q, table), rope(k, table)
+            q, k = rope(q, k, table)
         if self.recompute and self.training:
             y = checkpoint(attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
