@@ -9,7 +9,9 @@ import sys
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "triton", "interpret"),
-    "rope": ("torch",),
+    "rmsnorm": ("torch", "triton", "interpret"),
+    "layernorm": ("torch", "triton", "interpret"),
+    "rope": ("torch", "triton", "interpret"),
     "swiglu": ("torch", "triton", "interpret"),
     "cross_entropy": ("torch", "triton", "interpret"),
     "dropout": ("torch",),

@@ -108,6 +108,14 @@ def store_tile(matrix, tile, row, column, stride, end, ROWS: tl.constexpr, CHANN
 
 
 @device_function
+def row_tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(rows [ROWS, 1] in 64 bits, columns [1, COLUMNS], which elements exist) of this program of a grid of tiles."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return rows.to(tl.int64), columns, (rows < num_rows) & (columns < num_columns)
+
+
+@device_function
 def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
     """(sequence, tile inside it) of this program, for packed sequences that begin at starts [num_sequences + 1].
 
@@ -215,6 +223,22 @@ def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | No
     size = matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return TensorDescriptor.from_tensor(matrix, [rows, channels]) if aligned and matrix.numel() else None
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x and statistics of it are kept in: at least fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A matrix whose columns lie together; its rows may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def every_tensor_once(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """launch_metadata of a kernel that moves each byte once: what a profiler is told."""
+    moved = sum(x.numel() * x.element_size() for x in args.values() if torch.is_tensor(x))
+    return {"name": kernel.name, "bytes": moved}
 
 
 def num_tiles(length: int, rows: int) -> int:

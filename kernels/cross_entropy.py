@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megapar.kernels import backend_of
-from megapar.kernels._common import Launch, cast, next_power_of_2, num_tiles, tl, triton
+from megapar.kernels._common import Launch, cast, next_power_of_2, num_tiles, rows_of, tl, triton, wide_dtype
 
 COLUMNS, WARP = 4096, 512  # of a program's tile, and of a warp: 128 bits for each thread and load
 
@@ -60,7 +60,7 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total:
     _check(logits, targets)
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         return cross_entropy_statistics_op(logits, targets, first, total)
-    wide = logits.to(_wide(logits))
+    wide = logits.to(wide_dtype(logits))
     largest = wide.amax(1)
     sums = torch.exp(wide - largest.unsqueeze(1)).sum(1)
     inside = (targets >= first) & (targets < first + logits.shape[1])
@@ -89,7 +89,7 @@ def cross_entropy_gradient_(
         cross_entropy_gradient_op(logits, targets, first, log_sum, grad.contiguous(), *objective)
         return logits
     smoothing, z, vocabulary = objective
-    wide = logits if logits.dtype == _wide(logits) else logits.to(_wide(logits))
+    wide = logits if logits.dtype == wide_dtype(logits) else logits.to(wide_dtype(logits))
     wide = torch.exp(wide.sub_(log_sum.unsqueeze(1)), out=wide)
     if z:
         wide.mul_((1 + 2 * z * log_sum).unsqueeze(1))
@@ -100,10 +100,6 @@ def cross_entropy_gradient_(
     wide.scatter_add_(1, local, (smoothing - 1) * inside.to(wide.dtype).unsqueeze(1))
     wide.mul_(grad.unsqueeze(1))
     return logits if wide is logits else logits.copy_(wide)
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
@@ -207,7 +203,7 @@ def cross_entropy_statistics_op(logits: Tensor, targets: Tensor, first: int, tot
     """[T, 3 or 4] in fp32; arguments checked by `cross_entropy_statistics`."""
     statistics = _statistics(logits, total)
     if len(logits):
-        launch_statistics(_rows_of(logits), targets.contiguous(), statistics, first).run()
+        launch_statistics(rows_of(logits), targets.contiguous(), statistics, first).run()
     return statistics
 
 
@@ -225,15 +221,11 @@ def cross_entropy_gradient_op(
     """Overwrites logits, whose rows must lie together each."""
     if not len(logits):
         return
-    given = _rows_of(logits)
+    given = rows_of(logits)
     objective = Objective(smoothing, z, vocabulary)
     launch_gradient(given, targets.contiguous(), log_sum.contiguous(), grad.contiguous(), first, objective).run()
     if given is not logits:
         logits.copy_(given)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _statistics(logits: Tensor, total: bool) -> Tensor:

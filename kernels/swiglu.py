@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapar.kernels import backend_of
-from megapar.kernels._common import INTERPRETED, Launch, cast, device_function, next_power_of_2, num_tiles, tl, triton
+from megapar.kernels._common import (
+    INTERPRETED,
+    Launch,
+    cast,
+    every_tensor_once,
+    next_power_of_2,
+    num_tiles,
+    row_tile,
+    rows_of,
+    tl,
+    triton,
+)
 
 # Rows and columns of a program's tile, and columns of a warp: at least 128 bits for each thread, also of AMD's wider
 # warps. The interpreter pays for every program.
@@ -34,40 +45,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _metadata(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Triton's launch_metadata: every tensor once."""
-    return {
-        "name": kernel.name,
-        "bytes": sum(x.numel() * x.element_size() for x in args.values() if torch.is_tensor(x)),
-    }
-
-
-@device_function
-def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(rows [ROWS, 1] in 64 bits, columns [1, COLUMNS], which elements exist) of this program."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return rows.to(tl.int64), columns, (rows < num_rows) & (columns < num_columns)
-
-
-@triton.jit(launch_metadata=_metadata, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
 def forward_kernel(
     gate, up, out, num_rows, num_columns, gate_stride, up_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """out [T, F], contiguous. Grid: tiles of rows, tiles of columns."""
-    rows, columns, exists = _tile(num_rows, num_columns, ROWS, COLUMNS)
+    rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
     g = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
     u = tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + rows * num_columns + columns, cast(g * u / (1.0 + tl.exp(-g)), out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=_metadata, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
 def backward_kernel(
     gate, up, dout, dgate, dup, num_rows, num_columns, gate_stride, up_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dgate, dup [T, F] from dout [T, F], all contiguous. Grid as the forward's."""
-    rows, columns, exists = _tile(num_rows, num_columns, ROWS, COLUMNS)
+    rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
     at = rows * num_columns + columns
     g = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
     u = tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
@@ -93,10 +88,6 @@ def launch(kernel: Any, gate: Tensor, up: Tensor, **tensors: Tensor) -> Launch:
     return Launch(kernel, grid, arguments, warps=num_tiles(columns, WARP), stages=1)
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
@@ -105,7 +96,7 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, contiguous; arguments checked by `swiglu`."""
     out = gate.new_empty(gate.shape)
     if out.numel():
-        launch(forward_kernel, _rows_of(gate), _rows_of(up), out=out).run()
+        launch(forward_kernel, rows_of(gate), rows_of(up), out=out).run()
     return out
 
 
@@ -114,7 +105,7 @@ def swiglu_backward_op(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     """(dgate, dup), contiguous."""
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
-        gate, up = _rows_of(gate), _rows_of(up)
+        gate, up = rows_of(gate), rows_of(up)
         launch(backward_kernel, gate, up, dout=dout.contiguous(), dgate=dgate, dup=dup).run()
     return dgate, dup
 

@@ -21,7 +21,8 @@ from megapar.launch.local import environment_with
 # Bytes of shared memory that one thread block may have. The compiler does not check it: only a launch would.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = tuple(SHARED_LIMIT)
-KERNELS = ("attention", "swiglu", "cross_entropy")  # modules of megapar.kernels with `aot_specs`
+# modules of megapar.kernels with `aot_specs`
+KERNELS = ("attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         )
         if self.rotates:
             table = rope_table(length, self.head_dim, self.theta, self.context.wide_dtype, q.device)
-            q, k = rope(q, table), rope(k, table)
+            q, k = rope(q, k, table)
         if self.recompute and self.training:
             y = checkpoint(attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -177,8 +177,8 @@ class TransformerLayer(nn.Module):
         return self._forward(x_tH, batch)
 
     def _forward(self, x_tH: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        x_tH = x_tH + self.dropout1(self.attention(self.norm1(x_tH), batch), batch)
-        return x_tH + self.dropout2(self.mlp(self.norm2(x_tH)), batch)
+        y_tH, x_tH = self.norm2.of_sum(self.dropout1(self.attention(self.norm1(x_tH), batch), batch), x_tH)
+        return x_tH + self.dropout2(self.mlp(y_tH), batch)
 
 
 class Embedding(nn.Module):

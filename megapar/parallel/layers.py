@@ -8,10 +8,12 @@ Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.
 import torch
 from torch import Tensor, nn
 
+from megapar.kernels.layernorm import layernorm, layernorm_input_grad, layernorm_weight_grad
+from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_grad
 from megapar.parallel.collectives import copy_to_region, gather_tokens, reduce_from_region, reduce_scatter_tokens
 from megapar.parallel.record import Constant, Init, ParameterRecord
 from megapar.parallel.stage import StageContext
-from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, MatMul, Scale, owned_op
+from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, MatMul, owned_op
 
 
 class ColumnParallelLinear(nn.Module):
@@ -133,19 +135,60 @@ class Norm(nn.Module):
 
     def __init__(self, context: StageContext, name: str, hidden: int, *, kind: str, eps: float) -> None:
         super().__init__()
-        self.context, self.eps, self.centred = context, eps, kind == "layernorm"
+        self.context, self.eps = context, eps
         self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (hidden,), Constant(1.0)))
         self.bias_owner: LocalParameter | None = None
-        if self.centred:
+        if kind == "layernorm":
             self.bias_owner = context.parameter(self, "bias", ParameterRecord(f"{name}.bias", (hidden,), Constant(0.0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        grads = self.context.weight_grads
-        wide = x.to(self.context.wide_dtype)
-        if self.centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        y = owned_op(Scale, wide, self.owner, grads)
-        if self.bias_owner:
-            y = owned_op(AddBias, y, self.bias_owner, grads)
-        return y.to(x.dtype)
+        return self._apply_to(x, None)[0]
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual), [t, H] each, in one pass."""
+        y, h = self._apply_to(x, residual)
+        return y, h
+
+    def _apply_to(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        weight_grads = self.context.weight_grads
+        if self.bias_owner is None:
+            return _OwnedRMSNorm.apply(x, residual, self.owner.tensor, self.owner, self.eps, weight_grads)
+        tensors, owners = (self.owner.tensor, self.bias_owner.tensor), (self.owner, self.bias_owner)
+        return _OwnedLayerNorm.apply(x, residual, *tensors, *owners, self.eps, weight_grads)
+
+
+class _OwnedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, owner, eps, weight_grads):
+        y, h, rstd = rmsnorm(x, weight, eps, residual)
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.owner, ctx.weight_grads = owner, weight_grads
+        return (y,) if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        h, weight, rstd = ctx.saved_tensors
+        dx = rmsnorm_input_grad(dy, h, weight, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
+        ctx.weight_grads.submit(lambda into: into.add_(rmsnorm_weight_grad(dy, h, rstd)), ctx.owner)
+        return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 4
+
+
+class _OwnedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, owner, bias_owner, eps, weight_grads):
+        y, h, mean, rstd = layernorm(x, weight, bias, eps, residual)
+        ctx.save_for_backward(h, weight, mean, rstd)
+        ctx.owners, ctx.weight_grads = (owner, bias_owner), weight_grads
+        return (y,) if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        h, weight, mean, rstd = ctx.saved_tensors
+        dx = layernorm_input_grad(dy, h, weight, mean, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
+
+        def add_to(dweight: Tensor, dbias: Tensor) -> None:
+            for into, gradient in zip((dweight, dbias), layernorm_weight_grad(dy, h, mean, rstd), strict=True):
+                into.add_(gradient)
+
+        ctx.weight_grads.submit(add_to, *ctx.owners)
+        return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 6

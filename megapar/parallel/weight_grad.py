@@ -61,25 +61,27 @@ class LocalParameter:
         return "+".join(piece.record.name for piece in self.pieces)
 
 
+_Submitted = tuple[Callable[..., None], tuple[LocalParameter, ...]]
+
+
 class WeightGrads:
     """Runs or queues the weight-gradient computations of a rank's stages."""
 
     def __init__(self) -> None:
         self.on_added: Callable[[LocalParameter], None] = lambda parameter: None
-        self._queued: dict[tuple[int, int], list[tuple[LocalParameter, Callable[[Tensor], None]]]] = defaultdict(list)
+        self._queued: dict[tuple[int, int], list[_Submitted]] = defaultdict(list)
         self._defer_to: tuple[int, int] | None = None
 
     def defer(self, work: tuple[int, int] | None) -> None:
         """From now on queue under this (stage, micro-batch), or with None run at once."""
         self._defer_to = work
 
-    def submit(self, parameter: LocalParameter, add_to: Callable[[Tensor], None]) -> None:
-        """`add_to(main_grad)` adds this use's gradient to the main gradient, in place."""
+    def submit(self, add_to: Callable[..., None], *parameters: LocalParameter) -> None:
+        """`add_to(*main_grads)` adds this use's gradients to the parameters' main gradients, in place."""
         if self._defer_to is None:
-            add_to(parameter.grad)
-            self.on_added(parameter)
+            self._run(add_to, parameters)
         else:
-            self._queued[self._defer_to].append((parameter, add_to))
+            self._queued[self._defer_to].append((add_to, parameters))
 
     def add(self, parameter: LocalParameter, grad: Tensor) -> None:
         """Add a gradient that autograd has computed already."""
@@ -89,9 +91,13 @@ class WeightGrads:
     def run(self, stage: int, microbatch: int) -> None:
         """W: run what the I of this stage and micro-batch has queued."""
         with torch.no_grad():
-            for parameter, add_to in self._queued.pop((stage, microbatch), ()):
-                add_to(parameter.grad)
-                self.on_added(parameter)
+            for add_to, parameters in self._queued.pop((stage, microbatch), ()):
+                self._run(add_to, parameters)
+
+    def _run(self, add_to: Callable[..., None], parameters: tuple[LocalParameter, ...]) -> None:
+        add_to(*(parameter.grad for parameter in parameters))
+        for parameter in parameters:
+            self.on_added(parameter)
 
 
 class WeightOp(Protocol):
@@ -119,7 +125,7 @@ class _OwnedOp(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         op = ctx.op
         grad_x = op.input_grad(grad, x, weight) if ctx.needs_input_grad[0] else None
-        ctx.weight_grads.submit(ctx.owner, lambda into: op.add_weight_grad(grad, x, into))
+        ctx.weight_grads.submit(lambda into: op.add_weight_grad(grad, x, into), ctx.owner)
         return grad_x, None, None, None, None
 
 
@@ -161,22 +167,6 @@ class AddBias:
     @staticmethod
     def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
         into.add_(grad.sum(0, dtype=into.dtype))
-
-
-class Scale:
-    """y = x * weight: x [T, H] at least fp32 (normalised activations), weight [H]."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return x * weight
-
-    @staticmethod
-    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad * weight
-
-    @staticmethod
-    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
-        into.add_((grad * x).sum(0, dtype=into.dtype))
 
 
 class Lookup:

@@ -282,11 +282,11 @@ def test_backends() -> None:
     assert kernels.backend_of("attention", "cpu") == "torch"
     assert kernels.backend_of("attention", "cuda") == "triton"
     assert kernels.backend_of("attention", "cuda", torch.float64) == "torch"
-    assert kernels.backend_of("rope", "cuda") == "torch"
+    assert kernels.backend_of("dropout", "cuda") == "torch"
     kernels.use_backend("torch")
     assert kernels.backend_of("attention", "cuda") == "torch"
     kernels.use_backend("triton")
-    assert kernels.backend_of("rope", "cuda") == "torch"
+    assert kernels.backend_of("dropout", "cuda") == "torch"
     q = torch.zeros(1, 2, 1, 16)
     with pytest.raises(ValueError, match="tensors on the cpu; use a GPU, or torch"):
         attention(q, q, q)

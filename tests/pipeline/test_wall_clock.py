@@ -45,7 +45,7 @@ class Nap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         stage = ctx.stage
         time.sleep(stage.seconds["I"])
-        stage.weight_grads.submit(stage.parameter, lambda into: time.sleep(stage.seconds["W"]))
+        stage.weight_grads.submit(lambda into: time.sleep(stage.seconds["W"]), stage.parameter)
         return grad * 2, None
 
 
