@@ -14,6 +14,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "rope": ("torch", "triton", "interpret"),
     "swiglu": ("torch", "triton", "interpret"),
     "cross_entropy": ("torch", "triton", "interpret"),
+    "matmul": ("torch", "triton", "interpret"),
     "dropout": ("torch",),
 }
 REQUESTS = ("auto", "torch", "triton", "interpret")

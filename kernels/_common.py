@@ -202,6 +202,11 @@ def target_arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
 
 
+def relative(arch: str) -> str:
+    """The architecture of the table whose instructions and sizes suit another one."""
+    return "sm_100" if arch == "sm_103" else "sm_80" if arch.startswith("sm_") else "gfx942"
+
+
 def precision(arch: str) -> str:
     """How tensor cores multiply fp32: on NVIDIA as three tf32 products, which keeps 21 of fp32's 24 bits."""
     return "tf32x3" if arch.startswith("sm_") else "ieee"

@@ -35,6 +35,7 @@ from megapar.kernels._common import (
     next_power_of_2,
     num_tiles,
     precision,
+    relative,
     store_tile,
     target_arch,
     tiles_of,
@@ -640,11 +641,6 @@ def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Conf
     elif ("forward", arch, 256) not in CONFIGS:
         arch = relative(arch)
     return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels)]
-
-
-def relative(arch: str) -> str:
-    """The architecture of the table whose instructions and sizes suit another one."""
-    return "sm_100" if arch == "sm_103" else "sm_80" if arch.startswith("sm_") else "gfx942"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megapar.launch.local import environment_with
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = tuple(SHARED_LIMIT)
 # modules of megapar.kernels with `aot_specs`
-KERNELS = ("attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy")
+KERNELS = ("attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy", "matmul")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megapar.kernels.matmul import add_matmul, matmul
 from megapar.parallel.record import ParameterRecord, Shard
 
 
@@ -139,18 +140,15 @@ class MatMul:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return x @ weight.t()
+        return matmul(x, weight.t())
 
     @staticmethod
     def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad @ weight
+        return matmul(grad, weight)
 
     @staticmethod
     def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
-        if grad.dtype == into.dtype:
-            into.addmm_(grad.t(), x)
-        else:
-            into.add_(grad.t() @ x)
+        add_matmul(into, grad.t(), x)
 
 
 class AddBias:

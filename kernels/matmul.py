@@ -1,0 +1,372 @@
+"""Matrix product with an epilogue: out = activation(a @ b + bias) + residual. What fused collectives are built from.
+
+A fixed number of programs goes over the tiles of the output. Where strides allow, tiles are read and written by TMA;
+the compiler overlaps the epilogue of a tile with the first loads of the next. Every output is one program's sum in the
+order of K: the same bits every time.
+
+Shape letters: M rows, K summed, N columns.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapar.kernels import backend_of
+from megapar.kernels._common import (
+    Launch,
+    TensorDescriptor,
+    cast,
+    device_function,
+    dot,
+    num_tiles,
+    precision,
+    relative,
+    target_arch,
+    tiles_of,
+    tl,
+    triton,
+    wide_dtype,
+)
+
+ACTIVATIONS = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def matmul(
+    a: Tensor, b: Tensor, *, bias: Tensor | None = None, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(a @ b + bias) + residual: a [M, K], b [K, N], bias [N], residual [M, N] -> [M, N].
+
+    One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
+    once in Triton; torch rounds after each operation. activation: gelu (tanh form), relu or silu. Not differentiable:
+    gradients are products too, `matmul(dy, b.t())` and `add_matmul(into, a.t(), dy)`. Raises ValueError for other
+    shapes and dtypes.
+    """
+    _check(a, b, bias=bias, residual=residual)
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
+    if backend_of("matmul", a.device.type, a.dtype) != "torch":
+        return matmul_op(a, b, bias, activation, residual)
+    out = a @ b if bias is None else torch.addmm(bias, a, b)
+    if activation is not None:
+        out = ACTIVATIONS[activation](out)
+    return out if residual is None else out + residual
+
+
+def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, where nothing is rounded on the way.
+
+    Raises ValueError for other shapes and dtypes.
+    """
+    _check(a, b, into=into)
+    if backend_of("matmul", a.device.type, a.dtype) != "torch":
+        add_matmul_op(into, a, b)
+    elif into.dtype == a.dtype:
+        into.addmm_(a, b)
+    else:
+        into.add_(a @ b)
+
+
+def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
+    shapes = f"a {list(a.shape)} {a.dtype}, b {list(b.shape)} {b.dtype}"
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        raise ValueError(f"{shapes}: need [M, K] and [K, N] of one dtype")
+    shape = (len(a), b.shape[1])
+    for name, tensor in others.items():
+        needed = shape[1:] if name == "bias" else shape
+        dtypes = (a.dtype, wide_dtype(a)) if name == "into" else (a.dtype,)
+        if tensor is not None and (tensor.shape != needed or tensor.dtype not in dtypes):
+            raise ValueError(
+                f"{name} {list(tensor.shape)} {tensor.dtype} with {shapes}: need {list(needed)} in "
+                + " or ".join(sorted({str(dtype) for dtype in dtypes}))
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@device_function
+def tile_at(number, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of an output tile. GROUP rows of tiles go together, so that their b stays in cache."""
+    rows, columns = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    first = number // (GROUP * columns) * GROUP
+    height = min(rows - first, GROUP)
+    inside = number % (GROUP * columns)
+    return (first + inside % height) * ROWS, inside // height * COLUMNS
+
+
+@device_function
+def load_block(matrix, row, column, stride, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile [ROWS, COLUMNS] of a matrix through addresses; zeros outside it."""
+    rows, columns = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < num_rows) & (columns < num_columns)
+    return tl.load(matrix + rows.to(tl.int64) * stride + columns, mask=inside, other=0.0)
+
+
+@device_function
+def load_operand(
+    matrix, tiles, row, column, stride, num_rows, num_columns,
+    BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Tile [ROWS, COLUMNS] of an operand [num_rows, num_columns], zeros outside it.
+
+    BY_ROW: its rows lie together in memory, else its columns. tiles: its TMA descriptor, or None.
+    """
+    if BY_ROW:
+        if tiles is not None:
+            return tiles.load([row, column])
+        else:
+            return load_block(matrix, row, column, stride, num_rows, num_columns, ROWS, COLUMNS)
+    else:
+        if tiles is not None:
+            return tiles.load([column, row]).trans()
+        else:
+            return load_block(matrix, column, row, stride, num_columns, num_rows, COLUMNS, ROWS).trans()
+
+
+@device_function
+def tile_product(
+    a, b, a_tiles, b_tiles, row, column, M, N, K, a_stride, b_stride,
+    A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One tile of a @ b, [ROWS, COLUMNS] in fp32: the loop over K that every fused product shares."""
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(0, K, STEP):
+        left = load_operand(a, a_tiles, row, k, a_stride, M, K, A_BY_ROW, ROWS, STEP)
+        right = load_operand(b, b_tiles, k, column, b_stride, K, N, B_BY_ROW, STEP, COLUMNS)
+        product = dot(left, right, product, PRECISION)
+    return product
+
+
+@device_function
+def finish(
+    product, bias, residual, residual_stride, row, column, M, N,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile, in fp32."""
+    if bias is not None:
+        product += load_block(bias, 0, column, 0, 1, N, 1, COLUMNS).to(tl.float32)
+    if ACTIVATION == "gelu":  # x * sigmoid(2u) is x * (1 + tanh(u)) / 2
+        u = 0.7978845608028654 * (product + 0.044715 * product * product * product)
+        product = product / (1.0 + tl.exp(-2.0 * u))
+    elif ACTIVATION == "silu":
+        product = product / (1.0 + tl.exp(-product))
+    elif ACTIVATION == "relu":
+        product = tl.maximum(product, 0.0)
+    if residual is not None:
+        product += load_block(residual, row, column, residual_stride, M, N, ROWS, COLUMNS).to(tl.float32)
+    return product
+
+
+def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    tensors = [args[name] for name in ("a", "b", "bias", "residual", "out") if args[name] is not None]
+    moved = sum(x.numel() * x.element_size() for x in tensors)
+    return {
+        "name": kernel.name,
+        f"flops{8 * args['a'].element_size()}": 2 * args["M"] * args["N"] * args["K"],
+        "bytes": moved,
+    }
+
+
+@device_function
+def quarters_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's columns in four parts, so that what an epilogue moves through shared memory is small."""
+    left, right = tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+    first, second = tl.split(left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    third, fourth = tl.split(right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    return first, second, third, fourth
+
+
+@device_function
+def store_finished(
+    out, out_tiles, product, bias, residual, row, column, M, N, out_stride, residual_stride,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a part of a tile, and its store in out's dtype."""
+    part = finish(product, bias, residual, residual_stride, row, column, M, N, ACTIVATION, ROWS, COLUMNS)
+    part = cast(part, out.dtype.element_ty)
+    if out_tiles is not None:
+        out_tiles.store([row, column], part)
+    else:
+        rows, columns = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+        tl.store(out + rows.to(tl.int64) * out_stride + columns, part, mask=(rows < M) & (columns < N))
+
+
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["M"])
+def matmul_kernel(
+    a, b, out, bias, residual, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride, out_stride, residual_stride,
+    A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    QUARTERS: tl.constexpr,
+):  # fmt: skip
+    """out [M, N]. residual may be out itself. Grid: any number of programs."""
+    tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = tile_at(number, M, N, ROWS, COLUMNS, GROUP)
+        product = tile_product(
+            a, b, a_tiles, b_tiles, row, column, M, N, K, a_stride, b_stride,
+            A_BY_ROW, B_BY_ROW, PRECISION, ROWS, COLUMNS, STEP,
+        )  # fmt: skip
+        if QUARTERS:
+            quarters = quarters_of(product, ROWS, COLUMNS)
+            for part in tl.static_range(4):
+                store_finished(
+                    out, out_tiles, quarters[part], bias, residual, row, column + part * (COLUMNS // 4), M, N,
+                    out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS // 4,
+                )  # fmt: skip
+        else:
+            store_finished(
+                out, out_tiles, product, bias, residual, row, column, M, N,
+                out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS,
+            )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of the output [rows, columns], elements of K in a step of the loop, and the launch.
+
+    quarters: the epilogue goes over a quarter of a tile's columns at a time, which saves shared memory on NVIDIA's
+    and costs it on AMD's.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+    tma: bool = False
+    quarters: bool = True
+
+
+# (architecture, bytes of an element) -> from the largest tile to the smallest; docs/kernels.md has the figures that
+# chose them. sm_80's fit into the 99 KB of its smaller relatives.
+CONFIGS = {
+    ("sm_80", 2): (Config(128, 256, 32, 8, 4), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    ("sm_80", 4): (Config(64, 64, 32, 4, 3),),
+    ("sm_90", 2): (
+        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 8, 4, tma=True),
+        Config(64, 128, 64, 4, 4, tma=True),
+    ),
+    ("sm_90", 4): (Config(64, 64, 32, 4, 3),),
+    ("sm_100", 2): (
+        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 8, 4, tma=True),
+        Config(64, 128, 64, 4, 4, tma=True),
+    ),
+    ("sm_100", 4): (Config(64, 64, 32, 4, 3),),
+    ("gfx942", 2): (Config(128, 128, 64, 8, 2, quarters=False), Config(64, 64, 64, 4, 2, quarters=False)),
+    ("gfx942", 4): (Config(64, 64, 32, 4, 2, quarters=False),),
+    ("interpret", 2): (Config(128, 128, 128, 4, 1, tma=True), Config(64, 64, 128, 4, 1, tma=True)),
+    ("interpret", 4): (Config(128, 128, 128, 4, 1, quarters=False), Config(64, 64, 128, 4, 1, quarters=False)),
+}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpret": 3}
+GROUP = 8
+
+
+def config_of(arch: str, dtype: torch.dtype, M: int, N: int, processors: int) -> Config:
+    """The largest tile that gives every processor one, or else the smallest."""
+    choices = CONFIGS[arch if (arch, 2) in CONFIGS else relative(arch), dtype.itemsize]
+    full = (c for c in choices if num_tiles(M, c.rows) * num_tiles(N, c.columns) >= processors)
+    return next(full, choices[-1])
+
+
+def launch(
+    arch: str, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """out [M, N]: any matrix whose rows lie together. a, b: either way."""
+    a, b = _together(a), _together(b)
+    (M, K), N = a.shape, b.shape[1]
+    processors = num_processors(arch, out)
+    config = config_of(arch, a.dtype, M, N, processors)
+    a_by_row, b_by_row = a.stride(1) == 1, b.stride(1) == 1
+    arguments = {
+        "a": a, "b": b, "out": out, "bias": bias, "residual": residual,
+        "a_tiles": _tiles(config, a, config.rows, config.step),
+        "b_tiles": _tiles(config, b, config.step, config.columns),
+        "out_tiles": _tiles(config, out, config.rows, config.columns // 4 if config.quarters else config.columns),
+        "M": M, "N": N, "K": K,
+        "a_stride": a.stride(0 if a_by_row else 1), "b_stride": b.stride(0 if b_by_row else 1),
+        "out_stride": out.stride(0), "residual_stride": None if residual is None else residual.stride(0),
+        "A_BY_ROW": a_by_row, "B_BY_ROW": b_by_row, "ACTIVATION": activation, "PRECISION": precision(arch),
+        "ROWS": config.rows, "COLUMNS": config.columns, "STEP": config.step, "GROUP": GROUP,
+        "QUARTERS": config.quarters,
+    }  # fmt: skip
+    tiles = num_tiles(M, config.rows) * num_tiles(N, config.columns)
+    return Launch(matmul_kernel, (min(tiles, processors),), arguments, config.warps, config.stages)
+
+
+def num_processors(arch: str, tensor: Tensor) -> int:
+    """How many programs fill the GPU that holds a tensor."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return PROCESSORS[arch]
+
+
+def _together(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescriptor | None":
+    if not config.tma:
+        return None
+    return tiles_of(x, rows, columns) if x.stride(1) == 1 else tiles_of(x.t(), columns, rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+@torch.library.custom_op("megapar::matmul", mutates_args=())
+def matmul_op(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    """activation(a @ b + bias) + residual; arguments checked by `matmul`."""
+    out = a.new_empty(len(a), b.shape[1])
+    if out.numel():
+        bias = None if bias is None else bias.contiguous()
+        residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+        launch(target_arch(), a, b, out, bias, activation, residual).run()
+    return out
+
+
+@torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
+def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b; arguments checked by `add_matmul`."""
+    if not into.numel():
+        return
+    if into.stride(1) == 1:
+        launch(target_arch(), a, b, into, residual=into).run()
+    else:
+        launch(target_arch(), b.t(), a.t(), into.t(), residual=into.t()).run()
+
+
+@matmul_op.register_fake
+def _(a, b, bias, activation, residual):
+    return a.new_empty(len(a), b.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- inspection
+
+
+def aot_specs(arch: str) -> dict[str, Launch]:
+    """The launches by name for 4096 tokens in the MLP of Llama-8B, GPT-2 and the demo, on tensors without storage."""
+    specs = {}
+    for hidden, width, dtype in ((4096, 14336, torch.bfloat16), (768, 3072, torch.bfloat16), (128, 384, torch.float32)):
+        with torch.device("meta"):
+            x, y = torch.empty(4096, hidden, dtype=dtype), torch.empty(4096, width, dtype=dtype)
+            w, bias = torch.empty(width, hidden, dtype=dtype), torch.empty(width, dtype=dtype)
+            grad = torch.empty(width, hidden)
+        specs[f"matmul_{width}"] = launch(arch, x, w.t(), y)
+        specs[f"matmul_bias_gelu_{width}"] = launch(arch, x, w.t(), y, bias, "gelu")
+        specs[f"matmul_input_grad_{width}"] = launch(arch, y, w, x)
+        specs[f"matmul_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad)
+    return specs
