@@ -39,24 +39,32 @@ ACTIVATIONS = {
 
 
 def matmul(
-    a: Tensor, b: Tensor, *, bias: Tensor | None = None, activation: str | None = None, residual: Tensor | None = None
-) -> Tensor:
+    a: Tensor, b: Tensor, *, bias: Tensor | None = None, activation: str | None = None,
+    residual: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """activation(a @ b + bias) + residual: a [M, K], b [K, N], bias [N], residual [M, N] -> [M, N].
 
     One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
-    once in Triton; torch rounds after each operation. activation: gelu (tanh form), relu or silu. Not differentiable:
+    once in Triton; torch rounds after each operation. out: where the result is written, in the same dtype, its rows
+    together in memory; it is returned then. activation: gelu (tanh form), relu or silu. Not differentiable:
     gradients are products too, `matmul(dy, b.t())` and `add_matmul(into, a.t(), dy)`. Raises ValueError for other
     shapes and dtypes.
     """
-    _check(a, b, bias=bias, residual=residual)
+    _check(a, b, bias=bias, residual=residual, out=out)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
-        return matmul_op(a, b, bias, activation, residual)
-    out = a @ b if bias is None else torch.addmm(bias, a, b)
+        if out is None:
+            return matmul_op(a, b, bias, activation, residual)
+        matmul_into_op(out, a, b, bias, activation, residual)
+        return out
+    if bias is None and activation is None and residual is None:
+        return torch.mm(a, b, out=out)
+    y = a @ b if bias is None else torch.addmm(bias, a, b)
     if activation is not None:
-        out = ACTIVATIONS[activation](out)
-    return out if residual is None else out + residual
+        y = ACTIVATIONS[activation](y)
+    y = y if residual is None else y + residual
+    return y if out is None else out.copy_(y)
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
@@ -331,22 +339,36 @@ def _tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescrip
 def matmul_op(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
     """activation(a @ b + bias) + residual; arguments checked by `matmul`."""
     out = a.new_empty(len(a), b.shape[1])
-    if out.numel():
-        bias = None if bias is None else bias.contiguous()
-        residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-        launch(target_arch(), a, b, out, bias, activation, residual).run()
+    _run(out, a, b, bias, activation, residual)
     return out
+
+
+@torch.library.custom_op("megapar::matmul_into", mutates_args=("out",))
+def matmul_into_op(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> None:
+    """The same, written to `out`."""
+    _run(out, a, b, bias, activation, residual)
+
+
+def _run(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> None:
+    if not out.numel():
+        return
+    assert out.stride(1) == 1, "the rows of an output lie together"
+    bias = None if bias is None else bias.contiguous()
+    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+    launch(target_arch(), a, b, out, bias, activation, residual).run()
 
 
 @torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
 def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a @ b; arguments checked by `add_matmul`."""
-    if not into.numel():
-        return
     if into.stride(1) == 1:
-        launch(target_arch(), a, b, into, residual=into).run()
+        _run(into, a, b, None, None, into)
     else:
-        launch(target_arch(), b.t(), a.t(), into.t(), residual=into.t()).run()
+        _run(into.t(), b.t(), a.t(), None, None, into.t())
 
 
 @matmul_op.register_fake

@@ -1,12 +1,13 @@
 """A rank's clock: spans of computation and of standing still for communication."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
-from megapar.trace import Span
+from megapar.trace import FLIGHT, Span
 
 
 class Timeline:
@@ -20,6 +21,7 @@ class Timeline:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple] = []
         self._origin = self._mark()
+        self._observer = torch.cuda.Stream() if self._cuda else None
 
     def _mark(self):
         if not self._cuda:
@@ -38,6 +40,19 @@ class Timeline:
             error.add_note(f"in {name}{where}")
             raise
         self._spans.append((kind, name, start, self._mark()))
+
+    def in_flight(self, name: str, start: Callable[[], dist.Work]) -> dist.Work:
+        """Start an asynchronous operation and time until it is over, whenever that is waited for."""
+        begun, kind = self._mark(), FLIGHT
+        work = start()
+        if self._cuda:
+            with torch.cuda.stream(self._observer):  # waits in the place of the stream that computes
+                work.wait()
+                self._spans.append((kind, name, begun, self._mark()))
+        else:
+            over = lambda future: self._spans.append((kind, name, begun, self._mark()))  # noqa: E731
+            work.get_future().add_done_callback(over)
+        return work
 
     def take(self) -> list[Span]:
         spans, self._spans = self._spans, []

@@ -8,6 +8,7 @@ that the picture of the run can be drawn from the file alone. Format: "Trace Eve
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -18,6 +19,7 @@ from megapar.schedule.measured import measured_costs, spread
 
 BUSY = ("F", "B", "I", "W", "REDUCE")
 LAYERS = "layers"
+FLIGHT = "in flight"
 
 
 def layers_of(stage: int) -> str:
@@ -32,7 +34,8 @@ def stage_of_layers(name: str) -> int:
 @dataclass(frozen=True)
 class Span:
     """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it), LAYERS (their part
-    of an F), `phase` (the schedule's walk) or OPTIMIZER.
+    of an F), `phase` (the schedule's walk), OPTIMIZER, `matmul` (a piece of one) or FLIGHT (an asynchronous collective,
+    from its start until it is over).
 
     start and stop in seconds on this rank's clock. Spans nest: an F holds the tp waits inside it.
     """
@@ -126,10 +129,11 @@ def write(trace: Trace, path: Path) -> None:
     """Write trace.json. Times are in microseconds, to a tenth, from the first span of all."""
     zero = min(span.start for rank in trace.ranks for spans in rank.steps.values() for span in spans)
     events: list[dict[str, Any]] = []
+    numbers = count(1)
     for rank in trace.ranks:
         events += _names(trace, rank)
         for step, spans in rank.steps.items():
-            events += _events(trace, rank, step, spans, zero)
+            events += _events(trace, rank, step, spans, zero, numbers)
     steps = trace.steps
     about = {
         "steps": [steps[0], steps[-1]],
@@ -154,11 +158,16 @@ def read(path: Path) -> Trace:
     layout, schedule = about["layout"], about["schedule"]
     rows = tuple(tuple(Action.parse(text) for text in row.split()) for row in schedule["rows"])
     ranks: dict[int, RankTrace] = {}
+    begun: dict[int, float] = {}
     for event in data["traceEvents"]:
-        if event["ph"] == "X":
-            thread, start = event["tid"], event["ts"] / 1e6
+        if event["ph"] == "b":
+            begun[event["id"]] = event["ts"]
+        if event["ph"] in ("X", "e"):
+            thread = event["tid"]
+            start = event["ts"] if event["ph"] == "X" else begun[event["id"]]
+            stop = event["ts"] + event.get("dur", 0.0)
             rank = ranks.setdefault(thread, RankTrace(_place(layout, thread), {}))
-            span = Span(event["cat"], event["name"], start, start + event["dur"] / 1e6)
+            span = Span(event["cat"], event["name"], start / 1e6, stop / 1e6)
             rank.steps.setdefault(event["args"]["step"], []).append(span)
     return Trace(
         layout,
@@ -210,14 +219,24 @@ def _names(trace: Trace, rank: RankTrace) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}}
 
 
-def _events(trace: Trace, rank: RankTrace, step: int, spans: list[Span], zero: float) -> Iterator[dict[str, Any]]:
-    """The complete events of a rank's step, an outer one before those inside, and its ends of the arrows."""
+def _events(
+    trace: Trace, rank: RankTrace, step: int, spans: list[Span], zero: float, numbers: Iterator[int]
+) -> Iterator[dict[str, Any]]:
+    """The complete events of a rank's step, an outer one before those inside, and its ends of the arrows.
+
+    numbers: one for each operation in flight
+    """
     where = _where(trace, rank)
     for span in sorted(spans, key=lambda span: (span.start, -span.stop)):
         # The end is rounded, not the duration: what was nested stays so.
         start, stop = _us(span.start - zero), _us(span.stop - zero)
+        args: dict[str, Any] = {"step": step}
+        if span.kind == FLIGHT:  # those of a rank overlap without nesting, so each gets a line of its own
+            pair = {"name": span.name, "cat": span.kind, "id": next(numbers), **where, "args": args}
+            yield {"ph": "b", "ts": start, **pair}
+            yield {"ph": "e", "ts": stop, **pair}
+            continue
         event = {"ph": "X", "name": span.name, "cat": span.kind, "ts": start, "dur": round(stop - start, 1), **where}
-        args = {"step": step}
         if span.kind not in KINDS:
             yield event | {"args": args}
             continue

@@ -53,6 +53,10 @@ class ParallelConfig:
     dp: int | None = option(None, "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU")
     auto: bool = option(False, "choose tp, pp and dp for `devices` ranks")
     sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
+    tp_overlap: Literal["auto", "serial", "chunked"] = option(
+        "auto",
+        "how a tensor-parallel matmul and its collective run: serial, chunked, or what a table says for the shape",
+    )
     zero: Literal[0, 1] = option(0, "1: shard the optimizer state over dp (ZeRO-1)")
     bucket_size: int = option(1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete")
 

@@ -11,12 +11,11 @@ With ZeRO-1 the third is a reduce-scatter, and each rank is left with the slice 
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
 from megapar.parallel.buffers import Bucket, StageBuffers
-from megapar.parallel.collectives import all_reduce
+from megapar.parallel.collectives import Started, all_reduce, start_all_reduce, start_reduce_scatter, wait_for
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 
@@ -31,7 +30,7 @@ class GradSync:
         self._expected = 0
         self._added: Counter[LocalParameter] = Counter()
         self._missing: dict[int, int] = {}
-        self._works: list[tuple[dist.Work, Bucket]] = []
+        self._started: list[tuple[Started, Bucket]] = []
         # What this rank owns after the reduction: with ZeRO-1 a buffer of its own, else all main gradients.
         self.owned = buffers.take_owned(buffers.grads)
         self._owned_part = {
@@ -70,10 +69,8 @@ class GradSync:
                 )
             if self._waits_for_other_end(bucket):
                 self._reduce(bucket)
-        for work, bucket in [started for started in self._works if started[1].stage == stage]:
-            with self.mesh["dp"].blocked(f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"):
-                work.wait()
-        self._works = [started for started in self._works if started[1].stage != stage]
+        wait_for(started for started, bucket in self._started if bucket.stage == stage)
+        self._started = [(started, bucket) for started, bucket in self._started if bucket.stage != stage]
 
     def _reduce(self, bucket: Bucket) -> None:
         for axis, views in self._partial[id(bucket)]:
@@ -85,11 +82,12 @@ class GradSync:
         if dp.size == 1:
             return
         flat = self.buffers.grads[bucket.start : bucket.stop]
+        name = f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"
         if self.buffers.zero:
-            work = dist.reduce_scatter_single(self._owned_part[id(bucket)], flat, group=dp.group, async_op=True)
+            started = start_reduce_scatter(name, self._owned_part[id(bucket)], flat, dp)
         else:
-            work = dist.all_reduce(flat, group=dp.group, async_op=True)
-        self._works.append((work, bucket))
+            started = start_all_reduce(name, flat, dp)
+        self._started.append((started, bucket))
 
     def _waits_for_other_end(self, bucket: Bucket) -> bool:
         return any(self.buffers.waits_for_other_end(parameter) for parameter in bucket.parameters)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from megapar.kernels.layernorm import layernorm, layernorm_input_grad, layernorm_weight_grad
 from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_grad
-from megapar.parallel.collectives import copy_to_region, gather_tokens, reduce_from_region, reduce_scatter_tokens
+from megapar.parallel.collectives import reduce_from_region, reduce_scatter_tokens
+from megapar.parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from megapar.parallel.record import Constant, Init, ParameterRecord
 from megapar.parallel.stage import StageContext
-from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, MatMul, owned_op
+from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, owned_op
 
 
 class ColumnParallelLinear(nn.Module):
@@ -43,6 +44,7 @@ class ColumnParallelLinear(nn.Module):
         ]
         self.owner = context.parameter(self, "weight", *weights)
         self.sizes = [piece.stop - piece.start for piece in self.owner.pieces]
+        self.overlap = context.overlap(self.owner)
         self.bias_owner: LocalParameter | None = None
         if bias:
             biases = [
@@ -52,10 +54,9 @@ class ColumnParallelLinear(nn.Module):
             self.bias_owner = context.parameter(self, "bias", *biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        tp, grads = self.context.tp, self.context.weight_grads
-        x = gather_tokens(x, tp) if self.context.splits_tokens else copy_to_region(x, tp)
-        y = owned_op(MatMul, x, self.owner, grads)
-        return owned_op(AddBias, y, self.bias_owner, grads) if self.bias_owner else y
+        multiply = all_gather_matmul if self.context.splits_tokens else copy_matmul
+        y = multiply(x, self.owner.tensor, self.overlap)
+        return owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
 
 
 class RowParallelLinear(nn.Module):
@@ -81,16 +82,16 @@ class RowParallelLinear(nn.Module):
         self.owner = context.parameter(
             self, "weight", ParameterRecord(f"{name}.weight", (out_features, in_features), init, 1, blocks)
         )
+        self.overlap = context.overlap(self.owner)
         self.bias_owner: LocalParameter | None = None
         if bias:
             record = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0))
             self.bias_owner = context.parameter(self, "bias", record)
 
     def forward(self, x: Tensor) -> Tensor:
-        tp, grads = self.context.tp, self.context.weight_grads
-        y = owned_op(MatMul, x, self.owner, grads)
-        y = reduce_scatter_tokens(y, tp) if self.context.splits_tokens else reduce_from_region(y, tp)
-        return owned_op(AddBias, y, self.bias_owner, grads) if self.bias_owner else y
+        multiply = matmul_reduce_scatter if self.context.splits_tokens else matmul_all_reduce
+        y = multiply(x, self.owner.tensor, self.overlap)
+        return owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
 
 
 class VocabParallelEmbedding(nn.Module):

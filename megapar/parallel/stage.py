@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.mesh import Axis, Mesh
+from megapar.parallel.overlap import Overlap
 from megapar.parallel.record import Given, ParameterRecord, Shard
 from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
 
@@ -16,6 +17,7 @@ class StageContext:
     """Given to every layer of a rank's stages when they are built.
 
     dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
+    tp_overlap: the configured engine; overlaps: that of every linear layer, by (stage, its weight's name).
     parameters: every parameter of this rank's stages in the order of construction.
     stage: the stage that is being built.
     placement: the pipeline rank of every stage.
@@ -24,11 +26,13 @@ class StageContext:
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
+    tp_overlap: str = "auto"
     seed: int = 0
     placement: tuple[int, ...] = (0,)
     stage: int = 0
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     parameters: list[LocalParameter] = field(default_factory=list)
+    overlaps: dict[tuple[int, str], Overlap] = field(default_factory=dict)
 
     @property
     def tp(self) -> Axis:
@@ -51,6 +55,16 @@ class StageContext:
     def splits_tokens(self) -> bool:
         """Outside the tensor-parallel regions every rank holds its own share of the tokens."""
         return self.sequence_parallel and self.tp.size > 1
+
+    def overlap(self, owner: LocalParameter) -> Overlap:
+        """How the matmul of this parameter's layer meets its tensor-parallel peers."""
+        made = Overlap(self.tp, self.tp_overlap, owner, self.weight_grads)
+        self.overlaps[self.stage, owner.name] = made
+        return made
+
+    def engines(self) -> dict[str, dict[str, str]]:
+        """What ran the matmuls of this rank that have a collective, by weight and direction."""
+        return {name: made.ran for (_, name), made in self.overlaps.items() if made.ran}
 
     def local_tokens(self, tokens: int) -> slice:
         """This rank's share of `tokens` flattened tokens outside the tensor-parallel regions."""

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megapar.kernels.matmul import add_matmul, matmul
 from megapar.parallel.record import ParameterRecord, Shard
 
 
@@ -133,22 +132,6 @@ class _OwnedOp(torch.autograd.Function):
 def owned_op(op: WeightOp, x: Tensor, owner: LocalParameter, weight_grads: WeightGrads) -> Tensor:
     """Apply `op` to x and the owner's tensor; in backward its weight gradient goes to `weight_grads`."""
     return _OwnedOp.apply(x, owner.tensor, op, owner, weight_grads)
-
-
-class MatMul:
-    """y = x @ weight.T: x [T, in], weight [out, in] -> [T, out]."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return matmul(x, weight.t())
-
-    @staticmethod
-    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return matmul(grad, weight)
-
-    @staticmethod
-    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
-        add_matmul(into, grad.t(), x)
 
 
 class AddBias:

@@ -1,5 +1,6 @@
 """What a finished run says on the terminal."""
 
+from collections import Counter
 from typing import Any
 
 from megapar.config.schema import TrainConfig
@@ -16,6 +17,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         "",
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
         f"kernels     {_backends(summary['kernels'])}",
+        *_engine_lines(summary["tp_overlap"]),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {summary['loss']:.4f} nats/token after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
@@ -40,6 +42,15 @@ def _backends(kernels: dict[str, str]) -> str:
     if len(names) == 1:
         return next(iter(names))
     return "; ".join(f"{name}: {', '.join(k for k in kernels if kernels[k] == name)}" for name in names)
+
+
+def _engine_lines(engines: dict[str, dict[str, str]]) -> list[str]:
+    """Which engine ran how many of the matmuls that have a collective; layer by layer in summary.json."""
+    parts = []
+    for direction in ("forward", "backward"):
+        count = Counter(ran[direction] for ran in engines.values() if direction in ran)
+        parts += [f"{direction} {' and '.join(f'{number} {name}' for name, number in count.items())}"] if count else []
+    return [f"tp matmuls  {'; '.join(parts)}"] if parts else []
 
 
 def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -90,6 +90,7 @@ class ModelPart:
             self.mesh,
             DTYPES[train.dtype],
             sequence_parallel=parallel.sequence_parallel,
+            tp_overlap=parallel.tp_overlap,
             seed=train.seed,
             placement=self.schedule.placement,
         )

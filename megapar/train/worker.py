@@ -17,6 +17,7 @@ from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
 from megapar.kernels import BACKENDS, backend_of
+from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.trace import Span
 from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
@@ -72,9 +73,9 @@ class Loop:
             self.tracer.after(step, spans)  # the state is safe before anything is made of times
             if self.rebalances and step % self.config.pipeline.rebalance == 0 and step < steps:
                 self._rebalance(step, saved)
-        sample = self._sample()
+        sample, engines = self._sample(), self._engines()
         if self.writer is not None:
-            self._finish(self.writer, sample)
+            self._finish(self.writer, sample, engines)
         self.trainer.close()
 
     def _save(self, step: int) -> Path:
@@ -154,8 +155,14 @@ class Loop:
         )
         return task.sample_prompt + tokenizer.decode(written)
 
-    def _finish(self, writer: MetricsWriter, sample: str | None) -> None:
-        summary = self._summary() | ({"sample": sample} if sample is not None else {})
+    def _engines(self) -> dict[str, dict[str, str]]:
+        """What ran every tensor-parallel matmul of the model, by weight and direction; the same on every rank."""
+        mesh = self.trainer.mesh
+        texts = gather_texts(json.dumps(self.trainer.context.engines()), mesh["world"], mesh.device)
+        return {name: ran for text in texts for name, ran in json.loads(text).items()}
+
+    def _finish(self, writer: MetricsWriter, sample: str | None, engines: dict[str, dict[str, str]]) -> None:
+        summary = self._summary() | {"tp_overlap": engines} | ({"sample": sample} if sample is not None else {})
         path = Path(self.config.out or self.folder / "summary.json")
         path.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
         writer.close()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapar.kernels import use_backend
-from megapar.kernels.matmul import add_matmul, add_matmul_op, config_of, matmul, matmul_op
+from megapar.kernels.matmul import add_matmul, add_matmul_op, config_of, matmul, matmul_into_op, matmul_op
 from megapar.launch.pool import WorkerPool
 from tests.kernels.cases import DTYPES, distance, poisoned_memory
 from tests.pairwise import pairwise
@@ -88,6 +88,7 @@ def check_operators(rank: int, world_size: int) -> None:
     a, b, bias, residual = torch.randn(3, 5), torch.randn(5, 4), torch.randn(4), torch.randn(3, 4)
     torch.library.opcheck(matmul_op, (a, b, bias, "gelu", residual))
     torch.library.opcheck(add_matmul_op, (residual, a, b))
+    torch.library.opcheck(matmul_into_op, (torch.empty(3, 4), a, b, bias, "gelu", residual))
     compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(a, b, bias=bias), matmul(a, b, bias=bias))
     columns = torch.zeros(4, 3).t()  # lie together

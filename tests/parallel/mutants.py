@@ -8,10 +8,12 @@ from unittest import mock
 import torch
 
 from megapar import verify
+from megapar.mesh import Axis
 from megapar.optim.adamw import Optimizer
-from megapar.parallel import collectives
+from megapar.parallel import collectives, engines
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
+from megapar.parallel.overlap import Overlap
 from megapar.pipeline.executor import _Phase
 from megapar.train.task import LanguageModeling
 
@@ -52,14 +54,40 @@ def mutant(shows: str, values: dict[str, Any] | None = None, *, sequence_paralle
     return register
 
 
+class Alone(engines.Serial):
+    """Each rank keeps its own product."""
+
+    def matmul_all_reduce(self, x: torch.Tensor, w: torch.Tensor, axis: Axis, meanwhile: Callable[[], None]) -> Any:
+        meanwhile()
+        return x @ w
+
+
+@contextmanager
+def alone(direction: str) -> Iterator[None]:
+    """No all-reduce in that direction of a matmul."""
+    original = Overlap.engine
+
+    def engine(self: Overlap, where: str, *operands: Any) -> engines.Engine:
+        return Alone() if where == direction else original(self, where, *operands)
+
+    with mock.patch.object(Overlap, "engine", engine):
+        yield
+
+
 @mutant("gradient")
 def no_reduction_of_input_gradients() -> Iterator[None]:
-    with mock.patch.object(collectives._CopyToRegion, "backward", staticmethod(lambda ctx, grad: (grad, None))):
+    with alone("backward"):
         yield
 
 
 @mutant("gradient")
 def no_reduction_of_outputs() -> Iterator[None]:
+    with alone("forward"):
+        yield
+
+
+@mutant("gradient")
+def no_reduction_of_embeddings() -> Iterator[None]:
     with mock.patch.object(collectives._ReduceFromRegion, "forward", staticmethod(lambda ctx, x, axis: x.clone())):
         yield
 
@@ -91,7 +119,7 @@ def bucket_reduced_twice() -> Iterator[None]:
 
     def twice(self: GradSync, bucket: Any) -> None:
         original(self, bucket)
-        self._works[-1][0].wait()
+        self._started[-1][0].wait()
         original(self, bucket)
 
     with mock.patch.object(GradSync, "_reduce", twice):

@@ -40,6 +40,7 @@ OPTIONS: dict[str, list[Any]] = {
     "model.kv_heads": [1, 4, 12],
     "model.dropout": [0.0, 0.1],
     "parallel.sequence_parallel": [False, True],
+    "parallel.tp_overlap": ["serial", "chunked"],
     "parallel.zero": [0, 1],
     "train.recompute": ["none", "selective", "full"],
     "pipeline.schedule": ["1f1b", "gpipe"],

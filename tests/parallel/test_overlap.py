@@ -77,18 +77,21 @@ def late_bucket(trainer: Trainer) -> Any:
 
         def transfer(self, flat: torch.Tensor, group: Any) -> None:
             time.sleep(DELAY_S)
-            dist.all_reduce(flat, group=group)
+            real(flat, group=group)
 
         def wait(self) -> None:
             self.thread.join()
 
-    def all_reduce(flat: torch.Tensor, group: Any, async_op: bool) -> Any:
+        def get_future(self) -> Any:
+            return mock.Mock()
+
+    def all_reduce(flat: torch.Tensor, group: Any, async_op: bool = False) -> Any:
         nonlocal calls
-        calls += 1
-        return LateWork(flat, group) if calls == last else real(flat, group=group, async_op=async_op)
+        calls += async_op
+        return LateWork(flat, group) if async_op and calls == last else real(flat, group=group, async_op=async_op)
 
     real = dist.all_reduce
-    return mock.patch("megapar.parallel.grad_sync.dist", mock.Mock(all_reduce=all_reduce))
+    return mock.patch.object(collectives.dist, "all_reduce", all_reduce)
 
 
 INJECTIONS: dict[str, Callable[[Trainer], Any]] = {

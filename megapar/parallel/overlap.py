@@ -1,0 +1,172 @@
+"""A matmul and its collective over tensor-parallel ranks, as one differentiable function each.
+
+Shapes are per rank. R is the size of the axis, T tokens, I and O this rank's input and output features; the weight w is
+[O, I]. Every function has a dual, which is its backward; weight gradients need no collective.
+
+| function                | x -> y             | forward                | dual: input gradient   | weight gradient |
+|-------------------------|--------------------|------------------------|------------------------|-----------------|
+| `copy_matmul`           | [T, I] -> [T, O]   | matmul                 | matmul, all-reduce     | meanwhile       |
+| `matmul_all_reduce`     | [T, I] -> [T, O]   | matmul, all-reduce     | matmul                 | after it        |
+| `all_gather_matmul`     | [T/R, I] -> [T, O] | all-gather, matmul     | matmul, reduce-scatter | meanwhile       |
+| `matmul_reduce_scatter` | [T, I] -> [T/R, O] | matmul, reduce-scatter | all-gather, matmul     | after it        |
+
+The first two are a column-parallel and a row-parallel linear layer, the others the same under sequence parallelism. How
+a matmul and its collective are run is the engine's business (`parallel/engines.py`): the numbers are the same.
+Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megapar.kernels.matmul import add_matmul, matmul
+from megapar.mesh import Axis
+from megapar.parallel.engines import Engine, Operation, Serial, choose
+from megapar.parallel.weight_grad import LocalParameter, WeightGrads
+
+
+@dataclass
+class Overlap:
+    """How one layer's matmul meets its peers.
+
+    requested: parallel.tp_overlap. owner and weight_grads: where the weight's gradient goes; without an owner it is
+    autograd's. ran: which engine ran, by direction (forward, backward), as text.
+    """
+
+    axis: Axis
+    requested: str = "auto"
+    owner: LocalParameter | None = None
+    weight_grads: WeightGrads | None = None
+    ran: dict[str, str] = field(default_factory=dict)
+
+    def engine(self, direction: str, operation: Operation, x: Tensor, w: Tensor) -> Engine:
+        """The engine for an operation on x [.., K] and w [K, N] of this rank."""
+        if self.axis.size == 1:
+            return Serial()
+        engine = choose(self.requested, operation, x, w, self.axis.size)
+        self.ran[direction] = str(engine)
+        return engine
+
+
+def copy_matmul(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+    """x @ w.T: x [T, I], the same on every rank, -> [T, O]. Dual: all-reduce of the input gradient over the axis."""
+    return _CopyMatmul.apply(x, w, overlap)
+
+
+def matmul_all_reduce(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+    """The sum over the axis of x @ w.T: x [T, I] -> [T, O], the same on every rank. Dual: no collective."""
+    return _MatmulAllReduce.apply(x, w, overlap)
+
+
+def all_gather_matmul(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+    """gathered x @ w.T: x [T/R, I] -> [T, O], rank after rank. Dual: reduce-scatter of the input gradient.
+
+    The gathered x is kept for the weight gradient.
+    """
+    return _AllGatherMatmul.apply(x, w, overlap)
+
+
+def matmul_reduce_scatter(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+    """This rank's rows of the sum over the axis of x @ w.T: x [T, I] -> [T/R, O]. Dual: all-gather of the gradient.
+
+    Raises ValueError where R does not divide T.
+    """
+    if len(x) % overlap.axis.size:
+        raise ValueError(f"matmul_reduce_scatter: {len(x)} rows over {overlap.axis.size} ranks; need a multiple")
+    return _MatmulReduceScatter.apply(x, w, overlap)
+
+
+def _nothing() -> None:
+    pass
+
+
+class _WeightGradient:
+    """Computes a weight gradient when called: into the owner's main gradient, or as `value` for autograd."""
+
+    def __init__(self, overlap: Overlap, wanted: bool, dy: Tensor, x: Tensor) -> None:
+        self.overlap, self.wanted, self.dy, self.x = overlap, wanted, dy, x
+        self.value: Tensor | None = None
+
+    def __call__(self) -> None:
+        dy, x, owner = self.dy, self.x, self.overlap.owner
+        if owner is not None:
+            assert self.overlap.weight_grads is not None
+            self.overlap.weight_grads.submit(lambda into: add_matmul(into, dy.t(), x), owner)
+        elif self.wanted:
+            self.value = matmul(dy.t(), x)
+
+
+class _CopyMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.overlap = overlap
+        return matmul(x, w.t())
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], dy, x)
+        if not ctx.needs_input_grad[0]:
+            gradient()
+            return None, gradient.value, None
+        engine = ctx.overlap.engine("backward", "matmul_all_reduce", dy, w)
+        dx = engine.matmul_all_reduce(dy, w, ctx.overlap.axis, gradient)
+        return dx, gradient.value, None
+
+
+class _MatmulAllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.overlap = overlap
+        engine = overlap.engine("forward", "matmul_all_reduce", x, w.t())
+        return engine.matmul_all_reduce(x, w.t(), overlap.axis, _nothing)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        dx = matmul(dy, w) if ctx.needs_input_grad[0] else None
+        gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], dy, x)
+        gradient()
+        return dx, gradient.value, None
+
+
+class _AllGatherMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+        engine = overlap.engine("forward", "all_gather_matmul", x, w.t())
+        y, gathered = engine.all_gather_matmul(x, w.t(), overlap.axis)
+        ctx.save_for_backward(gathered, w)
+        ctx.overlap = overlap
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gathered, w = ctx.saved_tensors
+        gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], dy, gathered)
+        if not ctx.needs_input_grad[0]:
+            gradient()
+            return None, gradient.value, None
+        engine = ctx.overlap.engine("backward", "matmul_reduce_scatter", dy, w)
+        dx = engine.matmul_reduce_scatter(dy, w, ctx.overlap.axis, gradient)
+        return dx, gradient.value, None
+
+
+class _MatmulReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.overlap = overlap
+        engine = overlap.engine("forward", "matmul_reduce_scatter", x, w.t())
+        return engine.matmul_reduce_scatter(x, w.t(), overlap.axis, _nothing)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        engine = ctx.overlap.engine("backward", "all_gather_matmul", dy, w)
+        dx, gathered = engine.all_gather_matmul(dy, w, ctx.overlap.axis)
+        gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], gathered, x)
+        gradient()
+        return dx if ctx.needs_input_grad[0] else None, gradient.value, None

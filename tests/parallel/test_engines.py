@@ -1,0 +1,117 @@
+"""Matmuls with their collectives: every engine against the serial one and against fp64, forward and backward."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megapar.launch.pool import WorkerPool
+from megapar.mesh import Mesh
+from megapar.parallel import overlap
+from megapar.parallel.engines import ALIGNED, Chunked, Serial
+from megapar.parallel.overlap import Overlap
+from tests.pairwise import pairwise
+
+Case = dict[str, Any]
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+FUNCTIONS = ("copy_matmul", "matmul_all_reduce", "all_gather_matmul", "matmul_reduce_scatter")
+# fewer rows than ranks or pieces (times R where rows must be divided), odd, and several rows to a piece
+CASES = pairwise(
+    {
+        "function": FUNCTIONS,
+        "ranks": [2, 3, 4],
+        "dtype": list(DTYPES),
+        "rows": [1, 13, 64, 77],
+        "inner": [1, 7, 48],
+        "outer": [1, 5, 40],
+        "pieces": [2, 3, 7],
+    }
+)
+
+
+def tensors(case: Case, rank: int) -> dict[str, Tensor]:
+    """x, w and dy of a rank in fp64, of values that the case's dtype holds. What all ranks share is the same on all."""
+    shared = case["function"] == "copy_matmul", case["function"] == "matmul_all_reduce"
+    shares_rows = "all_gather" in case["function"], "reduce_scatter" in case["function"]
+    rows = case["rows"] * (1 if case["function"] in FUNCTIONS[:2] else case["ranks"])
+    share = rows // case["ranks"]
+
+    def draw(*shape: int, of_all: bool) -> Tensor:
+        seed = sum(shape) + (0 if of_all else 1000 * (rank + 1))
+        made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return made.to(DTYPES[case["dtype"]]).double()
+
+    return {
+        "x": draw(share if shares_rows[0] else rows, case["inner"], of_all=shared[0]),
+        "w": draw(case["outer"], case["inner"], of_all=False),
+        "dy": draw(share if shares_rows[1] else rows, case["outer"], of_all=shared[1]),
+    }
+
+
+def expected(case: Case, rank: int) -> list[Tensor]:
+    """y, dx and dw of a rank in fp64, from all ranks' tensors in one process."""
+    every = [tensors(case, peer) for peer in range(case["ranks"])]
+    mine = every[rank]
+    if case["function"] == "copy_matmul":
+        dx = sum(one["dy"] @ one["w"] for one in every)
+        return [mine["x"] @ mine["w"].t(), torch.as_tensor(dx), mine["dy"].t() @ mine["x"]]
+    if case["function"] == "matmul_all_reduce":
+        y = sum(one["x"] @ one["w"].t() for one in every)
+        return [torch.as_tensor(y), mine["dy"] @ mine["w"], mine["dy"].t() @ mine["x"]]
+    if case["function"] == "all_gather_matmul":
+        x = torch.cat([one["x"] for one in every])
+        dx = torch.as_tensor(sum(one["dy"] @ one["w"] for one in every))
+        return [x @ mine["w"].t(), dx.chunk(case["ranks"])[rank], mine["dy"].t() @ x]
+    y = torch.as_tensor(sum(one["x"] @ one["w"].t() for one in every))
+    dy = torch.cat([one["dy"] for one in every])
+    return [y.chunk(case["ranks"])[rank], dy @ mine["w"], dy.t() @ mine["x"]]
+
+
+def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, list[Tensor]]]:
+    """y, dx and dw of every case, by engine."""
+    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    found = []
+    for case in cases:
+        results = {}
+        for name, engine in (
+            ("serial", Serial()),
+            ("chunked", Chunked(case["pieces"])),
+            ("again", Chunked(case["pieces"])),
+        ):
+            given = {key: value.to(DTYPES[case["dtype"]]) for key, value in tensors(case, rank).items()}
+            x, w = given["x"].requires_grad_(), given["w"].requires_grad_()
+            way = Overlap(mesh["tp"])
+            way.engine = lambda *operands, engine=engine: engine  # type: ignore[method-assign]
+            time.sleep(0.002 * rank)  # what is not waited for is not there yet
+            y = getattr(overlap, case["function"])(x, w, way)
+            results[name] = [y.detach().clone()]
+            time.sleep(0.002 * rank)
+            results[name] += [gradient.clone() for gradient in torch.autograd.grad(y, [x, w], given["dy"])]
+        found.append(results)
+    mesh.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_against_fp64_and_each_other(ranks: int, pool: WorkerPool) -> None:
+    """Errors: a product's rounding, 48 terms, then of R partial sums, each rounded to the dtype before they are added
+    (gloo adds bf16 in bf16). Two ranks: engines agree bit by bit, since a + b = b + a, where no rank's rows end in a
+    part of a block that the matmul takes at once. The same bits again, always."""
+    cases = [case for case in CASES if case["ranks"] == ranks]
+    found = pool.run(outcomes, ranks, cases)
+    for rank, of_rank in enumerate(found):
+        for case, results in zip(cases, of_rank, strict=True):
+            exact = expected(case, rank)
+            for index, name in enumerate(("y", "dx", "dw")):
+                serial, chunked, again = (results[engine][index] for engine in ("serial", "chunked", "again"))
+                where = (rank, name, case)
+                assert torch.equal(chunked, again), where
+                scale = float(exact[index].abs().max()) + 1e-3
+                bound = 16 * torch.finfo(DTYPES[case["dtype"]]).eps * scale
+                for one in (serial, chunked):
+                    assert one.shape == exact[index].shape, where
+                    assert float((one.double() - exact[index]).abs().max()) <= bound, where
+                if ranks == 2 and case["rows"] % ALIGNED == 0:
+                    assert torch.equal(serial, chunked), where
