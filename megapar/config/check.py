@@ -150,6 +150,12 @@ def check_layout(config: TrainConfig) -> None:
     if batch % step:
         product = f"train.micro_batch_size * parallel.dp = {train.micro_batch_size} * {dp} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
+    if parallel.grad_compression != "none":
+        if train.dtype == "fp64":
+            problem = "compresses fp32 main gradients, and train.dtype=fp64 has others; use none, or another dtype"
+            raise ConfigError("parallel.grad_compression", parallel.grad_compression, problem)
+        if parallel.powersgd_rank < 1:
+            raise ConfigError("parallel.powersgd_rank", parallel.powersgd_rank, "use 1 or more")
     check_schedule(config)
     stage_layers(config)
 

@@ -58,6 +58,10 @@ class ParallelConfig:
         "how a tensor-parallel matmul and its collective run: serial, chunked, or what a table says for the shape",
     )
     zero: Literal[0, 1] = option(0, "1: shard the optimizer state over dp (ZeRO-1)")
+    grad_compression: Literal["none", "bf16", "int8_ef", "powersgd"] = option(
+        "none", "reduce gradients over dp in fewer bytes, and not exactly: bf16, int8_ef, powersgd"
+    )
+    powersgd_rank: int = option(4, "rank of powersgd's factors")
     bucket_size: int = option(1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete")
 
 

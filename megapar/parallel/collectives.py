@@ -62,8 +62,13 @@ def start_reduce_scatter(name: str, into: Tensor, x: Tensor, axis: Axis) -> Star
     if x.is_cuda:
         return _start(name, axis, partial(dist.reduce_scatter_single, into, x))
     blocks = x.new_empty(axis.size, *into.shape)
-    started = _start(name, axis, partial(dist.all_to_all_single, blocks, x.view(blocks.shape)))
+    started = start_all_to_all(name, blocks, x.view(blocks.shape), axis)
     return replace(started, finish=lambda: torch.sum(blocks, 0, out=into))
+
+
+def start_all_to_all(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
+    """Begin to send block r of x [R, ...] to rank r and to write what rank r sends to block r of `into`."""
+    return _start(name, axis, partial(dist.all_to_all_single, into, x))
 
 
 def _start(name: str, axis: Axis, collective: Callable[..., dist.Work]) -> Started:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from megapar.mesh import Axis
 from megapar.parallel.buffers import Bucket, StageBuffers
-from megapar.parallel.collectives import Started, all_reduce, start_all_reduce, start_reduce_scatter, wait_for
+from megapar.parallel.collectives import all_reduce
+from megapar.parallel.compression import Matrix, Waiting, reduction
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 
 class GradSync:
     """Reduces the main gradients of a rank's stages, once per step."""
 
-    def __init__(self, buffers: StageBuffers) -> None:
+    def __init__(self, buffers: StageBuffers, compression: str = "none", powersgd_rank: int = 4) -> None:
         self.buffers = buffers
         self.mesh = buffers.mesh
         self._bucket_of = {parameter: bucket for bucket in buffers.buckets for parameter in bucket.parameters}
@@ -30,7 +31,13 @@ class GradSync:
         self._expected = 0
         self._added: Counter[LocalParameter] = Counter()
         self._missing: dict[int, int] = {}
-        self._started: list[tuple[Started, Bucket]] = []
+        self._started: list[tuple[Waiting, Bucket]] = []
+        self._reductions = {
+            id(bucket): reduction(
+                compression, self.mesh["dp"], self._matrices(bucket), bucket.stop - bucket.start, powersgd_rank
+            )
+            for bucket in (buffers.buckets if self.mesh["dp"].size > 1 else ())
+        }
         # What this rank owns after the reduction: with ZeRO-1 a buffer of its own, else all main gradients.
         self.owned = buffers.take_owned(buffers.grads)
         self._owned_part = {
@@ -69,7 +76,8 @@ class GradSync:
                 )
             if self._waits_for_other_end(bucket):
                 self._reduce(bucket)
-        wait_for(started for started, bucket in self._started if bucket.stage == stage)
+        for started in [started for started, bucket in self._started if bucket.stage == stage]:
+            started.wait()
         self._started = [(started, bucket) for started, bucket in self._started if bucket.stage != stage]
 
     def _reduce(self, bucket: Bucket) -> None:
@@ -83,14 +91,29 @@ class GradSync:
             return
         flat = self.buffers.grads[bucket.start : bucket.stop]
         name = f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"
-        if self.buffers.zero:
-            started = start_reduce_scatter(name, self._owned_part[id(bucket)], flat, dp)
-        else:
-            started = start_all_reduce(name, flat, dp)
-        self._started.append((started, bucket))
+        into = self._owned_part[id(bucket)] if self.buffers.zero else flat
+        self._started.append((self._reductions[id(bucket)].start(name, flat, into), bucket))
 
     def _waits_for_other_end(self, bucket: Bucket) -> bool:
         return any(self.buffers.waits_for_other_end(parameter) for parameter in bucket.parameters)
+
+    @property
+    def sent(self) -> int:
+        """Bytes of gradients that this rank has sent to its data-parallel peers so far."""
+        return sum(one.sent for one in self._reductions.values())
+
+    def _matrices(self, bucket: Bucket) -> list[Matrix]:
+        """What may be compressed: matrices that no tensor-parallel peer holds too."""
+        found = []
+        for parameter in bucket.parameters:
+            for piece in parameter.pieces:
+                shape = piece.record.shard_shape(piece.shard)
+                shared = self.mesh["tp"].size > 1 and (piece.record.split_dim is None or piece.shard.replicas > 1)
+                if len(shape) > 1 and not shared:
+                    columns = torch.Size(shape[1:]).numel()
+                    start = self.buffers.offsets[parameter] - bucket.start + piece.start * columns
+                    found.append(Matrix(start, shape[0], columns))
+        return found
 
     def _sum_axis(self, piece: Piece) -> Axis | None:
         """The ranks that hold this piece too and whose gradients of it are parts of a sum."""

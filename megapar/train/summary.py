@@ -31,6 +31,10 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     if layout["pp"] > 1:
         of_stages = ", ".join(map(str, summary["layers_per_stage"]))
         lines.append(f"stages      {of_stages} layers, {config.pipeline.schedule} schedule")
+    if layout["dp"] > 1:
+        method = config.parallel.grad_compression
+        way = "exact" if method == "none" else method
+        lines.append(f"gradients   {summary['dp_bytes_per_step'] / 1e6:.3g} MB to dp peers per step and rank, {way}")
     lines += _time_lines(summary, config)
     lines += [f"left in     {config.run.dir}: metrics.jsonl, summary.json, config.yaml, logs/, checkpoints/"]
     return "\n".join(lines)

@@ -126,7 +126,7 @@ class Trainer(ModelPart):
     ) -> None:
         super().__init__(config, rank, build_stage, mesh=mesh)
         check(self.schedule)
-        self.sync = GradSync(self.buffers)
+        self.sync = GradSync(self.buffers, config.parallel.grad_compression, config.parallel.powersgd_rank)
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
         last = self.stages.get(self.schedule.stages - 1)
         self.task = TASKS[config.task.name](config, self.context, last)  # type: ignore[arg-type]

@@ -191,4 +191,5 @@ class Loop:
             "bubble_ideal": self.rows[-1]["bubble_ideal"],
             "exposed_comm_s": {axis: middle("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
             "cores_per_rank": self.cores_per_rank,
+            "dp_bytes_per_step": self.trainer.sync.sent // len(self.rows),
         }
