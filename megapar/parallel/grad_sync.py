@@ -108,8 +108,7 @@ class GradSync:
         for parameter in bucket.parameters:
             for piece in parameter.pieces:
                 shape = piece.record.shard_shape(piece.shard)
-                shared = self.mesh["tp"].size > 1 and (piece.record.split_dim is None or piece.shard.replicas > 1)
-                if len(shape) > 1 and not shared:
+                if len(shape) > 1 and piece.shard.replicas == 1:
                     columns = torch.Size(shape[1:]).numel()
                     start = self.buffers.offsets[parameter] - bucket.start + piece.start * columns
                     found.append(Matrix(start, shape[0], columns))
