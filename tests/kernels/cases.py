@@ -293,3 +293,28 @@ def check_swiglu_operators(rank: int, world_size: int) -> None:
     torch.library.opcheck(swiglu_backward_op, (dout, gate, up))
     compiled = torch.compile(swiglu, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(gate, up), swiglu(gate, up))
+
+
+def run_command(rank: int, world_size: int, command: list[str]) -> int:
+    """The exit code of a command line."""
+    from megapar.cli import main
+
+    return main(command)
+
+
+def run_providers(rank: int, world_size: int, names: list[str]) -> dict[str, list[float]]:
+    """Of every benchmarked kernel: how far ours, interpreted, is from plain torch, in the value and every gradient."""
+    from megapar.bench.run import Point
+
+    use_backend("interpret")
+    found = {}
+    for name in names:
+        results = []
+        for provider in ("megapar", "torch"):
+            torch.manual_seed(0)
+            runner = Point(name, "demo", "fp32", 37).problem("cpu").providers[provider]()
+            kept = runner.forward()
+            gradients = runner.backward(kept)
+            results.append([kept[0].clone(), *(gradients if isinstance(gradients, tuple) else (gradients,))])
+        found[name] = [distance(a.detach(), b.detach()) for a, b in zip(*results, strict=True)]
+    return found
