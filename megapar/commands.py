@@ -294,8 +294,12 @@ def bench_kernels(config: BenchKernelsConfig) -> int:
     bench = run.understand(config, num_gpus(), say)
     out = Path(config.out) if config.out is not None else rundir.default_folder("bench", key="out")
     rundir.make_writable(out, key="out")
-    found = run.run(bench, say)
-    rows.write(found, out / "bench.csv")
+    found: list[rows.Row] = []
+    try:
+        for row in run.run(bench, say):
+            found.append(row)
+    finally:  # an interrupted sweep leaves what it had measured
+        rows.write(found, out / "bench.csv")
     (out / "bench.md").write_text(tables.markdown(found), encoding="utf-8")
     pictures = plots.plots(found)
     for name, picture in pictures.items():

@@ -34,7 +34,7 @@ PROVIDERS = {"megapar": None, "torch": None, "flash_attn": "flash-attn", "liger_
 # (where, sweep) -> shapes and tokens. On a CPU the short one takes a minute.
 SWEEPS = {
     ("cpu", "short"): (["gpt2"], [128, 256, 512, 1024]),
-    ("cpu", "full"): (list(MODELS), [128, 256, 512, 1024, 2048, 4096]),
+    ("cpu", "full"): (list(MODELS), [64, 128, 256, 512, 1024, 2048]),
     ("cuda", "short"): (["llama-8b"], [1024, 2048, 4096, 8192]),
     ("cuda", "full"): (list(MODELS), [1024, 2048, 4096, 8192, 16384, 32768]),
     ("interpret", "short"): (["demo"], [64]),
@@ -116,8 +116,6 @@ def understand(config: BenchKernelsConfig, gpus: int, log: Log) -> Bench:
     if min(tokens) < 1:
         raise ConfigError("tokens", config.tokens, "must be at least 1 each")
     _choose_backend(config.kernels.backend, device)
-    if device == "cpu" and os.getloadavg()[0] > 0.5 * num_cores():
-        log("other processes keep this machine's cores busy: what is timed on them comes out too slow")
     providers = _usable(chosen["provider"], device, log)
     points = [
         Point(kernel, shape, config.dtype or MODELS[shape].dtype, count)
@@ -160,19 +158,20 @@ def _usable(providers: list[str], device: str, log: Log) -> list[str]:
     return found
 
 
-def run(bench: Bench, log: Log) -> list[Row]:
+def run(bench: Bench, log: Log) -> Iterator[Row]:
     """All rows: the roofline, what our kernels' machine code shows where there is no GPU, what was timed."""
-    rows = list(_roofline(bench))
     timed = [name for name in bench.providers if name != "megapar" or bench.device == "cuda" or bench.interpret]
+    if timed and bench.device == "cpu" and os.getloadavg()[0] > 0.5 * num_cores():
+        log("other processes keep this machine's cores busy: what is timed on them comes out too slow")
+    yield from _roofline(bench)
     if timed != bench.providers:
-        rows += _machine_code(bench, log)
+        yield from _machine_code(bench, log)
     for kernel, shape, dtype in bench.shapes if timed else ():
         log(f"{kernel}, {shape}, {dtype}: {', '.join(timed)}")
         for point in bench.points:
             if (point.kernel, point.shape, point.dtype) == (kernel, shape, dtype):
                 for provider in timed:
-                    rows += _measure(bench, point, provider, log)
-    return rows
+                    yield from _measure(bench, point, provider, log)
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed

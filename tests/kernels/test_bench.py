@@ -271,6 +271,21 @@ def test_a_gpu_is_timed_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(dict, {"warmup": 25.0, "rep": 100.0, "quantiles": [0.5, 0.2, 0.8]})]
 
 
+def test_a_slow_time_is_a_low_rate() -> None:
+    assert Quantiles(p50=2.0, p20=1.0, p80=4.0).rate(8.0) == Quantiles(p50=4.0, p20=2.0, p80=8.0)
+
+
+def test_an_interrupted_sweep_leaves_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_measure", interrupt)
+    assert (
+        main(["bench", "kernels", "provider=[torch]", "device=cpu", "kernel=[rope]", *FAST, f"out={tmp_path}"]) == 130
+    )
+    assert {row["provider"] for row in read(tmp_path)} == {"roofline"}
+
+
 def test_a_library_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise RuntimeError("no such head\nand more")
