@@ -39,7 +39,7 @@ def rmsnorm(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
         ]
         return {
             "forward": Plan([rms.launch_forward(x, None, weight, y, None, rstd, EPS)], 4.0 * x.numel()),
-            "backward": Plan(backward, 9.0 * x.numel(), scratch=[partial], results=[partial[0]]),
+            "backward": Plan(backward, 9.0 * x.numel(), scratch=[partial], beside=[partial[0]]),
         }
 
     torch_norm = lambda x, w: F.rms_norm(x, (width,), w, EPS)  # noqa: E731
@@ -80,7 +80,7 @@ def layernorm(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
         ]
         return {
             "forward": Plan([forward], 7.0 * x.numel()),
-            "backward": Plan(backward, 13.0 * x.numel(), scratch=[partial], results=[partial[:, 0]]),
+            "backward": Plan(backward, 13.0 * x.numel(), scratch=[partial], beside=[partial[:, 0]]),
         }
 
     torch_norm = lambda x, w, b: F.layer_norm(x, (width,), w, b, EPS)  # noqa: E731

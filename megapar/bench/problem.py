@@ -94,18 +94,18 @@ class Plan:
 
     flops: useful ones
     scratch: tensors that one launch writes for what follows, which an ideal kernel would not
-    results: what follows makes of them
+    beside: what torch reads and writes beside the launches
     """
 
     launches: "Sequence[Launch]"
     flops: float
     scratch: Sequence[Tensor] = ()
-    results: Sequence[Tensor] = ()
+    beside: Sequence[Tensor] = ()
     tensor_cores: bool = False
 
     def work(self, dtype: str) -> Work:
         """Bytes are those of the launches' own metadata, but for scratch and for what a later launch reads again."""
-        moved = sum(launch.metadata()["bytes"] for launch in self.launches) + sum(map(size, self.results))
+        moved = sum(launch.metadata()["bytes"] for launch in self.launches) + sum(map(size, self.beside))
         known = {id(x) for x in self.scratch}
         for launch in self.launches:
             tensors = {id(x): x for x in launch.arguments.values() if isinstance(x, Tensor)}
