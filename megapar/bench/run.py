@@ -17,7 +17,7 @@ from megapar.bench.timing import Quantiles, peak_mb, time_ms
 from megapar.config import BenchKernelsConfig, ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect.compile import TARGETS, Figures, Spec, compile_all, spec_of
-from megapar.kernels import has_triton, use_backend
+from megapar.kernels import INTERPRET, has_triton, interprets, use_backend
 from megapar.launch.machine import cpu_model, package_version
 
 # kernel -> module of megapar.bench with a function of the kernel's name: (Sizes, tokens, dtype, device) -> Problem
@@ -134,6 +134,8 @@ def _choose_backend(backend: str, device: str) -> None:
         raise ConfigError("kernels.backend", backend, "compiled Triton kernels need a GPU; use auto, or interpret")
     if backend == "interpret" and device != "cpu":
         raise ConfigError("kernels.backend", backend, "interpreted kernels are for a CPU; add device=cpu")
+    if backend != "interpret" and interprets():
+        raise UserError(f"bench kernels: {INTERPRET} is set; unset it, or say kernels.backend=interpret")
     try:
         use_backend(backend)
     except ValueError as error:

@@ -16,7 +16,7 @@ LEGEND = [
 ]
 INTERPRETED = "Triton's interpreter ran these kernels. The times are the interpreter's, and say nothing of a GPU's."
 STATIC = [
-    "Our kernels: what their machine code shows. No GPU is here, so nothing was timed.",
+    "Our kernels: what their machine code shows. No GPU is here, so none of them was timed.",
     "bound: share of the tensor cores' peak that the main loop could reach; lockstep: with the overlap that it has.",
 ]
 
