@@ -1,5 +1,6 @@
 """How long a call takes and how much memory, on a GPU or on a CPU."""
 
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 QUANTILES = (0.5, 0.2, 0.8)
+FEWEST = 3  # samples of a call on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def time_ms(call: Callable[[], Any], device: str, seconds: float) -> Quantiles:
     """Milliseconds of one call, from so many seconds of repetitions behind a warm-up.
 
     On a GPU by Triton's do_bench, which empties the L2 cache before each. On a CPU by torch's timer, with all threads
-    of this process and caches as they are; a call of microseconds is timed in blocks.
+    of this process and caches as they are; a call of microseconds is timed in blocks, a long one three times.
     """
     if device == "cuda":
         from triton.testing import do_bench
@@ -35,8 +37,10 @@ def time_ms(call: Callable[[], Any], device: str, seconds: float) -> Quantiles:
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    times = torch.tensor(timer.blocked_autorange(min_run_time=seconds).times, dtype=torch.float64)
-    return Quantiles(*(1e3 * torch.quantile(times, torch.tensor(QUANTILES, dtype=torch.float64))).tolist())
+    times = list(timer.blocked_autorange(min_run_time=seconds).times)
+    times += timeit.repeat(call, number=1, repeat=max(0, FEWEST - len(times)))
+    samples = 1e3 * torch.tensor(times, dtype=torch.float64)
+    return Quantiles(*torch.quantile(samples, torch.tensor(QUANTILES, dtype=torch.float64)).tolist())
 
 
 def peak_mb(call: Callable[[], Any], device: str) -> float:

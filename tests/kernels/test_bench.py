@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -269,6 +270,19 @@ def test_a_gpu_is_timed_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     assert timing.time_ms(dict, "cuda", 0.1) == Quantiles(p50=2.0, p20=1.0, p80=3.0)
     assert calls == [(dict, {"warmup": 25.0, "rep": 100.0, "quantiles": [0.5, 0.2, 0.8]})]
+
+
+def test_a_cpu_is_timed_in_milliseconds() -> None:
+    """A sleep takes no less than was asked for; how much more is the machine's affair, but not fifty times."""
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(0)
+        time.sleep(0.02)
+
+    found = timing.time_ms(call, "cpu", 1e-3)
+    assert 20.0 <= found.p20 <= found.p50 <= found.p80 and found.p20 < 1000.0
+    assert len(calls) >= 3
 
 
 def test_a_slow_time_is_a_low_rate() -> None:
