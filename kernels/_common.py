@@ -7,6 +7,7 @@ another. So a tile begins at a row and a column, and rows of a sequence are coun
 import math
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -157,6 +158,11 @@ class Launch:
         first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its tensors' is
             self.kernel[self.grid](**self.arguments, **self.options)
+
+    def metadata(self) -> dict[str, Any]:
+        """What a profiler is told of it: name, flops16 or flops32, bytes. Runs nothing."""
+        told = self.kernel.kwargs["launch_metadata"] if INTERPRETED else self.kernel.launch_metadata
+        return told(self.grid, SimpleNamespace(name=self.kernel.fn.__name__), self.arguments)
 
     def specialisation(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:
         """What the compiler is given, as a launch would have Triton derive it from the arguments.

@@ -1,4 +1,4 @@
-"""The command line: `megapar COMMAND [group=file] [key=value]`.
+"""The command line: `megapar COMMAND [group=file] [key=value]`. A command may be two words: `megapar bench kernels`.
 
 Exit codes: 0 done, 1 failed, 2 refused (one line says why), 130 interrupted. Nothing is imported before a command
 needs it: `megapar --help` answers in a tenth of a second.
@@ -20,7 +20,7 @@ class Invocation:
     command: str
     arguments: list[str]  # overrides
     multirun: bool = False
-    info: str | None = None  # config or keys
+    info: str | None = None  # config, keys or help
 
 
 def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
@@ -73,17 +73,23 @@ def _run(arguments: list[str], entry: str | None) -> int:
     if where == "worker":
         raise UserError("this process is a rank of a run already; start megapar outside of it")
     call = understand(arguments)
-    if call is None:
-        return _command_help(arguments[0])
     return _info(call) if call.info else _local(call, entry)
 
 
-def understand(arguments: list[str]) -> Invocation | None:
-    """Take a command line apart; None where it asks for the command's help. Raises UserError."""
+def understand(arguments: list[str]) -> Invocation:
+    """Take a command line apart. Raises UserError."""
     from megapar.config.errors import UserError
     from megapar.config.schema import COMMANDS
 
     command, *rest = arguments
+    subjects = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{command} ")]
+    if subjects and rest and rest[0] in HELP:
+        return Invocation(command, [], info="help")
+    if subjects:
+        subject = rest.pop(0) if rest else ""
+        if subject not in subjects:
+            raise UserError(f"{command} {subject}".strip() + f": say what to {command}: {', '.join(subjects)}")
+        command = f"{command} {subject}"
     if command not in COMMANDS:
         import difflib
 
@@ -94,7 +100,7 @@ def understand(arguments: list[str]) -> Invocation | None:
     while rest:
         word = rest.pop(0)
         if word in HELP[:2]:
-            return None
+            return Invocation(command, [], info="help")
         if word in ("-m", "--multirun"):
             multirun = True
         elif word == "--info" or word.startswith("--info="):
@@ -108,18 +114,15 @@ def understand(arguments: list[str]) -> Invocation | None:
     return Invocation(command, overrides, multirun, info)
 
 
-def _command_help(command: str) -> int:
-    from megapar.compose import group_files
-    from megapar.helptext import command_help
-
-    print(command_help(command, group_files(command)))
-    return 0
-
-
 def _info(call: Invocation) -> int:
-    from megapar.compose import compose, split
-    from megapar.helptext import config_with_help, key_table
+    from megapar.compose import compose, group_files, split
+    from megapar.config.schema import COMMANDS
+    from megapar.helptext import command_help, config_with_help, key_table, subjects_help
 
+    if call.info == "help":
+        known = call.command in COMMANDS
+        print(command_help(call.command, group_files(call.command)) if known else subjects_help(call.command))
+        return 0
     if call.info == "keys":
         print(key_table(call.command))
         return 0
@@ -142,6 +145,8 @@ def _local(call: Invocation, entry: str | None) -> int:
         return commands.data(config)
     if call.command == "kernels":
         return commands.kernels(config)
+    if call.command == "bench kernels":
+        return commands.bench_kernels(config)
     if call.command == "schedule":
         return commands.schedule(config)
     if call.command == "verify":
@@ -165,7 +170,7 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
     first = external.place(where).rank == 0
     try:
         call = understand(arguments)
-        if call is None or call.info:
+        if call.info:
             raise UserError(f"{where}: help and --info are not for many ranks; ask without {where}")
         if call.multirun:
             raise UserError(f"-m: a sweep starts its own ranks; run it without {where}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megapar.config import (
+    BenchKernelsConfig,
     ConfigError,
     GenerateConfig,
     InspectConfig,
@@ -283,6 +284,29 @@ def kernels(config: InspectConfig) -> int:
         lines = ",\n".join(json.dumps(asdict(one)) for one in figures)
         Path(config.out).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 1 if any(one.error for one in figures) else 0
+
+
+def bench_kernels(config: BenchKernelsConfig) -> int:
+    """Time kernels, write the rows, tables and plots, and print the tables. Returns the exit code."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler counts memory and would talk about it
+    from megapar.bench import plots, rows, run, tables
+
+    bench = run.understand(config, num_gpus(), say)
+    out = Path(config.out) if config.out is not None else rundir.default_folder("bench", key="out")
+    rundir.make_writable(out, key="out")
+    found: list[rows.Row] = []
+    try:
+        for row in run.run(bench, say):
+            found.append(row)
+    finally:  # an interrupted sweep leaves what it had measured
+        rows.write(found, out / "bench.csv")
+    (out / "bench.md").write_text(tables.markdown(found), encoding="utf-8")
+    pictures = plots.plots(found)
+    for name, picture in pictures.items():
+        (out / name).write_text(picture, encoding="utf-8")
+    print(tables.terminal(found))
+    say(f"{out}: bench.csv, bench.md" + (f", {len(pictures)} plots" if pictures else ""))
+    return 0
 
 
 def schedule(config: ScheduleConfig) -> int:

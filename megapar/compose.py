@@ -56,7 +56,7 @@ def compose(command: str, overrides: Overrides) -> Any:
 
     register_defaults()
     with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
-        composed = OmegaConf.to_container(hydra.compose(command, overrides=overrides.hydra), resolve=True)
+        composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=overrides.hydra), resolve=True)
     assert isinstance(composed, dict)
     return read(command, composed, overrides.verbatim)
 
@@ -74,18 +74,25 @@ def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) ->
     return changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
 
 
+def root_file(command: str) -> str:
+    """Name of the file of `conf/` that a command begins with: `bench_kernels` for `bench kernels`."""
+    return command.replace(" ", "_")
+
+
 def register_defaults() -> None:
     """Make the dataclasses' defaults available to Hydra as `base/COMMAND`, the first of every root file's defaults."""
     from hydra.core.config_store import ConfigStore
 
     for command, kind in COMMANDS.items():
         node = to_dict(kind())
-        ConfigStore.instance().store(group="base", name=command, node=node, package="_global_", provider="megapar")
+        ConfigStore.instance().store(
+            group="base", name=root_file(command), node=node, package="_global_", provider="megapar"
+        )
 
 
 def group_files(command: str) -> dict[str, list[str]]:
     """The groups of a command, in the order of its defaults list, and the files of each."""
-    root = yaml.safe_load((CONF / f"{command}.yaml").read_text(encoding="utf-8"))
+    root = yaml.safe_load((CONF / f"{root_file(command)}.yaml").read_text(encoding="utf-8"))
     names = [next(iter(entry)) for entry in root["defaults"] if isinstance(entry, dict)]
     return {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in names}
 
@@ -97,6 +104,7 @@ def refuse_unknown(command: str, overrides: Overrides, multirun: bool = False) -
         if key not in keys(kind):
             raise unknown_key(kind, key, value)
     known_groups = group_files(command)
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
     for parsed in _parsed(overrides.hydra):
         name, text = parsed.key_or_group, parsed.input_line or ""
         value = text.partition("=")[2]
@@ -112,8 +120,10 @@ def refuse_unknown(command: str, overrides: Overrides, multirun: bool = False) -
             raise ConfigError(name, value, "several values are a sweep: add -m, or write a list as [a,b]")
         if name in known_groups:
             _refuse_file(name, parsed, known_groups[name])
-        elif name not in keys(kind) and name not in groups(kind):
-            folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+        elif name in folders or (name not in keys(kind) and name not in groups(kind)):
+            if name in groups(kind):
+                example = next(key for key in keys(kind) if key.startswith(f"{name}."))
+                raise ConfigError(name, value, f"this is a group of keys; set one of them, such as {example}")
             if name in folders:
                 raise ConfigError(
                     name, value, f"`megapar {command}` has no such group; it has {', '.join(known_groups)}"

@@ -15,6 +15,7 @@ ABOUT = {
     "schedule": "compare pipeline schedules by simulation, write or draw one",
     "data": "make token files from text, or check existing ones",
     "kernels": "compile the Triton kernels for GPUs that need not be here, and read the machine code",
+    "bench kernels": "time the kernels beside those of other libraries, and beside what a GPU could do at most",
 }
 
 EXAMPLES = {
@@ -56,6 +57,15 @@ EXAMPLES = {
         ("megapar kernels targets=[sm_90] kernel=[attention]", "one of each"),
         ("megapar kernels specs=specs.json", "what would be compiled, for another tool"),
     ],
+    "bench kernels": [
+        ("megapar bench kernels", "all kernels: measured on a GPU; on a CPU plain torch is timed and ours are read"),
+        ("megapar bench kernels kernel=[attention] sweep=full out=bench", "one kernel, every shape, lengths up to 32k"),
+        ("megapar bench kernels provider=[megapar,torch,flash_attn,liger_kernel]", "against every library (on a GPU)"),
+        (
+            "megapar bench kernels kernel=[rope] kernels.backend=interpret",
+            "ours in the interpreter, to see that it runs",
+        ),
+    ],
 }
 
 MOST_USED = {
@@ -95,6 +105,10 @@ MOST_USED = {
     ],
     "data": ["data.path", "data.tokenizer", "data.vocab_size", "data.split", "data.verify", "out"],
     "kernels": ["kernel", "targets", "specs", "out"],
+    "bench kernels": [
+        *("kernel", "provider", "mode", "shape", "tokens", "sweep", "dtype", "device", "kernels.backend", "targets"),
+        "out",
+    ],
 }
 
 
@@ -137,6 +151,12 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
     lines += ["", "Every key: " + f"megapar {command} --info config"]
     lines += [f"Taken as they stand after the first =: {', '.join(verbatim)}. Lists are written [a,b]."]
     return "\n".join(lines)
+
+
+def subjects_help(command: str) -> str:
+    """`megapar bench --help`: what a command of several subjects does to each."""
+    rows = [(f"{name} --help", text) for name, text in ABOUT.items() if name.startswith(f"{command} ")]
+    return "\n".join([f"usage: megapar {command} SUBJECT [key=value] ...", "", "subjects:", *_table(rows)])
 
 
 def config_with_help(config: Any) -> str:

@@ -326,6 +326,29 @@ class InspectConfig:
     out: str | None = option(None, "file for the figures as JSON; default: only the table")
 
 
+@dataclass(frozen=True)
+class BenchKernelsConfig:
+    """`megapar bench kernels`: time kernels beside those of other libraries."""
+
+    kernel: list[str] | None = option(None, "kernels to run; default: all")
+    provider: list[str] = option(
+        ["megapar", "torch"], "whose kernels: megapar, torch (plain), flash_attn, liger_kernel where they are installed"
+    )
+    mode: list[str] = option(["forward", "backward", "full"], "passes to time; full: forward and backward together")
+    shape: list[str] | None = option(
+        None, "models whose layers' shapes to take: llama-8b, gpt2, demo; default: the sweep's, a small one on a CPU"
+    )
+    tokens: list[int] | None = option(None, "lengths of the one sample, the x axis; default: the sweep's")
+    sweep: Literal["short", "full"] = option(
+        "short", "short: one shape, four lengths, about a minute on a CPU; full: every shape, six lengths"
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, "dtype of all tensors; default: the model's own")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
+    kernels: KernelsConfig = group(KernelsConfig, "kernels.backend=interpret runs ours in the interpreter, marked so")
+    targets: list[str] = option(["sm_90"], "without a GPU: compile ours for these and read the machine code")
+    out: str | None = option(None, "folder for bench.csv, bench.md and the plots; default: runs/DATE-TIME-bench")
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
@@ -333,6 +356,7 @@ COMMANDS: dict[str, type] = {
     "schedule": ScheduleConfig,
     "data": PrepareConfig,
     "kernels": InspectConfig,
+    "bench kernels": BenchKernelsConfig,
 }
 
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.

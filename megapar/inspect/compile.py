@@ -10,13 +10,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megapar.config.errors import UserError
 from megapar.cores import num_cores
 from megapar.inspect import amdgcn, sass
 from megapar.kernels import INTERPRET, interprets
 from megapar.launch.local import environment_with
+
+if TYPE_CHECKING:
+    from megapar.kernels._common import Launch
 
 # Bytes of shared memory that one thread block may have. The compiler does not check it: only a launch would.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -92,12 +95,15 @@ def specs_of(kernels: list[str], targets: list[str]) -> list[Spec]:
     for kernel in kernels:
         module = import_module(f"megapar.kernels.{kernel}")
         for target in targets:
-            for name, launch in module.aot_specs(target).items():
-                function = launch.kernel.fn
-                types, constants, divisible = launch.specialisation()
-                where = (function.__module__, function.__name__, target)
-                found.append(Spec(name, *where, types, constants, divisible, launch.options))
+            found += [spec_of(name, launch, target) for name, launch in module.aot_specs(target).items()]
     return found
+
+
+def spec_of(name: str, launch: "Launch", target: str) -> Spec:
+    """What a launch, made for this target, gives the compiler."""
+    function = launch.kernel.fn
+    where = (function.__module__, function.__name__, target)
+    return Spec(name, *where, *launch.specialisation(), launch.options)
 
 
 def compile_all(specs: list[Spec]) -> list[Figures]:

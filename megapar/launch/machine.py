@@ -52,9 +52,9 @@ def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:
         "megapar": megapar.__version__,
         "git": git_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": {"model": _cpu_model(), "cores": num_cores()},
+        "cpu": {"model": cpu_model(), "cores": num_cores()},
         "device": device,
         "gpus": _gpu_names(),
         "kernels": dict(backends),
@@ -78,14 +78,14 @@ def _git(root: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

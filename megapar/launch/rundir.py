@@ -49,13 +49,13 @@ def create(
     if config.run.dir is None:
         config = changed(config, {"run.dir": str(default_folder(config.run.name))})
     folder = Path(str(config.run.dir))
-    _make_writable(folder)
+    make_writable(folder)
     if claims is not None:
         claims.enter_context(claimed(folder))
     refuse_other_config(config)
     _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None, config.train.trace)
     for name in ("logs", "checkpoints"):
-        _make_writable(folder / name)
+        make_writable(folder / name)
     write_atomic(folder / "config.yaml", dump(config))
     write_atomic(folder / "overrides.yaml", yaml.safe_dump(overrides, allow_unicode=True, width=1 << 30))
     facts = environment(config.train.device, backends)
@@ -176,7 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def default_folder(name: str, parent: Path = Path("runs")) -> Path:
+def default_folder(name: str, parent: Path = Path("runs"), key: str = "run.dir") -> Path:
     """runs/DATE-TIME-NAME, made now; a number follows where another run took that name."""
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace('/', '-')}"
     for number in range(1, 1000):
@@ -186,21 +186,20 @@ def default_folder(name: str, parent: Path = Path("runs")) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(
-                "run.dir", folder, f"can't be made ({error.strerror}); name another with run.dir="
-            ) from None
+            raise ConfigError(key, folder, f"can't be made ({error.strerror}); name another with {key}=") from None
         return folder
     raise ConfigError("run.name", name, f"{parent} is full of runs of this second; use another name")
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path, key: str = "run.dir") -> None:
+    """Make a folder, or raise ConfigError where no file can be written there. key: that named it"""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         problem = f"can't be written ({error.strerror}); choose another folder"
-        raise ConfigError("run.dir", folder, problem) from None
+        raise ConfigError(key, folder, problem) from None
 
 
 def _umask() -> int:

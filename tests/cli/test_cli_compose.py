@@ -133,7 +133,7 @@ def test_info_keys_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert ABOUT[command] in shown
     for line, _ in EXAMPLES[command]:
@@ -143,6 +143,12 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert set(MOST_USED[command]) <= set(keys(COMMANDS[command]))
 
 
+def test_help_of_a_command_with_subjects(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: megapar bench SUBJECT" in shown and "bench kernels --help" in shown
+
+
 def test_examples_are_understood() -> None:
     """An example in the help that is refused would be worse than none."""
     import shlex
@@ -150,7 +156,7 @@ def test_examples_are_understood() -> None:
     for command, examples in EXAMPLES.items():
         for line, _ in examples:
             words = shlex.split(line)
-            words = words[words.index(command) + 1 :]
+            words = words[words.index(command.split()[-1]) + 1 :]
             if "-m" in words:
                 continue
             compose(command, split(words))

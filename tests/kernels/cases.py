@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import math
 import mmap
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,8 +252,13 @@ def run_guarded(rank: int, world_size: int, case: Case) -> None:
             call.dq("interpret", do_, given, place(q)).run()
 
 
-def run_howto(rank: int, world_size: int, path: str) -> tuple[float, float, list[str]]:
-    """docs/howto/add-a-kernel.md's kernel in bf16 against fp64: largest errors of value and gradient; its specs."""
+def run_howto(
+    rank: int, world_size: int, path: str, bench: str
+) -> tuple[float, float, list[str], list[float], list[float]]:
+    """docs/howto/add-a-kernel.md's kernel in bf16 against fp64: largest errors of value and gradient; its specs; of its
+    benchmark the bytes forward and backward, and how far its providers' values and gradients are apart."""
+    from megapar.bench.problem import MODELS
+
     kernels.BACKENDS["scaled_silu"] = kernels.BACKENDS["attention"]
     spec = importlib.util.spec_from_file_location("scaled_silu", path)
     assert spec is not None and spec.loader is not None
@@ -267,7 +273,20 @@ def run_howto(rank: int, world_size: int, path: str) -> tuple[float, float, list
     value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
     use_backend("interpret")
     torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
-    return value, gradient, list(written.aot_specs("sm_90"))
+    specs = list(written.aot_specs("sm_90"))
+    sys.modules["megapar.kernels.scaled_silu"] = written
+    kernels.scaled_silu = written  # type: ignore[attr-defined]
+    names: dict[str, Any] = {}
+    exec(bench, names)
+    plans = names["scaled_silu"](MODELS["demo"], 5, "fp32", "meta").plans("sm_90")
+    moved = [plans[mode].work("fp32").bytes for mode in ("forward", "backward")]
+    problem = names["scaled_silu"](MODELS["demo"], 5, "fp32", "cpu")
+    ours, plain = (problem.providers[provider]() for provider in ("megapar", "torch"))
+    a, b = ours.forward(), plain.forward()
+    distances = [
+        distance(x.detach(), y.detach()) for x, y in zip(a + ours.backward(a), b + plain.backward(b), strict=True)
+    ]
+    return value, gradient, specs, moved, distances
 
 
 def swiglu_errors(rank: int, world_size: int, dtype: str, rows: int, columns: int) -> list[tuple[float, float, float]]:
@@ -293,3 +312,28 @@ def check_swiglu_operators(rank: int, world_size: int) -> None:
     torch.library.opcheck(swiglu_backward_op, (dout, gate, up))
     compiled = torch.compile(swiglu, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(gate, up), swiglu(gate, up))
+
+
+def run_command(rank: int, world_size: int, command: list[str]) -> int:
+    """The exit code of a command line."""
+    from megapar.cli import main
+
+    return main(command)
+
+
+def run_providers(rank: int, world_size: int, names: list[str]) -> dict[str, list[float]]:
+    """Of every benchmarked kernel: how far ours, interpreted, is from plain torch, in the value and every gradient."""
+    from megapar.bench.run import Point
+
+    use_backend("interpret")
+    found = {}
+    for name in names:
+        results = []
+        for provider in ("megapar", "torch"):
+            torch.manual_seed(0)
+            runner = Point(name, "demo", "fp32", 37).problem("cpu").providers[provider]()
+            kept = runner.forward()
+            gradients = runner.backward(kept)
+            results.append([kept[0].clone(), *(gradients if isinstance(gradients, tuple) else (gradients,))])
+        found[name] = [distance(a.detach(), b.detach()) for a, b in zip(*results, strict=True)]
+    return found

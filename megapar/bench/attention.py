@@ -1,0 +1,57 @@
+"""Causal attention over one sample, with the heads of a model.
+
+FLOPs are counted as the field does (FlashAttention's benchmarks): two products forward, and of the backward five,
+although ours computes two of them twice. Only what the causal mask shows counts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
+from megapar.kernels._common import matrix
+from megapar.kernels.attention import UNLIMITED, Call
+from megapar.kernels.attention import attention as ours
+
+
+def attention(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    kind, channels = DTYPES[dtype], sizes.head_dim
+    q, do = (normal(1, tokens, sizes.heads, channels, dtype=kind, device=device) for _ in range(2))
+    k, v = (normal(1, tokens, sizes.kv_heads, channels, dtype=kind, device=device) for _ in range(2))
+
+    def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = sizes.heads != sizes.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+    def flash_attention() -> Runner:
+        from flash_attn import flash_attn_func
+
+        return differentiable(lambda q, k, v: flash_attn_func(q, k, v, causal=True), (q, k, v), [do])
+
+    def plans(arch: str) -> dict[str, Plan]:
+        call = Call.of(q, k, v, None, None, channels**-0.5, UNLIMITED, 0, None)
+        o, lse, dlse = torch.empty_like(q), *torch.empty(2, sizes.heads, tokens, device=device)
+        statistics = torch.empty(2, sizes.heads, tokens, device=device)
+        dq, dk, dv, dout = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), matrix(do)
+        out = matrix(o)
+        forward = call.forward(arch, out, lse)
+        flops = forward.metadata()[f"flops{8 * kind.itemsize}"]
+        backward = [
+            call.statistics(arch, out, dout, lse, dlse, statistics),
+            call.dkdv(arch, dout, statistics, matrix(dk), matrix(dv)),
+            call.dq(arch, dout, statistics, matrix(dq)),
+        ]
+        return {
+            "forward": Plan([forward], flops, tensor_cores=True),
+            # dlse: zeros here, as nothing depends on the log-sum-exp
+            "backward": Plan(backward, 2.5 * flops, scratch=[statistics, dlse], tensor_cores=True),
+        }
+
+    providers = {
+        "megapar": lambda: differentiable(ours, (q, k, v), [do]),
+        "torch": lambda: differentiable(torch_attention, (q, k, v), [do]),
+    }
+    if dtype != "fp32":
+        providers["flash_attn"] = flash_attention
+    return Problem(providers, plans)

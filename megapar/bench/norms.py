@@ -1,0 +1,92 @@
+"""RMSNorm and LayerNorm over rows of a model's hidden width. The backward has the gradients of weights, too."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
+from megapar.kernels import layernorm as layer
+from megapar.kernels import rmsnorm as rms
+from megapar.kernels._common import num_tiles
+
+EPS = 1e-5
+
+
+def rmsnorm(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    kind, width = DTYPES[dtype], sizes.hidden
+    x, dy = (normal(tokens, width, dtype=kind, device=device) for _ in range(2))
+    weight = torch.ones(width, dtype=kind, device=device)
+
+    def ours() -> Runner:
+        def backward(kept: Any) -> Any:
+            _, h, rstd = kept
+            return rms.rmsnorm_input_grad(dy, h, weight, rstd), rms.rmsnorm_weight_grad(dy, h, rstd)
+
+        return Runner(lambda: rms.rmsnorm(x, weight, EPS), backward)
+
+    def liger() -> Runner:
+        from liger_kernel.transformers.functional import liger_rms_norm
+
+        return differentiable(lambda x, w: liger_rms_norm(x, w, EPS, in_place=False), (x, weight), [dy])
+
+    def plans(arch: str) -> dict[str, Plan]:
+        y, dx, rstd = torch.empty_like(x), torch.empty_like(x), torch.empty(tokens, device=device)
+        partial = torch.empty(num_tiles(tokens, rms.BLOCK_ROWS), width, device=device)
+        backward = [
+            rms.launch_input_grad(dy, x, weight, rstd, None, dx),
+            rms.launch_weight_grad(dy, x, rstd, partial),
+        ]
+        return {
+            "forward": Plan([rms.launch_forward(x, None, weight, y, None, rstd, EPS)], 4.0 * x.numel()),
+            "backward": Plan(backward, 9.0 * x.numel(), scratch=[partial], beside=[partial[0]]),
+        }
+
+    torch_norm = lambda x, w: F.rms_norm(x, (width,), w, EPS)  # noqa: E731
+    providers = {
+        "megapar": ours,
+        "torch": lambda: differentiable(torch_norm, (x, weight), [dy]),
+        "liger_kernel": liger,
+    }
+    return Problem(providers, plans)
+
+
+def layernorm(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    kind, width = DTYPES[dtype], sizes.hidden
+    x, dy = (normal(tokens, width, dtype=kind, device=device) for _ in range(2))
+    weight, bias = torch.ones(width, dtype=kind, device=device), torch.zeros(width, dtype=kind, device=device)
+
+    def ours() -> Runner:
+        def backward(kept: Any) -> Any:
+            _, h, mean, rstd = kept
+            of_weights = layer.layernorm_weight_grad(dy, h, mean, rstd)
+            return layer.layernorm_input_grad(dy, h, weight, mean, rstd), *of_weights
+
+        return Runner(lambda: layer.layernorm(x, weight, bias, EPS), backward)
+
+    def liger() -> Runner:
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+        return differentiable(lambda x, w, b: liger_layer_norm(x, w, b, EPS), (x, weight, bias), [dy])
+
+    def plans(arch: str) -> dict[str, Plan]:
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        mean, rstd = torch.empty(2, tokens, device=device)
+        partial = torch.empty(2, num_tiles(tokens, rms.BLOCK_ROWS), width, device=device)
+        forward = layer.launch_forward(x, None, weight, bias, y, None, mean, rstd, EPS)
+        backward = [
+            layer.launch_input_grad(dy, x, weight, mean, rstd, None, dx),
+            layer.launch_weight_grad(dy, x, mean, rstd, partial),
+        ]
+        return {
+            "forward": Plan([forward], 7.0 * x.numel()),
+            "backward": Plan(backward, 13.0 * x.numel(), scratch=[partial], beside=[partial[:, 0]]),
+        }
+
+    torch_norm = lambda x, w, b: F.layer_norm(x, (width,), w, b, EPS)  # noqa: E731
+    providers = {
+        "megapar": ours,
+        "torch": lambda: differentiable(torch_norm, (x, weight, bias), [dy]),
+        "liger_kernel": liger,
+    }
+    return Problem(providers, plans)

@@ -1,0 +1,139 @@
+"""A kernel at one shape: what each provider runs there, and what our own kernels would launch.
+
+Shapes are those of one layer of a model, on one sample of so many tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megapar.kernels._common import Launch
+
+MODES = ("forward", "backward", "full")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one layer of a model, and the dtype that it trains in."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    dtype: str
+
+    def describe(self, name: str) -> str:
+        return (
+            f"{name}: hidden {self.hidden}, {self.heads} heads and {self.kv_heads} kv heads of {self.head_dim}, "
+            f"ffn {self.ffn}, vocabulary {self.vocab}"
+        )
+
+
+MODELS = {
+    "llama-8b": Sizes(4096, 32, 8, 128, 14336, 128256, "bf16"),
+    "gpt2": Sizes(768, 12, 12, 64, 3072, 50257, "bf16"),
+    "demo": Sizes(128, 4, 2, 32, 384, 1024, "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One provider's kernel on tensors that it holds.
+
+    forward: once, keeping what a backward needs
+    backward: once, from what a forward returned, as often as one likes
+    """
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+
+def differentiable(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Runner:
+    """A runner by autograd. grads: of what the function returns, a tensor or several."""
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def forward() -> tuple[Tensor, ...]:
+        outputs = function(*leaves)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+    return Runner(forward, backward)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel can't do without.
+
+    flops: floating-point operations, of which a special function is one
+    bytes: what must come from memory or go there, if nothing does twice
+    tensor_cores: whether the operations are matrix products
+    dtype: of the operands
+    """
+
+    flops: float
+    bytes: float
+    tensor_cores: bool
+    dtype: str
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.tensor_cores, self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What our kernels launch in one mode, on tensors without storage.
+
+    flops: useful ones
+    scratch: tensors that one launch writes for what follows, which an ideal kernel would not
+    beside: what torch reads and writes beside the launches
+    """
+
+    launches: "Sequence[Launch]"
+    flops: float
+    scratch: Sequence[Tensor] = ()
+    beside: Sequence[Tensor] = ()
+    tensor_cores: bool = False
+
+    def work(self, dtype: str) -> Work:
+        """Bytes are those of the launches' own metadata, but for scratch and for what a later launch reads again."""
+        moved = sum(launch.metadata()["bytes"] for launch in self.launches) + sum(map(size, self.beside))
+        known = {_place(x) for x in self.scratch}
+        for launch in self.launches:
+            tensors = {_place(x): x for x in launch.arguments.values() if isinstance(x, Tensor)}
+            moved -= sum(size(x) for key, x in tensors.items() if key in known)
+            known |= tensors.keys()
+        return Work(self.flops, moved, self.tensor_cores, dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """providers: by name, what makes the provider's runner; it imports the provider's library.
+
+    plans: forward and backward of our kernels for an architecture, for a problem on the meta device.
+    """
+
+    providers: Mapping[str, Callable[[], Runner]]
+    plans: Callable[[str], dict[str, Plan]]
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where a tensor begins: the same for a matrix and its transpose."""
+    return x.untyped_storage()._cdata, x.storage_offset()
+
+
+def size(x: Tensor) -> int:
+    """Bytes."""
+    return x.numel() * x.element_size()
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
