@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=sorted(PACKAGES),
     package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
-    package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"]},
+    package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"], "megapar.bench": ["pace.c"]},
     install_requires=[
         "torch>=2.13",
         "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -147,6 +147,8 @@ def _local(call: Invocation, entry: str | None) -> int:
         return commands.kernels(config)
     if call.command == "bench kernels":
         return commands.bench_kernels(config)
+    if call.command == "bench overlap":
+        return commands.bench_overlap(config)
     if call.command == "schedule":
         return commands.schedule(config)
     if call.command == "verify":

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from megapar.config import (
     BenchKernelsConfig,
+    BenchOverlapConfig,
     ConfigError,
     GenerateConfig,
     InspectConfig,
@@ -306,6 +307,27 @@ def bench_kernels(config: BenchKernelsConfig) -> int:
         (out / name).write_text(picture, encoding="utf-8")
     print(tables.terminal(found))
     say(f"{out}: bench.csv, bench.md" + (f", {len(pictures)} plots" if pictures else ""))
+    return 0
+
+
+def bench_overlap(config: BenchOverlapConfig) -> int:
+    """Time overlapped communication, write rows, tables and pictures, print the tables. Returns the exit code."""
+    from megapar.bench import overlap, rows
+    from megapar.report.pieces import draw_walks
+
+    overlap.check(config)
+    out = Path(config.out) if config.out is not None else rundir.default_folder("bench", key="out")
+    rundir.make_writable(out, key="out")
+    found = overlap.run(config, say)
+    rows.write(found.rows, out / "bench.csv")
+    for rate, walks in found.walks.items():
+        where = f"{rate:g} Gbit/s" if rate else "not paced"
+        picture = draw_walks(f"A tensor-parallel MLP, forward and backward, {where}", walks)
+        (out / f"layer_{rate:g}.svg").write_text(picture, encoding="utf-8")
+    tables = overlap.tables(found.rows)
+    (out / "bench.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n", encoding="utf-8")
+    print("\n\n".join(table.text() for table in tables))
+    say(f"{out}: bench.csv, bench.md" + (f", {len(found.walks)} pictures" if found.walks else ""))
     return 0
 
 

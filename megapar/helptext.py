@@ -16,6 +16,7 @@ ABOUT = {
     "data": "make token files from text, or check existing ones",
     "kernels": "compile the Triton kernels for GPUs that need not be here, and read the machine code",
     "bench kernels": "time the kernels beside those of other libraries, and beside what a GPU could do at most",
+    "bench overlap": "time what overlapped communication hides, over links paced to a given rate",
 }
 
 EXAMPLES = {
@@ -66,6 +67,10 @@ EXAMPLES = {
             "ours in the interpreter, to see that it runs",
         ),
     ],
+    "bench overlap": [
+        ("megapar bench overlap", "two ranks at 1 Gbit/s: a layer, a step, gradient reduction, a pipeline"),
+        ("megapar bench overlap subject=[layer] rate=[0,0.1,1,10] pieces=8", "one subject over several links"),
+    ],
 }
 
 MOST_USED = {
@@ -108,6 +113,9 @@ MOST_USED = {
     "bench kernels": [
         *("kernel", "provider", "mode", "shape", "tokens", "sweep", "dtype", "device", "kernels.backend", "targets"),
         "out",
+    ],
+    "bench overlap": [
+        *("subject", "rate", "pairs", "ranks", "tokens", "hidden", "ffn", "sequence_parallel", "pieces", "out"),
     ],
 }
 

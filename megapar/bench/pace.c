@@ -1,5 +1,5 @@
-/* Paces every TCP connection that a process opens from now on, to PACE_BYTES_PER_S: Linux then sends no faster, on
-   loopback too, and without root. Loaded by LD_PRELOAD in front of the C library. */
+/* Paces every TCP connection that a process opens to as many bytes per second as the file PACE_FILE holds then; 0 or no
+   file: not at all. Linux sends no faster, on loopback too, and without root. Loaded by LD_PRELOAD. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,10 +13,15 @@
 #endif
 
 static int paced(int connection) {
-    const char *wanted = getenv("PACE_BYTES_PER_S");
-    if (connection < 0 || wanted == NULL) return connection;
-    uint64_t rate = strtoull(wanted, NULL, 10);
-    if (rate > 0 && setsockopt(connection, SOL_SOCKET, SO_MAX_PACING_RATE, &rate, sizeof rate) != 0)
+    const char *path = getenv("PACE_FILE");
+    FILE *file = connection < 0 || path == NULL ? NULL : fopen(path, "r");
+    unsigned long long rate = 0;
+    if (file != NULL) {
+        if (fscanf(file, "%llu", &rate) != 1) rate = 0;
+        fclose(file);
+    }
+    uint64_t wanted = rate;
+    if (wanted > 0 && setsockopt(connection, SOL_SOCKET, SO_MAX_PACING_RATE, &wanted, sizeof wanted) != 0)
         perror("SO_MAX_PACING_RATE");
     return connection;
 }

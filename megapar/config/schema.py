@@ -349,6 +349,25 @@ class BenchKernelsConfig:
     out: str | None = option(None, "folder for bench.csv, bench.md and the plots; default: runs/DATE-TIME-bench")
 
 
+@dataclass(frozen=True)
+class BenchOverlapConfig:
+    """`megapar bench overlap`: what overlapped communication hides, on ranks of this machine over a paced loopback."""
+
+    subject: list[str] = option(
+        ["layer", "step", "dp", "pp"],
+        "what to time: layer and step of tensor parallelism, dp: gradient reduction, pp: transfers of 1F1B",
+    )
+    rate: list[float] = option([1.0], "Gbit/s that a connection between two ranks is paced to; 0: not paced")
+    pairs: int = option(9, "alternating repetitions, whose medians count")
+    ranks: int = option(2, "tensor-parallel ranks of layer and step")
+    tokens: int = option(2048, "tokens of a layer")
+    hidden: int = option(1024, "width of a layer's input and output")
+    ffn: int = option(1024, "inner width of a layer, over all ranks")
+    sequence_parallel: bool = option(True, "split the layer's input and output over its ranks")
+    pieces: int | None = option(None, "pieces of chunked; default: what its table says for the shape, at least 2")
+    out: str | None = option(None, "folder for bench.csv, bench.md and the pictures; default: runs/DATE-TIME-bench")
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
@@ -357,6 +376,7 @@ COMMANDS: dict[str, type] = {
     "data": PrepareConfig,
     "kernels": InspectConfig,
     "bench kernels": BenchKernelsConfig,
+    "bench overlap": BenchOverlapConfig,
 }
 
 # Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.

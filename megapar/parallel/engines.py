@@ -53,18 +53,23 @@ class Serial:
         return "serial"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        y = all_reduce(matmul(x, w), axis)
+        with axis.timeline.span("matmul", "matmul"):
+            y = matmul(x, w)
+        all_reduce(y, axis)
         meanwhile()
         return y
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        y = reduce_scatter(matmul(x, w), axis)
+        with axis.timeline.span("matmul", "matmul"):
+            summands = matmul(x, w)
+        y = reduce_scatter(summands, axis)
         meanwhile()
         return y
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         gathered = all_gather(x, axis)
-        return matmul(gathered, w), gathered
+        with axis.timeline.span("matmul", "matmul"):
+            return matmul(gathered, w), gathered
 
 
 class Chunked:
@@ -135,17 +140,23 @@ class Chunked:
         ]
 
 
-# Pieces by device: (bytes that a rank's collective moves, from which on) -> pieces; 1: `Serial`.
-PIECES = {"cpu": ((0, 1), (1 << 18, 4)), "cuda": ((0, 1), (1 << 22, 2), (1 << 24, 4))}
+# Device -> (bytes that a rank's collective moves, from which on) -> pieces of `chunked`; 1: `Serial` is no slower.
+# cpu: `megapar bench overlap subject=[layer] rate=[0]` on two cores, where a transfer takes a core too: at 1 MB chunked
+# took 1.25 times as long as serial, at 8 MB 0.97 to 1.03 times. A slow network gains from less, but a table does not
+# know it. cuda: not measured; from published figures of pipelined all-gather + matmul, which lose below a few MB.
+PIECES = {"cpu": ((0, 1), (1 << 22, 4)), "cuda": ((0, 1), (1 << 23, 2), (1 << 25, 4))}
 
 
-def choose(requested: str, operation: Operation, x: Tensor, w: Tensor, ranks: int) -> Engine:
-    """The engine that `parallel.tp_overlap=requested` means for an operation on x [.., K] and w [K, N]."""
+def choose(requested: str, operation: Operation, x: Tensor, w: Tensor, ranks: int, device: str | None = None) -> Engine:
+    """The engine that `parallel.tp_overlap=requested` means for an operation on x [.., K] and w [K, N].
+
+    device: whose table counts; default: that of x
+    """
     if requested == "serial":
         return Serial()
     rows, columns = len(x), x.shape[1] if operation == "all_gather_matmul" else w.shape[1]
     moved = rows * columns * x.element_size() * (ranks if operation == "all_gather_matmul" else 1)
-    pieces = [pieces for least, pieces in PIECES[x.device.type] if moved >= least][-1]
+    pieces = [pieces for least, pieces in PIECES[device or x.device.type] if moved >= least][-1]
     if requested == "chunked":
         return Chunked(max(2, pieces))
     return Chunked(pieces) if pieces > 1 else Serial()

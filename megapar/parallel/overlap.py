@@ -15,7 +15,9 @@ a matmul and its collective are run is the engine's business (`parallel/engines.
 Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from megapar.kernels.matmul import add_matmul, matmul
 from megapar.mesh import Axis
 from megapar.parallel.engines import Engine, Operation, Serial, choose
 from megapar.parallel.weight_grad import LocalParameter, WeightGrads
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -92,9 +96,13 @@ class _WeightGradient:
         dy, x, owner = self.dy, self.x, self.overlap.owner
         if owner is not None:
             assert self.overlap.weight_grads is not None
-            self.overlap.weight_grads.submit(lambda into: add_matmul(into, dy.t(), x), owner)
+            self.overlap.weight_grads.submit(lambda into: self._timed(lambda: add_matmul(into, dy.t(), x)), owner)
         elif self.wanted:
-            self.value = matmul(dy.t(), x)
+            self.value = self._timed(lambda: matmul(dy.t(), x))
+
+    def _timed(self, multiply: Callable[[], T]) -> T:
+        with self.overlap.axis.timeline.span("matmul", "weight gradient"):
+            return multiply()
 
 
 class _CopyMatmul(torch.autograd.Function):
