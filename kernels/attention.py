@@ -276,10 +276,12 @@ def _ranges(start, shift, before, after, length, ROWS: tl.constexpr, STEP: tl.co
     i + shift - before to i + shift + after: (low, full_low, full_high, high).
 
     Some row sees something of [low, high); every row sees all of [full_low, full_high), a multiple of STEP wide.
-    low and full_low are multiples of EDGE. No full tile: full_low = full_high = low.
+    low and full_low are multiples of EDGE. No full tile, as with STEP = 0: full_low = full_high = low.
     """
     low = tl.maximum(start + shift - before, 0) // EDGE * EDGE
     high = tl.minimum(start + ROWS + shift + after, length)
+    if STEP == 0:
+        return low, low, low, high
     full_low = (tl.maximum(start + ROWS - 1 + shift - before, 0) + EDGE - 1) // EDGE * EDGE
     full = tl.maximum(tl.minimum(start + shift + after + 1, length) - full_low, 0) // STEP * STEP
     full_low = tl.where(full == 0, low, full_low)
@@ -372,7 +374,7 @@ def forward_kernel(
         v_tile = load_tile(v, first_k + n, kv_head * E, v_stride, end_k, EDGE, E, BLOCK_E)
         acc = dot(cast(p, v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
 
-    if full_low < full_high:
+    if STEP > 0 and full_low < full_high:
         # The product with v runs one tile behind, so that a tensor core multiplies it while this tile's softmax is
         # computed. p is carried in fp32: cast before it is carried, Triton would take it through shared memory.
         k_tile = load_full_tile(k, k_tiles, first_k + full_low, kv_head * D, k_stride, STEP, D, BLOCK_D)
@@ -575,7 +577,10 @@ def dq_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes of one kernel: rows that a program owns, full and boundary tiles of its loop; warps, stages, TMA."""
+    """Block sizes of one kernel: rows that a program owns, full and boundary tiles of its loop; warps, stages, TMA.
+
+    step: 0, in the forward only: all tiles are masked as the boundary's. One loop needs fewer registers than two.
+    """
 
     rows: int
     step: int
@@ -590,9 +595,13 @@ class Config:
 CONFIGS = {
     ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
     ("forward", "sm_80", 128): Config(128, 32, 32, 8, 3),
-    ("forward", "sm_80", 256): Config(64, 32, 16, 8, 2),
+    ("forward", "sm_80", 256): Config(64, 0, 64, 8, 1),
+    ("forward", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 96): Config(128, 64, 64, 8, 2, tma=True),
     ("forward", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
     ("forward", "sm_90", 256): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward", "sm_100", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_100", 96): Config(128, 128, 64, 8, 3, tma=True),
     ("forward", "sm_100", 128): Config(128, 128, 64, 8, 2, tma=True),
     ("forward", "sm_100", 256): Config(128, 64, 32, 8, 2, tma=True),
     ("forward", "gfx942", 128): Config(128, 64, 32, 8, 2),
@@ -602,6 +611,7 @@ CONFIGS = {
     ("dkdv", "sm_80", 128): Config(64, 32, 16, 4, 2),
     ("dkdv", "sm_80", 256): Config(32, 32, 16, 4, 1),
     ("dkdv", "sm_90", 64): Config(128, 64, 64, 8, 2, tma=True),
+    ("dkdv", "sm_90", 96): Config(128, 32, 32, 8, 2, tma=True),
     ("dkdv", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
     ("dkdv", "sm_90", 256): Config(64, 32, 16, 8, 2, tma=True),
     ("dkdv", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
@@ -612,6 +622,8 @@ CONFIGS = {
     ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
     ("dq", "sm_80", 128): Config(128, 32, 16, 8, 2),
     ("dq", "sm_80", 256): Config(32, 32, 16, 4, 1),
+    ("dq", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("dq", "sm_90", 96): Config(128, 64, 32, 8, 2, tma=True),
     ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
     ("dq", "sm_90", 256): Config(64, 32, 16, 4, 2, tma=True),
     ("dq", "sm_100", 128): Config(128, 64, 64, 8, 2, tma=True),
@@ -622,8 +634,8 @@ CONFIGS = {
     # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
     ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
-    ("forward", "fp32", 128): Config(16, 32, 16, 8, 1),
-    ("forward", "fp32", 256): Config(16, 32, 16, 4, 1),
+    ("forward", "fp32", 128): Config(16, 0, 32, 8, 1),
+    ("forward", "fp32", 256): Config(16, 0, 16, 8, 1),
     ("dkdv", "fp32", 64): Config(32, 16, 16, 4, 1),
     ("dkdv", "fp32", 128): Config(16, 16, 16, 8, 1),
     ("dkdv", "fp32", 256): Config(16, 16, 16, 4, 1),
