@@ -13,6 +13,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "layernorm": ("torch", "triton", "interpret"),
     "rope": ("torch", "triton", "interpret"),
     "swiglu": ("torch", "triton", "interpret"),
+    "geglu": ("torch", "triton", "interpret"),
+    "gelu": ("torch", "triton", "interpret"),
     "cross_entropy": ("torch", "triton", "interpret"),
     "matmul": ("torch", "triton", "interpret"),
     "dropout": ("torch",),

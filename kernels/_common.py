@@ -5,6 +5,7 @@ another. So a tile begins at a row and a column, and rows of a sequence are coun
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -246,10 +247,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def every_tensor_once(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """launch_metadata of a kernel that moves each byte once: what a profiler is told."""
-    moved = sum(x.numel() * x.element_size() for x in args.values() if torch.is_tensor(x))
-    return {"name": kernel.name, "bytes": moved}
+def tells(flops: Callable[[dict[str, Any]], float]) -> Any:
+    """launch_metadata, what a profiler is told, of a kernel that moves each byte once. flops: from its arguments."""
+
+    def describe(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+        moved = sum(x.numel() * x.element_size() for x in args.values() if torch.is_tensor(x))
+        return {"name": kernel.name, "flops32": flops(args), "bytes": moved}
+
+    return describe
 
 
 def num_tiles(length: int, rows: int) -> int:

@@ -113,17 +113,18 @@ def _check(logits: Tensor, targets: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _metadata(passes: int) -> Any:
-    """Triton's launch_metadata: so many passes over the logits; what there is per token is not counted."""
+def _metadata(passes: int, flops: float) -> Any:
+    """launch_metadata: passes over the logits, and operations for each; what there is per token is not counted."""
 
     def describe(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
         logits = args["logits"]
-        return {"name": kernel.name, "bytes": passes * logits.numel() * logits.element_size()}
+        moved = passes * logits.numel() * logits.element_size()
+        return {"name": kernel.name, "flops32": flops * logits.numel(), "bytes": moved}
 
     return describe
 
 
-@triton.jit(launch_metadata=_metadata(1), do_not_specialize=["first"])
+@triton.jit(launch_metadata=_metadata(1, 4.0), do_not_specialize=["first"])
 def statistics_kernel(
     logits, targets, statistics, first, num_columns, stride, TOTAL: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -151,7 +152,7 @@ def statistics_kernel(
         tl.store(statistics + 3, total)
 
 
-@triton.jit(launch_metadata=_metadata(2), do_not_specialize=["first"])
+@triton.jit(launch_metadata=_metadata(2, 3.0), do_not_specialize=["first"])
 def gradient_kernel(
     logits, targets, log_sums, grads, first, smoothing, z, spread, num_columns, stride, COLUMNS: tl.constexpr
 ):

@@ -12,11 +12,11 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     cast,
-    every_tensor_once,
     next_power_of_2,
     num_tiles,
     row_tile,
     rows_of,
+    tells,
     tl,
     triton,
     wide_dtype,
@@ -82,7 +82,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 7.0 * args["x"].numel()), do_not_specialize=["num_rows"])
 def forward_kernel(
     x, residual, weight, bias, y, h, mean, rstd, eps, num_rows, num_columns, x_stride, residual_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -105,7 +105,7 @@ def forward_kernel(
     tl.store(y + rows * num_columns + columns, cast(value * scale * w + b, y.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 8.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
 def input_grad_kernel(
     dy, h, weight, mean, rstd, dh, dx, num_rows, num_columns, h_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -125,7 +125,7 @@ def input_grad_kernel(
     tl.store(dx + at, cast(gradient, dx.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 5.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
 def weight_grad_kernel(
     dy, h, mean, rstd, partial, num_rows, num_columns, h_stride,
     BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,

@@ -14,11 +14,11 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
-    every_tensor_once,
     next_power_of_2,
     num_tiles,
     row_tile,
     rows_of,
+    tells,
     tl,
     triton,
     wide_dtype,
@@ -80,7 +80,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 4.0 * args["x"].numel()), do_not_specialize=["num_rows"])
 def forward_kernel(
     x, residual, weight, y, h, rstd, eps, num_rows, num_columns, x_stride, residual_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -99,7 +99,7 @@ def forward_kernel(
     tl.store(y + rows * num_columns + columns, cast(value * scale * w, y.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 6.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
 def input_grad_kernel(
     dy, h, weight, rstd, dh, dx, num_rows, num_columns, h_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -116,7 +116,7 @@ def input_grad_kernel(
     tl.store(dx + at, cast(gradient, dx.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(lambda args: 3.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
 def weight_grad_kernel(
     dy, h, rstd, partial, num_rows, num_columns, h_stride,
     BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,

@@ -16,10 +16,10 @@ from megapar.kernels._common import (
     Launch,
     cast,
     device_function,
-    every_tensor_once,
     matrix,
     next_power_of_2,
     num_tiles,
+    tells,
     tl,
     triton,
 )
@@ -101,7 +101,10 @@ def _turn_head(
         tl.store(out + CHANNELS // 2 + channels, turned, mask=mask)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows", "length"])
+@triton.jit(
+    launch_metadata=tells(lambda args: 3.0 * (args["q"].numel() + args["k"].numel())),
+    do_not_specialize=["num_rows", "length"],
+)
 def kernel(
     q, k, q_out, k_out, table, offsets, num_rows, length, q_heads, k_heads, q_stride, k_stride,
     INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,

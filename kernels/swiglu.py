@@ -1,7 +1,9 @@
-"""SwiGLU (Shazeer 2020): the gated activation of Llama's MLP.
+"""The MLP's activations: SwiGLU and GEGLU (Shazeer 2020), gated, and GELU (Hendrycks & Gimpel 2016).
 
-Both kernels move each byte once and are bound by memory. They compute in fp32 and round once, where torch in 16 bits
-rounds silu(gate) too.
+One pair of kernels for all. They move each byte once and are bound by memory, compute in fp32 and round once, where
+torch in 16 bits rounds the gate's activation too.
+
+Shape letters: T tokens, F inner width of the MLP.
 """
 
 from typing import Any
@@ -15,11 +17,12 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
-    every_tensor_once,
+    device_function,
     next_power_of_2,
     num_tiles,
     row_tile,
     rows_of,
+    tells,
     tl,
     triton,
 )
@@ -35,54 +38,103 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Either may be a column slice of a wider matrix. Raises ValueError for different shapes or dtypes, and where the
     backend that was asked for can't run. The Triton gradients can be differentiated no further.
     """
-    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: need [T, F] twice")
+    _check(gate, up)
     if backend_of("swiglu", gate.device.type, gate.dtype) == "torch":
         return F.silu(gate) * up
-    return swiglu_op(gate, up)
+    return gated_op(gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, as `swiglu` in all else."""
+    _check(gate, up)
+    if backend_of("geglu", gate.device.type, gate.dtype) == "torch":
+        return F.gelu(gate, approximate="tanh") * up
+    return gated_op(gate, up, "gelu")
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the form with a tanh (GPT-2's), elementwise: [T, F] -> [T, F]. x as `swiglu`'s gate."""
+    _check(x, x)
+    if backend_of("gelu", x.device.type, x.dtype) == "torch":
+        return F.gelu(x, approximate="tanh")
+    return gelu_op(x)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
+        shapes = f"{list(gate.shape)} {gate.dtype}" + ("" if up is gate else f", up {list(up.shape)} {up.dtype}")
+        raise ValueError(f"gate {shapes}: need [T, F]{'' if up is gate else ' twice'}")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
+# Both functions are x * sigmoid(s(x)): silu with s = x, and gelu with s = 2 sqrt(2/pi) (x + 0.044715 x^3), because
+# (1 + tanh(s/2)) / 2 = sigmoid(s). That needs one exponential, and no tanh, which Triton's language does not have.
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@device_function
+def _sigmoid_and_slope(x, FUNCTION: tl.constexpr):
+    """(sigmoid(s(x)), ds/dx); FUNCTION: silu or gelu."""
+    if FUNCTION == "gelu":
+        square = x * x
+        s = x * (1.5957691216057308 + 0.07135481627260025 * square)
+        slope = 1.5957691216057308 + 0.21406444881780076 * square
+    else:
+        s, slope = x, 1.0
+    return 1.0 / (1.0 + tl.exp(-s)), slope
+
+
+def _forward_flops(args: dict[str, Any]) -> float:
+    """An exponential is one, and so is a division; gelu has four more for its s(x), the product with up is one."""
+    return (4.0 + 4.0 * (args["FUNCTION"] == "gelu") + (args["up"] is not None)) * args["gate"].numel()
+
+
+def _backward_flops(args: dict[str, Any]) -> float:
+    """gelu has seven more, for s(x) and its slope; up's part is a product with it and its own gradient."""
+    return (8.0 + 7.0 * (args["FUNCTION"] == "gelu") + 2.0 * (args["up"] is not None)) * args["gate"].numel()
+
+
+@triton.jit(launch_metadata=tells(_forward_flops), do_not_specialize=["num_rows"])
 def forward_kernel(
-    gate, up, out, num_rows, num_columns, gate_stride, up_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """out [T, F], contiguous. Grid: tiles of rows, tiles of columns."""
+    gate, up, out, num_rows, num_columns, gate_stride, up_stride,
+    FUNCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out [T, F], contiguous. up: None where there is no gate but only its activation. Grid: tiles of rows, columns."""
     rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
-    g = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    u = tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + rows * num_columns + columns, cast(g * u / (1.0 + tl.exp(-g)), out.dtype.element_ty), mask=exists)
+    x = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    u = 1.0 if up is None else tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    share, _ = _sigmoid_and_slope(x, FUNCTION)
+    tl.store(out + rows * num_columns + columns, cast(x * share * u, out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(launch_metadata=every_tensor_once, do_not_specialize=["num_rows"])
+@triton.jit(launch_metadata=tells(_backward_flops), do_not_specialize=["num_rows"])
 def backward_kernel(
     gate, up, dout, dgate, dup, num_rows, num_columns, gate_stride, up_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FUNCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dgate, dup [T, F] from dout [T, F], all contiguous. Grid as the forward's."""
+    """dgate, dup [T, F] from dout [T, F], all contiguous. up and dup: both, or None. Grid as the forward's."""
     rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
     at = rows * num_columns + columns
-    g = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    u = tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    x = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
+    u = 1.0 if up is None else tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
     d = tl.load(dout + at, mask=exists, other=0.0).to(tl.float32)
-    share = 1.0 / (1.0 + tl.exp(-g))
-    silu = g * share
-    tl.store(dgate + at, cast(d * u * (share + silu * (1.0 - share)), dgate.dtype.element_ty), mask=exists)
-    tl.store(dup + at, cast(d * silu, dup.dtype.element_ty), mask=exists)
+    share, slope = _sigmoid_and_slope(x, FUNCTION)
+    value = x * share
+    tl.store(dgate + at, cast(d * u * (share + value * (1.0 - share) * slope), dgate.dtype.element_ty), mask=exists)
+    if dup is not None:
+        tl.store(dup + at, cast(d * value, dup.dtype.element_ty), mask=exists)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
 
 
-def launch(kernel: Any, gate: Tensor, up: Tensor, **tensors: Tensor) -> Launch:
-    """A launch of either kernel. gate, up: rows may lie apart, columns together."""
+def launch(kernel: Any, function: str, gate: Tensor, up: Tensor | None, **tensors: Tensor | None) -> Launch:
+    """A launch of either kernel; function: silu or gelu. gate, up: rows may lie apart, columns together."""
     num_rows, num_columns = gate.shape
     columns = min(COLUMNS, next_power_of_2(num_columns))
     arguments = {
         "gate": gate, "up": up, **tensors, "num_rows": num_rows, "num_columns": num_columns,
-        "gate_stride": gate.stride(0), "up_stride": up.stride(0), "ROWS": ROWS, "COLUMNS": columns,
+        "gate_stride": gate.stride(0), "up_stride": None if up is None else up.stride(0), "FUNCTION": function,
+        "ROWS": ROWS, "COLUMNS": columns,
     }  # fmt: skip
     grid = (num_tiles(num_rows, ROWS), num_tiles(num_columns, columns))
     return Launch(kernel, grid, arguments, warps=num_tiles(columns, WARP), stages=1)
@@ -91,55 +143,103 @@ def launch(kernel: Any, gate: Tensor, up: Tensor, **tensors: Tensor) -> Launch:
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::swiglu", mutates_args=())
-def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, contiguous; arguments checked by `swiglu`."""
+@torch.library.custom_op("megapar::gated", mutates_args=())
+def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
+    """function(gate) * up, contiguous; arguments checked by `swiglu`."""
     out = gate.new_empty(gate.shape)
     if out.numel():
-        launch(forward_kernel, rows_of(gate), rows_of(up), out=out).run()
+        launch(forward_kernel, function, rows_of(gate), rows_of(up), out=out).run()
     return out
 
 
-@torch.library.custom_op("megapar::swiglu_backward", mutates_args=())
-def swiglu_backward_op(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("megapar::gated_backward", mutates_args=())
+def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """(dgate, dup), contiguous."""
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
-        gate, up = rows_of(gate), rows_of(up)
-        launch(backward_kernel, gate, up, dout=dout.contiguous(), dgate=dgate, dup=dup).run()
+        inputs = (rows_of(gate), rows_of(up))
+        launch(backward_kernel, function, *inputs, dout=dout.contiguous(), dgate=dgate, dup=dup).run()
     return dgate, dup
 
 
-@swiglu_op.register_fake
-def _(gate, up):
+@torch.library.custom_op("megapar::gelu", mutates_args=())
+def gelu_op(x: Tensor) -> Tensor:
+    """gelu(x), contiguous."""
+    out = x.new_empty(x.shape)
+    if out.numel():
+        launch(forward_kernel, "gelu", rows_of(x), None, out=out).run()
+    return out
+
+
+@torch.library.custom_op("megapar::gelu_backward", mutates_args=())
+def gelu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
+    """dx, contiguous."""
+    dx = x.new_empty(x.shape)
+    if dx.numel():
+        launch(backward_kernel, "gelu", rows_of(x), None, dout=dout.contiguous(), dgate=dx, dup=None).run()
+    return dx
+
+
+@gated_op.register_fake
+def _(gate, up, function):
     return gate.new_empty(gate.shape)
 
 
-@swiglu_backward_op.register_fake
-def _(dout, gate, up):
+@gated_backward_op.register_fake
+def _(dout, gate, up, function):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+@gelu_op.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@gelu_backward_op.register_fake
+def _(dout, x):
+    return x.new_empty(x.shape)
+
+
+def _save_gated(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    gate, up, ctx.function = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *gated_backward_op(dout, *ctx.saved_tensors, ctx.function), None
+
+
+def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    return swiglu_backward_op(dout, *ctx.saved_tensors)
+def _gelu_backward(ctx: Any, dout: Tensor) -> Tensor:
+    return gelu_backward_op(dout, *ctx.saved_tensors)
 
 
-swiglu_op.register_autograd(_backward, setup_context=_save)
+gated_op.register_autograd(_gated_backward, setup_context=_save_gated)
+gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
 
 
 # ----------------------------------------------------------------------------------------------------------- inspection
 
+# name -> (function, F, dtype): Llama-8B's and the demo's MLP, Gemma-2-9B's, GPT-2's and its tiny sister's
+MODELS = {
+    "swiglu": (("silu", 14336, torch.bfloat16), ("silu", 384, torch.float32)),
+    "geglu": (("gelu", 14336, torch.bfloat16),),
+    "gelu": (("gelu", 3072, torch.bfloat16), ("gelu", 512, torch.float32)),
+}
+
 
 def aot_specs(arch: str) -> dict[str, Launch]:
-    """The launches by name for Llama-8B's and the demo's widths, on tensors without storage."""
+    """The launches of MODELS by name, on tensors without storage."""
     specs = {}
-    for width, dtype in ((14336, torch.bfloat16), (384, torch.float32)):
-        gate, up = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1)
-        out = torch.empty(4096, width, dtype=dtype, device="meta")
-        specs[f"swiglu_fwd_{width}"] = launch(forward_kernel, gate, up, out=out)
-        specs[f"swiglu_bwd_{width}"] = launch(backward_kernel, gate, up, dout=out, dgate=out, dup=out)
+    for name, sizes in MODELS.items():
+        for function, width, dtype in sizes:
+            out = torch.empty(4096, width, dtype=dtype, device="meta")
+            gate, up, dup = out, None, None
+            if name != "gelu":
+                (gate, up), dup = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1), out
+            specs[f"{name}_fwd_{width}"] = launch(forward_kernel, function, gate, up, out=out)
+            specs[f"{name}_bwd_{width}"] = launch(backward_kernel, function, gate, up, dout=out, dgate=out, dup=dup)
     return specs

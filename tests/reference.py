@@ -44,7 +44,7 @@ class Layer(nn.Module):
         sizes = {"q": (hidden, width), "k": (hidden, kv_width), "v": (hidden, kv_width), "out": (width, hidden)}
         self.attention = nn.ModuleDict({name: nn.Linear(*size, bias=c["bias"]) for name, size in sizes.items()})
         sizes = {"up": (hidden, c["ffn"]), "down": (c["ffn"], hidden)}
-        if c["swiglu"]:
+        if c["activation"] != "gelu":
             sizes["gate"] = (hidden, c["ffn"])
         self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=c["bias"]) for name, size in sizes.items()})
 
@@ -61,7 +61,9 @@ class Layer(nn.Module):
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
         x = x + at["out"](y)
         y = self.norm2(x)
-        y = F.silu(mlp["gate"](y)) * mlp["up"](y) if c["swiglu"] else F.gelu(mlp["up"](y), approximate="tanh")
+        inner = mlp["up" if c["activation"] == "gelu" else "gate"](y)
+        inner = F.silu(inner) if c["activation"] == "swiglu" else F.gelu(inner, approximate="tanh")
+        y = inner if c["activation"] == "gelu" else inner * mlp["up"](y)
         return x + mlp["down"](y)
 
 

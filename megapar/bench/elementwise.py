@@ -1,4 +1,6 @@
-"""RoPE of a model's queries and keys, and the gated activation of its MLP."""
+"""RoPE of a model's queries and keys, and the activations of its MLP."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,7 @@ from torch import Tensor
 
 from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
 from megapar.kernels import rope as rope_kernel
-from megapar.kernels import swiglu as swiglu_kernel
+from megapar.kernels import swiglu as activations
 
 THETA = 10000.0
 
@@ -38,7 +40,7 @@ def rope(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
         def plan(q: Tensor, k: Tensor, inverse: bool) -> Plan:
             outs = torch.empty_like(q), torch.empty_like(k)
             launch = rope_kernel.launch(q, k, *outs, table, None, False, inverse)
-            return Plan([launch], 3.0 * (q.numel() + k.numel()))
+            return Plan([launch])
 
         return {"forward": plan(q, k, False), "backward": plan(dq, dk, True)}
 
@@ -58,15 +60,46 @@ def swiglu(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
 
         return differentiable(liger_swiglu, (gate, up), [dout])
 
+    return _activation("silu", activations.swiglu, lambda gate, up: F.silu(gate) * up, (gate, up), dout, liger)
+
+
+def geglu(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    gate, up, dout = (normal(tokens, sizes.ffn, dtype=DTYPES[dtype], device=device) for _ in range(3))
+
+    def liger() -> Runner:
+        from liger_kernel.transformers.functional import liger_geglu
+
+        return differentiable(liger_geglu, (gate, up), [dout])
+
+    plain = lambda gate, up: F.gelu(gate, approximate="tanh") * up  # noqa: E731
+    return _activation("gelu", activations.geglu, plain, (gate, up), dout, liger)
+
+
+def gelu(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    x, dout = (normal(tokens, sizes.ffn, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    return _activation("gelu", activations.gelu, lambda x: F.gelu(x, approximate="tanh"), (x,), dout, None)
+
+
+def _activation(
+    function: str,
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    dout: Tensor,
+    liger: Callable[[], Runner] | None,
+) -> Problem:
     def plans(arch: str) -> dict[str, Plan]:
-        out, dgate, dup = (torch.empty_like(gate) for _ in range(3))
-        forward = swiglu_kernel.launch(swiglu_kernel.forward_kernel, gate, up, out=out)
-        backward = swiglu_kernel.launch(swiglu_kernel.backward_kernel, gate, up, dout=dout, dgate=dgate, dup=dup)
-        return {"forward": Plan([forward], 5.0 * gate.numel()), "backward": Plan([backward], 10.0 * gate.numel())}
+        gate, up = inputs[0], inputs[1] if len(inputs) > 1 else None
+        out, dgate = torch.empty_like(dout), torch.empty_like(dout)
+        dup = None if up is None else torch.empty_like(dout)
+        given = {"dout": dout, "dgate": dgate, "dup": dup}
+        return {
+            "forward": Plan([activations.launch(activations.forward_kernel, function, gate, up, out=out)]),
+            "backward": Plan([activations.launch(activations.backward_kernel, function, gate, up, **given)]),
+        }
 
     providers = {
-        "megapar": lambda: differentiable(swiglu_kernel.swiglu, (gate, up), [dout]),
-        "torch": lambda: differentiable(lambda gate, up: F.silu(gate) * up, (gate, up), [dout]),
-        "liger_kernel": liger,
+        "megapar": lambda: differentiable(ours, inputs, [dout]),
+        "torch": lambda: differentiable(plain, inputs, [dout]),
     }
-    return Problem(providers, plans)
+    return Problem(providers if liger is None else providers | {"liger_kernel": liger}, plans)

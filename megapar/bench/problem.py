@@ -92,26 +92,28 @@ class Work:
 class Plan:
     """What our kernels launch in one mode, on tensors without storage.
 
-    flops: useful ones
     scratch: tensors that one launch writes for what follows, which an ideal kernel would not
     beside: what torch reads and writes beside the launches
+    flops: the useful ones, where those are not all that the launches make
     """
 
     launches: "Sequence[Launch]"
-    flops: float
     scratch: Sequence[Tensor] = ()
     beside: Sequence[Tensor] = ()
     tensor_cores: bool = False
+    flops: float | None = None
 
     def work(self, dtype: str) -> Work:
         """Bytes are those of the launches' own metadata, but for scratch and for what a later launch reads again."""
-        moved = sum(launch.metadata()["bytes"] for launch in self.launches) + sum(map(size, self.beside))
+        told = [launch.metadata() for launch in self.launches]
+        flops = sum(value for one in told for key, value in one.items() if key.startswith("flops"))
+        moved = sum(one["bytes"] for one in told) + sum(map(size, self.beside))
         known = {_place(x) for x in self.scratch}
         for launch in self.launches:
             tensors = {_place(x): x for x in launch.arguments.values() if isinstance(x, Tensor)}
             moved -= sum(size(x) for key, x in tensors.items() if key in known)
             known |= tensors.keys()
-        return Work(self.flops, moved, self.tensor_cores, dtype)
+        return Work(flops if self.flops is None else self.flops, moved, self.tensor_cores, dtype)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ BENCHES = {
     "layernorm": "norms",
     "rope": "elementwise",
     "swiglu": "elementwise",
+    "geglu": "elementwise",
+    "gelu": "elementwise",
     "cross_entropy": "losses",
     "matmul": "matmul",
 }

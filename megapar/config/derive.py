@@ -82,7 +82,7 @@ def _model_sizes(model: ModelConfig) -> dict[str, Any]:
     inner = model.ffn
     if inner is None:
         # 8/3 gives the gated MLP's three matrices as many weights as 4 gives the plain one's two; 32 keeps tp free.
-        inner = -(-8 * model.hidden // (3 * 32)) * 32 if model.activation == "swiglu" else 4 * model.hidden
+        inner = -(-8 * model.hidden // (3 * 32)) * 32 if model.gated else 4 * model.hidden
     return {
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,

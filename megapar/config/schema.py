@@ -30,18 +30,23 @@ class ModelConfig:
     heads: int = option(4, "query heads")
     kv_heads: int | None = option(None, "key/value heads (grouped-query attention); default: heads")
     head_dim: int | None = option(None, "channels of a head; default: hidden / heads")
-    ffn: int | None = option(None, "inner width of the MLP; default: 4*hidden, for swiglu 8/3*hidden rounded up to 32")
+    ffn: int | None = option(None, "inner width of the MLP; default: 4*hidden; gated: 8/3*hidden rounded up to 32")
     vocab_size: int | None = option(None, "rows of the embedding; default: the tokenizer's size, never smaller")
     norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "normalisation before attention, MLP and head")
     norm_eps: float = option(1e-5, "epsilon inside the normalisation")
     position: Literal["rope", "learned"] = option("rope", "rotary embedding of q and k, or a learned table added once")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    activation: Literal["swiglu", "gelu"] = option("swiglu", "MLP nonlinearity")
+    activation: Literal["swiglu", "geglu", "gelu"] = option("swiglu", "MLP nonlinearity; the first two have a gate")
     bias: bool = option(False, "biases in the linear layers")
     tied: bool = option(False, "the output head shares the embedding's weight")
     dropout: float = option(0.0, "dropout of hidden states (embedding, attention output, MLP output)")
     attention_dropout: float = option(0.0, "not supported: must be 0")
     init_std: float = option(0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a third matrix, the gate's."""
+        return self.activation in ("swiglu", "geglu")
 
 
 @dataclass(frozen=True)

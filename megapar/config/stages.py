@@ -103,7 +103,7 @@ def _layer_weights(config: TrainConfig) -> int:
     model = config.model
     assert model.kv_heads and model.head_dim and model.ffn
     attention = 2 * (model.heads + model.kv_heads) * model.head_dim * model.hidden
-    return attention + (3 if model.activation == "swiglu" else 2) * model.hidden * model.ffn
+    return attention + (3 if model.gated else 2) * model.hidden * model.ffn
 
 
 def _speeds(config: TrainConfig) -> list[float] | None:
@@ -158,5 +158,5 @@ def activation_bytes(config: TrainConfig) -> float:
     norms = 2 * model.hidden * (outside * 2 * wide + size)
     heads = 2 * (model.heads + model.kv_heads) * model.head_dim / parallel.tp * size
     probabilities = 0.0 if train.recompute == "selective" else model.heads * train.seq_length / parallel.tp * size
-    mlp = (4 if model.activation == "swiglu" else 2) * model.ffn / parallel.tp * size
+    mlp = (4 if model.gated else 2) * model.ffn / parallel.tp * size
     return tokens * (norms + heads + probabilities + mlp)

@@ -17,10 +17,10 @@ The tensor-parallel policy (each row is one constructor call below):
 | head           | column     | rows (token ids)         | x [t, H]    | logits [T, V] |
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,7 @@ from megapar.config.schema import ModelConfig
 from megapar.kernels.attention import attention
 from megapar.kernels.dropout import dropout, token_keys
 from megapar.kernels.rope import rope, rope_table
-from megapar.kernels.swiglu import swiglu
+from megapar.kernels.swiglu import geglu, gelu, swiglu
 from megapar.parallel.layers import (
     ColumnParallelLinear,
     Norm,
@@ -42,6 +42,7 @@ from megapar.parallel.stage import StageContext
 from megapar.trace import LAYERS, layers_of
 
 SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP = range(3)
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu}
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """x [t, H] -> [t, H] through an inner width F: SwiGLU with a gate, or GELU."""
+    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, or GELU."""
 
     def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
         super().__init__()
         shape = Shape.of(model)
-        self.gated = model.activation == "swiglu"
+        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
         outputs: list[tuple[str, int, int | None]] = [(f"{name}.up", shape.ffn, None)]
         if self.gated:
             outputs.insert(0, (f"{name}.gate", shape.ffn, None))
@@ -153,8 +154,8 @@ class MLP(nn.Module):
     def forward(self, x_tH: Tensor) -> Tensor:
         h_TF = self.up(x_tH)
         if self.gated:
-            return self.down(swiglu(*h_TF.split(self.up.sizes, 1)))
-        return self.down(F.gelu(h_TF, approximate="tanh"))
+            return self.down(self.activation(*h_TF.split(self.up.sizes, 1)))
+        return self.down(self.activation(h_TF))
 
 
 class TransformerLayer(nn.Module):

@@ -19,7 +19,6 @@ from megapar import kernels
 from megapar.kernels import attention as module
 from megapar.kernels import use_backend
 from megapar.kernels.attention import Config, attention
-from megapar.kernels.swiglu import swiglu, swiglu_backward_op, swiglu_op
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -287,31 +286,6 @@ def run_howto(
         distance(x.detach(), y.detach()) for x, y in zip(a + ours.backward(a), b + plain.backward(b), strict=True)
     ]
     return value, gradient, specs, moved, distances
-
-
-def swiglu_errors(rank: int, world_size: int, dtype: str, rows: int, columns: int) -> list[tuple[float, float, float]]:
-    """(error, torch's in the same dtype, largest value) of value, dgate, dup, in fp64; gate and up are slices."""
-    generator = torch.Generator().manual_seed(rows + columns)
-    fused, dout = (torch.randn(rows, c, generator=generator).to(DTYPES[dtype]) for c in (2 * columns + 1, columns))
-    results = []
-    with poisoned_memory():
-        for backend, given in (("torch", fused.double()), ("torch", fused), ("interpret", fused)):
-            use_backend(backend)
-            gate, up = given.requires_grad_()[:, 1:].split(columns, 1)
-            out = swiglu(gate, up)
-            results.append([out, *torch.autograd.grad(out, [gate, up], dout.to(out.dtype))])
-    exact, plain, found = ([x.detach().double() for x in result] for result in results)
-    return [(distance(a, c), distance(b, c), float(c.abs().max())) for a, b, c in zip(found, plain, exact, strict=True)]
-
-
-def check_swiglu_operators(rank: int, world_size: int) -> None:
-    """torch's own checks of both operators, and of torch.compile."""
-    use_backend("interpret")
-    gate, up, dout = (torch.randn(3, 5) for _ in range(3))
-    torch.library.opcheck(swiglu_op, (gate.clone().requires_grad_(), up.clone().requires_grad_()))
-    torch.library.opcheck(swiglu_backward_op, (dout, gate, up))
-    compiled = torch.compile(swiglu, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(gate, up), swiglu(gate, up))
 
 
 def run_command(rank: int, world_size: int, command: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -84,6 +85,30 @@ def test_against_fp64(backend: str, kind: str, interpreter: WorkerPool) -> None:
     In 16 bits h is rounded before it is normalised, in torch's as in ours, so both are that far from fp64's."""
     for case, error, plain, size in interpreter.run(errors, 1, backend, kind, timeout=300)[0]:
         assert error <= 2 * plain + 16 * torch.finfo(torch.float32).eps * max(1.0, size), case
+
+
+def weight_gradients(rank: int, world_size: int, kind: str) -> list[list[Tensor]]:
+    """Those of 700 rows, six blocks of them: as the programs of a launch come, and with the last program first."""
+    from triton.runtime.interpreter import interpreter_builder as grid
+
+    use_backend("interpret")
+    values, set_place = given(700, 40, torch.bfloat16), grid.set_grid_idx
+
+    def from_the_end(*place: int) -> None:
+        set_place(*(size - 1 - index for size, index in zip(grid.grid_dim, place, strict=True)))
+
+    with poisoned_memory():
+        first = by_kernels(kind, values, True, torch.bfloat16)[3:]
+        with patch.object(grid, "set_grid_idx", from_the_end):
+            return [first, by_kernels(kind, values, True, torch.bfloat16)[3:]]
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_weight_gradients_have_the_same_bits_in_any_order(kind: str, interpreter: WorkerPool) -> None:
+    """A GPU runs blocks of rows in an order of its own, so two runs have the same bits if none depends on another."""
+    (first, again), (other, _) = interpreter.run(weight_gradients, 2, kind)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def check_operators(rank: int, world_size: int) -> None:

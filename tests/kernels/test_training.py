@@ -10,11 +10,15 @@ from megapar.cli import main
 from tests.tiny import VOCABULARY, write_tokens
 from tests.train.test_run import rows_of
 
+# SMALL's model is Llama-style: RMSNorm, rotary positions, SwiGLU, grouped heads
+STYLES = {
+    "llama": ["model.kv_heads=2"],
+    "gpt2": ["model.norm=layernorm", "model.position=learned", "model.activation=gelu", "model.bias=true"],
+}
 SMALL = [
     "model.layers=2",
     "model.hidden=16",
     "model.heads=4",
-    "model.kv_heads=2",
     f"model.vocab_size={VOCABULARY}",
     "train.seq_length=8",
     "train.micro_batch_size=4",
@@ -29,12 +33,18 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=STYLES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
     prefix = write_tokens(base)
     for backend in ("torch", "interpret"):
-        arguments = [*SMALL, f"kernels.backend={backend}", f"data.path={prefix}", f"run.dir={base / backend}"]
+        arguments = [
+            *SMALL,
+            *STYLES[request.param],
+            f"kernels.backend={backend}",
+            f"data.path={prefix}",
+            f"run.dir={base / backend}",
+        ]
         assert main(["train", *arguments]) == 0
     return {backend: base / backend for backend in ("torch", "interpret")}
 

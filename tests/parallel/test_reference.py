@@ -14,6 +14,7 @@ from tests.tiny import GPT2, LLAMA, tiny_config
 STYLES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied": LLAMA | {"model.tied": True},
+    "gemma": LLAMA | {"model.activation": "geglu", "model.tied": True},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"model.tied": False},
 }
@@ -31,7 +32,7 @@ def test_three_steps(style: str, recompute: str, prefix: str) -> None:
     switches = {
         "layernorm": model["norm"] == "layernorm",
         "rope": model["position"] == "rope",
-        "swiglu": model["activation"] == "swiglu",
+        "activation": model["activation"],
         "positions": config.train.seq_length,
     }
     same = {key: model[key] for key in ("bias", "tied", "norm_eps", "rope_theta")}

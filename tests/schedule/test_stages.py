@@ -128,7 +128,9 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("style", [{}, {"model.activation": "gelu", "model.norm": "layernorm"}])
+@pytest.mark.parametrize(
+    "style", [{}, {"model.activation": "geglu"}, {"model.activation": "gelu", "model.norm": "layernorm"}]
+)
 def test_activation_bytes_are_about_what_autograd_keeps(recompute: str, style: dict[str, Any]) -> None:
     """Within a quarter of the bytes of all different storages saved by the middle one of three stages' layers."""
     config = config_of(**{"train.recompute": recompute, "model.layers": 4, "parallel.pp": 1} | style)
