@@ -247,6 +247,13 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def check_gradient(h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless gradients are [T, H] as h and a norm's statistics [T]."""
+    if any(x is not None and x.shape != h.shape for x in likes) or any(x.shape != h.shape[:1] for x in statistics):
+        shapes = ", ".join(str(list(x.shape)) for x in (*likes, *statistics) if x is not None)
+        raise ValueError(f"h {list(h.shape)}, gradients and statistics {shapes}: need [T, H] and [T]")
+
+
 def tells(flops: Callable[[dict[str, Any]], float]) -> Any:
     """launch_metadata, what a profiler is told, of a kernel that moves each byte once. flops: from its arguments."""
 

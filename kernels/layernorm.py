@@ -12,6 +12,7 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     cast,
+    check_gradient,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -52,6 +53,7 @@ def layernorm_input_grad(
     dy: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor | None = None
 ) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
+    check_gradient(h, dy, dh, statistics=(mean, rstd))
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
         return layernorm_input_grad_op(dy, h, weight, mean, rstd, dh)
     rstd, centred = rstd.unsqueeze(1), h - mean.unsqueeze(1)
@@ -64,6 +66,7 @@ def layernorm_input_grad(
 def layernorm_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(of the weight, of the bias), [H] each in rstd's dtype, the same bits every time: sums of 128 rows each, then
     their sum."""
+    check_gradient(h, dy, statistics=(mean, rstd))
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
         return layernorm_weight_grad_op(dy, h, mean, rstd)
     normal = (h - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))

@@ -51,6 +51,8 @@ def matmul(
     shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
+    if out is not None and out.numel() and out.stride(1) != 1:
+        raise ValueError(f"out {list(out.shape)} with strides {out.stride()}: need rows that lie together")
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
@@ -83,8 +85,9 @@ def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
     shapes = f"a {list(a.shape)} {a.dtype}, b {list(b.shape)} {b.dtype}"
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
-        raise ValueError(f"{shapes}: need [M, K] and [K, N] of one dtype")
+    fits = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
+    if not fits or not a.is_floating_point():
+        raise ValueError(f"{shapes}: need [M, K] and [K, N] of one floating dtype")
     shape = (len(a), b.shape[1])
     for name, tensor in others.items():
         needed = shape[1:] if name == "bias" else shape
@@ -356,7 +359,6 @@ def _run(
 ) -> None:
     if not out.numel():
         return
-    assert out.stride(1) == 1, "the rows of an output lie together"
     bias = None if bias is None else bias.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     launch(target_arch(), a, b, out, bias, activation, residual).run()

@@ -14,6 +14,7 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
+    check_gradient,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -52,6 +53,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 def rmsnorm_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None = None) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
+    check_gradient(h, dy, dh, statistics=(rstd,))
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
         return rmsnorm_input_grad_op(dy, h, weight, rstd, dh)
     rstd, wide = rstd.unsqueeze(1), h.to(wide_dtype(h))
@@ -63,6 +65,7 @@ def rmsnorm_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: 
 
 def rmsnorm_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
     """[H] in rstd's dtype, the same bits every time: sums of 128 rows each, then their sum."""
+    check_gradient(h, dy, statistics=(rstd,))
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
         return rmsnorm_weight_grad_op(dy, h, rstd)
     return (h * rstd.unsqueeze(1)).mul_(dy).sum(0)

@@ -70,8 +70,14 @@ def _check(q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None) -> None:
             f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, table {list(table.shape)}: need [B, S, N, D], "
             "[B, S, K, D] of one dtype and [P, D] with an even D and P >= S"
         )
-    if offsets is not None and (offsets.shape != q.shape[:1] or offsets.dtype != torch.int64):
+    if offsets is None:
+        return
+    if offsets.shape != q.shape[:1] or offsets.dtype != torch.int64:
         raise ValueError(f"offsets {list(offsets.shape)} {offsets.dtype}: need int64 [{q.shape[0]}]")
+    most = table.shape[0] - q.shape[1]
+    readable = offsets.device.type == "cpu" and offsets.numel() and not torch.compiler.is_compiling()
+    if readable and not 0 <= int(offsets.min()) <= int(offsets.max()) <= most:
+        raise ValueError(f"offsets {offsets.tolist()}: need 0 to {most}, {q.shape[1]} positions before the table's end")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

@@ -62,8 +62,9 @@ def gelu(x: Tensor) -> Tensor:
 
 def _check(gate: Tensor, up: Tensor) -> None:
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
-        shapes = f"{list(gate.shape)} {gate.dtype}" + ("" if up is gate else f", up {list(up.shape)} {up.dtype}")
-        raise ValueError(f"gate {shapes}: need [T, F]{'' if up is gate else ' twice'}")
+        if up is gate:
+            raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F]")
+        raise ValueError(f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: need [T, F] twice")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

@@ -61,13 +61,16 @@ def errors(rank: int, world_size: int, backend: str, cases: list[Case]) -> list[
         values = given(case)
         with poisoned_memory():
             into = values["into"].clone()
+            wide = torch.full((case["sizes"][0], case["sizes"][2] + 5), torch.nan, dtype=DTYPES[case["dtype"]])
+            out = wide[:, : case["sizes"][2]] if case["slices"] else None
             y = matmul(
-                values["a"], values["b"], activation=case["activation"],
+                values["a"], values["b"], activation=case["activation"], out=out,
                 bias=values["bias"] if case["bias"] else None,
                 residual=values["residual"] if case["residual"] else None,
             )  # fmt: skip
             add_matmul(into, values["a"], values["b"])
-        assert y.dtype == DTYPES[case["dtype"]] and y.is_contiguous()
+        assert y.dtype == DTYPES[case["dtype"]] and (y is out or (out is None and y.is_contiguous()))
+        assert wide[:, case["sizes"][2] :].isnan().all()  # beside a slice nothing is written
         plain, exact = by_torch(case, values), by_torch(case, {name: x.double() for name, x in values.items()})
         for name, ours, b, c in zip(("y", "into"), (y, into), plain, exact, strict=True):
             found.append((case, name, distance(ours.double(), c), distance(b.double(), c), float(c.abs().max())))
@@ -112,9 +115,13 @@ def test_a_tile_for_every_processor() -> None:
 
 def test_contradictions_are_refused() -> None:
     a, b = torch.zeros(2, 3), torch.zeros(3, 4)
-    for bad in ((a, b.t()), (a, b.double()), (a[0], b)):
-        with pytest.raises(ValueError, match=r"need \[M, K\] and \[K, N\]"):
+    for bad in ((a, b.t()), (a, b.double()), (a[0], b), (a.int(), b.int())):
+        with pytest.raises(ValueError, match=r"need \[M, K\] and \[K, N\] of one floating dtype"):
             matmul(*bad)
+    with pytest.raises(ValueError, match="rows that lie together"):
+        matmul(a, b, out=torch.zeros(4, 2).t())
+    with pytest.raises(ValueError, match=r"out \[4, 2\].*need \[2, 4\]"):
+        matmul(a, b, out=torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"bias \[3\].*need \[4\]"):
         matmul(a, b, bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"residual \[2, 3\].*need \[2, 4\]"):

@@ -167,3 +167,12 @@ def test_contradictions_are_refused() -> None:
             layer.layernorm(one, w, w, EPS, residual)
     with pytest.raises(ValueError, match="need"):
         layer.layernorm(x, weight, weight[:2], EPS)
+    for dy, h, rstd in ((x[:1], x, x[:, 0]), (x, x, weight), (x.t(), x, x[:, 0])):
+        for gradient in (
+            lambda: rms.rmsnorm_input_grad(dy, h, weight, rstd),  # noqa: B023
+            lambda: rms.rmsnorm_weight_grad(dy, h, rstd),  # noqa: B023
+            lambda: layer.layernorm_input_grad(dy, h, weight, rstd, rstd),  # noqa: B023
+            lambda: layer.layernorm_weight_grad(dy, h, rstd, rstd),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"need \[T, H\] and \[T\]"):
+                gradient()

@@ -93,6 +93,7 @@ def test_contradictions_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="need"):
             rope(*arguments)
-    for offsets in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
+    past, before = torch.tensor([0, 3]), torch.tensor([-1, 0])  # the table has 5 positions, a sample 3
+    for offsets in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), past, before):
         with pytest.raises(ValueError, match="need"):
             rope(q, k, table, offsets=offsets)
