@@ -75,16 +75,11 @@ def _start(name: str, axis: Axis, collective: Callable[..., dist.Work]) -> Start
     return Started(name, axis, axis.timeline.in_flight(name, partial(collective, group=axis.group, async_op=True)))
 
 
-def _run(name: str, axis: Axis, collective: Callable[..., dist.Work]) -> None:
-    """Start and wait, standing still from the start on."""
-    with axis.blocked(name):
-        _start(name, axis, collective).work.wait()
-
-
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis, in place. `x` is contiguous."""
     if axis.size > 1:
-        _run("all_reduce", axis, partial(dist.all_reduce, x))
+        with axis.blocked("all_reduce"):
+            dist.all_reduce(x, group=axis.group)
     return x
 
 
@@ -93,7 +88,8 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    _run("all_gather", axis, partial(dist.all_gather_single, gathered, x.contiguous()))
+    with axis.blocked("all_gather"):
+        dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
 

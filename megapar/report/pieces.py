@@ -19,6 +19,15 @@ class Walk:
     backward: float
     spans: list[tuple[str, str, float, float]]
 
+    def computed(self) -> list[tuple[str, str, float, float]]:
+        return [span for span in self.spans if span[0] in ("matmul", "tp")]
+
+    def in_flight(self) -> list[tuple[str, str, float, float]]:
+        """A collective that was waited for from its start on has no span but that of the wait."""
+        flights = [span for span in self.spans if span[0] == FLIGHT]
+        waits = [(FLIGHT, *span[1:]) for span in self.spans if span[0] == "tp"]
+        return flights + [wait for wait in waits if all(flight[1] != wait[1] for flight in flights)]
+
 
 def draw_walks(title: str, walks: Mapping[str, Walk]) -> str:
     """SVG: two lanes for each engine, on one scale."""
@@ -29,11 +38,11 @@ def draw_walks(title: str, walks: Mapping[str, Walk]) -> str:
     body += legend([(colour, name) for name, colour in names.items()], WIDTH - RIGHT, 46)
     top = 62.0
     for engine, walk in walks.items():
-        for name, kinds in (("rank 0", ("matmul", "tp")), ("its link", (FLIGHT,))):
+        for name, spans in (("rank 0", walk.computed()), ("its link", walk.in_flight())):
             body.append(text(LEFT - 8, top + _ROW / 2 + 4, f"{engine}: {name}", "end", MUTED))
             stop = (walk.forward + walk.backward) * scale
             body.append(f'<rect x="{LEFT}" y="{top}" width="{stop:.1f}" height="{_ROW}" fill="{GRID}"/>')
-            body += _bars([span for span in walk.spans if span[0] in kinds], scale, top)
+            body += _bars(spans, scale, top)
             top += _ROW + _GAP
         middle = LEFT + walk.forward * scale
         line = f'x1="{middle:.1f}" x2="{middle:.1f}" y1="{top - 2 * (_ROW + _GAP):.1f}" y2="{top - _GAP:.1f}"'
