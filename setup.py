@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 # Never ship `kernels` or `conf` as top-level packages: other projects own those names in site-packages.
-PACKAGES = {*find_packages(include=["megapar", "megapar.*"]), "megapar.kernels", "megapar.conf"}
+PACKAGES = {*find_packages(include=["megapar", "megapar.*"]), "megapar.kernels", "megapar.kernels.comm", "megapar.conf"}
 
 setup(
     name="megapar",

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = tuple(SHARED_LIMIT)
 # modules of megapar.kernels with `aot_specs`
-KERNELS = ("attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy", "matmul")
+KERNELS = (
+    "attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy", "matmul", "comm.exchange", "comm.matmul",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,343 @@
+"""Memory that every rank of a group can write to, and the protocol of its use.
+
+A channel is what one operation uses: a segment of memory on every rank, all alike, with flags and two halves of data.
+Every use of it is an epoch, counted from 1 by every rank for itself; epoch e uses half e % 2. Ranks push: they write to
+their peers' segments and read only their own. Three rules make a use safe, whatever the ranks' speeds:
+
+1. `begin`, the end-of-use handshake: a rank that begins epoch e tells its peers, and writes to none before all have
+   begun e - 1. A peer that has begun e - 1 has done with e - 2, whose half is written now.
+2. `post`: what a program has written to a peer, it announces by setting a flag there to e. A flag has one writer.
+3. `await_flag`: a program reads no data before their flag is at least e. A peer can be one epoch ahead and its flag at
+   e + 1; it can't be two ahead, because of rule 1.
+
+A kernel that is the first to post in an epoch waits for nothing later than the epoch before, so ranks can't wait for
+each other in a circle, in whichever order programs of a launch run. A wait that takes too long writes to an error word
+who waited for whom, and ends; the host reads the word after the launch and raises.
+
+The order of memory: everything that a program's threads wrote is before their barrier, and that is before the flag,
+which is released at the scope of the system; a flag is read with acquire. (PTX ISA, "Memory Consistency Model".)
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from tempfile import mkstemp
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapar.kernels._common import INTERPRETED, device_function, target_arch, tl
+
+OPERATIONS = ("all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
+SHARED_FOLDER = "/dev/shm"
+ALIGNMENT = 256  # bytes
+FLAG_BYTES = 4
+# How often a wait looks in a second, at the least: its limit is counted, not timed. compiled: a poll is a round trip to
+# the second-level cache, about a microsecond (not measured). interpret: 100 us of interpretation, measured, and a nap.
+POLLS_PER_S = {"compiled": 1_000_000, "interpret": 5_000}
+NAP_S = 5e-5
+
+
+class PeerTimeout(RuntimeError):
+    """A rank waited in vain for another one's part of an operation."""
+
+
+# ------------------------------------------------------------------------------------------------------ for the kernels
+
+
+def _sleep() -> None:
+    """Ranks of an interpreted run share cores: let the one run that is waited for."""
+    time.sleep(NAP_S)
+
+
+def _nothing() -> None:
+    pass
+
+
+nap = _sleep if INTERPRETED else device_function(_nothing)
+
+
+@device_function
+def segment_of(table, peer, offset, DTYPE: tl.constexpr):
+    """Address `offset` bytes, a multiple of 16, into a rank's segment. table [R]: where this process sees them all."""
+    return tl.multiple_of((tl.load(table + peer) + offset).to(tl.pointer_type(DTYPE)), 16)
+
+
+@device_function
+def await_flag(flag, epoch, error, rank, peer, operation, limit):
+    """Return once a flag of the own segment, which `peer` writes, is at least `epoch`; or after `limit` polls with an
+    error. After an error every other wait is short."""
+    limit = tl.where(tl.load(error) == 0, limit, 0)
+    polls = limit * 0
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (seen < epoch) & (polls < limit):
+        nap()
+        polls += 1
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen < epoch:
+        word = ((tl.cast(epoch, tl.int64) * 16 + operation) * 65536 + peer) * 65536 + rank + 1
+        tl.atomic_cas(error, tl.cast(0, tl.int64), word, sem="relaxed", scope="sys")
+
+
+@device_function
+def begin(table, begun, epoch, error, rank, operation, limit, RANKS: tl.constexpr):
+    """Rule 1. Every program of the kernel that writes to peers calls it first. begun [R]: of the own segment."""
+    if tl.program_id(0) == 0:
+        for peer in range(RANKS):
+            tl.atomic_xchg(segment_of(table, peer, 0, tl.int32) + rank, epoch, sem="release", scope="sys")
+    for peer in range(RANKS):
+        await_flag(begun + peer, epoch - 1, error, rank, peer, operation, limit)
+
+
+@device_function
+def post(table, peer, flags_at, flag, epoch):
+    """Rule 2, after `tl.debug_barrier()`. flags_at: bytes from the segment's beginning to its flags."""
+    tl.atomic_xchg(segment_of(table, peer, flags_at, tl.int32) + flag, epoch, sem="release", scope="sys")
+
+
+# --------------------------------------------------------------------------------------------------------- for the host
+
+
+class Segments(Protocol):
+    """One segment on every rank of a group. Making it is collective.
+
+    own: this rank's, bytes, zeros at first; table: int64 [R], where this process sees each rank's, on the device.
+    """
+
+    own: Tensor
+    table: Tensor
+
+
+class PosixSegments:
+    """POSIX shared memory of processes on one host. Its files have no name any more once all have mapped them, so that
+    nothing is left behind, however a process ends."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        made: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
+        path, problem = _shared_file(size)
+        try:
+            dist.all_gather_object(made, (path, problem), group=group)
+            self._refuse(made, group)
+            segments = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path, _ in made]
+            dist.barrier(group)
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+        self._mapped = segments
+        self.own = segments[dist.get_rank(group)]
+        self.table = torch.tensor([segment.data_ptr() for segment in segments], dtype=torch.int64)
+
+    @staticmethod
+    def _refuse(made: list[tuple[str, str]], group: dist.ProcessGroup) -> None:
+        """Raise ValueError, on every rank alike, unless all made their files on one host."""
+        found: list[bool] = [False] * len(made)
+        dist.all_gather_object(found, all(os.path.exists(path) for path, problem in made if not problem), group=group)
+        problems = [problem for _, problem in made if problem]
+        if problems or not all(found):
+            reason = problems[0] if problems else "tensor-parallel ranks on one host"
+            raise ValueError(f"parallel.tp_overlap=symmetric needs {reason}")
+
+
+def _shared_file(size: int) -> tuple[str, str]:
+    """(path of a new file in shared memory, "") or ("", what is needed for one)"""
+    path = ""
+    try:
+        descriptor, path = mkstemp(prefix="megapar-", dir=SHARED_FOLDER)
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # else the first write to a full file system would end the process
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(path)
+        return "", f"{size / 1e6:.1f} MB per rank in {SHARED_FOLDER}, which says: {error.strerror}; enlarge it"
+    return path, ""
+
+
+class TorchSegments:
+    """Symmetric memory of torch: GPUs of one host that reach each other's memory."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        torch.cuda.synchronize(device)  # peers may still be in the memory that this replaces
+        self.own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)
+        self._handle = symmetric.rendezvous(self.own, group)
+        dist.barrier(group)
+        self.table = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+
+
+@dataclass
+class Channel:
+    """One operation's memory, with `num_flags` flags and `half` bytes of data in each half."""
+
+    segments: Segments
+    ranks: int
+    num_flags: int
+    half: int
+    epoch: int = 0
+
+    @property
+    def flags_at(self) -> int:
+        return aligned(self.ranks * FLAG_BYTES)
+
+    @property
+    def data_at(self) -> int:
+        """Where the half of the current epoch begins."""
+        return self.flags_at + aligned(self.num_flags * FLAG_BYTES) + self.epoch % 2 * self.half
+
+    @classmethod
+    def size(cls, ranks: int, num_flags: int, half: int) -> int:
+        """Bytes of its segment."""
+        return aligned(ranks * FLAG_BYTES) + aligned(num_flags * FLAG_BYTES) + 2 * half
+
+
+@dataclass(frozen=True)
+class Use:
+    """One epoch of a channel, as the kernels take it. memory: a `SymmetricMemory`."""
+
+    memory: Any
+    channel: Channel
+    operation: str
+    epoch: int
+    flags_at: int
+    data_at: int
+
+    def arguments(self) -> dict[str, Any]:
+        """The first parameters of every kernel of `kernels/comm`."""
+        memory = self.memory
+        own = self.channel.segments.own
+        return {
+            "table": self.channel.segments.table,
+            "begun": own[: memory.ranks * FLAG_BYTES].view(torch.int32),
+            "flags": own[self.flags_at :][: self.channel.num_flags * FLAG_BYTES].view(torch.int32),
+            "error": memory.error, "rank": memory.rank, "epoch": self.epoch,
+            "operation": OPERATIONS.index(self.operation), "limit": memory.limit,
+            "flags_at": self.flags_at, "RANKS": memory.ranks,
+        }  # fmt: skip
+
+    def own_data(self, dtype: torch.dtype, length: int, at: int = 0) -> Tensor:
+        """`length` elements of this rank's half, from byte `at` on."""
+        return self.channel.segments.own[self.data_at + at :][: length * dtype.itemsize].view(dtype)
+
+
+@dataclass
+class SymmetricMemory:
+    """A group's channels, made as they are needed. All ranks use the same operations in the same order.
+
+    timeout_s: after which a wait for a peer raises. Making or enlarging a channel is collective and happens before an
+    operation; during one, torch.distributed has no part.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    timeout_s: float = 300.0
+    channels: dict[str, Channel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.peers = dist.get_process_group_ranks(self.group)
+        polls = POLLS_PER_S["interpret" if INTERPRETED else "compiled"]
+        self.limit = min(max(1, int(self.timeout_s * polls)), (1 << 31) - 1)
+        self.error = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        # All ranks must cut a matrix into the same tiles: rank 0's machine says which.
+        found: list[Any] = [(target_arch(), self._processors())]
+        mine = found[0]
+        dist.broadcast_object_list(found, src=self.peers[0], group=self.group)
+        self.arch, self.processors = found[0]
+        if mine[0] != self.arch:
+            raise ValueError(
+                f"tp_overlap=symmetric: rank {self.peers[self.rank]} runs on {mine[0]}, rank {self.peers[0]} on "
+                f"{self.arch}; tensor-parallel ranks need equal devices"
+            )
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _processors(self) -> int:
+        from megapar.kernels.matmul import PROCESSORS
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).multi_processor_count
+        return PROCESSORS[target_arch()]
+
+    def use(self, operation: str, num_flags: int, half: int) -> Use:
+        """Begin the next epoch of an operation that needs so many flags and bytes of data; the same on all ranks.
+
+        Collective where the operation never needed as much before.
+        """
+        channel = self.channels.get(operation)
+        if channel is None or num_flags > channel.num_flags or half > channel.half:
+            channel = self._make(operation, num_flags, half)
+        channel.epoch += 1
+        return Use(self, channel, operation, channel.epoch, channel.flags_at, channel.data_at)
+
+    def _make(self, operation: str, num_flags: int, half: int) -> Channel:
+        old = self.channels.pop(operation, None)
+        if old is not None:
+            num_flags, half = max(num_flags, old.num_flags), max(half, old.half)
+        half = aligned(half)
+        kind = TorchSegments if self.device.type == "cuda" else PosixSegments
+        segments = kind(Channel.size(self.ranks, num_flags, half), self.group, self.device)
+        self.channels[operation] = Channel(segments, self.ranks, num_flags, half)
+        return self.channels[operation]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """On a GPU, launches inside run beside those that follow, until `join`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        """What follows comes after everything that was launched aside."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def check(self) -> None:
+        """Raise PeerTimeout if a wait was in vain. On a GPU: one whose launch has got there."""
+        word = int(self.error[0])
+        if word == 0:
+            return
+        self.error.zero_()
+        word, rank = divmod(word - 1, 65536)
+        word, peer = divmod(word, 65536)
+        epoch, operation = divmod(word, 16)
+        raise PeerTimeout(
+            f"rank {self.peers[rank]}: no word from rank {self.peers[peer]} in {self.timeout_s:g} s, in "
+            f"{OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
+        )
+
+    def close(self) -> None:
+        """Give the memory back. Collective on GPUs, where a peer's late write would meet whoever has it next."""
+        if self.channels and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            dist.barrier(self.group)
+        self.channels.clear()
+
+
+def described_use(arch: str, ranks: int, num_flags: int, half: int) -> Use:
+    """A use to compile kernels with: on tensors without storage, of an architecture that need not be here."""
+    from megapar.kernels.matmul import PROCESSORS
+
+    size = Channel.size(ranks, num_flags, half)
+    with torch.device("meta"):
+        segments: Any = SimpleNamespace(
+            own=torch.empty(size, dtype=torch.uint8), table=torch.empty(ranks, dtype=torch.int64)
+        )
+        error = torch.empty(1, dtype=torch.int64)
+    memory = SimpleNamespace(rank=1, ranks=ranks, arch=arch, processors=PROCESSORS[arch], error=error, limit=1)
+    channel = Channel(segments, ranks, num_flags, half, epoch=1)
+    return Use(memory, channel, OPERATIONS[0], 1, channel.flags_at, channel.data_at)
+
+
+def aligned(size: int) -> int:
+    """Bytes, rounded up to where the next part of a segment may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
