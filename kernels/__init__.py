@@ -19,6 +19,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "matmul": ("torch", "triton", "interpret"),
     "dropout": ("torch",),
 }
+# of kernels/comm, which have no form in torch
+NEEDS_TRITON = "its kernels are Triton's; use kernels.backend=interpret with fp32, bf16 or fp16, or a GPU with them"
 REQUESTS = ("auto", "torch", "triton", "interpret")
 INTERPRET = "TRITON_INTERPRET"  # Triton's own variable, which it reads when a kernel is defined
 

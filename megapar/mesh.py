@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megapar.timeline import Timeline
 
 AXES = ("pp", "dp", "tp")
+DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Mesh:
         # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
         self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))
         self._axes["ends"] = self._axis("pp", self._ends())
+
+    @property
+    def timeout_s(self) -> float:
+        return self.timeout.total_seconds() if self.timeout else DEFAULT_TIMEOUT_S
 
     @property
     def world_size(self) -> int:

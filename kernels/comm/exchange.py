@@ -41,11 +41,13 @@ MOVERS = 16
 TO_OWNER_FROM = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
 
 
-def _bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """What a profiler is told: reads or writes of the links by this rank."""
-    copies = args["RANKS"] if args.get("TO_ALL", True) else 1
+def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """What a profiler is told: a matrix is read, R of them to be added up, and written, to R ranks to be shared."""
+    sums, shares = "SHARE" in args, args.get("SHARE") or args.get("TO_ALL")
+    copies = args["RANKS"] * (sums + bool(shares)) + 2 - sums - bool(shares)
     element = next(args[name].element_size() for name in ("x", "data", "out") if args.get(name) is not None)
-    return {"name": kernel.name, "flops32": 0, "bytes": (1 + copies) * args["M"] * args["N"] * element}
+    flops = (args["RANKS"] - 1) * args["M"] * args["N"] * sums
+    return {"name": kernel.name, "flops32": flops, "bytes": copies * args["M"] * args["N"] * element}
 
 
 @device_function
@@ -59,7 +61,7 @@ def store_to(
     tl.store(into, tile, mask=(rows < end) & (columns < N))
 
 
-@triton.jit(launch_metadata=_bytes, do_not_specialize=["epoch", "flags_at", "data_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "data_at", "rank"])
 def push_kernel(
     x, table, begun, flags, error, rank, epoch, operation, limit, flags_at, data_at,
     M, N, x_stride, block, width, RANKS: tl.constexpr, TO_ALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -89,7 +91,7 @@ def push_kernel(
                 post(table, peer, flags_at, rank * of_block + tile, epoch)
 
 
-@triton.jit(launch_metadata=_bytes, do_not_specialize=["epoch", "flags_at", "results_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "results_at", "rank"])
 def reduce_kernel(
     data, out, table, begun, flags, error, rank, epoch, operation, limit, flags_at, results_at,
     M, N, block, RANKS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -123,7 +125,7 @@ def reduce_kernel(
             tl.store(out + rows.to(tl.int64) * N + columns, cast(sums, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(launch_metadata=_bytes, do_not_specialize=["epoch", "flags_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "rank"])
 def collect_kernel(
     results, out, table, begun, flags, error, rank, epoch, operation, limit, flags_at,
     M, N, block, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -226,18 +228,23 @@ def start_sums(use: Use, out: Tensor, cut: Cut, programs: int = MOVERS) -> Calla
 
     out: of this rank's block [rows, N], or, if the tiles went to owners and it has M rows, of the whole matrix.
     """
-    whole = not cut.to_all and len(out) == cut.M
-    with use.memory.aside():
-        reduce(use, None if whole else out, out.dtype, cut, programs).run()
+    memory, whole = use.memory, not cut.to_all and len(out) == cut.M
+
+    def launch() -> None:
+        with memory.aside():
+            reduce(use, None if whole else out, out.dtype, cut, programs).run()
+            if whole:
+                collect(use, out, cut, programs).run()
 
     def finish() -> Tensor:
-        if whole:
-            with use.memory.aside():
-                collect(use, out, cut, programs).run()
-        use.memory.join()
-        use.memory.check()
+        if not memory.has_aside:
+            launch()
+        memory.join()
+        memory.check()
         return out
 
+    if memory.has_aside:
+        launch()
     return finish
 
 

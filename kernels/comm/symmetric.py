@@ -258,6 +258,11 @@ class SymmetricMemory:
             )
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
+    @property
+    def has_aside(self) -> bool:
+        """Whether launches can run beside others. If not, what waits is launched last."""
+        return self._side is not None
+
     def _processors(self) -> int:
         from megapar.kernels.matmul import PROCESSORS
 

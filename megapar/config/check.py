@@ -11,7 +11,7 @@ from megapar.config.layout import Layout, layouts_up_to
 from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import layer_costs, make_schedule, num_microbatches, num_stages, stage_layers
-from megapar.kernels import select_backends
+from megapar.kernels import NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
@@ -276,6 +276,9 @@ def check_training(config: TrainConfig) -> None:
 def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None) -> None:
     """Refuse what the hardware or the number of started ranks does not allow."""
     check_backend(config.kernels.backend, config.train.device, config.train.dtype)
+    backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
+    if config.parallel.tp_overlap == "symmetric" and backends["matmul"] == "torch":
+        raise ConfigError("parallel.tp_overlap", "symmetric", NEEDS_TRITON)
     if isinstance(config, VerifyConfig):
         return
     layout = layout_of(config)

@@ -58,9 +58,10 @@ class ParallelConfig:
     dp: int | None = option(None, "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU")
     auto: bool = option(False, "choose tp, pp and dp for `devices` ranks")
     sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
-    tp_overlap: Literal["auto", "serial", "chunked"] = option(
+    tp_overlap: Literal["auto", "serial", "chunked", "symmetric"] = option(
         "auto",
-        "how a tensor-parallel matmul and its collective run: serial, chunked, or what a table says for the shape",
+        "how a tensor-parallel matmul and its collective run: serial, chunked, symmetric (Triton kernels over shared "
+        "memory), or what a table says for the shape",
     )
     zero: Literal[0, 1] = option(0, "1: shard the optimizer state over dp (ZeRO-1)")
     grad_compression: Literal["none", "bf16", "int8_ef", "powersgd"] = option(
@@ -322,7 +323,18 @@ class InspectConfig:
     """`megapar kernels`: compile the Triton kernels for GPUs that need not be here, and read the machine code."""
 
     kernel: list[str] = option(
-        ["attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy", "matmul"], "kernels to compile"
+        [
+            "attention",
+            "rmsnorm",
+            "layernorm",
+            "rope",
+            "swiglu",
+            "cross_entropy",
+            "matmul",
+            "comm.exchange",
+            "comm.matmul",
+        ],
+        "kernels to compile",
     )
     targets: list[str] = option(
         ["sm_80", "sm_90", "sm_100", "gfx942"], "GPUs to compile for: A100, H100, B200, MI300 by their architecture"

@@ -1,4 +1,4 @@
-"""How a matmul and its collective are run: one after the other, or overlapped. `parallel.tp_overlap` chooses.
+"""How a matmul and its collective are run: one after the other, overlapped, or fused. `parallel.tp_overlap` chooses.
 
 An engine has three operations on plain tensors; forward and backward of every tensor-parallel matmul are made of them
 (`parallel/overlap.py`). Shapes are per rank, R is the size of the axis; x and w are matrices,
@@ -19,6 +19,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from megapar.config.errors import UserError
+from megapar.kernels import NEEDS_TRITON, backend_of
+from megapar.kernels.comm import matmul as fused
+from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.kernels.matmul import matmul
 from megapar.mesh import Axis
 from megapar.parallel.collectives import (
@@ -140,23 +144,79 @@ class Chunked:
         ]
 
 
-# Device -> (bytes that a rank's collective moves, from which on) -> pieces of `chunked`; 1: `Serial` is no slower.
-# cpu: `megapar bench overlap subject=[layer] rate=[0]` on two cores, where a transfer takes a core too: at 1 MB chunked
-# took 1.25 times as long as serial, at 8 MB 0.97 to 1.03 times. A slow network gains from less, but a table does not
-# know it. cuda: not measured; from published figures of pipelined all-gather + matmul, which lose below a few MB.
-PIECES = {"cpu": ((0, 1), (1 << 22, 4)), "cuda": ((0, 1), (1 << 23, 2), (1 << 25, 4))}
+class Symmetric:
+    """Triton kernels that write to their peers' memory, tile by tile (`kernels/comm`).
+
+    Sums are in fp32 in the order of ranks, so all ranks have the same bits, in every run. With two ranks they are those
+    of `Serial` where that multiplies with the same kernel. Waits are inside kernels: what is timed as standing still is
+    from the end of the product and of `meanwhile` to that of the sums; an all-gather's waits count as its matmul.
+    """
+
+    def __init__(self, memory: SymmetricMemory) -> None:
+        self.memory = memory
+
+    def __str__(self) -> str:
+        return "symmetric"
+
+    def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
+        with axis.timeline.span("matmul", "matmul"):
+            finish = fused.start_matmul_all_reduce(x, w, self.memory)
+        meanwhile()
+        with axis.blocked("all_reduce"):
+            return finish()
+
+    def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
+        with axis.timeline.span("matmul", "matmul"):
+            finish = fused.start_matmul_reduce_scatter(x, w, self.memory)
+        meanwhile()
+        with axis.blocked("reduce_scatter"):
+            return finish()
+
+    def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}"):
+            return fused.all_gather_matmul(x, w, self.memory)
 
 
-def choose(requested: str, operation: Operation, x: Tensor, w: Tensor, ranks: int, device: str | None = None) -> Engine:
+# What `auto` takes: device -> (bytes that a rank sends in the collective, from which on) -> pieces of `Chunked`, 1 for
+# `Serial`. The bytes follow from the collective and the ranks (`bytes_sent`).
+# cpu: `megapar bench overlap subject=[layer] rate=[0]` on two cores, where a transfer takes a core too: at 0.5 MB
+# chunked took 1.25 times as long as serial, at 4 MB 0.97 to 1.03 times. A slow network gains from less, but a table
+# does not know it. cuda: not measured; pipelined all-gather + matmul lost by 2 to 4 times at 1024 rows (kraken, pull
+# request 19), fused reduce-scatter by 2.6 to 3.3 times up to 384 rows (pytorch issue 179770). `Symmetric` is taken by
+# name only: no GPU has run it yet.
+PIECES = {"cpu": ((0, 1), (2 << 20, 4)), "cuda": ((0, 1), (4 << 20, 2), (16 << 20, 4))}
+
+
+def bytes_sent(operation: Operation, x: Tensor, w: Tensor, ranks: int) -> float:
+    """Bytes that a rank sends in a ring's form of an operation's collective on x [.., K] and w [K, N]."""
+    columns = x.shape[1] if operation == "all_gather_matmul" else w.shape[1]
+    passes = {"all_gather_matmul": ranks, "matmul_reduce_scatter": 1, "matmul_all_reduce": 2}[operation]
+    return passes * len(x) * columns * x.element_size() * (ranks - 1) / ranks
+
+
+def choose(
+    requested: str,
+    operation: Operation,
+    x: Tensor,
+    w: Tensor,
+    ranks: int,
+    *,
+    device: str | None = None,
+    memory: Callable[[], SymmetricMemory] | None = None,
+) -> Engine:
     """The engine that `parallel.tp_overlap=requested` means for an operation on x [.., K] and w [K, N].
 
-    device: whose table counts; default: that of x
+    device: whose table counts; default: that of x. memory: the ranks' shared memory, made when it is first asked for.
+    Raises UserError where `symmetric` can't run.
     """
     if requested == "serial":
         return Serial()
-    rows, columns = len(x), x.shape[1] if operation == "all_gather_matmul" else w.shape[1]
-    moved = rows * columns * x.element_size() * (ranks if operation == "all_gather_matmul" else 1)
-    pieces = [pieces for least, pieces in PIECES[device or x.device.type] if moved >= least][-1]
+    if requested == "symmetric":
+        if memory is None or backend_of("matmul", x.device.type, x.dtype) == "torch":
+            raise UserError(f"parallel.tp_overlap=symmetric: {NEEDS_TRITON}")
+        return Symmetric(memory())
+    sent = bytes_sent(operation, x, w, ranks)
+    pieces = [pieces for least, pieces in PIECES[device or x.device.type] if sent >= least][-1]
     if requested == "chunked":
         return Chunked(max(2, pieces))
     return Chunked(pieces) if pieces > 1 else Serial()

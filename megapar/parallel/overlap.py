@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.kernels.matmul import add_matmul, matmul
 from megapar.mesh import Axis
 from megapar.parallel.engines import Engine, Operation, Serial, choose
@@ -35,20 +36,22 @@ class Overlap:
     """How one layer's matmul meets its peers.
 
     requested: parallel.tp_overlap. owner and weight_grads: where the weight's gradient goes; without an owner it is
-    autograd's. ran: which engine ran, by direction (forward, backward), as text.
+    autograd's. memory: makes what the symmetric engine works in. ran: which engine ran, by direction (forward,
+    backward), as text.
     """
 
     axis: Axis
     requested: str = "auto"
     owner: LocalParameter | None = None
     weight_grads: WeightGrads | None = None
+    memory: Callable[[], SymmetricMemory] | None = None
     ran: dict[str, str] = field(default_factory=dict)
 
     def engine(self, direction: str, operation: Operation, x: Tensor, w: Tensor) -> Engine:
         """The engine for an operation on x [.., K] and w [K, N] of this rank."""
         if self.axis.size == 1:
             return Serial()
-        engine = choose(self.requested, operation, x, w, self.axis.size)
+        engine = choose(self.requested, operation, x, w, self.axis.size, memory=self.memory)
         self.ran[direction] = str(engine)
         return engine
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megapar.config.errors import UserError
+from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.overlap import Overlap
 from megapar.parallel.record import Given, ParameterRecord, Shard
@@ -33,6 +35,7 @@ class StageContext:
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     parameters: list[LocalParameter] = field(default_factory=list)
     overlaps: dict[tuple[int, str], Overlap] = field(default_factory=dict)
+    _memory: SymmetricMemory | None = None
 
     @property
     def tp(self) -> Axis:
@@ -58,9 +61,24 @@ class StageContext:
 
     def overlap(self, owner: LocalParameter) -> Overlap:
         """How the matmul of this parameter's layer meets its tensor-parallel peers."""
-        made = Overlap(self.tp, self.tp_overlap, owner, self.weight_grads)
+        made = Overlap(self.tp, self.tp_overlap, owner, self.weight_grads, self.shared_memory)
         self.overlaps[self.stage, owner.name] = made
         return made
+
+    def shared_memory(self) -> SymmetricMemory:
+        """What tensor-parallel peers share for the symmetric engine. The first call makes it and is collective."""
+        if self._memory is None:
+            assert self.tp.group is not None
+            try:
+                self._memory = SymmetricMemory(self.tp.group, self.device, self.mesh.timeout_s)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        return self._memory
+
+    def close(self) -> None:
+        """Give back the memory that peers share. Collective."""
+        if self._memory is not None:
+            self._memory.close()
 
     def engines(self) -> dict[str, dict[str, str]]:
         """What ran the matmuls of this rank that have a collective, by weight and direction."""

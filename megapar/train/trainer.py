@@ -105,7 +105,8 @@ class ModelPart:
         )
 
     def close(self) -> None:
-        """Destroy the mesh's groups."""
+        """Give back what peers share, and destroy the mesh's groups."""
+        self.context.close()
         self.mesh.close()
 
 

@@ -1,6 +1,5 @@
 """Processes whose Triton kernels run in Triton's interpreter. That is fixed when a process imports them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +9,6 @@ from megapar.launch.pool import WorkerPool
 from tests.kernels import cases
 
 collect_ignore_glob = [] if has_triton() else ["*"]
-
-
-@pytest.fixture(scope="session")
-def interpreter() -> Iterator[WorkerPool]:
-    """One process for each of two cores."""
-    with WorkerPool(2, interpret=True) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,8 @@ def test_every_kernel_tells_a_profiler() -> None:
                 continue  # the same kernels; of packed sequences it reads the lengths, and here is no storage
             told = launch.metadata()
             assert told["name"] == launch.kernel.fn.__name__ and told["bytes"] > 0, name
-            assert sum(value > 0 for key, value in told.items() if key.startswith("flops")) == 1, name
+            flops = [value for key, value in told.items() if key.startswith("flops")]
+            assert len(flops) == 1 and (flops[0] > 0 or name.startswith(("push", "collect"))), name
 
 
 def test_every_kernel_is_benchmarked() -> None:

@@ -1,32 +1,47 @@
 """Matmuls with their collectives: every engine against the serial one and against fp64, forward and backward."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megapar.kernels.comm import matmul as fused
+from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
 from megapar.parallel import overlap
-from megapar.parallel.engines import ALIGNED, Chunked, Serial
+from megapar.parallel.engines import ALIGNED, Chunked, Engine, Serial, Symmetric
 from megapar.parallel.overlap import Overlap
 from tests.pairwise import pairwise
 
 Case = dict[str, Any]
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUNCTIONS = ("copy_matmul", "matmul_all_reduce", "all_gather_matmul", "matmul_reduce_scatter")
 # fewer rows than ranks or pieces (times R where rows must be divided), odd, and several rows to a piece
 CASES = pairwise(
     {
         "function": FUNCTIONS,
         "ranks": [2, 3, 4],
-        "dtype": list(DTYPES),
+        "dtype": ["fp64", "fp32", "bf16"],
         "rows": [1, 13, 64, 77],
         "inner": [1, 7, 48],
         "outer": [1, 5, 40],
         "pieces": [2, 3, 7],
+    }
+)
+# less than a tile, and several; rows whose 16 bytes TMA can read, and others. to_all: how an all-reduce is done
+FUSED_CASES = pairwise(
+    {
+        "function": FUNCTIONS,
+        "ranks": [2, 3, 4],
+        "dtype": ["fp32", "bf16", "fp16"],
+        "rows": [1, 13, 64, 77, 150],
+        "inner": [5, 48, 200],
+        "outer": [3, 5, 136],
+        "to_all": [True, False],
     }
 )
 
@@ -70,16 +85,16 @@ def expected(case: Case, rank: int) -> list[Tensor]:
 
 
 def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, list[Tensor]]]:
-    """y, dx and dw of every case, by engine."""
+    """y, dx and dw of every case, by engine. With `to_all`: of the symmetric engine, else of the chunked."""
     mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    group = mesh["tp"].group
+    memory = SymmetricMemory(group, mesh.device, 60.0) if group and "to_all" in cases[0] else None
     found = []
     for case in cases:
         results = {}
-        for name, engine in (
-            ("serial", Serial()),
-            ("chunked", Chunked(case["pieces"])),
-            ("again", Chunked(case["pieces"])),
-        ):
+        tested: Engine = Chunked(case["pieces"]) if memory is None else Symmetric(memory)
+        fused.TO_ALL_BELOW = {8: 1 << 62 if case.get("to_all") else 0}
+        for name, engine in (("serial", Serial()), ("engine", tested), ("again", tested)):
             given = {key: value.to(DTYPES[case["dtype"]]) for key, value in tensors(case, rank).items()}
             x, w = given["x"].requires_grad_(), given["w"].requires_grad_()
             way = Overlap(mesh["tp"])
@@ -90,28 +105,48 @@ def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, li
             time.sleep(0.002 * rank)
             results[name] += [gradient.clone() for gradient in torch.autograd.grad(y, [x, w], given["dy"])]
         found.append(results)
+    if memory is not None:
+        memory.close()
     mesh.close()
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_against_fp64_and_each_other(ranks: int, pool: WorkerPool) -> None:
-    """Errors: a product's rounding, 48 terms, then of R partial sums, each rounded to the dtype before they are added
-    (gloo adds bf16 in bf16). Two ranks: engines agree bit by bit, since a + b = b + a, where no rank's rows end in a
-    part of a block that the matmul takes at once. The same bits again, always."""
-    cases = [case for case in CASES if case["ranks"] == ranks]
-    found = pool.run(outcomes, ranks, cases)
-    for rank, of_rank in enumerate(found):
-        for case, results in zip(cases, of_rank, strict=True):
+def test_chunked(ranks: int, pool: WorkerPool) -> None:
+    """Two ranks: engines agree bit by bit, since a + b = b + a, where no rank's rows end in a part of a block that the
+    matmul takes at once."""
+    for _, case, where, results in compared(ranks, CASES, pool):
+        if ranks == 2 and case["rows"] % ALIGNED == 0:
+            assert torch.equal(results["serial"], results["engine"]), where
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_symmetric(ranks: int, interpreter: WorkerPool) -> None:
+    """What all ranks hold alike has the same bits on all of them."""
+    shared: dict[str, Tensor] = {}
+    for _, case, (_, name, _), results in compared(ranks, FUSED_CASES, interpreter):
+        if (name, case["function"]) in (("y", "matmul_all_reduce"), ("dx", "copy_matmul")):
+            assert torch.equal(results["engine"], shared.setdefault(str(case), results["engine"])), case
+    assert shared
+
+
+def compared(ranks: int, cases: list[Case], pool: WorkerPool) -> Iterator[tuple[int, Case, Any, dict[str, Tensor]]]:
+    """Every tensor of every rank and case by engine, after the comparison of each with fp64 and of two runs.
+
+    Errors: a product's rounding, up to 200 terms, then of R partial sums, each rounded to the dtype before they are
+    added (gloo adds bf16 in bf16). The same bits again, always.
+    """
+    cases = [case for case in cases if case["ranks"] == ranks]
+    for rank, of_rank in enumerate(pool.run(outcomes, ranks, cases)):
+        for case, found in zip(cases, of_rank, strict=True):
             exact = expected(case, rank)
             for index, name in enumerate(("y", "dx", "dw")):
-                serial, chunked, again = (results[engine][index] for engine in ("serial", "chunked", "again"))
+                results = {engine: tensors[index] for engine, tensors in found.items()}
                 where = (rank, name, case)
-                assert torch.equal(chunked, again), where
+                assert torch.equal(results["engine"], results["again"]), where
                 scale = float(exact[index].abs().max()) + 1e-3
                 bound = 16 * torch.finfo(DTYPES[case["dtype"]]).eps * scale
-                for one in (serial, chunked):
+                for one in (results["serial"], results["engine"]):
                     assert one.shape == exact[index].shape, where
                     assert float((one.double() - exact[index]).abs().max()) <= bound, where
-                if ranks == 2 and case["rows"] % ALIGNED == 0:
-                    assert torch.equal(serial, chunked), where
+                yield rank, case, where, results
