@@ -69,6 +69,18 @@ def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: 
     assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize(("layout", "sequence_parallel"), [("tp2", True), ("tp4", False), ("tp2pp2", True)])
+def test_fused_matmuls(
+    layout: str, sequence_parallel: bool, interpreter: WorkerPool, prefix: str, tmp_path: Path
+) -> None:
+    """Triton kernels alone, in the interpreter; the one-process run too."""
+    values = {"kernels.backend": "interpret", "train.dtype": "fp32", "train.steps": 1, "model.layers": 2}
+    values |= {"train.micro_batch_size": 2, "train.global_batch_size": 4, "model.heads": 4, "model.ffn": 24}
+    values |= {"parallel.tp_overlap": "symmetric", "parallel.sequence_parallel": sequence_parallel}
+    [verdict] = compare(interpreter, tmp_path, verify_config(prefix, [layout], **values))
+    assert verdict.passed, verdict
+
+
 SCHEDULE_CASES = pairwise(
     {
         "pipeline.schedule": sorted(generators()),
