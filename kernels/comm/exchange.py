@@ -35,10 +35,15 @@ from megapar.kernels.comm.symmetric import (
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
 # NVLink, from published kernels (Triton-distributed: 16); not measured.
 MOVERS = 16
-# Plain all-reduce, bytes of a matrix from which on a tile goes to its owner only, by ranks: two passes over the links
-# instead of one, but 2 (R - 1) / R of the bytes instead of R - 1. From published figures on one host (kraken; vLLM's
-# custom all-reduce: 512 KB for 4 ranks, 256 KB for 8; two ranks send the same either way), not measured.
-TO_OWNER_FROM = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
+# Bytes of a matrix below which every rank sums all of it: one pass over the links and (R - 1) times the bytes, instead of
+# two passes and 2 (R - 1) / R times. By ranks, up to 2 (which send the same either way), 4 and 8 of one host. From vLLM's
+# custom_all_reduce.cuh, for NVLink; not measured here.
+TO_ALL_BELOW = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
+
+
+def is_small(size: int, ranks: int) -> bool:
+    """Whether every rank should sum all of a matrix of so many bytes."""
+    return size < TO_ALL_BELOW[min((known for known in TO_ALL_BELOW if known >= ranks), default=8)]
 
 
 def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -260,8 +265,7 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
     if not x.numel():
         return x.clone()
     x = x.contiguous()
-    least = TO_OWNER_FROM[min(size for size in TO_OWNER_FROM if size >= min(memory.ranks, 8))]
-    to_all = x.numel() * x.element_size() < least if to_all is None else to_all
+    to_all = is_small(x.numel() * x.element_size(), memory.ranks) if to_all is None else to_all
     cut = Cut(len(x), x.shape[1], memory.ranks, 16, 256, to_all)
     use = memory.use("all_reduce", cut.flags, cut.half(x.dtype))
     programs = memory.processors

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megapar.kernels._common import INTERPRETED, Launch, cast, device_function, num_tiles, precision, tl, triton
-from megapar.kernels.comm.exchange import MOVERS, Cut, push, start_sums, store_to
+from megapar.kernels.comm.exchange import MOVERS, Cut, is_small, push, start_sums, store_to
 from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post
 from megapar.kernels.matmul import (
     CONFIGS,
@@ -34,9 +34,6 @@ from megapar.kernels.matmul import (
     tile_at,
     tile_product,
 )
-
-# Bytes of [T, N] below which every rank sums all of it; see TO_OWNER_FROM in exchange.py, whose figures these are.
-TO_ALL_BELOW = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
 
 
 def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -211,8 +208,7 @@ def start_matmul_all_reduce(
     T, N = len(x), w.shape[1]
     if not T * N:
         return lambda: x.new_empty(T, N)
-    least = TO_ALL_BELOW[min(size for size in TO_ALL_BELOW if size >= min(memory.ranks, 8))]
-    to_all = T * N * x.element_size() < least if to_all is None else to_all
+    to_all = is_small(T * N * x.element_size(), memory.ranks) if to_all is None else to_all
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, to_all)
     use = memory.use("matmul_all_reduce", cut.flags, cut.half(x.dtype))

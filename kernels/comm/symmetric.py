@@ -306,8 +306,10 @@ class SymmetricMemory:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-    def check(self) -> None:
-        """Raise PeerTimeout if a wait was in vain. On a GPU: one whose launch has got there."""
+    def check(self, finished: bool = False) -> None:
+        """Raise PeerTimeout if a wait was in vain. On a GPU: one that is over; finished: after all have been."""
+        if finished and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         word = int(self.error[0])
         if word == 0:
             return
@@ -322,8 +324,8 @@ class SymmetricMemory:
 
     def close(self) -> None:
         """Give the memory back. Collective on GPUs, where a peer's late write would meet whoever has it next."""
+        self.check(finished=True)
         if self.channels and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
             dist.barrier(self.group)
         self.channels.clear()
 

@@ -75,6 +75,11 @@ class StageContext:
                 raise UserError(str(error)) from None
         return self._memory
 
+    def check_peers(self) -> None:
+        """Raise PeerTimeout if a kernel waited in vain for a peer: what it computed then must go nowhere."""
+        if self._memory is not None:
+            self._memory.check(finished=True)
+
     def close(self) -> None:
         """Give back the memory that peers share. Collective."""
         if self._memory is not None:

@@ -142,6 +142,7 @@ class Trainer(ModelPart):
         start = time.perf_counter()
         self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))
+        self.context.check_peers()
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):

@@ -88,6 +88,7 @@ class Loop:
         if after == before:
             return
         saved, mesh = saved or self._save(step), self.trainer.mesh
+        self.trainer.context.close()
         del self.trainer  # its memory, before the next one takes as much
         self.config = changed(self.config, {"pipeline.partition": after})
         self.trainer = Trainer(self.config, mesh.rank, mesh=mesh)

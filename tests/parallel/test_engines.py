@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapar.kernels.comm import matmul as fused
+from megapar.kernels.comm import exchange
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
@@ -93,7 +93,7 @@ def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, li
     for case in cases:
         results = {}
         tested: Engine = Chunked(case["pieces"]) if memory is None else Symmetric(memory)
-        fused.TO_ALL_BELOW = {8: 1 << 62 if case.get("to_all") else 0}
+        exchange.TO_ALL_BELOW = {8: 1 << 62 if case.get("to_all") else 0}
         for name, engine in (("serial", Serial()), ("engine", tested), ("again", tested)):
             given = {key: value.to(DTYPES[case["dtype"]]) for key, value in tensors(case, rank).items()}
             x, w = given["x"].requires_grad_(), given["w"].requires_grad_()
