@@ -35,9 +35,9 @@ from megapar.kernels.comm.symmetric import (
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
 # NVLink, from published kernels (Triton-distributed: 16); not measured.
 MOVERS = 16
-# Bytes of a matrix below which every rank sums all of it: one pass over the links and (R - 1) times the bytes, instead of
-# two passes and 2 (R - 1) / R times. By ranks, up to 2 (which send the same either way), 4 and 8 of one host. From vLLM's
-# custom_all_reduce.cuh, for NVLink; not measured here.
+# Bytes of a matrix below which every rank sums all of it: one pass over the links and R - 1 times the bytes, instead of
+# two passes and 2 (R - 1) / R times. By ranks of one host, up to 2 (which send the same either way), 4 and 8. From
+# vLLM's custom_all_reduce.cuh, for NVLink; not measured here.
 TO_ALL_BELOW = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
 
 

@@ -273,8 +273,11 @@ class SymmetricMemory:
     def use(self, operation: str, num_flags: int, half: int) -> Use:
         """Begin the next epoch of an operation that needs so many flags and bytes of data; the same on all ranks.
 
-        Collective where the operation never needed as much before.
+        Collective where the operation never needed as much before. What is launched aside in this use comes after what
+        was launched before it, and beside what is launched next.
         """
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
         channel = self.channels.get(operation)
         if channel is None or num_flags > channel.num_flags or half > channel.half:
             channel = self._make(operation, num_flags, half)
@@ -293,12 +296,8 @@ class SymmetricMemory:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """On a GPU, launches inside run beside those that follow, until `join`."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        """On a GPU, launches inside run beside those of this use that are outside, until `join`."""
+        with torch.cuda.stream(self._side):  # of None: as it is
             yield
 
     def join(self) -> None:
