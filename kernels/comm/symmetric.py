@@ -1,14 +1,15 @@
 """Memory that every rank of a group can write to, and the protocol of its use.
 
-A channel is what one operation uses: a segment of memory on every rank, all alike, with flags and two halves of data.
+A channel is what one operation uses: a segment of memory on every rank, all alike, with two halves of flags and data.
 Every use of it is an epoch, counted from 1 by every rank for itself; epoch e uses half e % 2. Ranks push: they write to
 their peers' segments and read only their own. Three rules make a use safe, whatever the ranks' speeds:
 
 1. `begin`, the end-of-use handshake: a rank that begins epoch e tells its peers, and writes to none before all have
    begun e - 1. A peer that has begun e - 1 has done with e - 2, whose half is written now.
-2. `post`: what a program has written to a peer, it announces by setting a flag there to e. A flag has one writer.
-3. `await_flag`: a program reads no data before their flag is at least e. A peer can be one epoch ahead and its flag at
-   e + 1; it can't be two ahead, because of rule 1.
+2. `post`: what a program has written to a peer, it announces by setting a flag there to e. In an epoch a flag has one
+   writer; in the next use of its half, where a matrix of another shape has other tiles, it may be another one's.
+3. `await_flag`: a program reads no data before their flag is e. A peer can be one epoch ahead, and then writes to the
+   other half, flags and all; it can't be two ahead, because of rule 1.
 
 A kernel that is the first to post in an epoch waits for nothing later than the epoch before, so ranks can't wait for
 each other in a circle, in whichever order programs of a launch run. A wait that takes too long writes to an error word
@@ -175,7 +176,10 @@ class TorchSegments:
 
 @dataclass
 class Channel:
-    """One operation's memory, with `num_flags` flags and `half` bytes of data in each half."""
+    """One operation's memory, with `num_flags` flags and `half` bytes of data in each half.
+
+    In a segment: who has begun which epoch, the flags of both halves, the data of both.
+    """
 
     segments: Segments
     ranks: int
@@ -185,17 +189,18 @@ class Channel:
 
     @property
     def flags_at(self) -> int:
-        return aligned(self.ranks * FLAG_BYTES)
+        """Where the flags of the current epoch's half begin."""
+        return aligned(self.ranks * FLAG_BYTES) + self.epoch % 2 * aligned(self.num_flags * FLAG_BYTES)
 
     @property
     def data_at(self) -> int:
-        """Where the half of the current epoch begins."""
-        return self.flags_at + aligned(self.num_flags * FLAG_BYTES) + self.epoch % 2 * self.half
+        """Where the data of the current epoch's half begin."""
+        return self.size(self.ranks, self.num_flags, 0) + self.epoch % 2 * self.half
 
     @classmethod
     def size(cls, ranks: int, num_flags: int, half: int) -> int:
         """Bytes of its segment."""
-        return aligned(ranks * FLAG_BYTES) + aligned(num_flags * FLAG_BYTES) + 2 * half
+        return aligned(ranks * FLAG_BYTES) + 2 * (aligned(num_flags * FLAG_BYTES) + half)
 
 
 @dataclass(frozen=True)
