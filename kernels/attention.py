@@ -338,7 +338,7 @@ def _softmax(s, m, total, scale, BOUNDARY: tl.constexpr):
 
 
 @triton.jit(launch_metadata=_metadata(1, 1), do_not_specialize=VARYING)
-def forward_kernel(
+def attention_forward_kernel(
     q, k, v, k_tiles, v_tiles, o, lse,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
     total_q, len_q, len_k, left, right, num_sequences, group,
@@ -399,7 +399,7 @@ def forward_kernel(
 
 
 @triton.jit(launch_metadata=_statistics_metadata)
-def statistics_kernel(
+def attention_statistics_kernel(
     o, do, lse, dlse, statistics, total_q, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ):
     """What the backward needs of each query: statistics [2, N, T], from o, do [T, N*E] and lse, dlse [N, T].
@@ -437,7 +437,7 @@ def _scores_gradient(p, dp, delta, t, softcap):
 
 
 @triton.jit(launch_metadata=_metadata(2, 2), do_not_specialize=VARYING)
-def dkdv_kernel(
+def attention_dkdv_kernel(
     q, k, v, do, q_tiles, do_tiles, statistics, dk, dv,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
     total_q, len_q, len_k, left, right, num_sequences, group,
@@ -523,7 +523,7 @@ def _dq_step(q_tile, do_tile, k_tile, v_tile, logarithm, delta, dq, inner, scale
 
 
 @triton.jit(launch_metadata=_metadata(2, 1), do_not_specialize=VARYING)
-def dq_kernel(
+def attention_dq_kernel(
     q, k, v, do, k_tiles, v_tiles, statistics, dq,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
     total_q, len_q, len_k, left, right, num_sequences, group,
@@ -721,20 +721,22 @@ class Call:
 
     def forward(self, arch: str, o: Tensor, lse: Tensor) -> Launch:
         streamed = {"k": self.k, "v": self.v}
-        return self.launch("forward", forward_kernel, arch, streamed, o=o, lse=lse)
+        return self.launch("forward", attention_forward_kernel, arch, streamed, o=o, lse=lse)
 
     def statistics(self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor, statistics: Tensor) -> Launch:
         tensors = {"o": o, "do": do, "lse": lse, "dlse": dlse, "statistics": statistics}
         sizes = {"total_q": len(o), "E": self.E, "BLOCK_E": next_power_of_2(self.E), "ROWS": STATISTICS_ROWS}
-        return Launch(statistics_kernel, (num_tiles(len(o), STATISTICS_ROWS), self.heads), tensors | sizes, 4, 1)
+        return Launch(
+            attention_statistics_kernel, (num_tiles(len(o), STATISTICS_ROWS), self.heads), tensors | sizes, 4, 1
+        )
 
     def dkdv(self, arch: str, do: Tensor, statistics: Tensor, dk: Tensor, dv: Tensor) -> Launch:
         streamed = {"q": self.q, "do": do}
-        return self.launch("dkdv", dkdv_kernel, arch, streamed, do=do, statistics=statistics, dk=dk, dv=dv)
+        return self.launch("dkdv", attention_dkdv_kernel, arch, streamed, do=do, statistics=statistics, dk=dk, dv=dv)
 
     def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor) -> Launch:
         streamed = {"k": self.k, "v": self.v}
-        return self.launch("dq", dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
+        return self.launch("dq", attention_dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
 
 
 # -------------------------------------------------------------------------------------------------------- operators

@@ -125,7 +125,7 @@ def _metadata(passes: int, flops: float) -> Any:
 
 
 @triton.jit(launch_metadata=_metadata(1, 4.0), do_not_specialize=["first"])
-def statistics_kernel(
+def cross_entropy_statistics_kernel(
     logits, targets, statistics, first, num_columns, stride, TOTAL: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """statistics [T, 3], or [T, 4] with TOTAL. Grid: a program per token, which goes over its row once."""
@@ -153,7 +153,7 @@ def statistics_kernel(
 
 
 @triton.jit(launch_metadata=_metadata(2, 3.0), do_not_specialize=["first"])
-def gradient_kernel(
+def cross_entropy_gradient_kernel(
     logits, targets, log_sums, grads, first, smoothing, z, spread, num_columns, stride, COLUMNS: tl.constexpr
 ):
     """Overwrites logits. Grid: tokens, tiles of columns. spread: what smoothing takes from every probability."""
@@ -172,7 +172,9 @@ def gradient_kernel(
 
 def launch_statistics(logits: Tensor, targets: Tensor, statistics: Tensor, first: int) -> Launch:
     tensors = {"logits": logits, "targets": targets, "statistics": statistics}
-    return _launch(statistics_kernel, (len(logits),), tensors, first=first, TOTAL=statistics.shape[1] == 4)
+    return _launch(
+        cross_entropy_statistics_kernel, (len(logits),), tensors, first=first, TOTAL=statistics.shape[1] == 4
+    )
 
 
 def launch_gradient(
@@ -182,7 +184,7 @@ def launch_gradient(
     tensors = {"logits": logits, "targets": targets, "log_sums": log_sum, "grads": grad}
     grid = (len(logits), num_tiles(logits.shape[1], _columns(logits)))
     numbers = {"first": first, "smoothing": smoothing, "z": z, "spread": smoothing / vocabulary}
-    return _launch(gradient_kernel, grid, tensors, **numbers)
+    return _launch(cross_entropy_gradient_kernel, grid, tensors, **numbers)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tensors: dict[str, Tensor], **numbers: float) -> Launch:

@@ -86,7 +86,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 
 @triton.jit(launch_metadata=tells(lambda args: 7.0 * args["x"].numel()), do_not_specialize=["num_rows"])
-def forward_kernel(
+def layernorm_forward_kernel(
     x, residual, weight, bias, y, h, mean, rstd, eps, num_rows, num_columns, x_stride, residual_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def forward_kernel(
 
 
 @triton.jit(launch_metadata=tells(lambda args: 8.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
-def input_grad_kernel(
+def layernorm_input_grad_kernel(
     dy, h, weight, mean, rstd, dh, dx, num_rows, num_columns, h_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """dx [T, H] from dy, and dh or None; contiguous but for h. Grid: tiles of whole rows."""
@@ -129,7 +129,7 @@ def input_grad_kernel(
 
 
 @triton.jit(launch_metadata=tells(lambda args: 5.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
-def weight_grad_kernel(
+def layernorm_weight_grad_kernel(
     dy, h, mean, rstd, partial, num_rows, num_columns, h_stride,
     BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def launch_forward(
         "eps": eps, "num_rows": num_rows, "num_columns": num_columns, "x_stride": x.stride(0),
         "residual_stride": None if residual is None else residual.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
+    return Launch(layernorm_forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
 
 
 def launch_input_grad(
@@ -185,7 +185,7 @@ def launch_input_grad(
         "dy": dy, "h": h, "weight": weight, "mean": mean, "rstd": rstd, "dh": dh, "dx": dx,
         "num_rows": num_rows, "num_columns": num_columns, "h_stride": h.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
+    return Launch(layernorm_input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=2)
 
 
 def launch_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, partial: Tensor) -> Launch:
@@ -196,7 +196,7 @@ def launch_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, partia
         "num_columns": num_columns, "h_stride": h.stride(0), "BLOCK_ROWS": BLOCK_ROWS, "STEP": STEP, "COLUMNS": columns,
     }  # fmt: skip
     grid = (num_tiles(num_rows, BLOCK_ROWS), num_tiles(num_columns, columns))
-    return Launch(weight_grad_kernel, grid, arguments, warps=max(1, STEP * columns // WARP), stages=2)
+    return Launch(layernorm_weight_grad_kernel, grid, arguments, warps=max(1, STEP * columns // WARP), stages=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

@@ -84,7 +84,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 
 
 @triton.jit(launch_metadata=tells(lambda args: 4.0 * args["x"].numel()), do_not_specialize=["num_rows"])
-def forward_kernel(
+def rmsnorm_forward_kernel(
     x, residual, weight, y, h, rstd, eps, num_rows, num_columns, x_stride, residual_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def forward_kernel(
 
 
 @triton.jit(launch_metadata=tells(lambda args: 6.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
-def input_grad_kernel(
+def rmsnorm_input_grad_kernel(
     dy, h, weight, rstd, dh, dx, num_rows, num_columns, h_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """dx [T, H] from dy, and dh or None; contiguous but for h. Grid: tiles of whole rows."""
@@ -120,7 +120,7 @@ def input_grad_kernel(
 
 
 @triton.jit(launch_metadata=tells(lambda args: 3.0 * args["dy"].numel()), do_not_specialize=["num_rows"])
-def weight_grad_kernel(
+def rmsnorm_weight_grad_kernel(
     dy, h, rstd, partial, num_rows, num_columns, h_stride,
     BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def launch_forward(
         "num_columns": num_columns, "x_stride": x.stride(0),
         "residual_stride": None if residual is None else residual.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
+    return Launch(rmsnorm_forward_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
 
 
 def launch_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None, dx: Tensor) -> Launch:
@@ -161,7 +161,7 @@ def launch_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: T
         "dy": dy, "h": h, "weight": weight, "rstd": rstd, "dh": dh, "dx": dx, "num_rows": num_rows,
         "num_columns": num_columns, "h_stride": h.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
+    return Launch(rmsnorm_input_grad_kernel, (num_tiles(num_rows, rows), 1), arguments, warps=warps, stages=1)
 
 
 def launch_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor, partial: Tensor) -> Launch:
@@ -172,7 +172,7 @@ def launch_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor, partial: Tensor) -> 
         "h_stride": h.stride(0), "BLOCK_ROWS": BLOCK_ROWS, "STEP": STEP, "COLUMNS": columns,
     }  # fmt: skip
     grid = (num_tiles(num_rows, BLOCK_ROWS), num_tiles(num_columns, columns))
-    return Launch(weight_grad_kernel, grid, arguments, warps=max(1, STEP * columns // WARP), stages=2)
+    return Launch(rmsnorm_weight_grad_kernel, grid, arguments, warps=max(1, STEP * columns // WARP), stages=2)
 
 
 def whole_rows(num_columns: int) -> tuple[int, int, int]:

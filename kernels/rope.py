@@ -111,7 +111,7 @@ def _turn_head(
     launch_metadata=tells(lambda args: 3.0 * (args["q"].numel() + args["k"].numel())),
     do_not_specialize=["num_rows", "length"],
 )
-def kernel(
+def rope_kernel(
     q, k, q_out, k_out, table, offsets, num_rows, length, q_heads, k_heads, q_stride, k_stride,
     INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def launch(
         "q_stride": q_rows.stride(0), "k_stride": k_rows.stride(0), "INVERSE": inverse, "INTERLEAVED": interleaved,
         "CHANNELS": channels, "ROWS": rows, "HALF": half,
     }  # fmt: skip
-    return Launch(kernel, (num_tiles(num_rows, rows),), arguments, warps=WARPS, stages=1)
+    return Launch(rope_kernel, (num_tiles(num_rows, rows),), arguments, warps=WARPS, stages=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

@@ -95,7 +95,7 @@ def _backward_flops(args: dict[str, Any]) -> float:
 
 
 @triton.jit(launch_metadata=tells(_forward_flops), do_not_specialize=["num_rows"])
-def forward_kernel(
+def activation_forward_kernel(
     gate, up, out, num_rows, num_columns, gate_stride, up_stride,
     FUNCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def forward_kernel(
 
 
 @triton.jit(launch_metadata=tells(_backward_flops), do_not_specialize=["num_rows"])
-def backward_kernel(
+def activation_backward_kernel(
     gate, up, dout, dgate, dup, num_rows, num_columns, gate_stride, up_stride,
     FUNCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
     """function(gate) * up, contiguous; arguments checked by `swiglu`."""
     out = gate.new_empty(gate.shape)
     if out.numel():
-        launch(forward_kernel, function, rows_of(gate), rows_of(up), out=out).run()
+        launch(activation_forward_kernel, function, rows_of(gate), rows_of(up), out=out).run()
     return out
 
 
@@ -159,7 +159,7 @@ def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> 
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
         inputs = (rows_of(gate), rows_of(up))
-        launch(backward_kernel, function, *inputs, dout=dout.contiguous(), dgate=dgate, dup=dup).run()
+        launch(activation_backward_kernel, function, *inputs, dout=dout.contiguous(), dgate=dgate, dup=dup).run()
     return dgate, dup
 
 
@@ -168,7 +168,7 @@ def gelu_op(x: Tensor) -> Tensor:
     """gelu(x), contiguous."""
     out = x.new_empty(x.shape)
     if out.numel():
-        launch(forward_kernel, "gelu", rows_of(x), None, out=out).run()
+        launch(activation_forward_kernel, "gelu", rows_of(x), None, out=out).run()
     return out
 
 
@@ -177,7 +177,7 @@ def gelu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
     if dx.numel():
-        launch(backward_kernel, "gelu", rows_of(x), None, dout=dout.contiguous(), dgate=dx, dup=None).run()
+        launch(activation_backward_kernel, "gelu", rows_of(x), None, dout=dout.contiguous(), dgate=dx, dup=None).run()
     return dx
 
 
@@ -241,6 +241,8 @@ def aot_specs(arch: str) -> dict[str, Launch]:
             gate, up, dup = out, None, None
             if name != "gelu":
                 (gate, up), dup = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1), out
-            specs[f"{name}_fwd_{width}"] = launch(forward_kernel, function, gate, up, out=out)
-            specs[f"{name}_bwd_{width}"] = launch(backward_kernel, function, gate, up, dout=out, dgate=out, dup=dup)
+            specs[f"{name}_fwd_{width}"] = launch(activation_forward_kernel, function, gate, up, out=out)
+            specs[f"{name}_bwd_{width}"] = launch(
+                activation_backward_kernel, function, gate, up, dout=out, dgate=out, dup=dup
+            )
     return specs

@@ -94,8 +94,8 @@ def _activation(
         dup = None if up is None else torch.empty_like(dout)
         given = {"dout": dout, "dgate": dgate, "dup": dup}
         return {
-            "forward": Plan([activations.launch(activations.forward_kernel, function, gate, up, out=out)]),
-            "backward": Plan([activations.launch(activations.backward_kernel, function, gate, up, **given)]),
+            "forward": Plan([activations.launch(activations.activation_forward_kernel, function, gate, up, out=out)]),
+            "backward": Plan([activations.launch(activations.activation_backward_kernel, function, gate, up, **given)]),
         }
 
     providers = {

@@ -118,7 +118,7 @@ def machine_code(rows: Iterable[Row]) -> list[Table]:
         shared = figures[*key, "shared_memory"] / 1024
         shares = [f"{figures[*key, m]:.2f}" if (*key, m) in figures else "" for m in ("bound", "lockstep")]
         counts = [f"{figures[*key, m]:.0f}" for m in ("registers", "spill")]
-        name = launch.removesuffix("_kernel")
+        name = launch.removesuffix("_kernel").removeprefix(f"{kernel}_")
         cells.append([kernel, shape, target, mode, name, *counts, f"{shared:.0f}", *shares])
     return [Table("machine code", cells, STATIC)]
 

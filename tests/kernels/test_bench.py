@@ -38,12 +38,15 @@ FAST = ["shape=[demo]", "tokens=[8,16]", "mode=[forward,full]"]
 
 
 def test_every_kernel_tells_a_profiler() -> None:
+    """Its name, by which no other kernel goes, and what it does and moves."""
+    named: dict[str, Any] = {}
     for kernel in KERNELS:
         for name, launch in import_module(f"megapar.kernels.{kernel}").aot_specs("sm_90").items():
             if "packed" in name:
                 continue  # the same kernels; of packed sequences it reads the lengths, and here is no storage
             told = launch.metadata()
             assert told["name"] == launch.kernel.fn.__name__ and told["bytes"] > 0, name
+            assert named.setdefault(told["name"], launch.kernel) is launch.kernel, name
             flops = [value for key, value in told.items() if key.startswith("flops")]
             assert len(flops) == 1 and (flops[0] > 0 or name.startswith(("push", "collect"))), name
 
@@ -191,8 +194,9 @@ def test_rows_of_a_cpu(on_a_cpu: Path) -> None:
     assert {row["device"] for row in ours} == {"sm_90"} and {row["x"] for row in ours} == {""}
     launches = {(row["kernel"], row["mode"], row["note"]) for row in ours}
     assert launches == {
-        ("rmsnorm", "forward", "forward_kernel"), ("rmsnorm", "backward", "input_grad_kernel"),
-        ("rmsnorm", "backward", "weight_grad_kernel"), ("rope", "forward", "kernel"), ("rope", "backward", "kernel"),
+        ("rmsnorm", "forward", "rmsnorm_forward_kernel"), ("rmsnorm", "backward", "rmsnorm_input_grad_kernel"),
+        ("rmsnorm", "backward", "rmsnorm_weight_grad_kernel"), ("rope", "forward", "rope_kernel"),
+        ("rope", "backward", "rope_kernel"),
     }  # fmt: skip
     roofline = [row for row in by_kind["static"] if row["provider"] == "roofline"]
     assert len(roofline) == 2 * 2 * 2 * (3 + 3 * 3) and len(ours) + len(roofline) == len(by_kind["static"])
@@ -236,7 +240,7 @@ def test_ours_alone_on_a_cpu(
     assert {path.name for path in out.iterdir()} == {"bench.csv", "bench.md"}
     shown = capsys.readouterr().out
     assert "least ms by roofline" in shown and "machine code" in shown
-    assert "rope    demo   sm_90   forward   kernel         40        0          2   0.50      0.25" in shown
+    assert "rope    demo   sm_90   forward   rope           40        0          2   0.50      0.25" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 
