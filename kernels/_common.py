@@ -57,10 +57,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @device_function
 def cast(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
+    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased.
+
+    The bits that it would cut off are cut off here: it makes 1e-38 of a number that has no others, as 0 would have.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(dtype)
 

@@ -6,27 +6,35 @@ delays bring about.
 
 import random
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import FunctionType
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megapar.kernels.comm.symmetric import PeerTimeout, SymmetricMemory
 from megapar.launch.pool import WorkerPool
+from tests.comm.mutants import LARGE, MUTANTS, SMALL
 from tests.comm.operations import FORMS, Shape, is_exact, small_tiles
-from tests.comm.skew import Once, Operation, Place
+from tests.comm.skew import Once, Operation, Place, places_of
 
-SHAPES = ((5, 3, 4), (1, 3, 4), (20, 3, 4), (5, 3, 20), (5, 20, 4))  # several tiles each way, fewer rows than ranks
-SMALL = SHAPES[0]
+SHAPES = (SMALL, (20, 3, 4), (5, 3, 20), (1, 3, 4))  # more tiles one way and the other; fewer rows than ranks
 CHANNELS = {
     operation: [form for form in FORMS if form.startswith(operation)]
     for operation in ("all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
 }
 
 
-def memory_of(group: Any = None, timeout_s: float = 60.0) -> SymmetricMemory:
-    return SymmetricMemory(group or dist.group.WORLD, torch.device("cpu"), timeout_s)
+def memory_of(group: dist.ProcessGroup | None = None, timeout_s: float = 60.0) -> SymmetricMemory:
+    group = group or dist.group.WORLD
+    assert group is not None
+    return SymmetricMemory(group, torch.device("cpu"), timeout_s)
 
 
 # -------------------------------------------------------------------------------------------------------- random delays
@@ -46,43 +54,197 @@ def many_epochs(rank: int, ranks: int, forms: list[str], epochs: int, seed: int)
     return wrong
 
 
-@pytest.mark.parametrize("world_size, epochs", [(3, 200), (2, 60)])
+@pytest.mark.parametrize("world_size, epochs", [(2, 200), (3, 60)])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_many_epochs_with_random_delays(channel: str, world_size: int, epochs: int, ranks: WorkerPool) -> None:
     found = ranks.run(many_epochs, world_size, CHANNELS[channel], epochs, world_size)
     assert found == [[]] * world_size
 
 
-# ------------------------------------------------------------------------------------------------------ one rank is late
+# ----------------------------------------------------------------------------------------------------- one rank is late
+
+SECONDS = (0.15, 0.05, 0.25, 0.5, 0.1, 0.2)
 
 
-def six_epochs(
-    rank: int, ranks: int, form: str, late: int, places: list[Place], seconds: list[float],
-    shapes: tuple[Shape, ...] = (SMALL,), timeout_s: float = 60.0, mutant: str = "",
-) -> str:  # fmt: skip
-    """What went wrong first on this rank in six epochs, in each of which rank `late` is late at one place, or "".
+@dataclass(frozen=True)
+class Late:
+    """Six epochs of a form, in each of which rank `late` is late at one place.
 
-    places, seconds, shapes: by epoch, from the beginning again at their end. mutant: of the table below.
+    places, seconds, shapes: by epoch, from the beginning again at their end.
     """
-    broken = frozenset()
-    with small_tiles():
-        memory = memory_of(timeout_s=timeout_s)
-        wrong = ""
+
+    form: str
+    late: int
+    places: tuple[Place, ...]
+    seconds: tuple[float, ...] = SECONDS
+    shapes: tuple[Shape, ...] = (SMALL,)
+    timeout_s: float = 60.0
+    mutant: str = ""
+
+
+def six_epochs(rank: int, ranks: int, job: Late) -> str:
+    """What went wrong first on this rank, or ""."""
+    mutant = MUTANTS.get(job.mutant)
+    missing, patch = (mutant.missing, mutant.patch()) if mutant else (frozenset[tuple[str, str]](), nullcontext())
+    wrong = ""
+    with small_tiles(), patch:
+        memory = memory_of(timeout_s=job.timeout_s)
         for number in range(6):
-            place = places[number % len(places)] if rank == late else None
-            shape = shapes[number % len(shapes)]
-            with Operation(Once(place, seconds[number % len(seconds)]), broken).watched():
+            place = job.places[number % len(job.places)] if rank == job.late else None
+            late = Once(place, job.seconds[number % len(job.seconds)])
+            with Operation(late, missing).watched():
                 try:
-                    exact = is_exact(form, shape, number + 1, memory)
+                    exact = is_exact(job.form, job.shapes[number % len(job.shapes)], number + 1, memory)
                 except PeerTimeout as error:
                     return wrong or f"PeerTimeout: {error}"
             if not exact:
-                wrong = wrong or f"wrong result in epoch {number + 1}"
+                wrong = wrong or f"wrong in epoch {number + 1}"
     return wrong
+
+
+def run_beside(pools: tuple[WorkerPool, ...], jobs: list[tuple[int, Late]]) -> list[list[str]]:
+    """Every job's answers by rank, on as many pools as there are: ranks sleep most of the time. jobs: (ranks, what)"""
+    free: SimpleQueue[WorkerPool] = SimpleQueue()
+    for pool in pools:
+        free.put(pool)
+
+    def run(job: tuple[int, Late]) -> list[str]:
+        pool = free.get()
+        try:
+            return pool.run(six_epochs, job[0], job[1])
+        finally:
+            free.put(pool)
+
+    with ThreadPoolExecutor(len(pools)) as threads:
+        return list(threads.map(run, jobs))
+
+
+def test_every_rank_late_at_every_place(ranks: WorkerPool, more_ranks: WorkerPool) -> None:
+    jobs = [
+        (world_size, Late(form, late, tuple(places_of(form))))
+        for form in FORMS
+        for world_size in (2, 3)
+        for late in range(world_size)
+    ]
+    for (world_size, job), found in zip(jobs, run_beside((ranks, more_ranks), jobs), strict=True):
+        assert found == [""] * world_size, job
 
 
 def test_a_late_rank_and_another_shape(ranks: WorkerPool) -> None:
     """Three tiles of rows, then one: the flag that tells of a late rank's second tile is, in the next epoch, where the
-    rank without columns, which has gone ahead, tells of its first."""
-    arguments = "all_gather_matmul, idle", 0, [(0, "begun")], [0.3], ((40, 3, 4), SMALL), 1.0
-    assert ranks.run(six_epochs, 2, *arguments) == ["", ""]
+    rank without columns, which has gone ahead, would tell of its first if there were one set of flags."""
+    job = Late("all_gather_matmul, idle", 0, ((0, "begun"),), shapes=(LARGE, SMALL), timeout_s=3.0)
+    assert ranks.run(six_epochs, 2, job) == ["", ""]
+
+
+@pytest.fixture(scope="module")
+def verdicts(ranks: WorkerPool, more_ranks: WorkerPool) -> dict[str, list[str]]:
+    """What each mutant's ranks say; "" : the protocol as it is, under the same limit."""
+    jobs = [
+        (2, Late(one.form, one.late, (one.place,), (0.25,), one.shapes, 1.5, name)) for name, one in MUTANTS.items()
+    ]
+    return dict(zip(MUTANTS, run_beside((ranks, more_ranks), jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants(name: str, verdicts: dict[str, list[str]]) -> None:
+    """Every mutant is seen by some rank, and what it shows is what it breaks.
+
+    Equivalent, and so not here: the handshake, its wait or its epoch, in all forms but the one with a rank that has no
+    columns. In the others every rank waits for every other in each epoch. When it has done with e - 1 it has seen what
+    its peers told it in e - 1, and they tell nothing of e - 1 before they have done with e - 2, which is all that
+    `begin` waits for. `test_flag_model.py` proves it.
+    """
+    assert any(answer.startswith(MUTANTS[name].shows) for answer in verdicts[name]), verdicts[name]
+
+
+# ------------------------------------------------------------------------------------------------- a rank does not come
+
+
+def absent(rank: int, ranks: int) -> str:
+    """Ranks 1 and 2 are a group; rank 2 comes to its second use when rank 1 has given up. What rank 1 was told."""
+    group = dist.new_group([1, 2])
+    told = ""
+    if rank in (1, 2):
+        with small_tiles():
+            memory = memory_of(group, timeout_s=0.2)
+            patient, impatient = memory.limit * 100, memory.limit
+            for epoch in range(1, 5):
+                memory.limit = impatient if (rank, epoch) == (1, 2) else patient
+                if (rank, epoch) == (2, 2):
+                    dist.barrier(group)  # until rank 1 has given up
+                try:
+                    assert is_exact("matmul_all_reduce to all", SMALL, epoch, memory), epoch
+                    assert (rank, epoch) != (1, 2)
+                except PeerTimeout as error:
+                    assert (rank, epoch) == (1, 2)
+                    told = str(error)
+                    dist.barrier(group)
+    dist.barrier()
+    return told
+
+
+def test_a_rank_that_does_not_come(ranks: WorkerPool) -> None:
+    """Its peer is told so, by the ranks' numbers in the whole run, and both can go on when it has come after all."""
+    _, told, late = ranks.run(absent, 3, timeout=60)
+    expected = "rank 1: no word from rank 2 in 0.2 s, in matmul_all_reduce (symmetric, use 2) over ranks 1, 2"
+    assert told == expected and late == ""
+
+
+# ----------------------------------------------------------------------------------------- bits, and torch.distributed
+
+
+def normal(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [18, 40], one row of it zeros, and w [40, 20]."""
+    numbers = torch.Generator().manual_seed(rank)
+    x, w = (torch.randn(size, generator=numbers).to(dtype) for size in ((18, 40), (40, 20)))
+    x[0] = 0
+    return x, w
+
+
+def results(rank: int, ranks: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """Each form's result, several times, on operands with all their bits, with a delay at every place."""
+    own = random.Random(rank)
+    x, w = normal(rank, dtype)
+    with small_tiles(), Operation(lambda place: time.sleep(own.uniform(0, 0.002))).watched():
+        memory = memory_of()
+        return {form: [FORMS[form](x, w, memory) for _ in range(3)] for form in FORMS if "idle" not in form}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits(dtype: torch.dtype, ranks: WorkerPool) -> None:
+    """From run to run; on every rank what all have; summed by every rank or by the owner of a row; and in the order of
+    ranks, in fp32, rounded once."""
+    found = ranks.run(results, 3, dtype)
+    inputs = [normal(rank, dtype)[0].float() for rank in range(3)]
+    for form in found[0]:
+        for of_rank in found:
+            assert all(torch.equal(of_rank[form][0], again) for again in of_rank[form][1:]), form
+        if "all_reduce" in form:
+            everyones = found[0][form.replace("to owner", "to all")][0]
+            assert all(torch.equal(of_rank[form][0], everyones) for of_rank in found), form
+    whole = found[0]["matmul_all_reduce to all"][0]
+    assert torch.equal(torch.cat([of_rank["matmul_reduce_scatter"][0] for of_rank in found]), whole)
+    assert torch.equal(found[0]["all_reduce to all"][0], (inputs[0] + inputs[1] + inputs[2]).to(dtype))
+
+
+def without_torch(rank: int, ranks: int) -> None:
+    """Every form once to make its channel, and again where each function of torch.distributed raises."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("torch.distributed in an operation")
+
+    with small_tiles(), ExitStack() as patches:
+        memory = memory_of()
+        for epoch in (1, 2):
+            for form in FORMS:
+                assert is_exact(form, SMALL, epoch, memory), form
+            for name, value in list(vars(dist).items()) if epoch == 1 else ():
+                if isinstance(value, FunctionType) and not name.startswith("_"):
+                    patches.enter_context(mock.patch.object(dist, name, refuse))
+                    if hasattr(dist.distributed_c10d, name):
+                        patches.enter_context(mock.patch.object(dist.distributed_c10d, name, refuse))
+
+
+def test_no_function_of_torch_in_an_operation(ranks: WorkerPool) -> None:
+    ranks.run(without_torch, 2)
