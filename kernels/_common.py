@@ -4,7 +4,6 @@ Tensors are matrices to a kernel: a row for every position of every sequence, an
 another. So a tile begins at a row and a column, and rows of a sequence are counted from the first of all.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +31,7 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = _Absent()
 
+FARTHEST = 1 << 22  # elements between rows: 256 of them, the most that a tile has, are 2^30 elements apart
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed here: triton.jit reads it when a kernel is defined
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -223,14 +223,13 @@ def precision(arch: str) -> str:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
-    heads, channels = x.shape[-2:]
-    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
-    if x.dim() == 4:
-        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
-    x = x if together and x.numel() else x.contiguous()
-    rows = math.prod(x.shape[:-2])
-    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
+    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, and rows near
+    each other because addresses inside a tile are counted in 32 bits; else a copy."""
+    rows = rows_of(x.flatten(-2).flatten(0, -2))
+    if rows.stride(0) >= FARTHEST and len(rows) > 1:
+        rows = rows.contiguous()
+    stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
+    return rows.as_strided(rows.shape, (stride, 1))
 
 
 def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | None":
@@ -250,11 +249,34 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def check_gradient(h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...]) -> None:
-    """Raise ValueError unless gradients are [T, H] as h and a norm's statistics [T]."""
-    if any(x is not None and x.shape != h.shape for x in likes) or any(x.shape != h.shape[:1] for x in statistics):
+def check_gradient(
+    h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...], weight: Tensor | None = None
+) -> None:
+    """Raise ValueError unless gradients are [T, H] as h, a norm's statistics [T] and its weight [H]."""
+    fits = h.dim() == 2 and all(x is None or x.shape == h.shape for x in likes)
+    if not fits or any(x.shape != h.shape[:1] for x in statistics):
         shapes = ", ".join(str(list(x.shape)) for x in (*likes, *statistics) if x is not None)
         raise ValueError(f"h {list(h.shape)}, gradients and statistics {shapes}: need [T, H] and [T]")
+    if weight is not None and weight.shape != h.shape[1:]:
+        raise ValueError(f"h {list(h.shape)}, weight {list(weight.shape)}: need [T, H] and [H]")
+    check_floating(h, *likes, *statistics, weight)
+
+
+def check_floating(*tensors: Tensor | None) -> None:
+    """Raise ValueError for tensors of whole numbers."""
+    for x in tensors:
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"a tensor {list(x.shape)} is {x.dtype}: need a floating dtype")
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors may share memory: their elements' addresses, from the first to the last, meet."""
+
+    def end(z: Tensor) -> int:
+        last = sum((length - 1) * stride for length, stride in zip(z.shape, z.stride(), strict=True))
+        return z.data_ptr() + (last + 1) * z.element_size()
+
+    return x.numel() > 0 < y.numel() and x.data_ptr() < end(y) and y.data_ptr() < end(x)
 
 
 def tells(flops: Callable[[dict[str, Any]], float]) -> Any:

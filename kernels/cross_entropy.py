@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from megapar.kernels import backend_of
-from megapar.kernels._common import Launch, cast, next_power_of_2, num_tiles, rows_of, tl, triton, wide_dtype
+from megapar.kernels._common import (
+    Launch,
+    cast,
+    check_floating,
+    next_power_of_2,
+    num_tiles,
+    rows_of,
+    tl,
+    triton,
+    wide_dtype,
+)
 
 COLUMNS, WARP = 4096, 512  # of a program's tile, and of a warp: 128 bits for each thread and load
 
@@ -62,7 +72,7 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total:
         return cross_entropy_statistics_op(logits, targets, first, total)
     wide = logits.to(wide_dtype(logits))
     largest = wide.amax(1)
-    sums = torch.exp(wide - largest.unsqueeze(1)).sum(1)
+    sums = torch.exp(wide - _finite(largest).unsqueeze(1)).sum(1)
     inside = (targets >= first) & (targets < first + logits.shape[1])
     target = wide.gather(1, (targets - first).where(inside, 0).unsqueeze(1)).squeeze(1).where(inside, 0.0)
     return torch.stack([largest, sums, target, *([wide.sum(1)] if total else [])], 1)
@@ -71,9 +81,14 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total:
 def merge_statistics(parts: Tensor) -> Merged:
     """Statistics [R, T, 3 or 4] of all parts of the vocabulary, merged in the order of ranks: the same bits on each."""
     largest, sums, target, *total = parts.unbind(2)
-    highest = largest.amax(0)
+    highest = _finite(largest.amax(0))
     log_sum = highest + torch.log((sums * torch.exp(largest - highest)).sum(0))
     return Merged(log_sum, target.sum(0), total[0].sum(0) if total else None)
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """What is taken from logits before exp: their largest, or 0 where all are -inf."""
+    return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
 def cross_entropy_gradient_(
@@ -85,6 +100,10 @@ def cross_entropy_gradient_(
     refuse a second backward through the same logits.
     """
     _check(logits, targets)
+    if not log_sum.shape == grad.shape == targets.shape:
+        shapes = f"log_sum {list(log_sum.shape)}, grad {list(grad.shape)}"
+        raise ValueError(f"targets {list(targets.shape)}, {shapes}: need [T] each")
+    check_floating(log_sum, grad)
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         cross_entropy_gradient_op(logits, targets, first, log_sum, grad.contiguous(), *objective)
         return logits
@@ -98,7 +117,7 @@ def cross_entropy_gradient_(
     inside = (targets >= first) & (targets < first + logits.shape[1])
     local = (targets - first).where(inside, 0).unsqueeze(1)
     wide.scatter_add_(1, local, (smoothing - 1) * inside.to(wide.dtype).unsqueeze(1))
-    wide.mul_(grad.unsqueeze(1))
+    wide.mul_(grad.unsqueeze(1)).index_fill_(0, (grad == 0).nonzero().squeeze(1), 0.0)
     return logits if wide is logits else logits.copy_(wide)
 
 
@@ -108,6 +127,7 @@ def _check(logits: Tensor, targets: Tensor) -> None:
             f"logits {list(logits.shape)}, targets {list(targets.shape)} {targets.dtype}: need [T, V] with V > 0 and "
             "int64 [T]"
         )
+    check_floating(logits)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -137,7 +157,8 @@ def cross_entropy_statistics_kernel(
         exists = start + columns < num_columns
         x = tl.load(logits + start + columns, mask=exists, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, 0))
-        sums = sums * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        sums = sums * tl.exp(largest - finite) + tl.sum(tl.exp(x - finite), 0)
         largest = higher
         if TOTAL:
             total += tl.sum(tl.where(exists, x, 0.0), 0)
@@ -161,7 +182,9 @@ def cross_entropy_gradient_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = columns < num_columns
     place, log_sum, grad = tl.load(targets + row) - first, tl.load(log_sums + row), tl.load(grads + row)
-    x = tl.load(logits + row * stride + columns, mask=exists, other=float("-inf")).to(tl.float32)
+    # A token without a gradient may have any logits: they are not looked at.
+    log_sum = tl.where(grad == 0.0, 0.0, log_sum)
+    x = tl.load(logits + row * stride + columns, mask=exists & (grad != 0.0), other=float("-inf")).to(tl.float32)
     gradient = tl.exp(x - log_sum) * (1.0 + 2.0 * z * log_sum) - spread
     gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient) * grad
     tl.store(logits + row * stride + columns, cast(gradient, logits.dtype.element_ty), mask=exists)

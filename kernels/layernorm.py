@@ -12,6 +12,7 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     cast,
+    check_floating,
     check_gradient,
     next_power_of_2,
     num_tiles,
@@ -53,7 +54,7 @@ def layernorm_input_grad(
     dy: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor | None = None
 ) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
-    check_gradient(h, dy, dh, statistics=(mean, rstd))
+    check_gradient(h, dy, dh, statistics=(mean, rstd), weight=weight)
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
         return layernorm_input_grad_op(dy, h, weight, mean, rstd, dh)
     rstd, centred = rstd.unsqueeze(1), h - mean.unsqueeze(1)
@@ -80,6 +81,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
             f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}, "
             f"bias {list(bias.shape)}: need [T, H] of one dtype and [H] twice"
         )
+    check_floating(x, weight, bias)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

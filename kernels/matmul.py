@@ -22,6 +22,7 @@ from megapar.kernels._common import (
     device_function,
     dot,
     num_tiles,
+    overlap,
     precision,
     relative,
     target_arch,
@@ -46,9 +47,9 @@ def matmul(
 
     One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
     once in Triton; torch rounds after each operation. out: where the result is written, in the same dtype, its rows
-    together in memory; it is returned then. activation: gelu (tanh form), relu or silu. Not differentiable:
-    gradients are products too, `matmul(dy, b.t())` and `add_matmul(into, a.t(), dy)`. Raises ValueError for other
-    shapes and dtypes.
+    together in memory, and in none of the operands' but the residual's; it is returned then. activation: gelu (tanh
+    form), relu or silu. Not differentiable: gradients are products too, `matmul(dy, b.t())` and
+    `add_matmul(into, a.t(), dy)`. Raises ValueError for other shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
     if out is not None and out.numel() and out.stride(1) != 1:
@@ -70,11 +71,16 @@ def matmul(
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, where nothing is rounded on the way.
+    """into += a @ b, in place: into [M, N], rows or columns together in memory, in the inputs' dtype or in fp32.
 
-    Raises ValueError for other shapes and dtypes.
+    Into fp32 Triton adds the sums as they are; torch rounds the product to the inputs' dtype first. Raises ValueError
+    for other shapes, dtypes and strides.
     """
     _check(a, b, into=into)
+    if into.numel() and 1 not in into.stride():
+        raise ValueError(
+            f"into {list(into.shape)} with strides {into.stride()}: need rows or columns that lie together"
+        )
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         add_matmul_op(into, a, b)
     elif into.dtype == a.dtype:
@@ -359,6 +365,9 @@ def _run(
 ) -> None:
     if not out.numel():
         return
+    for name, x in (("a", a), ("b", b), ("bias", bias)):
+        if x is not None and overlap(out, x):
+            raise ValueError(f"out lies in the memory of {name}, which would change while it is read")
     bias = None if bias is None else bias.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     launch(target_arch(), a, b, out, bias, activation, residual).run()
@@ -382,7 +391,8 @@ def _(a, b, bias, activation, residual):
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
-    """The launches by name for 4096 tokens in the MLP of Llama-8B, GPT-2 and the demo, on tensors without storage."""
+    """The launches by name for 4096 tokens, and for 64, in the MLP of Llama-8B, GPT-2 and the demo, on tensors without
+    storage."""
     specs = {}
     for hidden, width, dtype in ((4096, 14336, torch.bfloat16), (768, 3072, torch.bfloat16), (128, 384, torch.float32)):
         with torch.device("meta"):
@@ -393,4 +403,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"matmul_bias_gelu_{width}"] = launch(arch, x, w.t(), y, bias, "gelu")
         specs[f"matmul_input_grad_{width}"] = launch(arch, y, w, x)
         specs[f"matmul_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad)
+        if dtype == torch.bfloat16:
+            specs[f"matmul_few_rows_{width}"] = launch(arch, x[:64], w.t(), y[:64])
     return specs

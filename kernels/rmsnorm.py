@@ -14,6 +14,7 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
+    check_floating,
     check_gradient,
     next_power_of_2,
     num_tiles,
@@ -53,7 +54,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 def rmsnorm_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None = None) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
-    check_gradient(h, dy, dh, statistics=(rstd,))
+    check_gradient(h, dy, dh, statistics=(rstd,), weight=weight)
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
         return rmsnorm_input_grad_op(dy, h, weight, rstd, dh)
     rstd, wide = rstd.unsqueeze(1), h.to(wide_dtype(h))
@@ -78,6 +79,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
             f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}: "
             "need [T, H] of one dtype and [H]"
         )
+    check_floating(x, weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

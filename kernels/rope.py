@@ -15,6 +15,7 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
+    check_floating,
     device_function,
     matrix,
     next_power_of_2,
@@ -70,6 +71,7 @@ def _check(q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None) -> None:
             f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, table {list(table.shape)}: need [B, S, N, D], "
             "[B, S, K, D] of one dtype and [P, D] with an even D and P >= S"
         )
+    check_floating(q, table)
     if offsets is None:
         return
     if offsets.shape != q.shape[:1] or offsets.dtype != torch.int64:

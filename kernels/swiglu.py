@@ -17,6 +17,7 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
+    check_floating,
     device_function,
     next_power_of_2,
     num_tiles,
@@ -65,6 +66,7 @@ def _check(gate: Tensor, up: Tensor) -> None:
         if up is gate:
             raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F]")
         raise ValueError(f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: need [T, F] twice")
+    check_floating(gate)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

@@ -214,8 +214,10 @@ def _avoids(block: int, header: int, latches: list[int], body: set[int], success
 
 
 def _only_waits(body: list[Instruction]) -> bool:
-    """Whether a loop only polls a barrier or a flag."""
-    work = {"mma", "mufu", "tma", "sts", "store", "fma", "async"}
+    """Whether a loop only polls a barrier or a flag. Around a barrier's poll, IMAD is a move."""
+    work = {"mma", "mufu", "tma", "sts", "store", "async"}
+    if not any(instruction.opcode.startswith("SYNCS.PHASECHK") for instruction in body):
+        work.add("fma")
     return len(body) < 14 and not work & {instruction.unit for instruction in body}
 
 
