@@ -144,6 +144,11 @@ def compile_one(spec: Spec) -> Figures:
     return Figures(spec.name, spec.target, **_nvidia(compiled, spec.target))
 
 
+def ptx_of(spec: Spec) -> str:
+    """The virtual machine code of one kernel for an NVIDIA target."""
+    return str(_compile(spec).asm["ptx"])
+
+
 def _compile(spec: Spec) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
