@@ -30,6 +30,7 @@ from megapar.kernels.comm.symmetric import (
     described_use,
     post,
     segment_of,
+    unless,
 )
 
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
@@ -75,7 +76,7 @@ def push_kernel(
     begin(table, begun, epoch, error, rank, operation, limit, RANKS)
     across = tl.cdiv(N, width)
     of_block = tl.cdiv(block, ROWS) * across
-    for number in range(tl.program_id(0), tl.cdiv(M, block) * of_block, tl.num_programs(0)):
+    for number in range(tl.program_id(0), unless(error, tl.cdiv(M, block) * of_block), tl.num_programs(0)):
         owner, tile = number // of_block, number % of_block
         top, first = tile // across * ROWS, tile % across * width
         end = tl.minimum(block, M - owner * block)
@@ -124,7 +125,7 @@ def reduce_kernel(
                     data.dtype.element_ty, ROWS, COLUMNS,
                 )  # fmt: skip
             tl.debug_barrier()
-            for peer in range(RANKS):
+            for peer in range(unless(error, RANKS)):
                 post(table, peer, flags_at, (RANKS + rank) * of_block + tile, epoch)
         else:
             tl.store(out + rows.to(tl.int64) * N + columns, cast(sums, out.dtype.element_ty), mask=inside)
@@ -244,8 +245,7 @@ def start_sums(use: Use, out: Tensor, cut: Cut, programs: int = MOVERS) -> Calla
     def finish() -> Tensor:
         if not memory.has_aside:
             launch()
-        memory.join()
-        memory.check()
+        use.finish()
         return out
 
     if memory.has_aside:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megapar.kernels._common import INTERPRETED, Launch, cast, device_function, num_tiles, precision, tl, triton
 from megapar.kernels.comm.exchange import MOVERS, Cut, is_small, push, start_sums, store_to
-from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post
+from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post, unless
 from megapar.kernels.matmul import (
     CONFIGS,
     GROUP,
@@ -77,7 +77,7 @@ def product_push_kernel(
     begin(table, begun, epoch, error, rank, operation, limit, RANKS)
     blocks = tl.cdiv(M, block)
     of_block = tl.cdiv(block, ROWS) * tl.cdiv(N, COLUMNS)
-    for number in range(tl.program_id(0), blocks * of_block, tl.num_programs(0)):
+    for number in range(tl.program_id(0), unless(error, blocks * of_block), tl.num_programs(0)):
         owner = (number // of_block + rank + 1) % blocks
         row, column = tile_at(number % of_block, block, N, ROWS, COLUMNS, GROUP)
         end = tl.minimum(block, M - owner * block)
@@ -254,8 +254,7 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
     if N:
         gathered_product(use, half, w, out, config, memory.processors).run()
         gathered = half.clone()
-    memory.join()
-    memory.check()
+    use.finish()
     return out, gathered
 
 

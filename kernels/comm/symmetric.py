@@ -13,7 +13,8 @@ their peers' segments and read only their own. Three rules make a use safe, what
 
 A kernel that is the first to post in an epoch waits for nothing later than the epoch before, so ranks can't wait for
 each other in a circle, in whichever order programs of a launch run. A wait that takes too long writes to an error word
-who waited for whom, and ends; the host reads the word after the launch and raises.
+who waited for whom, and ends, and nothing is announced any more. The host raises after the launch; on a GPU, where that
+would be a synchronisation for every launch, before the optimizer's step.
 
 The order of memory: everything that a program's threads wrote is before their barrier, and that is before the flag,
 which is released at the scope of the system; a flag is read with acquire. (PTX ISA, "Memory Consistency Model".)
@@ -93,6 +94,12 @@ def begin(table, begun, epoch, error, rank, operation, limit, RANKS: tl.constexp
             tl.atomic_xchg(segment_of(table, peer, 0, tl.int32) + rank, epoch, sem="release", scope="sys")
     for peer in range(RANKS):
         await_flag(begun + peer, epoch - 1, error, rank, peer, operation, limit)
+
+
+@device_function
+def unless(error, number):
+    """`number`; 0 after an error, when nothing is to be written to peers or announced any more."""
+    return tl.where(tl.load(error) == 0, number, 0)
 
 
 @device_function
@@ -186,6 +193,7 @@ class Channel:
     num_flags: int
     half: int
     epoch: int = 0
+    in_use: bool = False
 
     @property
     def flags_at(self) -> int:
@@ -227,6 +235,12 @@ class Use:
             "flags_at": self.flags_at, "RANKS": memory.ranks,
         }  # fmt: skip
 
+    def finish(self) -> None:
+        """What follows comes after this use. Raises PeerTimeout."""
+        self.channel.in_use = False
+        self.memory.join()
+        self.memory.check()
+
     def own_data(self, dtype: torch.dtype, length: int, at: int = 0) -> Tensor:
         """`length` elements of this rank's half, from byte `at` on."""
         return self.channel.segments.own[self.data_at + at :][: length * dtype.itemsize].view(dtype)
@@ -250,7 +264,7 @@ class SymmetricMemory:
         self.peers = dist.get_process_group_ranks(self.group)
         polls = POLLS_PER_S["interpret" if INTERPRETED else "compiled"]
         self.limit = min(max(1, int(self.timeout_s * polls)), (1 << 31) - 1)
-        self.error = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self.error = torch.zeros(1, dtype=torch.int64, device=self.device)
         # All ranks must cut a matrix into the same tiles: rank 0's machine says which.
         found: list[Any] = [(target_arch(), self._processors())]
         mine = found[0]
@@ -284,9 +298,12 @@ class SymmetricMemory:
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
         channel = self.channels.get(operation)
+        if channel is not None and channel.in_use:
+            raise RuntimeError(f"{operation}: finish one use before the next begins; its memory is in use")
         if channel is None or num_flags > channel.num_flags or half > channel.half:
             channel = self._make(operation, num_flags, half)
         channel.epoch += 1
+        channel.in_use = True
         return Use(self, channel, operation, channel.epoch, channel.flags_at, channel.data_at)
 
     def _make(self, operation: str, num_flags: int, half: int) -> Channel:
@@ -311,9 +328,9 @@ class SymmetricMemory:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def check(self, finished: bool = False) -> None:
-        """Raise PeerTimeout if a wait was in vain. On a GPU: one that is over; finished: after all have been."""
-        if finished and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Raise PeerTimeout if a wait was in vain. finished: on a GPU too, where that takes a synchronisation."""
+        if self.device.type == "cuda" and not finished:
+            return
         word = int(self.error[0])
         if word == 0:
             return
@@ -330,6 +347,7 @@ class SymmetricMemory:
         """Give the memory back. Collective on GPUs, where a peer's late write would meet whoever has it next."""
         self.check(finished=True)
         if self.channels and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
             dist.barrier(self.group)
         self.channels.clear()
 
