@@ -44,6 +44,12 @@ def device_function(function: Any) -> Any:
 
 
 @device_function
+def cdiv(x, y):
+    """x / y rounded up. Triton's own is a function of triton.jit."""
+    return (x + y - 1) // y
+
+
+@device_function
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in fp32; a @ b where acc is None.
 
@@ -237,6 +243,14 @@ def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | No
     size = matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return TensorDescriptor.from_tensor(matrix, [rows, channels]) if aligned and matrix.numel() else None
+
+
+def check_overflow(on: bool) -> None:
+    """Whether the interpreter looks for overflow in every sum and product of whole numbers, as it does at first. That
+    is 40% of its time; compiled code never looks."""
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=on)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from megapar.kernels._common import (
     Launch,
     TensorDescriptor,
     cast,
+    cdiv,
     device_function,
     dot,
     num_tiles,
@@ -111,7 +112,7 @@ def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
 @device_function
 def tile_at(number, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """(first row, first column) of an output tile. GROUP rows of tiles go together, so that their b stays in cache."""
-    rows, columns = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    rows, columns = cdiv(M, ROWS), cdiv(N, COLUMNS)
     first = number // (GROUP * columns) * GROUP
     height = min(rows - first, GROUP)
     inside = number % (GROUP * columns)
@@ -224,7 +225,7 @@ def matmul_kernel(
     QUARTERS: tl.constexpr,
 ):  # fmt: skip
     """out [M, N]. residual may be out itself. Grid: any number of programs."""
-    tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+    tiles = cdiv(M, ROWS) * cdiv(N, COLUMNS)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile_at(number, M, N, ROWS, COLUMNS, GROUP)
         product = tile_product(

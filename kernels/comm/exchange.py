@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.kernels._common import Launch, cast, device_function, num_tiles, tl, triton
+from megapar.kernels._common import Launch, cast, cdiv, device_function, num_tiles, tl, triton
 from megapar.kernels.comm.symmetric import (
     SymmetricMemory,
     Use,
@@ -74,9 +74,9 @@ def push_kernel(
 ):  # fmt: skip
     """x [M, N] to all or to the owners of its rows; a flag for each [ROWS, width]. Grid: any number of programs."""
     begin(table, begun, epoch, error, rank, operation, limit, RANKS)
-    across = tl.cdiv(N, width)
-    of_block = tl.cdiv(block, ROWS) * across
-    for number in range(tl.program_id(0), unless(error, tl.cdiv(M, block) * of_block), tl.num_programs(0)):
+    across = cdiv(N, width)
+    of_block = cdiv(block, ROWS) * across
+    for number in range(tl.program_id(0), unless(error, cdiv(M, block) * of_block), tl.num_programs(0)):
         owner, tile = number // of_block, number % of_block
         top, first = tile // across * ROWS, tile % across * width
         end = tl.minimum(block, M - owner * block)
@@ -106,9 +106,9 @@ def reduce_kernel(
 
     To out [M, N]; SHARE: to the results [R * block, N] in every rank's half instead. Their flags follow the data's.
     """
-    across = tl.cdiv(N, COLUMNS)
-    of_block = tl.cdiv(block, ROWS) * across
-    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0)):
+    across = cdiv(N, COLUMNS)
+    of_block = cdiv(block, ROWS) * across
+    for tile in range(tl.program_id(0), cdiv(M, ROWS) * across, tl.num_programs(0)):
         top, column = tile // across * ROWS, tile % across * COLUMNS
         rows, columns = top + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
         inside = (rows < M) & (columns < N)
@@ -137,9 +137,9 @@ def collect_kernel(
     M, N, block, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] from the results in this rank's half, as their owners finish them."""
-    across = tl.cdiv(N, COLUMNS)
-    of_block = tl.cdiv(block, ROWS) * across
-    for number in range(tl.program_id(0), tl.cdiv(M, block) * of_block, tl.num_programs(0)):
+    across = cdiv(N, COLUMNS)
+    of_block = cdiv(block, ROWS) * across
+    for number in range(tl.program_id(0), cdiv(M, block) * of_block, tl.num_programs(0)):
         owner, tile = number // of_block, number % of_block
         top, column = tile // across * ROWS, tile % across * COLUMNS
         end = tl.minimum((owner + 1) * block, M)

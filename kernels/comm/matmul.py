@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.kernels._common import INTERPRETED, Launch, cast, device_function, num_tiles, precision, tl, triton
+from megapar.kernels._common import INTERPRETED, Launch, cast, cdiv, device_function, num_tiles, precision, tl, triton
 from megapar.kernels.comm.exchange import MOVERS, Cut, is_small, push, start_sums, store_to
 from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post, unless
 from megapar.kernels.matmul import (
@@ -75,8 +75,8 @@ def product_push_kernel(
 ):  # fmt: skip
     """Tiles of a @ b [M, N] to the owners of their rows, or to all. Grid: any number of programs."""
     begin(table, begun, epoch, error, rank, operation, limit, RANKS)
-    blocks = tl.cdiv(M, block)
-    of_block = tl.cdiv(block, ROWS) * tl.cdiv(N, COLUMNS)
+    blocks = cdiv(M, block)
+    of_block = cdiv(block, ROWS) * cdiv(N, COLUMNS)
     for number in range(tl.program_id(0), unless(error, blocks * of_block), tl.num_programs(0)):
         owner = (number // of_block + rank + 1) % blocks
         row, column = tile_at(number % of_block, block, N, ROWS, COLUMNS, GROUP)
@@ -91,7 +91,7 @@ def product_push_kernel(
                 a.dtype.element_ty, ROWS, COLUMNS, QUARTERS,
             )  # fmt: skip
         tl.debug_barrier()
-        flag = rank * of_block + row // ROWS * tl.cdiv(N, COLUMNS) + column // COLUMNS
+        flag = rank * of_block + row // ROWS * cdiv(N, COLUMNS) + column // COLUMNS
         for peer in range(0 if TO_ALL else owner, RANKS if TO_ALL else owner + 1):
             post(table, peer, flags_at, flag, epoch)
 
@@ -107,12 +107,12 @@ def gathered_product_kernel(
     The loop over tiles is not flattened into the one over K: loads of the next tile would then begin before its flag
     has been read.
     """
-    of_rank = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+    of_rank = cdiv(M, ROWS) * cdiv(N, COLUMNS)
     for number in range(tl.program_id(0), RANKS * of_rank, tl.num_programs(0)):
         peer = (number // of_rank + rank) % RANKS
         row, column = tile_at(number % of_rank, M, N, ROWS, COLUMNS, GROUP)
         await_flag(
-            flags + peer * tl.cdiv(M, ROWS) + row // ROWS, epoch, error, rank, peer, operation, limit
+            flags + peer * cdiv(M, ROWS) + row // ROWS, epoch, error, rank, peer, operation, limit
         )  # fmt: skip
         if a_tiles is not None:
             fence_tma()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import make_schedule, stage_layers
-from megapar.kernels import use_backend
+from megapar.kernels import interprets, use_backend
+from megapar.kernels._common import check_overflow
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerStage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
@@ -83,6 +84,8 @@ class ModelPart:
             use_backend(config.kernels.backend)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if interprets():
+            check_overflow(False)
         self.config = config
         self.mesh = mesh or make_mesh(config, rank)
         self.schedule = make_schedule(config)

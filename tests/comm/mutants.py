@@ -24,7 +24,7 @@ class Mutant:
     form: str
     late: int
     place: Place
-    shows: str
+    shows: str | tuple[str, ...]
     missing: frozenset[tuple[str, str]] = frozenset()
     patch: Callable[[], AbstractContextManager[Any]] = nullcontext
     shapes: tuple[Shape, ...] = (SMALL,)
@@ -107,8 +107,9 @@ MUTANTS = {
     "data in one half": Mutant(
         "all_reduce to all", 0, BEFORE_READING, "wrong", patch=lambda: one_half("data_at")
     ),
-    # Shows where shapes change: the rank without columns tells of its tile by a flag that is still awaited for another.
+    # Shows where shapes change: the rank without columns tells of its tile by a flag that is still awaited for another,
+    # whose own word, which is older, may then take it back.
     "flags in one half": Mutant(
-        IDLE, 0, BEFORE_WRITING, "wrong", patch=lambda: one_half("flags_at"), shapes=(LARGE, SMALL)
+        IDLE, 0, BEFORE_WRITING, ("wrong", "PeerTimeout"), patch=lambda: one_half("flags_at"), shapes=(LARGE, SMALL)
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megapar.kernels import matmul as plain
+from megapar.kernels._common import check_overflow
 from megapar.kernels.comm import matmul as fused
 from megapar.kernels.comm.exchange import all_reduce
 from megapar.kernels.comm.symmetric import SymmetricMemory
@@ -60,18 +61,11 @@ def is_exact(form: str, shape: Shape, epoch: int, memory: SymmetricMemory) -> bo
 
 @contextmanager
 def small_tiles() -> Iterator[None]:
-    """Tiles of 16, so that small matrices have several; and an interpreter that takes a third of the time: without its
-    check of every index for overflow, and without patching the whole language anew at each call of cdiv."""
-    from triton.runtime import interpreter
-
+    """Tiles of 16, so that small matrices have several; and an interpreter that doesn't look for overflow."""
     tile = plain.Config(16, 16, 16, 4, 1, quarters=False)
     with ExitStack() as patches:
         for dtype in (2, 4):
             patches.enter_context(mock.patch.dict(plain.CONFIGS, {("interpret", dtype): (tile,)}))
-        patches.enter_context(
-            mock.patch.object(
-                interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)
-            )
-        )
-        patches.enter_context(mock.patch.object(plain.tl, "cdiv", lambda x, y: (x + y - 1) // y))
+        patches.callback(check_overflow, True)
+        check_overflow(False)
         yield

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megapar.kernels import interprets
+from megapar.kernels._common import check_overflow
 from megapar.kernels.comm import exchange
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
@@ -88,6 +90,8 @@ def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, li
     """y, dx and dw of every case, by engine. With `to_all`: of the symmetric engine, else of the chunked."""
     mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
     group = mesh["tp"].group
+    if interprets():
+        check_overflow(False)
     memory = SymmetricMemory(group, mesh.device, 60.0) if group and "to_all" in cases[0] else None
     found = []
     for case in cases:
