@@ -183,8 +183,8 @@ def cross_entropy_gradient_kernel(
     exists = columns < num_columns
     place, log_sum, grad = tl.load(targets + row) - first, tl.load(log_sums + row), tl.load(grads + row)
     # A token without a gradient may have any logits: they are not looked at.
-    log_sum = tl.where(grad == 0.0, 0.0, log_sum)
-    x = tl.load(logits + row * stride + columns, mask=exists & (grad != 0.0), other=float("-inf")).to(tl.float32)
+    log_sum, seen = tl.where(grad == 0.0, 0.0, log_sum), tl.where(grad == 0.0, 0, num_columns)
+    x = tl.load(logits + row * stride + columns, mask=columns < seen, other=float("-inf")).to(tl.float32)
     gradient = tl.exp(x - log_sum) * (1.0 + 2.0 * z * log_sum) - spread
     gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient) * grad
     tl.store(logits + row * stride + columns, cast(gradient, logits.dtype.element_ty), mask=exists)
