@@ -35,6 +35,7 @@ except ImportError:
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed here: triton.jit reads it when a kernel is defined
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+FARTHEST = 1 << 24  # elements from row to row of `matrix`: `tile_pointers` counts a tile's 128 rows in 32 bits
 
 
 def device_function(function: Any) -> Any:
@@ -123,7 +124,8 @@ def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
 
     The tiles of sequence b are numbered from starts[b] // ROWS + b: no two sequences meet, although each may end in a
     part of a tile, and the number needs no sum over the sequences before. A grid of total // ROWS + num_sequences + 1
-    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do.
+    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do. Whatever
+    numbers starts holds, the sequence is one of them and the tile at least 0.
     """
     tile = tl.program_id(0)
     first, last = tl.cast(0, tl.int32), tl.cast(num_sequences, tl.int32)
@@ -133,7 +135,16 @@ def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
             first = middle
         else:
             last = middle
-    return first, tile - (tl.load(starts + first) // ROWS + first)
+    begun = tl.maximum(tl.load(starts + first), 0) // ROWS + first
+    return first, tl.maximum(tile - begun, 0)
+
+
+@device_function
+def sequence_rows(starts, sequence, num_rows):
+    """(first row, length) of a packed sequence, none beyond num_rows whatever numbers starts holds."""
+    first = tl.maximum(tl.load(starts + sequence), 0)
+    end = tl.minimum(tl.load(starts + sequence + 1), num_rows)
+    return first, tl.maximum(end - first, 0)
 
 
 @dataclass(frozen=True)
@@ -221,13 +232,8 @@ def precision(arch: str) -> str:
 
 def matrix(x: Tensor) -> Tensor:
     """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
-    heads, channels = x.shape[-2:]
-    together = x.stride(-1) == 1 and (x.stride(-2) == channels or heads == 1)
-    if x.dim() == 4:
-        together = together and (x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1)
-    x = x if together and x.numel() else x.contiguous()
-    rows = math.prod(x.shape[:-2])
-    return x.as_strided((rows, heads * channels), (x.stride(-3), 1))
+    rows = rows_of(x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:])))
+    return rows if rows.stride(0) <= FARTHEST else rows.contiguous()
 
 
 def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | None":
@@ -243,7 +249,9 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """A matrix whose columns lie together; its rows may lie apart."""
+    """A matrix whose columns lie together; its rows may lie apart. A single column does, whatever its stride says."""
+    if x.shape[1] == 1:
+        return x.as_strided(x.shape, (x.stride(0), 1))
     return x if x.stride(1) == 1 else x.contiguous()
 
 

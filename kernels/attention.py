@@ -36,6 +36,7 @@ from megapar.kernels._common import (
     num_tiles,
     precision,
     relative,
+    sequence_rows,
     store_tile,
     target_arch,
     tiles_of,
@@ -68,7 +69,9 @@ def attention(
     causal: a query sees no key behind its place
     window: (left, right): it sees so many keys before its place and so many behind it, None: any number
     cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where each of the packed sequences in q [T, N, D] and in
-        k, v [T', K, .] begins, and the end of the last. Sequences may be empty. Give both or neither.
+        k, v [T', K, .] begins, and the end of the last: 0 first, then never less, at most T. Sequences may be empty.
+        Give both or neither. On a GPU nothing checks the numbers: the kernels cut each to 0 and T, so that wrong ones
+        give wrong results and no access outside the tensors
     scale: positive, 1/sqrt(D) by default; softcap: scores become softcap * tanh(scores / softcap)
 
     Returns [B, S, N, E] (packed: [T, N, E]) in q's dtype. With return_lse also the natural logarithm of the softmax's
@@ -81,7 +84,11 @@ def attention(
     left, right = _window(causal, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap)
-    if backend_of("attention", q.device.type, q.dtype) == "torch":
+    backend = backend_of("attention", q.device.type, q.dtype)
+    for starts, rows in ((cu_seqlens_q, len(q)), (cu_seqlens_k, len(k))):
+        if starts is not None and (backend == "torch" or starts.device.type == "cpu"):
+            _check_starts(starts, rows)
+    if backend == "torch":
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, return_lse)
         return _dense(q, k, v, scale, left, right, softcap, return_lse)
@@ -136,6 +143,15 @@ def _check(
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k are {cu_q.dtype}, {cu_k.dtype}; use int32")
     if scale <= 0 or (softcap is not None and softcap <= 0):
         raise ValueError(f"scale={scale}, softcap={softcap}: must be positive")
+
+
+def _check_starts(starts: Tensor, rows: int) -> None:
+    """Called where it costs no wait for a GPU."""
+    if torch.compiler.is_compiling():
+        return
+    ends = starts.tolist()
+    if ends != sorted(ends) or ends[0] != 0 or ends[-1] > rows:
+        raise ValueError(f"cu_seqlens {ends}: need 0 first, then numbers that never fall, of at most {rows}")
 
 
 # ---------------------------------------------------------------------------------------------------- plain torch
@@ -258,16 +274,17 @@ def _bytes(args: dict[str, Any]) -> int:
 def _place(starts_q, starts_k, len_q, len_k, num_sequences, starts, ROWS: tl.constexpr):
     """(first q row, q length, first k row, k length, tile) of this program's sequence.
 
-    starts: those of starts_q and starts_k over whose tiles the grid goes; None: all sequences have the same lengths
+    starts: those of starts_q and starts_k over whose tiles the grid goes; None: all sequences have the same lengths,
+    len_q and len_k, which otherwise are those of all sequences together
     """
     if starts is None:
         sequence = tl.program_id(2)
         return sequence * len_q, len_q, sequence * len_k, len_k, tl.program_id(0)
     else:
         sequence, tile = find_sequence(starts, num_sequences, ROWS)
-        first_q, first_k = tl.load(starts_q + sequence), tl.load(starts_k + sequence)
-        len_q = tl.load(starts_q + sequence + 1) - first_q
-        return first_q, len_q, first_k, tl.load(starts_k + sequence + 1) - first_k, tile
+        first_q, len_q = sequence_rows(starts_q, sequence, len_q)
+        first_k, len_k = sequence_rows(starts_k, sequence, len_k)
+        return first_q, len_q, first_k, len_k, tile
 
 
 @device_function
@@ -669,7 +686,7 @@ class Call:
     D: int
     E: int
     num_sequences: int
-    len_q: int  # of every sequence; of packed ones never read
+    len_q: int  # of every sequence; of packed ones all rows
     len_k: int
     scale: float
     left: int
@@ -682,10 +699,11 @@ class Call:
         scale: float, left: int, right: int, softcap: float | None,
     ) -> "Call":  # fmt: skip
         packed = starts_q is not None
+        starts_q, starts_k = (None if x is None else x.contiguous() for x in (starts_q, starts_k))
         return cls(
             matrix(q), matrix(k), matrix(v), starts_q, starts_k, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1],
             len(starts_q) - 1 if starts_q is not None else q.shape[0],
-            0 if packed else q.shape[1], 0 if packed else k.shape[1], scale, left, right, softcap,
+            q.shape[0 if packed else 1], k.shape[0 if packed else 1], scale, left, right, softcap,
         )  # fmt: skip
 
     @property

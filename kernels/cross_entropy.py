@@ -227,7 +227,7 @@ def cross_entropy_gradient_op(
     given = rows_of(logits)
     objective = Objective(smoothing, z, vocabulary)
     launch_gradient(given, targets.contiguous(), log_sum.contiguous(), grad.contiguous(), first, objective).run()
-    if given is not logits:
+    if given.data_ptr() != logits.data_ptr():
         logits.copy_(given)
 
 

@@ -24,6 +24,7 @@ from megapar.kernels._common import (
     num_tiles,
     precision,
     relative,
+    rows_of,
     target_arch,
     tiles_of,
     tl,
@@ -51,7 +52,7 @@ def matmul(
     shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
-    if out is not None and out.numel() and out.stride(1) != 1:
+    if out is not None and out.numel() and 1 not in (out.stride(1), out.shape[1]):
         raise ValueError(f"out {list(out.shape)} with strides {out.stride()}: need rows that lie together")
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
@@ -75,6 +76,10 @@ def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
     Raises ValueError for other shapes and dtypes.
     """
     _check(a, b, into=into)
+    if into.numel() and 1 not in (*into.stride(), *into.shape):
+        raise ValueError(
+            f"into {list(into.shape)} with strides {into.stride()}: need rows or columns that lie together"
+        )
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         add_matmul_op(into, a, b)
     elif into.dtype == a.dtype:
@@ -326,7 +331,8 @@ def num_processors(arch: str, tensor: Tensor) -> int:
 
 
 def _together(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()
+    """A matrix whose rows or columns lie together."""
+    return x if 1 in x.stride() else rows_of(x)
 
 
 def _tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescriptor | None":
@@ -360,14 +366,14 @@ def _run(
     if not out.numel():
         return
     bias = None if bias is None else bias.contiguous()
-    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    launch(target_arch(), a, b, out, bias, activation, residual).run()
+    residual = None if residual is None else rows_of(residual)
+    launch(target_arch(), a, b, rows_of(out), bias, activation, residual).run()
 
 
 @torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
 def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a @ b; arguments checked by `add_matmul`."""
-    if into.stride(1) == 1:
+    if 1 in (into.stride(1), into.shape[1]):
         _run(into, a, b, None, None, into)
     else:
         _run(into.t(), b.t(), a.t(), None, None, into.t())

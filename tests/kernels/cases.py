@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import itertools
 import math
 import mmap
 import sys
@@ -249,6 +250,25 @@ def run_guarded(rank: int, world_size: int, case: Case) -> None:
             call.statistics("interpret", o, do_, found, guard(lse), given).run()
             call.dkdv("interpret", do_, given, place(k), place(v)).run()
             call.dq("interpret", do_, given, place(q)).run()
+
+
+# Of T = 70 rows; the first are right. Past the end, before the beginning, falling, not from the first row on.
+STARTS = [(0, 40, 70), (0, 90, 200), (-50, 20, 70), (0, 60, 10), (40, 50, 70), (0, 1 << 30, 70), (1 << 30, 1 << 30, 70)]
+STARTS += [(-(1 << 31), 5, (1 << 31) - 1)]
+
+
+def run_wrong_starts(rank: int, world_size: int, tile: str) -> None:
+    """Forward and backward on guarded tensors with starts that `attention` would refuse on a CPU."""
+    use_backend("interpret")
+    case = Case("fp32", (32, 32), (2, 1), ((40, 30), (40, 30)), (True, None), None, tile)
+    given = [x[:70].float() for x in inputs(case)]
+    for numbers, before in itertools.product(zip(STARTS, STARTS[1:] + STARTS[:1], strict=True), (False, True)):
+        q, k, v, do, dlse = (guarded(x, before) for x in given)
+        starts_q, starts_k = (guarded(torch.tensor(x, dtype=torch.int32), before) for x in numbers)
+        settings = (starts_q, starts_k, 0.3, module.UNLIMITED, 0, None)
+        with tiles(TILES[tile]):
+            o, lse = module.attention_op(q, k, v, *settings)
+            module.attention_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
 
 
 def run_howto(

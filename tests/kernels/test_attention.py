@@ -134,6 +134,16 @@ def test_contradictions_are_refused(name: str) -> None:
         attention(**tensors, **{x: y for x, y in changes.items() if x not in "qkv"})
 
 
+@pytest.mark.parametrize("numbers", [(0, 5), (-1, 4), (1, 4), (0, 3, 2, 4)])
+def test_starts_that_are_none_are_refused(numbers: tuple[int, ...]) -> None:
+    """Of 4 rows: past the last, before the first, not from the first on, falling."""
+    q, wrong = torch.zeros(4, 2, 8), torch.tensor(numbers, dtype=torch.int32)
+    right = torch.linspace(0, 4, len(numbers)).int()
+    for starts in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match="cu_seqlens .*: need 0 first"):
+            attention(q, q, q, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+
+
 # ---------------------------------------------------------------------------- the interpreted kernels against torch
 
 OPTIONS: dict[str, list[Any]] = {
@@ -218,6 +228,12 @@ GUARDED = [*PADDED, *(pytest.param(case, marks=pytest.mark.slow) for case in CAS
 @pytest.mark.parametrize("case", GUARDED, ids=lambda case: "-".join(str(x) for x in vars(case).values()))
 def test_nothing_outside_the_tensors_is_touched(interpreter: WorkerPool, case: Case) -> None:
     interpreter.run(cases.run_guarded, 1, case, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+def test_wrong_starts_touch_nothing_outside_the_tensors(interpreter: WorkerPool) -> None:
+    """On a GPU nobody reads them before the kernels do."""
+    interpreter.run(cases.run_wrong_starts, 1, "tma", timeout=300)
 
 
 def test_operators_pass_torchs_checks(interpreter: WorkerPool) -> None:
