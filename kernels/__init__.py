@@ -28,9 +28,10 @@ _requested = "auto"
 def use_backend(name: str) -> None:
     """Choose the backend of this process's kernels: auto, torch, triton or interpret.
 
-    auto: Triton for tensors on a GPU, torch for others and for fp64. A kernel without a Triton form runs in torch
-    under every name. Whether Triton interprets is fixed when the kernels are imported: before that, `interpret` sets
-    TRITON_INTERPRET=1 in this process's environment.
+    auto: Triton for tensors on a GPU, torch for others and for fp64; in a process that interprets its kernels, the
+    interpreter instead of Triton. A kernel without a Triton form runs in torch under every name. Whether Triton
+    interprets is fixed when the kernels are imported: before that, `interpret` sets TRITON_INTERPRET=1 in this
+    process's environment.
 
     Raises ValueError for an unknown name and where it can't run.
     """
@@ -66,7 +67,7 @@ def backend_of(kernel: str, device: str, dtype: object = None) -> str:
     """
     narrow = str(dtype) != "torch.float64"
     if _requested == "auto":
-        return "triton" if device == "cuda" and narrow and "triton" in BACKENDS[kernel] and has_triton() else "torch"
+        return _automatic(device, narrow) if "triton" in BACKENDS[kernel] else "torch"
     if _requested == "torch" or _requested not in BACKENDS[kernel]:
         return "torch"
     if not narrow:
@@ -89,8 +90,15 @@ def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") ->
             raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
     chosen = requested
     if requested == "auto":
-        chosen = "triton" if device == "cuda" and dtype != "fp64" and has_triton() else "torch"
+        chosen = _automatic(device, dtype != "fp64")
     return {kernel: chosen if chosen in backends else "torch" for kernel, backends in BACKENDS.items()}
+
+
+def _automatic(device: str, narrow: bool) -> str:
+    """What auto is, for kernels that have a Triton form."""
+    if device != "cuda" or not narrow or not has_triton():
+        return "torch"
+    return "interpret" if interprets() else "triton"
 
 
 def has_triton() -> bool:

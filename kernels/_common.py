@@ -61,7 +61,8 @@ def cast(x, dtype: tl.constexpr):
     """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16  # of a denormal it makes 1e-38, not 0
+        rounded = bits.to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(dtype)
 
@@ -255,11 +256,24 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def check_gradient(h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...]) -> None:
-    """Raise ValueError unless gradients are [T, H] as h and a norm's statistics [T]."""
-    if any(x is not None and x.shape != h.shape for x in likes) or any(x.shape != h.shape[:1] for x in statistics):
-        shapes = ", ".join(str(list(x.shape)) for x in (*likes, *statistics) if x is not None)
-        raise ValueError(f"h {list(h.shape)}, gradients and statistics {shapes}: need [T, H] and [T]")
+def check_gradient(
+    h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...], weight: Tensor | None = None
+) -> None:
+    """Raise ValueError unless gradients are [T, H] as h, a norm's statistics [T] and its weight [H], all floating."""
+    gradients, weights = [x for x in likes if x is not None], [] if weight is None else [weight]
+    fits = h.dim() == 2 and all(x.shape == h.shape for x in gradients) and all(x.shape == h.shape[1:] for x in weights)
+    fits = fits and all(x.shape == h.shape[:1] for x in statistics)
+    if not fits or not floating(h, *gradients, *statistics, *weights):
+        shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (*gradients, *statistics))
+        said = "".join(f", weight {list(x.shape)} {x.dtype}" for x in weights)
+        raise ValueError(
+            f"h {list(h.shape)} {h.dtype}, gradients and statistics {shapes}{said}: need [T, H] and [T], of a weight "
+            "[H], in floating dtypes"
+        )
+
+
+def floating(*tensors: Tensor) -> bool:
+    return all(x.is_floating_point() for x in tensors)
 
 
 def tells(flops: Callable[[dict[str, Any]], float]) -> Any:

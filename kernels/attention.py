@@ -13,6 +13,7 @@ K key/value heads, D channels of q and k, E channels of v.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,7 @@ from megapar.kernels._common import (
     device_function,
     dot,
     find_sequence,
+    floating,
     load_full_tile,
     load_tile,
     matrix,
@@ -46,6 +48,7 @@ from megapar.kernels._common import (
 
 # Arguments whose values must not become part of a compilation: they change from batch to batch.
 VARYING = ["total_q", "len_q", "len_k", "left", "right", "num_sequences", "group"]
+WIDEST = 256  # channels of a head
 UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
 
 
@@ -92,6 +95,9 @@ def attention(
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, return_lse)
         return _dense(q, k, v, scale, left, right, softcap, return_lse)
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
+        raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
     o, lse = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
     if not return_lse:
         return o
@@ -102,8 +108,10 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     """Attention over the keys of both, from attention over the keys of each: (o, lse), for ring attention.
 
     o1, o2 [..., N, E] and lse1, lse2 [..., N] as `attention` returns them. Differentiable; -inf on either side or on
-    both is no key there.
+    both is no key there. Raises ValueError for integers.
     """
+    if not floating(o1, lse1, o2, lse2):
+        raise ValueError(f"o {o1.dtype}, {o2.dtype}, lse {lse1.dtype}, {lse2.dtype}: need floating dtypes")
     highest = torch.maximum(lse1, lse2).detach()
     highest = highest.masked_fill(highest == -math.inf, 0.0)
     weight1, weight2 = torch.exp(lse1 - highest), torch.exp(lse2 - highest)
@@ -117,8 +125,9 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
 def _window(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """Keys before and behind a query's place that it sees."""
     sides = (None, None) if window is None else window
-    if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
-        raise ValueError(f"window={window}: two numbers of at least 0, None for no limit")
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not pair or not all(side is None or (isinstance(side, int) and side >= 0) for side in sides):
+        raise ValueError(f"window={window}: two whole numbers of at least 0, None for no limit")
     left, right = (UNLIMITED if side is None else min(side, UNLIMITED) for side in sides)
     return left, 0 if causal else right
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from megapar.kernels import backend_of
-from megapar.kernels._common import Launch, cast, next_power_of_2, num_tiles, rows_of, tl, triton, wide_dtype
+from megapar.kernels._common import (
+    Launch,
+    cast,
+    floating,
+    next_power_of_2,
+    num_tiles,
+    rows_of,
+    tl,
+    triton,
+    wide_dtype,
+)
 
 COLUMNS, WARP = 4096, 512  # of a program's tile, and of a warp: 128 bits for each thread and load
 
@@ -54,15 +64,17 @@ class Merged(NamedTuple):
 def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total: bool = False) -> Tensor:
     """[T, 3]: largest logit, sum of exp(logit - largest), the target's logit or 0 where it is elsewhere.
 
-    logits [T, V], V > 0, any floating dtype; targets [T] int64, ids of the whole vocabulary. total: a fourth column is
-    the sum of the logits. In fp32, or fp64 for fp64. Not differentiable: see `cross_entropy_gradient_`.
+    logits [T, V], V > 0, any floating dtype; -inf hides one, and where a part has no other its sum is 0. targets [T]
+    int64, ids of the whole vocabulary. total: a fourth column is the sum of the logits. In fp32, or fp64 for fp64. Not
+    differentiable: see `cross_entropy_gradient_`.
     """
     _check(logits, targets)
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         return cross_entropy_statistics_op(logits, targets, first, total)
     wide = logits.to(wide_dtype(logits))
     largest = wide.amax(1)
-    sums = torch.exp(wide - largest.unsqueeze(1)).sum(1)
+    base = largest.masked_fill(largest == -torch.inf, 0.0)  # all may be hidden: -inf minus -inf
+    sums = torch.exp(wide - base.unsqueeze(1)).sum(1)
     inside = (targets >= first) & (targets < first + logits.shape[1])
     target = wide.gather(1, (targets - first).where(inside, 0).unsqueeze(1)).squeeze(1).where(inside, 0.0)
     return torch.stack([largest, sums, target, *([wide.sum(1)] if total else [])], 1)
@@ -85,6 +97,11 @@ def cross_entropy_gradient_(
     refuse a second backward through the same logits.
     """
     _check(logits, targets)
+    if not log_sum.shape == grad.shape == targets.shape or not floating(log_sum, grad):
+        raise ValueError(
+            f"log_sum {list(log_sum.shape)} {log_sum.dtype}, grad {list(grad.shape)} {grad.dtype}: need "
+            f"{list(targets.shape)} twice, floating"
+        )
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         cross_entropy_gradient_op(logits, targets, first, log_sum, grad.contiguous(), *objective)
         return logits
@@ -98,15 +115,16 @@ def cross_entropy_gradient_(
     inside = (targets >= first) & (targets < first + logits.shape[1])
     local = (targets - first).where(inside, 0).unsqueeze(1)
     wide.scatter_add_(1, local, (smoothing - 1) * inside.to(wide.dtype).unsqueeze(1))
-    wide.mul_(grad.unsqueeze(1))
+    wide.mul_(grad.unsqueeze(1)).index_fill_(0, (grad == 0).nonzero().squeeze(1), 0.0)  # 0 times NaN is NaN
     return logits if wide is logits else logits.copy_(wide)
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or not logits.shape[1]:
+    fits = logits.dim() == 2 and targets.shape == logits.shape[:1] and logits.shape[1]
+    if not fits or targets.dtype != torch.int64 or not logits.is_floating_point():
         raise ValueError(
-            f"logits {list(logits.shape)}, targets {list(targets.shape)} {targets.dtype}: need [T, V] with V > 0 and "
-            "int64 [T]"
+            f"logits {list(logits.shape)} {logits.dtype}, targets {list(targets.shape)} {targets.dtype}: need floating "
+            "[T, V] with V > 0 and int64 [T]"
         )
 
 
@@ -137,7 +155,8 @@ def cross_entropy_statistics_kernel(
         exists = start + columns < num_columns
         x = tl.load(logits + start + columns, mask=exists, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, 0))
-        sums = sums * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # all may be hidden so far: -inf minus -inf
+        sums = sums * tl.exp(largest - base) + tl.sum(tl.exp(x - base), 0)
         largest = higher
         if TOTAL:
             total += tl.sum(tl.where(exists, x, 0.0), 0)
@@ -163,7 +182,8 @@ def cross_entropy_gradient_kernel(
     place, log_sum, grad = tl.load(targets + row) - first, tl.load(log_sums + row), tl.load(grads + row)
     x = tl.load(logits + row * stride + columns, mask=exists, other=float("-inf")).to(tl.float32)
     gradient = tl.exp(x - log_sum) * (1.0 + 2.0 * z * log_sum) - spread
-    gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient) * grad
+    gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient)
+    gradient = tl.where(grad == 0.0, 0.0, gradient * grad)  # 0 times NaN is NaN
     tl.store(logits + row * stride + columns, cast(gradient, logits.dtype.element_ty), mask=exists)
 
 

@@ -13,6 +13,7 @@ from megapar.kernels._common import (
     Launch,
     cast,
     check_gradient,
+    floating,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -53,7 +54,7 @@ def layernorm_input_grad(
     dy: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor | None = None
 ) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
-    check_gradient(h, dy, dh, statistics=(mean, rstd))
+    check_gradient(h, dy, dh, statistics=(mean, rstd), weight=weight)
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
         return layernorm_input_grad_op(dy, h, weight, mean, rstd, dh)
     rstd, centred = rstd.unsqueeze(1), h - mean.unsqueeze(1)
@@ -75,10 +76,11 @@ def layernorm_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     other, wanted = x if residual is None else residual, x.shape[1:]
-    if x.dim() != 2 or not weight.shape == bias.shape == wanted or other.shape != x.shape or other.dtype != x.dtype:
+    fits = x.dim() == 2 and weight.shape == bias.shape == wanted and other.shape == x.shape and other.dtype == x.dtype
+    if not fits or not floating(x, weight, bias):
         raise ValueError(
-            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}, "
-            f"bias {list(bias.shape)}: need [T, H] of one dtype and [H] twice"
+            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)} "
+            f"{weight.dtype}, bias {list(bias.shape)} {bias.dtype}: need [T, H] of one dtype and [H] twice, floating"
         )
 
 

@@ -47,13 +47,16 @@ def matmul(
 
     One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
     once in Triton; torch rounds after each operation. out: where the result is written, in the same dtype, its rows
-    together in memory; it is returned then. activation: gelu (tanh form), relu or silu. Not differentiable:
-    gradients are products too, `matmul(dy, b.t())` and `add_matmul(into, a.t(), dy)`. Raises ValueError for other
-    shapes and dtypes.
+    together in memory; it is returned then. It shares none with the inputs, but it may be the residual. activation:
+    gelu (tanh form), relu or silu. Not differentiable: gradients are products too, `matmul(dy, b.t())` and
+    `add_matmul(into, a.t(), dy)`. Raises ValueError for other shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
     if out is not None and out.numel() and 1 not in (out.stride(1), out.shape[1]):
         raise ValueError(f"out {list(out.shape)} with strides {out.stride()}: need rows that lie together")
+    if out is not None:
+        in_place = residual is not None and (residual.data_ptr(), residual.stride()) == (out.data_ptr(), out.stride())
+        _refuse_overlap("out", out, a=a, b=b, bias=bias, residual=None if in_place else residual)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
@@ -71,15 +74,18 @@ def matmul(
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, where nothing is rounded on the way.
+    """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, its rows or its columns together in memory
+    and apart from the inputs. Raises ValueError for others.
 
-    Raises ValueError for other shapes and dtypes.
+    Into fp32 Triton rounds nothing on the way. torch rounds the product of 16-bit matrices to their dtype before it is
+    added: on a CPU with instructions for bf16 their product in fp32 takes twice the time.
     """
     _check(a, b, into=into)
     if into.numel() and 1 not in (*into.stride(), *into.shape):
         raise ValueError(
             f"into {list(into.shape)} with strides {into.stride()}: need rows or columns that lie together"
         )
+    _refuse_overlap("into", into, a=a, b=b)
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         add_matmul_op(into, a, b)
     elif into.dtype == a.dtype:
@@ -102,6 +108,27 @@ def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
                 f"{name} {list(tensor.shape)} {tensor.dtype} with {shapes}: need {list(needed)} in "
                 + " or ".join(sorted({str(dtype) for dtype in dtypes}))
             )
+
+
+def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or out.is_meta:
+        return
+    for other, x in inputs.items():
+        if x is not None and x.numel() and out.numel() and _overlap(out, x):
+            raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have memory in common. Columns beside each other in the same rows have not."""
+    if x.data_ptr() > y.data_ptr():
+        x, y = y, x
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    distance = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    if distance >= reach:
+        return False
+    step, column = x.stride(0), distance % max(1, x.stride(0))
+    same_rows = x.dim() == y.dim() == 2 and x.stride() == y.stride() == (step, 1) and x.dtype == y.dtype
+    return not (same_rows and x.shape[1] <= column and column + y.shape[1] <= step)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

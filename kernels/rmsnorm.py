@@ -15,6 +15,7 @@ from megapar.kernels._common import (
     Launch,
     cast,
     check_gradient,
+    floating,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -53,7 +54,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 def rmsnorm_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None = None) -> Tensor:
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
-    check_gradient(h, dy, dh, statistics=(rstd,))
+    check_gradient(h, dy, dh, statistics=(rstd,), weight=weight)
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
         return rmsnorm_input_grad_op(dy, h, weight, rstd, dh)
     rstd, wide = rstd.unsqueeze(1), h.to(wide_dtype(h))
@@ -73,10 +74,11 @@ def rmsnorm_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     other = x if residual is None else residual
-    if x.dim() != 2 or weight.shape != x.shape[1:] or other.shape != x.shape or other.dtype != x.dtype:
+    fits = x.dim() == 2 and weight.shape == x.shape[1:] and other.shape == x.shape and other.dtype == x.dtype
+    if not fits or not floating(x, weight):
         raise ValueError(
-            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}: "
-            "need [T, H] of one dtype and [H]"
+            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)} "
+            f"{weight.dtype}: need [T, H] of one dtype and [H], floating"
         )
 
 

@@ -61,10 +61,11 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
-    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
+    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
         if up is gate:
-            raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F]")
-        raise ValueError(f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: need [T, F] twice")
+            raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F], floating")
+        shapes = f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}"
+        raise ValueError(f"{shapes}: need [T, F] twice, of one floating dtype")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

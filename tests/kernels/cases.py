@@ -149,6 +149,30 @@ def guarded(like: Tensor, before: bool) -> Tensor:
 # ------------------------------------------------------- jobs: (rank, world_size, ...) in the interpreting processes
 
 
+def refusal(rank: int, world_size: int, q: Tensor, v: Tensor) -> str:
+    """What interpreted attention says against these."""
+    use_backend("interpret")
+    try:
+        attention(q, q, v)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def auto_backends(
+    rank: int, world_size: int, dtype: str
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """By device the backends under auto: those that run (summary.json) and those foreseen (environment.json)."""
+    use_backend("interpret")
+    use_backend("auto")
+    kind = torch.float64 if dtype == "fp64" else DTYPES[dtype]
+    ran = {
+        device: {kernel: kernels.backend_of(kernel, device, kind) for kernel in kernels.BACKENDS}
+        for device in ("cpu", "cuda")
+    }
+    return ran, {device: kernels.select_backends("auto", device, dtype) for device in ran}
+
+
 def run_share(rank: int, world_size: int, chosen: list[Case]) -> list[tuple[Case, Outcome]]:
     """Every world_size-th case."""
     return [(case, run_case(case)) for case in chosen[rank::world_size]]
