@@ -30,9 +30,10 @@ _requested = "auto"
 def use_backend(name: str) -> None:
     """Choose the backend of this process's kernels: auto, torch, triton or interpret.
 
-    auto: Triton for tensors on a GPU; torch for others, for fp64 and in a process that interprets. A kernel without a
-    Triton form runs in torch under every name. Whether Triton interprets is fixed when the kernels are imported: before
-    that, `interpret` sets TRITON_INTERPRET=1 in this process's environment.
+    auto: Triton for tensors on a GPU, torch for others and for fp64; in a process that interprets its kernels, the
+    interpreter instead of Triton. A kernel without a Triton form runs in torch under every name. Whether Triton
+    interprets is fixed when the kernels are imported: before that, `interpret` sets TRITON_INTERPRET=1 in this
+    process's environment.
 
     Raises ValueError for an unknown name and where it can't run.
     """
@@ -68,7 +69,7 @@ def backend_of(kernel: str, device: str, dtype: object = None) -> str:
     """
     narrow = str(dtype) != "torch.float64"
     if _requested == "auto":
-        return "triton" if _compiles(device, narrow) and "triton" in BACKENDS[kernel] else "torch"
+        return _automatic(device, narrow) if "triton" in BACKENDS[kernel] else "torch"
     if _requested == "torch" or _requested not in BACKENDS[kernel]:
         return "torch"
     if not narrow:
@@ -91,13 +92,15 @@ def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") ->
             raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
     chosen = requested
     if requested == "auto":
-        chosen = "triton" if _compiles(device, dtype != "fp64") else "torch"
+        chosen = _automatic(device, dtype != "fp64")
     return {kernel: chosen if chosen in backends else "torch" for kernel, backends in BACKENDS.items()}
 
 
-def _compiles(device: str, narrow: bool) -> bool:
-    """Whether Triton compiles kernels for tensors of a device; narrow: of less than 64 bits."""
-    return device == "cuda" and narrow and has_triton() and not interprets()
+def _automatic(device: str, narrow: bool) -> str:
+    """What auto is, for kernels that have a Triton form."""
+    if device != "cuda" or not narrow or not has_triton():
+        return "torch"
+    return "interpret" if interprets() else "triton"
 
 
 def has_triton() -> bool:

@@ -4,6 +4,7 @@ Tensors are matrices to a kernel: a row for every position of every sequence, an
 another. So a tile begins at a row and a column, and rows of a sequence are counted from the first of all.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +32,10 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = _Absent()
 
-FARTHEST = 1 << 22  # elements between rows: 256 of them, the most that a tile has, are 2^30 elements apart
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed here: triton.jit reads it when a kernel is defined
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+FARTHEST = 1 << 24  # elements from row to row of `matrix`: `tile_pointers` counts a tile's 128 rows in 32 bits
 
 
 def device_function(function: Any) -> Any:
@@ -63,13 +64,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @device_function
 def cast(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased.
-
-    The bits that it would cut off are cut off here: it makes 1e-38 of a number that has no others, as 0 would have.
-    """
+    """fp32 x in another dtype, to nearest even. The interpreter would cut bf16 off: twice the error, and biased."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16  # of a denormal it makes 1e-38, not 0
+        rounded = bits.to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(dtype)
 
@@ -132,7 +131,8 @@ def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
 
     The tiles of sequence b are numbered from starts[b] // ROWS + b: no two sequences meet, although each may end in a
     part of a tile, and the number needs no sum over the sequences before. A grid of total // ROWS + num_sequences + 1
-    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do.
+    holds them all; programs in the gaps find a tile past the end of a sequence and have nothing to do. Whatever
+    numbers starts holds, the sequence is one of them and the tile at least 0.
     """
     tile = tl.program_id(0)
     first, last = tl.cast(0, tl.int32), tl.cast(num_sequences, tl.int32)
@@ -142,7 +142,16 @@ def find_sequence(starts, num_sequences, ROWS: tl.constexpr):
             first = middle
         else:
             last = middle
-    return first, tile - (tl.load(starts + first) // ROWS + first)
+    begun = tl.maximum(tl.load(starts + first), 0) // ROWS + first
+    return first, tl.maximum(tile - begun, 0)
+
+
+@device_function
+def sequence_rows(starts, sequence, num_rows):
+    """(first row, length) of a packed sequence, none beyond num_rows whatever numbers starts holds."""
+    first = tl.maximum(tl.load(starts + sequence), 0)
+    end = tl.minimum(tl.load(starts + sequence + 1), num_rows)
+    return first, tl.maximum(end - first, 0)
 
 
 @dataclass(frozen=True)
@@ -229,13 +238,9 @@ def precision(arch: str) -> str:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, and rows near
-    each other because addresses inside a tile are counted in 32 bits; else a copy."""
-    rows = rows_of(x.flatten(-2).flatten(0, -2))
-    if rows.stride(0) >= FARTHEST and len(rows) > 1:
-        rows = rows.contiguous()
-    stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
-    return rows.as_strided(rows.shape, (stride, 1))
+    """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
+    rows = rows_of(x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:])))
+    return rows if rows.stride(0) <= FARTHEST else rows.contiguous()
 
 
 def tiles_of(matrix: Tensor, rows: int, channels: int) -> "TensorDescriptor | None":
@@ -259,38 +264,30 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """A matrix whose columns lie together; its rows may lie apart."""
+    """A matrix whose columns lie together; its rows may lie apart. A single column does, whatever its stride says."""
+    if x.shape[1] == 1:
+        return x.as_strided(x.shape, (x.stride(0), 1))
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def check_gradient(
     h: Tensor, *likes: Tensor | None, statistics: tuple[Tensor, ...], weight: Tensor | None = None
 ) -> None:
-    """Raise ValueError unless gradients are [T, H] as h, a norm's statistics [T] and its weight [H]."""
-    fits = h.dim() == 2 and all(x is None or x.shape == h.shape for x in likes)
-    if not fits or any(x.shape != h.shape[:1] for x in statistics):
-        shapes = ", ".join(str(list(x.shape)) for x in (*likes, *statistics) if x is not None)
-        raise ValueError(f"h {list(h.shape)}, gradients and statistics {shapes}: need [T, H] and [T]")
-    if weight is not None and weight.shape != h.shape[1:]:
-        raise ValueError(f"h {list(h.shape)}, weight {list(weight.shape)}: need [T, H] and [H]")
-    check_floating(h, *likes, *statistics, weight)
+    """Raise ValueError unless gradients are [T, H] as h, a norm's statistics [T] and its weight [H], all floating."""
+    gradients, weights = [x for x in likes if x is not None], [] if weight is None else [weight]
+    fits = h.dim() == 2 and all(x.shape == h.shape for x in gradients) and all(x.shape == h.shape[1:] for x in weights)
+    fits = fits and all(x.shape == h.shape[:1] for x in statistics)
+    if not fits or not floating(h, *gradients, *statistics, *weights):
+        shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (*gradients, *statistics))
+        said = "".join(f", weight {list(x.shape)} {x.dtype}" for x in weights)
+        raise ValueError(
+            f"h {list(h.shape)} {h.dtype}, gradients and statistics {shapes}{said}: need [T, H] and [T], of a weight "
+            "[H], in floating dtypes"
+        )
 
 
-def check_floating(*tensors: Tensor | None) -> None:
-    """Raise ValueError for tensors of whole numbers."""
-    for x in tensors:
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"a tensor {list(x.shape)} is {x.dtype}: need a floating dtype")
-
-
-def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors may share memory: their elements' addresses, from the first to the last, meet."""
-
-    def end(z: Tensor) -> int:
-        last = sum((length - 1) * stride for length, stride in zip(z.shape, z.stride(), strict=True))
-        return z.data_ptr() + (last + 1) * z.element_size()
-
-    return x.numel() > 0 < y.numel() and x.data_ptr() < end(y) and y.data_ptr() < end(x)
+def floating(*tensors: Tensor) -> bool:
+    return all(x.is_floating_point() for x in tensors)
 
 
 def tells(flops: Callable[[dict[str, Any]], float]) -> Any:

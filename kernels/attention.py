@@ -13,6 +13,7 @@ K key/value heads, D channels of q and k, E channels of v.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,7 @@ from megapar.kernels._common import (
     device_function,
     dot,
     find_sequence,
+    floating,
     load_full_tile,
     load_tile,
     matrix,
@@ -36,6 +38,7 @@ from megapar.kernels._common import (
     num_tiles,
     precision,
     relative,
+    sequence_rows,
     store_tile,
     target_arch,
     tiles_of,
@@ -44,10 +47,9 @@ from megapar.kernels._common import (
 )
 
 # Arguments whose values must not become part of a compilation: they change from batch to batch.
-VARYING = ["total_q", "total_k", "len_q", "len_k", "left", "right", "num_sequences", "group"]
+VARYING = ["total_q", "len_q", "len_k", "left", "right", "num_sequences", "group"]
+WIDEST = 256  # channels of a head
 UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
-BEYOND = tl.constexpr(UNLIMITED)  # a row that does not exist
-MOST_CHANNELS = 256  # of a head
 
 
 def attention(
@@ -70,8 +72,9 @@ def attention(
     causal: a query sees no key behind its place
     window: (left, right): it sees so many keys before its place and so many behind it, None: any number
     cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where each of the packed sequences in q [T, N, D] and in
-        k, v [T', K, .] begins, from 0 on, and the end of the last. Sequences may be empty. Give both or neither.
-        Others are refused; on a GPU, where reading them would take a wait, they give wrong results, inside the tensors.
+        k, v [T', K, .] begins, and the end of the last: 0 first, then never less, at most T. Sequences may be empty.
+        Give both or neither. On a GPU nothing checks the numbers: the kernels cut each to 0 and T, so that wrong ones
+        give wrong results and no access outside the tensors
     scale: positive, 1/sqrt(D) by default; softcap: scores become softcap * tanh(scores / softcap)
 
     Returns [B, S, N, E] (packed: [T, N, E]) in q's dtype. With return_lse also the natural logarithm of the softmax's
@@ -84,10 +87,17 @@ def attention(
     left, right = _window(causal, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap)
-    if backend_of("attention", q.device.type, q.dtype) == "torch":
+    backend = backend_of("attention", q.device.type, q.dtype)
+    for starts, rows in ((cu_seqlens_q, len(q)), (cu_seqlens_k, len(k))):
+        if starts is not None and (backend == "torch" or starts.device.type == "cpu"):
+            _check_starts(starts, rows)
+    if backend == "torch":
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, return_lse)
         return _dense(q, k, v, scale, left, right, softcap, return_lse)
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
+        raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
     o, lse = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
     if not return_lse:
         return o
@@ -98,8 +108,10 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     """Attention over the keys of both, from attention over the keys of each: (o, lse), for ring attention.
 
     o1, o2 [..., N, E] and lse1, lse2 [..., N] as `attention` returns them. Differentiable; -inf on either side or on
-    both is no key there.
+    both is no key there. Raises ValueError for integers.
     """
+    if not floating(o1, lse1, o2, lse2):
+        raise ValueError(f"o {o1.dtype}, {o2.dtype}, lse {lse1.dtype}, {lse2.dtype}: need floating dtypes")
     highest = torch.maximum(lse1, lse2).detach()
     highest = highest.masked_fill(highest == -math.inf, 0.0)
     weight1, weight2 = torch.exp(lse1 - highest), torch.exp(lse2 - highest)
@@ -113,8 +125,9 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
 def _window(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """Keys before and behind a query's place that it sees."""
     sides = (None, None) if window is None else window
-    if not isinstance(sides, tuple | list) or len(sides) != 2 or any(side is not None and side < 0 for side in sides):
-        raise ValueError(f"window={window}: two numbers of at least 0, None for no limit")
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not pair or not all(side is None or (isinstance(side, int) and side >= 0) for side in sides):
+        raise ValueError(f"window={window}: two whole numbers of at least 0, None for no limit")
     left, right = (UNLIMITED if side is None else min(side, UNLIMITED) for side in sides)
     return left, 0 if causal else right
 
@@ -129,8 +142,6 @@ def _check(
         raise ValueError(f"{shapes}: need {dims} dimensions each, {'batched' if cu_q is None else 'packed'}")
     if k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1] or (cu_q is None and k.shape[0] != q.shape[0]):
         raise ValueError(f"{shapes}: k and v must have the same positions and heads, q and k the same channels")
-    if not max(q.shape[-1], v.shape[-1]) <= MOST_CHANNELS:
-        raise ValueError(f"{shapes}: at most {MOST_CHANNELS} channels per head")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{shapes}: query heads must be a multiple of kv heads")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
@@ -143,12 +154,13 @@ def _check(
         raise ValueError(f"scale={scale}, softcap={softcap}: must be positive")
 
 
-def _check_starts(name: str, starts: Tensor, rows: int) -> list[int]:
-    """The beginnings of packed sequences in so many rows, as numbers. Raises ValueError where they are none."""
-    numbers = starts.tolist()
-    if numbers[0] != 0 or numbers[-1] > rows or any(b < a for a, b in pairwise(numbers)):
-        raise ValueError(f"{name}={numbers}: need numbers from 0 that don't decrease, up to at most {rows}")
-    return numbers
+def _check_starts(starts: Tensor, rows: int) -> None:
+    """Called where it costs no wait for a GPU."""
+    if torch.compiler.is_compiling():
+        return
+    ends = starts.tolist()
+    if ends != sorted(ends) or ends[0] != 0 or ends[-1] > rows:
+        raise ValueError(f"cu_seqlens {ends}: need 0 first, then numbers that never fall, of at most {rows}")
 
 
 # ---------------------------------------------------------------------------------------------------- plain torch
@@ -215,7 +227,7 @@ def _packed(
     return_lse: bool,
 ) -> Any:
     """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]."""
-    ends_q, ends_k = _check_starts("cu_seqlens_q", cu_q, len(q)), _check_starts("cu_seqlens_k", cu_k, len(k))
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     parts = [
         _dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, True)
         for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
@@ -268,27 +280,20 @@ def _bytes(args: dict[str, Any]) -> int:
 
 
 @device_function
-def _bounds(starts, total):
-    """(first row, length) of a packed sequence, inside `total` rows whatever the numbers say: nothing checks them on a
-    GPU."""
-    first = tl.minimum(tl.maximum(tl.load(starts), 0), total)
-    return first, tl.maximum(tl.minimum(tl.load(starts + 1), total) - first, 0)
-
-
-@device_function
-def _place(starts_q, starts_k, total_q, total_k, len_q, len_k, num_sequences, starts, ROWS: tl.constexpr):
+def _place(starts_q, starts_k, len_q, len_k, num_sequences, starts, ROWS: tl.constexpr):
     """(first q row, q length, first k row, k length, tile) of this program's sequence.
 
-    starts: those of starts_q and starts_k over whose tiles the grid goes; None: all sequences have the same lengths
+    starts: those of starts_q and starts_k over whose tiles the grid goes; None: all sequences have the same lengths,
+    len_q and len_k, which otherwise are those of all sequences together
     """
     if starts is None:
         sequence = tl.program_id(2)
         return sequence * len_q, len_q, sequence * len_k, len_k, tl.program_id(0)
     else:
         sequence, tile = find_sequence(starts, num_sequences, ROWS)
-        first_q, len_q = _bounds(starts_q + sequence, total_q)
-        first_k, len_k = _bounds(starts_k + sequence, total_k)
-        return first_q, len_q, first_k, len_k, tl.where(tile < 0, BEYOND // ROWS, tile)
+        first_q, len_q = sequence_rows(starts_q, sequence, len_q)
+        first_k, len_k = sequence_rows(starts_k, sequence, len_k)
+        return first_q, len_q, first_k, len_k, tile
 
 
 @device_function
@@ -362,14 +367,12 @@ def _softmax(s, m, total, scale, BOUNDARY: tl.constexpr):
 def attention_forward_kernel(
     q, k, v, k_tiles, v_tiles, o, lse,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
-    total_q, total_k, len_q, len_k, left, right, num_sequences, group,
+    total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head: o [T, N*E] and lse [N, T]. Grid: tiles, N, sequences (packed: 1)."""
-    first_q, len_q, first_k, len_k, tile = _place(
-        starts_q, starts_k, total_q, total_k, len_q, len_k, num_sequences, starts_q, ROWS
-    )
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_q, ROWS)
     if starts_q is None:
         tile = tl.num_programs(0) - 1 - tile  # under a causal mask the last tiles are the longest: they start first
     start = tile * ROWS
@@ -463,7 +466,7 @@ def _scores_gradient(p, dp, delta, t, softcap):
 def attention_dkdv_kernel(
     q, k, v, do, q_tiles, do_tiles, statistics, dk, dv,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
-    total_q, total_k, len_q, len_k, left, right, num_sequences, group,
+    total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -472,9 +475,7 @@ def attention_dkdv_kernel(
     It goes over the queries of every head that reads this one, in order: no atomics, and the same bits every time.
     Scores are kept transposed, [keys, queries], so that they are operands of both products from registers.
     """
-    first_q, len_q, first_k, len_k, tile = _place(
-        starts_q, starts_k, total_q, total_k, len_q, len_k, num_sequences, starts_k, ROWS
-    )
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_k, ROWS)
     start = tile * ROWS
     if start >= len_k:
         return
@@ -551,14 +552,12 @@ def _dq_step(q_tile, do_tile, k_tile, v_tile, logarithm, delta, dq, inner, scale
 def attention_dq_kernel(
     q, k, v, do, k_tiles, v_tiles, statistics, dq,
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
-    total_q, total_k, len_q, len_k, left, right, num_sequences, group,
+    total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head: dq [T, N*D]. Grid: tiles, N, sequences (packed: 1)."""
-    first_q, len_q, first_k, len_k, tile = _place(
-        starts_q, starts_k, total_q, total_k, len_q, len_k, num_sequences, starts_q, ROWS
-    )
+    first_q, len_q, first_k, len_k, tile = _place(starts_q, starts_k, len_q, len_k, num_sequences, starts_q, ROWS)
     if starts_q is None:
         tile = tl.num_programs(0) - 1 - tile  # the longest first, as in the forward
     start = tile * ROWS
@@ -696,7 +695,7 @@ class Call:
     D: int
     E: int
     num_sequences: int
-    len_q: int  # of every sequence; of packed ones never read
+    len_q: int  # of every sequence; of packed ones all rows
     len_k: int
     scale: float
     left: int
@@ -709,15 +708,11 @@ class Call:
         scale: float, left: int, right: int, softcap: float | None,
     ) -> "Call":  # fmt: skip
         packed = starts_q is not None
-        if starts_q is not None and starts_k is not None:
-            starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()
-            if starts_q.device.type == "cpu":
-                _check_starts("cu_seqlens_q", starts_q, len(q))
-                _check_starts("cu_seqlens_k", starts_k, len(k))
+        starts_q, starts_k = (None if x is None else x.contiguous() for x in (starts_q, starts_k))
         return cls(
             matrix(q), matrix(k), matrix(v), starts_q, starts_k, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1],
             len(starts_q) - 1 if starts_q is not None else q.shape[0],
-            0 if packed else q.shape[1], 0 if packed else k.shape[1], scale, left, right, softcap,
+            q.shape[0 if packed else 1], k.shape[0 if packed else 1], scale, left, right, softcap,
         )  # fmt: skip
 
     @property
@@ -740,8 +735,7 @@ class Call:
             "q": self.q, "k": self.k, "v": self.v, **tensors, **tiles,
             "starts_q": self.starts_q, "starts_k": self.starts_k,
             "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
-            "v_stride": self.v.stride(0), "total_q": len(self.q), "total_k": len(self.k),
-            "len_q": self.len_q, "len_k": self.len_k,
+            "v_stride": self.v.stride(0), "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
             "left": self.left, "right": self.right, "num_sequences": self.num_sequences,
             "group": self.heads // self.kv_heads, "D": self.D, "E": self.E, "BLOCK_D": block_d, "BLOCK_E": block_e,
             "ROWS": config.rows, "STEP": config.step, "EDGE": config.edge, "PRECISION": precision(arch),

@@ -16,7 +16,7 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     cast,
-    check_floating,
+    floating,
     next_power_of_2,
     num_tiles,
     rows_of,
@@ -64,15 +64,17 @@ class Merged(NamedTuple):
 def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total: bool = False) -> Tensor:
     """[T, 3]: largest logit, sum of exp(logit - largest), the target's logit or 0 where it is elsewhere.
 
-    logits [T, V], V > 0, any floating dtype; targets [T] int64, ids of the whole vocabulary. total: a fourth column is
-    the sum of the logits. In fp32, or fp64 for fp64. Not differentiable: see `cross_entropy_gradient_`.
+    logits [T, V], V > 0, any floating dtype; -inf hides one, and where a part has no other its sum is 0. targets [T]
+    int64, ids of the whole vocabulary. total: a fourth column is the sum of the logits. In fp32, or fp64 for fp64. Not
+    differentiable: see `cross_entropy_gradient_`.
     """
     _check(logits, targets)
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         return cross_entropy_statistics_op(logits, targets, first, total)
     wide = logits.to(wide_dtype(logits))
     largest = wide.amax(1)
-    sums = torch.exp(wide - _finite(largest).unsqueeze(1)).sum(1)
+    base = largest.masked_fill(largest == -torch.inf, 0.0)  # all may be hidden: -inf minus -inf
+    sums = torch.exp(wide - base.unsqueeze(1)).sum(1)
     inside = (targets >= first) & (targets < first + logits.shape[1])
     target = wide.gather(1, (targets - first).where(inside, 0).unsqueeze(1)).squeeze(1).where(inside, 0.0)
     return torch.stack([largest, sums, target, *([wide.sum(1)] if total else [])], 1)
@@ -81,14 +83,9 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total:
 def merge_statistics(parts: Tensor) -> Merged:
     """Statistics [R, T, 3 or 4] of all parts of the vocabulary, merged in the order of ranks: the same bits on each."""
     largest, sums, target, *total = parts.unbind(2)
-    highest = _finite(largest.amax(0))
+    highest = largest.amax(0)
     log_sum = highest + torch.log((sums * torch.exp(largest - highest)).sum(0))
     return Merged(log_sum, target.sum(0), total[0].sum(0) if total else None)
-
-
-def _finite(largest: Tensor) -> Tensor:
-    """What is taken from logits before exp: their largest, or 0 where all are -inf."""
-    return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
 def cross_entropy_gradient_(
@@ -100,10 +97,11 @@ def cross_entropy_gradient_(
     refuse a second backward through the same logits.
     """
     _check(logits, targets)
-    if not log_sum.shape == grad.shape == targets.shape:
-        shapes = f"log_sum {list(log_sum.shape)}, grad {list(grad.shape)}"
-        raise ValueError(f"targets {list(targets.shape)}, {shapes}: need [T] each")
-    check_floating(log_sum, grad)
+    if not log_sum.shape == grad.shape == targets.shape or not floating(log_sum, grad):
+        raise ValueError(
+            f"log_sum {list(log_sum.shape)} {log_sum.dtype}, grad {list(grad.shape)} {grad.dtype}: need "
+            f"{list(targets.shape)} twice, floating"
+        )
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
         cross_entropy_gradient_op(logits, targets, first, log_sum, grad.contiguous(), *objective)
         return logits
@@ -117,17 +115,17 @@ def cross_entropy_gradient_(
     inside = (targets >= first) & (targets < first + logits.shape[1])
     local = (targets - first).where(inside, 0).unsqueeze(1)
     wide.scatter_add_(1, local, (smoothing - 1) * inside.to(wide.dtype).unsqueeze(1))
-    wide.mul_(grad.unsqueeze(1)).index_fill_(0, (grad == 0).nonzero().squeeze(1), 0.0)
+    wide.mul_(grad.unsqueeze(1)).index_fill_(0, (grad == 0).nonzero().squeeze(1), 0.0)  # 0 times NaN is NaN
     return logits if wide is logits else logits.copy_(wide)
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or not logits.shape[1]:
+    fits = logits.dim() == 2 and targets.shape == logits.shape[:1] and logits.shape[1]
+    if not fits or targets.dtype != torch.int64 or not logits.is_floating_point():
         raise ValueError(
-            f"logits {list(logits.shape)}, targets {list(targets.shape)} {targets.dtype}: need [T, V] with V > 0 and "
-            "int64 [T]"
+            f"logits {list(logits.shape)} {logits.dtype}, targets {list(targets.shape)} {targets.dtype}: need floating "
+            "[T, V] with V > 0 and int64 [T]"
         )
-    check_floating(logits)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -157,8 +155,8 @@ def cross_entropy_statistics_kernel(
         exists = start + columns < num_columns
         x = tl.load(logits + start + columns, mask=exists, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, 0))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp(largest - finite) + tl.sum(tl.exp(x - finite), 0)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # all may be hidden so far: -inf minus -inf
+        sums = sums * tl.exp(largest - base) + tl.sum(tl.exp(x - base), 0)
         largest = higher
         if TOTAL:
             total += tl.sum(tl.where(exists, x, 0.0), 0)
@@ -250,7 +248,7 @@ def cross_entropy_gradient_op(
     given = rows_of(logits)
     objective = Objective(smoothing, z, vocabulary)
     launch_gradient(given, targets.contiguous(), log_sum.contiguous(), grad.contiguous(), first, objective).run()
-    if given is not logits:
+    if given.data_ptr() != logits.data_ptr():
         logits.copy_(given)
 
 

@@ -36,5 +36,10 @@ def token_keys(samples: Tensor, positions: Tensor, *site: int) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
-    """x [t, H] with elements zeroed at the given rate and the rest scaled by 1 / (1 - rate)."""
+    """x [t, H] with elements zeroed at the given rate and the rest scaled by 1 / (1 - rate).
+
+    Raises ValueError for integers.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x {list(x.shape)} {x.dtype}: need a floating dtype")
     return x * keep_mask(1.0 - rate, keys, x.shape[1]) * (1.0 / (1.0 - rate))

@@ -12,8 +12,8 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     cast,
-    check_floating,
     check_gradient,
+    floating,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -76,12 +76,12 @@ def layernorm_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     other, wanted = x if residual is None else residual, x.shape[1:]
-    if x.dim() != 2 or not weight.shape == bias.shape == wanted or other.shape != x.shape or other.dtype != x.dtype:
+    fits = x.dim() == 2 and weight.shape == bias.shape == wanted and other.shape == x.shape and other.dtype == x.dtype
+    if not fits or not floating(x, weight, bias):
         raise ValueError(
-            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}, "
-            f"bias {list(bias.shape)}: need [T, H] of one dtype and [H] twice"
+            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)} "
+            f"{weight.dtype}, bias {list(bias.shape)} {bias.dtype}: need [T, H] of one dtype and [H] twice, floating"
         )
-    check_floating(x, weight, bias)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

@@ -23,9 +23,9 @@ from megapar.kernels._common import (
     device_function,
     dot,
     num_tiles,
-    overlap,
     precision,
     relative,
+    rows_of,
     target_arch,
     tiles_of,
     tl,
@@ -48,13 +48,16 @@ def matmul(
 
     One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
     once in Triton; torch rounds after each operation. out: where the result is written, in the same dtype, its rows
-    together in memory, and in none of the operands' but the residual's; it is returned then. activation: gelu (tanh
-    form), relu or silu. Not differentiable: gradients are products too, `matmul(dy, b.t())` and
+    together in memory; it is returned then. It shares none with the inputs, but it may be the residual. activation:
+    gelu (tanh form), relu or silu. Not differentiable: gradients are products too, `matmul(dy, b.t())` and
     `add_matmul(into, a.t(), dy)`. Raises ValueError for other shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
-    if out is not None and out.numel() and out.stride(1) != 1:
+    if out is not None and out.numel() and 1 not in (out.stride(1), out.shape[1]):
         raise ValueError(f"out {list(out.shape)} with strides {out.stride()}: need rows that lie together")
+    if out is not None:
+        in_place = residual is not None and (residual.data_ptr(), residual.stride()) == (out.data_ptr(), out.stride())
+        _refuse_overlap("out", out, a=a, b=b, bias=bias, residual=None if in_place else residual)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
@@ -72,16 +75,18 @@ def matmul(
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b, in place: into [M, N], rows or columns together in memory, in the inputs' dtype or in fp32.
+    """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, its rows or its columns together in memory
+    and apart from the inputs. Raises ValueError for others.
 
-    Into fp32 Triton adds the sums as they are; torch rounds the product to the inputs' dtype first. Raises ValueError
-    for other shapes, dtypes and strides.
+    Into fp32 Triton rounds nothing on the way. torch rounds the product of 16-bit matrices to their dtype before it is
+    added: on a CPU with instructions for bf16 their product in fp32 takes twice the time.
     """
     _check(a, b, into=into)
-    if into.numel() and 1 not in into.stride():
+    if into.numel() and 1 not in (*into.stride(), *into.shape):
         raise ValueError(
             f"into {list(into.shape)} with strides {into.stride()}: need rows or columns that lie together"
         )
+    _refuse_overlap("into", into, a=a, b=b)
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         add_matmul_op(into, a, b)
     elif into.dtype == a.dtype:
@@ -104,6 +109,27 @@ def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
                 f"{name} {list(tensor.shape)} {tensor.dtype} with {shapes}: need {list(needed)} in "
                 + " or ".join(sorted({str(dtype) for dtype in dtypes}))
             )
+
+
+def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or out.is_meta:
+        return
+    for other, x in inputs.items():
+        if x is not None and x.numel() and out.numel() and _overlap(out, x):
+            raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have memory in common. Columns beside each other in the same rows have not."""
+    if x.data_ptr() > y.data_ptr():
+        x, y = y, x
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    distance = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    if distance >= reach:
+        return False
+    step, column = x.stride(0), distance % max(1, x.stride(0))
+    same_rows = x.dim() == y.dim() == 2 and x.stride() == y.stride() == (step, 1) and x.dtype == y.dtype
+    return not (same_rows and x.shape[1] <= column and column + y.shape[1] <= step)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -333,7 +359,8 @@ def num_processors(arch: str, tensor: Tensor) -> int:
 
 
 def _together(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()
+    """A matrix whose rows or columns lie together."""
+    return x if 1 in x.stride() else rows_of(x)
 
 
 def _tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescriptor | None":
@@ -366,18 +393,15 @@ def _run(
 ) -> None:
     if not out.numel():
         return
-    for name, x in (("a", a), ("b", b), ("bias", bias)):
-        if x is not None and overlap(out, x):
-            raise ValueError(f"out lies in the memory of {name}, which would change while it is read")
     bias = None if bias is None else bias.contiguous()
-    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    launch(target_arch(), a, b, out, bias, activation, residual).run()
+    residual = None if residual is None else rows_of(residual)
+    launch(target_arch(), a, b, rows_of(out), bias, activation, residual).run()
 
 
 @torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
 def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a @ b; arguments checked by `add_matmul`."""
-    if into.stride(1) == 1:
+    if 1 in (into.stride(1), into.shape[1]):
         _run(into, a, b, None, None, into)
     else:
         _run(into.t(), b.t(), a.t(), None, None, into.t())
@@ -392,8 +416,10 @@ def _(a, b, bias, activation, residual):
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
-    """The launches by name for 4096 tokens, and for 64, in the MLP of Llama-8B, GPT-2 and the demo, on tensors without
-    storage."""
+    """The launches by name for 4096 tokens in the MLP of Llama-8B, GPT-2 and the demo, on tensors without storage.
+
+    The last, of GPT-2's output projection, has so few outputs that it takes the smallest tile.
+    """
     specs = {}
     for hidden, width, dtype in ((4096, 14336, torch.bfloat16), (768, 3072, torch.bfloat16), (128, 384, torch.float32)):
         with torch.device("meta"):
@@ -404,6 +430,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"matmul_bias_gelu_{width}"] = launch(arch, x, w.t(), y, bias, "gelu")
         specs[f"matmul_input_grad_{width}"] = launch(arch, y, w, x)
         specs[f"matmul_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad)
-        if dtype == torch.bfloat16:
-            specs[f"matmul_few_rows_{width}"] = launch(arch, x[:64], w.t(), y[:64])
-    return specs
+    with torch.device("meta"):
+        x, grad = torch.empty(4096, 768, dtype=torch.bfloat16), torch.empty(768, 768)
+    return specs | {"matmul_weight_grad_768": launch(arch, x.t(), x, grad, residual=grad)}

@@ -14,8 +14,8 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
-    check_floating,
     check_gradient,
+    floating,
     next_power_of_2,
     num_tiles,
     row_tile,
@@ -74,12 +74,12 @@ def rmsnorm_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     other = x if residual is None else residual
-    if x.dim() != 2 or weight.shape != x.shape[1:] or other.shape != x.shape or other.dtype != x.dtype:
+    fits = x.dim() == 2 and weight.shape == x.shape[1:] and other.shape == x.shape and other.dtype == x.dtype
+    if not fits or not floating(x, weight):
         raise ValueError(
-            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)}: "
-            "need [T, H] of one dtype and [H]"
+            f"x {list(x.shape)} {x.dtype}, residual {list(other.shape)} {other.dtype}, weight {list(weight.shape)} "
+            f"{weight.dtype}: need [T, H] of one dtype and [H], floating"
         )
-    check_floating(x, weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

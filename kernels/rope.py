@@ -15,7 +15,6 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
-    check_floating,
     device_function,
     matrix,
     next_power_of_2,
@@ -66,12 +65,12 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
 def _check(q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None) -> None:
     fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype
     fits = fits and q.shape[3] % 2 == 0 and table.dim() == 2 and table.shape[1] == q.shape[3]
+    fits = fits and q.is_floating_point() and table.dtype in (torch.float32, torch.float64)
     if not fits or table.shape[0] < q.shape[1]:
         raise ValueError(
-            f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, table {list(table.shape)}: need [B, S, N, D], "
-            "[B, S, K, D] of one dtype and [P, D] with an even D and P >= S"
+            f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, table {list(table.shape)} {table.dtype}: need "
+            "[B, S, N, D], [B, S, K, D] of one floating dtype and [P, D] of at least fp32 with an even D and P >= S"
         )
-    check_floating(q, table)
     if offsets is None:
         return
     if offsets.shape != q.shape[:1] or offsets.dtype != torch.int64:

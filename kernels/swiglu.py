@@ -17,7 +17,6 @@ from megapar.kernels._common import (
     INTERPRETED,
     Launch,
     cast,
-    check_floating,
     device_function,
     next_power_of_2,
     num_tiles,
@@ -62,11 +61,11 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
-    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
+    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
         if up is gate:
-            raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F]")
-        raise ValueError(f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}: need [T, F] twice")
-    check_floating(gate)
+            raise ValueError(f"x {list(gate.shape)} {gate.dtype}: need [T, F], floating")
+        shapes = f"gate {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}"
+        raise ValueError(f"{shapes}: need [T, F] twice, of one floating dtype")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

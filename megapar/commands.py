@@ -295,6 +295,8 @@ def bench_kernels(config: BenchKernelsConfig) -> int:
     bench = run.understand(config, num_gpus(), say)
     out = Path(config.out) if config.out is not None else rundir.default_folder("bench", key="out")
     rundir.make_writable(out, key="out")
+    for name in ("bench.csv", "bench.md", *plots.names(run.BENCHES)):  # what this run does not draw would be another's
+        (out / name).unlink(missing_ok=True)
     found: list[rows.Row] = []
     try:
         for row in run.run(bench, say):

@@ -1,6 +1,6 @@
 """Pictures of what was measured: a file for each kernel and metric. What was interpreted or computed is not drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megapar.bench.problem import MODES
 from megapar.bench.roofline import gpu_named
@@ -20,6 +20,11 @@ TITLES = {
     "gbps": "least bytes by time",
     "memory": "most memory that one call holds",
 }
+
+
+def names(kernels: Iterable[str]) -> list[str]:
+    """Of all files that `plots` may draw."""
+    return [f"{kernel}_{metric}.svg" for kernel in kernels for metric in TITLES]
 
 
 def plots(rows: Sequence[Row]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import itertools
 import math
 import mmap
 import sys
@@ -27,6 +28,7 @@ TILES = {
     "square": Config(32, 32, 16, 4, 1),
     "tma": Config(32, 16, 16, 4, 1, tma=True),
     "wide": Config(16, 64, 32, 4, 1),
+    "one loop": Config(32, 0, 16, 4, 1),  # of the forward; the backward's are square
 }
 Lengths = tuple[int, ...]
 
@@ -71,7 +73,9 @@ def starts(lengths: Lengths) -> Tensor:
 def tiles(config: Config) -> Iterator[None]:
     """Every interpreted kernel takes these block sizes."""
     kept = dict(module.CONFIGS)
-    module.CONFIGS.update({key: config for key in kept if key[1] == "interpret"})
+    for key in kept:
+        if key[1] == "interpret":
+            module.CONFIGS[key] = config if config.step or key[0] == "forward" else TILES["square"]
     try:
         yield
     finally:
@@ -146,6 +150,30 @@ def guarded(like: Tensor, before: bool) -> Tensor:
 
 
 # ------------------------------------------------------- jobs: (rank, world_size, ...) in the interpreting processes
+
+
+def refusal(rank: int, world_size: int, q: Tensor, v: Tensor) -> str:
+    """What interpreted attention says against these."""
+    use_backend("interpret")
+    try:
+        attention(q, q, v)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def auto_backends(
+    rank: int, world_size: int, dtype: str
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """By device the backends under auto: those that run (summary.json) and those foreseen (environment.json)."""
+    use_backend("interpret")
+    use_backend("auto")
+    kind = torch.float64 if dtype == "fp64" else DTYPES[dtype]
+    ran = {
+        device: {kernel: kernels.backend_of(kernel, device, kind) for kernel in kernels.BACKENDS}
+        for device in ("cpu", "cuda")
+    }
+    return ran, {device: kernels.select_backends("auto", device, dtype) for device in ran}
 
 
 def run_share(rank: int, world_size: int, chosen: list[Case]) -> list[tuple[Case, Outcome]]:
@@ -249,6 +277,25 @@ def run_guarded(rank: int, world_size: int, case: Case) -> None:
             call.statistics("interpret", o, do_, found, guard(lse), given).run()
             call.dkdv("interpret", do_, given, place(k), place(v)).run()
             call.dq("interpret", do_, given, place(q)).run()
+
+
+# Of T = 70 rows; the first are right. Past the end, before the beginning, falling, not from the first row on.
+STARTS = [(0, 40, 70), (0, 90, 200), (-50, 20, 70), (0, 60, 10), (40, 50, 70), (0, 1 << 30, 70), (1 << 30, 1 << 30, 70)]
+STARTS += [(-(1 << 31), 5, (1 << 31) - 1)]
+
+
+def run_wrong_starts(rank: int, world_size: int, tile: str) -> None:
+    """Forward and backward on guarded tensors with starts that `attention` would refuse on a CPU."""
+    use_backend("interpret")
+    case = Case("fp32", (32, 32), (2, 1), ((40, 30), (40, 30)), (True, None), None, tile)
+    given = [x[:70].float() for x in inputs(case)]
+    for numbers, before in itertools.product(zip(STARTS, STARTS[1:] + STARTS[:1], strict=True), (False, True)):
+        q, k, v, do, dlse = (guarded(x, before) for x in given)
+        starts_q, starts_k = (guarded(torch.tensor(x, dtype=torch.int32), before) for x in numbers)
+        settings = (starts_q, starts_k, 0.3, module.UNLIMITED, 0, None)
+        with tiles(TILES[tile]):
+            o, lse = module.attention_op(q, k, v, *settings)
+            module.attention_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
 
 
 def run_howto(

@@ -117,6 +117,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"q": (2, 4, 2, 8)}, "same positions"),
     "dimensions": ({"q": (4, 2, 8)}, "4 dimensions"),
     "window": ({"window": (-1, 2)}, "at least 0"),
+    "window of one number": ({"window": 3}, "window=3: two whole numbers"),
+    "window of fractions": ({"window": (1.5, None)}, "two whole numbers"),
     "scale": ({"scale": 0.0}, "positive"),
     "softcap": ({"softcap": -1.0}, "positive"),
     "one of two": ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, "both, or neither"),
@@ -132,6 +134,23 @@ def test_contradictions_are_refused(name: str) -> None:
     tensors: dict[str, Any] = {x: torch.zeros(shape) for x, shape in shapes.items()}
     with pytest.raises(ValueError, match=words):
         attention(**tensors, **{x: y for x, y in changes.items() if x not in "qkv"})
+
+
+@pytest.mark.parametrize("numbers", [(0, 5), (-1, 4), (1, 4), (0, 3, 2, 4)])
+def test_starts_that_are_none_are_refused(numbers: tuple[int, ...]) -> None:
+    """Of 4 rows: past the last, before the first, not from the first on, falling."""
+    q, wrong = torch.zeros(4, 2, 8), torch.tensor(numbers, dtype=torch.int32)
+    right = torch.linspace(0, 4, len(numbers)).int()
+    for starts in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match=r"cu_seqlens .*: need 0 first"):
+            attention(q, q, q, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+
+
+def test_merging_integers_is_refused() -> None:
+    o, lse = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2)
+    for arguments in ((o.int(), lse, o, lse), (o, lse.int(), o, lse), (o, lse, o.int(), lse), (o, lse, o, lse.int())):
+        with pytest.raises(ValueError, match="need floating dtypes"):
+            merge_attention(*arguments)
 
 
 # ---------------------------------------------------------------------------- the interpreted kernels against torch
@@ -220,6 +239,20 @@ def test_nothing_outside_the_tensors_is_touched(interpreter: WorkerPool, case: C
     interpreter.run(cases.run_guarded, 1, case, timeout=300)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+def test_wrong_starts_touch_nothing_outside_the_tensors(interpreter: WorkerPool) -> None:
+    """On a GPU nobody reads them before the kernels do."""
+    interpreter.run(cases.run_wrong_starts, 1, "tma", timeout=300)
+
+
+@pytest.mark.parametrize("shapes", [(257, 16), (16, 257)])
+def test_wide_heads_are_refused(interpreter: WorkerPool, shapes: tuple[int, int]) -> None:
+    """By the kernels; torch takes any."""
+    q, v = (torch.zeros(1, 2, 1, channels) for channels in shapes)
+    assert attention(q, q, v).shape == v.shape
+    assert "the kernels take up to 256" in interpreter.run(cases.refusal, 1, q, v)[0]
+
+
 def test_operators_pass_torchs_checks(interpreter: WorkerPool) -> None:
     interpreter.run(cases.check_operators, 1, timeout=300)
 
@@ -275,6 +308,15 @@ def test_useful_flops_and_bytes() -> None:
 def backend() -> Any:
     yield
     kernels.use_backend("auto")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_auto_where_kernels_are_interpreted(interpreter: WorkerPool, dtype: str) -> None:
+    """It says what would run, and both who are asked say the same: what a GPU would compile is interpreted here."""
+    ran, planned = interpreter.run(cases.auto_backends, 1, dtype)[0]
+    assert ran == planned
+    assert ran["cuda"]["attention"] == ("interpret" if dtype == "fp32" else "torch")
+    assert set(ran["cpu"].values()) == {"torch"}
 
 
 @pytest.mark.usefixtures("backend")

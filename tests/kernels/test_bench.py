@@ -235,9 +235,12 @@ def test_ours_alone_on_a_cpu(
     monkeypatch.setattr(run, "time_ms", lambda *_: pytest.fail("something was timed"))
     monkeypatch.setattr(run, "compile_all", stand_in)
     out = tmp_path / "a" / "b"
+    out.mkdir(parents=True)
+    for name in ("rope_time.svg", "attention_memory.svg", "bench.md", "mine.svg"):  # three of an earlier benchmark
+        (out / name).write_text("old")
     assert main(["bench", "kernels", "kernel=[rope]", "provider=[megapar]", "device=cpu", *FAST, f"out={out}"]) == 0
     assert {row["kind"] for row in read(out)} == {"static"}
-    assert {path.name for path in out.iterdir()} == {"bench.csv", "bench.md"}
+    assert {path.name for path in out.iterdir()} == {"bench.csv", "bench.md", "mine.svg"}
     shown = capsys.readouterr().out
     assert "least ms by roofline" in shown and "machine code" in shown
     assert "rope    demo   sm_90   forward   rope           40        0          2   0.50      0.25" in shown

@@ -92,6 +92,31 @@ def test_parts_of_a_vocabulary_give_torchs_cross_entropy(backend: str, interpret
         assert in_losses < 8 and in_gradient < 0.51, (case, in_losses, in_gradient)
 
 
+def hidden(rank: int, world_size: int, backend: str) -> list[float]:
+    """Largest errors, losses and gradient, of logits of which the first 4500 of 9000 are -inf, alone and in two parts.
+
+    A token that counts for nothing has NaN for logits, and a gradient of 0.
+    """
+    found = []
+    for (dtype, eps), parts in product([(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], (1, 2)):
+        logits, targets, grad = given(3, 9000, dtype)
+        logits[:, :4500] = -torch.inf
+        targets[:2] = torch.tensor([4500, 8999])
+        losses, gradient = exact(logits, targets, grad, 0.0, 1e-3)
+        logits[2] = torch.nan
+        with poisoned_memory():
+            got, slope = in_parts(backend, logits, targets, grad, parts, 0.0, 1e-3)
+        assert targets[2] == IGNORED and not slope[2].any() and got[2] == 0
+        found += [float((got - losses).abs().max()) / 1e-4, float((slope - gradient).abs().max()) / eps]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_hidden_logits_and_tokens(backend: str, interpreter: WorkerPool) -> None:
+    """-inf fills the whole of a program's first tile, and the whole of a rank's part."""
+    assert all(error < 1 for error in interpreter.run(hidden, 1, backend)[0])
+
+
 def check_operators(rank: int, world_size: int) -> None:
     use_backend("interpret")
     logits, targets, grad = given(3, 9, torch.float32)
@@ -167,6 +192,11 @@ def test_contradictions_are_refused() -> None:
         (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)),
         (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32)),
         (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)),
     ):
         with pytest.raises(ValueError, match="need"):
             cross_entropy_statistics(logits, targets, 0)
+    logits, targets, column = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    for log_sum, grad in ((column[:1], column), (column, column[:1]), (column, column[:, None]), (column, targets)):
+        with pytest.raises(ValueError, match=r"log_sum .* grad .*: need \[2\]"):
+            cross_entropy_gradient_(logits, targets, 0, log_sum, grad, Objective())

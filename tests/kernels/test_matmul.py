@@ -113,6 +113,27 @@ def test_a_tile_for_every_processor() -> None:
     assert config_of("sm_86", torch.bfloat16, 8192, 8192, 84) == config_of("sm_80", torch.bfloat16, 8192, 8192, 84)
 
 
+def test_an_output_apart_from_the_inputs() -> None:
+    """Tiles are written while others are still to be read. A residual is read where it is written: it may be out."""
+    memory = torch.randn(40, 4)
+    square, below, overlapping = memory[:4], memory[4:8], memory[2:6]
+    for a, b in ((square, below), (below, square.t())):
+        for out in (square, overlapping):
+            with pytest.raises(ValueError, match=r"out shares memory with [ab]"):
+                matmul(a, b, out=out)
+    with pytest.raises(ValueError, match="out shares memory with bias"):
+        matmul(square, below, bias=memory[8], out=memory[8:12])
+    with pytest.raises(ValueError, match="out shares memory with residual"):
+        matmul(square, below, residual=memory[9:13], out=memory[8:12])
+    with pytest.raises(ValueError, match="into shares memory with b"):
+        add_matmul(below, square, below)
+    expected = memory[8:12] + square @ below
+    assert torch.equal(matmul(square, below, residual=memory[8:12], out=memory[8:12]), expected)
+    wide = torch.randn(4, 8)  # beside each other, in the same rows
+    expected = wide[:, :4] @ square
+    assert torch.equal(matmul(wide[:, :4], square, out=wide[:, 4:]), expected)
+
+
 def test_contradictions_are_refused() -> None:
     a, b = torch.zeros(2, 3), torch.zeros(3, 4)
     for bad in ((a, b.t()), (a, b.double()), (a[0], b), (a.int(), b.int())):
@@ -120,6 +141,8 @@ def test_contradictions_are_refused() -> None:
             matmul(*bad)
     with pytest.raises(ValueError, match="rows that lie together"):
         matmul(a, b, out=torch.zeros(4, 2).t())
+    with pytest.raises(ValueError, match=r"need .* of one floating dtype"):
+        add_matmul(torch.zeros(2, 4, dtype=torch.int32), a.int(), b.int())
     with pytest.raises(ValueError, match=r"out \[4, 2\].*need \[2, 4\]"):
         matmul(a, b, out=torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"bias \[3\].*need \[4\]"):

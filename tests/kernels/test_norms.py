@@ -160,14 +160,24 @@ def test_contradictions_are_refused() -> None:
         (x, weight[:2], None),
         (x, weight, x[:1]),
         (x, weight, x.double()),
+        (x.int(), weight, None),
+        (x, weight.int(), None),
     ):
         with pytest.raises(ValueError, match="need"):
             rms.rmsnorm(one, w, EPS, residual)
         with pytest.raises(ValueError, match="need"):
             layer.layernorm(one, w, w, EPS, residual)
-    with pytest.raises(ValueError, match="need"):
-        layer.layernorm(x, weight, weight[:2], EPS)
-    for dy, h, rstd in ((x[:1], x, x[:, 0]), (x, x, weight), (x.t(), x, x[:, 0])):
+    for bias in (weight[:2], weight.int()):
+        with pytest.raises(ValueError, match="need"):
+            layer.layernorm(x, weight, bias, EPS)
+    for narrow in (weight[:2], weight[:, None], weight.int()):
+        with pytest.raises(ValueError, match=r"weight .* need .* \[H\]"):
+            rms.rmsnorm_input_grad(x, x, narrow, x[:, 0])
+        with pytest.raises(ValueError, match=r"weight .* need .* \[H\]"):
+            layer.layernorm_input_grad(x, x, narrow, x[:, 0], x[:, 0])
+    integers, column = x.int(), x[:, 0]
+    wrong = ((x[:1], x, column), (x, x, weight), (x.t(), x, column))
+    for dy, h, rstd in (*wrong, (integers, x, column), (x, integers, column), (x, x, column.int())):
         for gradient in (
             lambda: rms.rmsnorm_input_grad(dy, h, weight, rstd),  # noqa: B023
             lambda: rms.rmsnorm_weight_grad(dy, h, rstd),  # noqa: B023

@@ -90,6 +90,9 @@ def test_contradictions_are_refused() -> None:
         (q, k, table[:2]),
         (q, k, table[:, :4]),
         (q[..., :5], k[..., :5], table[:, :5]),
+        (q.int(), k.int(), table),
+        (q, k, table.int()),
+        (q, k, table.bfloat16()),
     ):
         with pytest.raises(ValueError, match="need"):
             rope(*arguments)

@@ -101,10 +101,16 @@ def test_operators_pass_torchs_checks(interpreter: WorkerPool) -> None:
 
 def test_contradictions_are_refused() -> None:
     for function in (swiglu, geglu):
-        for gate, up in ((torch.zeros(2, 3), torch.zeros(2, 4)), (torch.zeros(2), torch.zeros(2))):
+        integers = torch.zeros(2, 3, dtype=torch.int32)
+        for gate, up in (
+            (torch.zeros(2, 3), torch.zeros(2, 4)),
+            (torch.zeros(2), torch.zeros(2)),
+            (integers, integers),
+        ):
             with pytest.raises(ValueError, match="need"):
                 function(gate, up)
         with pytest.raises(ValueError, match="float64"):
             function(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"need \[T, F\]"):
-        gelu(torch.zeros(2))
+    for x in (torch.zeros(2), torch.zeros(2, 3, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"need \[T, F\]"):
+            gelu(x)
