@@ -60,8 +60,7 @@ class ParallelConfig:
     sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
     tp_overlap: Literal["auto", "serial", "chunked", "symmetric"] = option(
         "auto",
-        "how a tensor-parallel matmul and its collective run: serial, chunked, symmetric (Triton kernels over shared "
-        "memory), or what a table says for the shape",
+        "how a tensor-parallel matmul and its collective run: serial, chunked, symmetric (fused), or by a table",
     )
     zero: Literal[0, 1] = option(0, "1: shard the optimizer state over dp (ZeRO-1)")
     grad_compression: Literal["none", "bf16", "int8_ef", "powersgd"] = option(
