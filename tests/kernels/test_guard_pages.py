@@ -105,10 +105,10 @@ def norm_options(sizes: Sizes, tokens: int) -> None:
 
 
 def rope_options(sizes: Sizes, tokens: int) -> None:
-    """Samples that begin at positions of their own, both kinds of pairs."""
-    q, k = (normal(sizes, 2, tokens, heads, sizes.head_dim).requires_grad_() for heads in (sizes.heads, sizes.kv_heads))
-    table = rope_table(tokens + 3, sizes.head_dim, 1e4, torch.float32, q.device)
-    for interleaved in (False, True):
+    """Samples that begin at positions of their own, both kinds of pairs; of 6 channels a tile is wider than a head."""
+    for channels, interleaved in ((sizes.head_dim, False), (6, True)):
+        q, k = (normal(sizes, 2, tokens, heads, channels).requires_grad_() for heads in (sizes.heads, sizes.kv_heads))
+        table = rope_table(tokens + 3, channels, 1e4, torch.float32, q.device)
         turned = rope(q, k, table, offsets=torch.tensor([3, 0]), interleaved=interleaved)
         torch.autograd.grad(turned, [q, k], turned)
 
