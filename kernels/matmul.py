@@ -56,8 +56,7 @@ def matmul(
     if out is not None and out.numel() and 1 not in (out.stride(1), out.shape[1]):
         raise ValueError(f"out {list(out.shape)} with strides {out.stride()}: need rows that lie together")
     if out is not None:
-        in_place = residual is not None and (residual.data_ptr(), residual.stride()) == (out.data_ptr(), out.stride())
-        _refuse_overlap("out", out, a=a, b=b, bias=bias, residual=None if in_place else residual)
+        _refuse_overlap("out", out, a=a, b=b, bias=bias, residual=residual)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
@@ -115,7 +114,10 @@ def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
     if torch.compiler.is_compiling() or out.is_meta:
         return
     for other, x in inputs.items():
-        if x is not None and x.numel() and out.numel() and _overlap(out, x):
+        if x is None or not (x.numel() and out.numel()):
+            continue
+        in_place = other == "residual" and (x.data_ptr(), x.stride()) == (out.data_ptr(), out.stride())
+        if not in_place and _overlap(out, x):
             raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
 
 

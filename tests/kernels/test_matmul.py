@@ -94,6 +94,8 @@ def check_operators(rank: int, world_size: int) -> None:
     torch.library.opcheck(matmul_into_op, (torch.empty(3, 4), a, b, bias, "gelu", residual))
     compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(a, b, bias=bias), matmul(a, b, bias=bias))
+    out = residual.clone()
+    assert torch.equal(compiled(a, b, residual=out, out=out), matmul(a, b, residual=residual))
     columns = torch.zeros(4, 3).t()  # lie together
     add_matmul(columns, a, b)
     assert torch.equal(columns, matmul(a, b))
