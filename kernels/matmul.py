@@ -332,16 +332,16 @@ def launch(
     residual: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """out [M, N]: any matrix whose rows lie together. a, b: either way."""
-    a, b = _together(a), _together(b)
+    a, b = with_lines_together(a), with_lines_together(b)
     (M, K), N = a.shape, b.shape[1]
     processors = num_processors(arch, out)
     config = config_of(arch, a.dtype, M, N, processors)
     a_by_row, b_by_row = a.stride(1) == 1, b.stride(1) == 1
     arguments = {
         "a": a, "b": b, "out": out, "bias": bias, "residual": residual,
-        "a_tiles": _tiles(config, a, config.rows, config.step),
-        "b_tiles": _tiles(config, b, config.step, config.columns),
-        "out_tiles": _tiles(config, out, config.rows, config.columns // 4 if config.quarters else config.columns),
+        "a_tiles": tma_tiles(config, a, config.rows, config.step),
+        "b_tiles": tma_tiles(config, b, config.step, config.columns),
+        "out_tiles": tma_tiles(config, out, config.rows, config.columns // 4 if config.quarters else config.columns),
         "M": M, "N": N, "K": K,
         "a_stride": a.stride(0 if a_by_row else 1), "b_stride": b.stride(0 if b_by_row else 1),
         "out_stride": out.stride(0), "residual_stride": None if residual is None else residual.stride(0),
@@ -360,12 +360,12 @@ def num_processors(arch: str, tensor: Tensor) -> int:
     return PROCESSORS[arch]
 
 
-def _together(x: Tensor) -> Tensor:
+def with_lines_together(x: Tensor) -> Tensor:
     """A matrix whose rows or columns lie together."""
     return x if 1 in x.stride() else rows_of(x)
 
 
-def _tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescriptor | None":
+def tma_tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDescriptor | None":
     if not config.tma:
         return None
     return tiles_of(x, rows, columns) if x.stride(1) == 1 else tiles_of(x.t(), columns, rows)

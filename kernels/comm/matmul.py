@@ -27,12 +27,12 @@ from megapar.kernels.matmul import (
     GROUP,
     PROCESSORS,
     Config,
-    _tiles,
-    _together,
     config_of,
     quarters_of,
     tile_at,
     tile_product,
+    tma_tiles,
+    with_lines_together,
 )
 
 
@@ -157,12 +157,12 @@ def config_for(arch: str, dtype: torch.dtype, M: int, N: int, processors: int) -
 
 def push_product(use: Use, a: Tensor, b: Tensor, cut: Cut, config: Config, processors: int) -> Launch:
     """Tiles of a @ b to all or to the owners."""
-    a, b = _together(a), _together(b)
+    a, b = with_lines_together(a), with_lines_together(b)
     a_by_row, b_by_row = a.stride(1) == 1, b.stride(1) == 1
     arguments = use.arguments() | {
         "a": a, "b": b,
-        "a_tiles": _tiles(config, a, config.rows, config.step),
-        "b_tiles": _tiles(config, b, config.step, config.columns),
+        "a_tiles": tma_tiles(config, a, config.rows, config.step),
+        "b_tiles": tma_tiles(config, b, config.step, config.columns),
         "data_at": use.data_at, "M": cut.M, "N": cut.N, "K": a.shape[1], "block": cut.block,
         "a_stride": a.stride(0 if a_by_row else 1), "b_stride": b.stride(0 if b_by_row else 1), "TO_ALL": cut.to_all,
         "A_BY_ROW": a_by_row, "B_BY_ROW": b_by_row, "PRECISION": precision(use.memory.arch),
@@ -177,12 +177,12 @@ def push_product(use: Use, a: Tensor, b: Tensor, cut: Cut, config: Config, proce
 
 def gathered_product(use: Use, gathered: Tensor, b: Tensor, out: Tensor, config: Config, processors: int) -> Launch:
     """out = gathered @ b, from this rank's half, as the rows come."""
-    b, ranks = _together(b), use.memory.ranks
+    b, ranks = with_lines_together(b), use.memory.ranks
     t, b_by_row = len(gathered) // ranks, b.stride(1) == 1
     arguments = use.arguments() | {
         "a": gathered, "b": b, "out": out,
-        "a_tiles": _tiles(config, gathered, config.rows, config.step),
-        "b_tiles": _tiles(config, b, config.step, config.columns),
+        "a_tiles": tma_tiles(config, gathered, config.rows, config.step),
+        "b_tiles": tma_tiles(config, b, config.step, config.columns),
         "M": t, "N": b.shape[1], "K": gathered.shape[1], "b_stride": b.stride(0 if b_by_row else 1),
         "B_BY_ROW": b_by_row, "PRECISION": precision(use.memory.arch),
         "ROWS": config.rows, "COLUMNS": config.columns, "STEP": config.step, "GROUP": GROUP,
