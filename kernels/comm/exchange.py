@@ -36,6 +36,7 @@ from megapar.kernels.comm.symmetric import (
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
 # NVLink, from published kernels (Triton-distributed: 16); not measured.
 MOVERS = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what is added in fp32
 # Bytes of a matrix below which every rank sums all of it: one pass over the links and R - 1 times the bytes, instead of
 # two passes and 2 (R - 1) / R times. By ranks of one host, up to 2 (which send the same either way), 4 and 8. From
 # vLLM's custom_all_reduce.cuh, for NVLink; not measured here.
@@ -260,8 +261,11 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
     """The sum of x [M, N] over all ranks, the same bits on each. Source: vLLM's and kraken's one-shot and two-shot.
 
     x: fp32, bf16 or fp16, the same shape on every rank. to_all: every rank sums everything (one-shot); else every rank
-    sums a block of rows and sends the sums to all (two-shot); default: by a table. Raises PeerTimeout.
+    sums a block of rows and sends the sums to all (two-shot); default: by a table.
+    Raises ValueError for other tensors, and PeerTimeout.
     """
+    if x.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"x {list(x.shape)} {x.dtype}: need [M, N] in fp32, bf16 or fp16")
     if not x.numel():
         return x.clone()
     x = x.contiguous()

@@ -10,7 +10,10 @@ Tiles go in an order rotated by rank: products begin with the next rank's rows a
 used evenly; a gathered product begins with the own rows, which are there first. Products wait for nobody, and sums run
 beside them on processors of their own, so no order of programs can make ranks wait in a circle.
 
-Shapes are per rank. Shape letters: R ranks, T tokens of all ranks, t = T / R, K summed, N columns.
+Shapes are per rank. Ranks call the same operations in the same order, on one dtype and the same shapes but where it
+says otherwise. Nothing checks that between ranks: some that differ end in PeerTimeout, some in wrong numbers. Shape
+letters: R ranks, T tokens of all ranks, t = T / R, K summed, N columns. Operations raise ValueError for tensors that
+don't fit each other, and PeerTimeout.
 """
 
 from collections.abc import Callable
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megapar.kernels._common import INTERPRETED, Launch, cast, cdiv, device_function, num_tiles, precision, tl, triton
-from megapar.kernels.comm.exchange import MOVERS, Cut, is_small, push, start_sums, store_to
+from megapar.kernels.comm.exchange import DTYPES, MOVERS, Cut, is_small, push, start_sums, store_to
 from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post, unless
 from megapar.kernels.matmul import (
     CONFIGS,
@@ -196,6 +199,13 @@ def gathered_product(use: Use, gathered: Tensor, b: Tensor, out: Tensor, config:
 # ----------------------------------------------------------------------------------------------------------- operations
 
 
+def _check(x: Tensor, w: Tensor) -> None:
+    fits = x.dim() == w.dim() == 2 and x.shape[1] == len(w) and x.dtype == w.dtype
+    if not fits or x.dtype not in DTYPES:
+        shapes = f"x {list(x.shape)} {x.dtype}, w {list(w.shape)} {w.dtype}"
+        raise ValueError(f"{shapes}: need [T, K] and [K, N] of one dtype, fp32, bf16 or fp16")
+
+
 def start_matmul_all_reduce(
     x: Tensor, w: Tensor, memory: SymmetricMemory, to_all: bool | None = None
 ) -> Callable[[], Tensor]:
@@ -205,6 +215,7 @@ def start_matmul_all_reduce(
     and a collective are apart, and added in fp32. to_all: every rank sums everything; else its block, and sends it to
     all; default: by a table.
     """
+    _check(x, w)
     T, N = len(x), w.shape[1]
     if not T * N:
         return lambda: x.new_empty(T, N)
@@ -221,8 +232,10 @@ def start_matmul_reduce_scatter(x: Tensor, w: Tensor, memory: SymmetricMemory) -
 
     As `start_matmul_all_reduce`. R divides T.
     """
+    _check(x, w)
     T, N = len(x), w.shape[1]
-    assert T % memory.ranks == 0, f"{T} rows over {memory.ranks} ranks"
+    if T % memory.ranks:
+        raise ValueError(f"{T} rows over {memory.ranks} ranks: need a multiple")
     if not T * N:
         return lambda: x.new_empty(T // memory.ranks, N)
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
@@ -238,6 +251,7 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
     N may differ between ranks, t and K not. A rank without columns has nothing to wait for: it does not gather, and
     gets zeros, which nobody reads, in gathered x's place.
     """
+    _check(x, w)
     (t, K), N, ranks = x.shape, w.shape[1], memory.ranks
     if not t * K:
         return x.new_zeros(ranks * t, N), x.new_empty(ranks * t, K)

@@ -122,8 +122,8 @@ class Segments(Protocol):
 
 
 class PosixSegments:
-    """POSIX shared memory of processes on one host. Its files have no name any more once all have mapped them, so that
-    nothing is left behind, however a process ends."""
+    """POSIX shared memory of processes on one host. Its files have no name any more once all have mapped them: from
+    then on nothing is left behind, however a process ends."""
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
         made: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
@@ -339,8 +339,8 @@ class SymmetricMemory:
         word, peer = divmod(word, 65536)
         epoch, operation = divmod(word, 16)
         raise PeerTimeout(
-            f"rank {self.peers[rank]}: no word from rank {self.peers[peer]} in {self.timeout_s:g} s, in "
-            f"{OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
+            f"rank {self.peers[rank]}: no word from rank {self.peers[peer]} within the limit of {self.timeout_s:g} s "
+            f"in {OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
         )
 
     def close(self) -> None:

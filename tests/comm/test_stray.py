@@ -114,6 +114,33 @@ def test_guard_pages(ranks: WorkerPool) -> None:
     assert ranks.run(run_guarded, 3) == [kernels] * 3
 
 
+def refusals(rank: int, world_size: int) -> list[str]:
+    """What is refused before anything is shared."""
+    from megapar.kernels.comm import exchange, matmul
+
+    assert dist.group.WORLD is not None
+    memory = SymmetricMemory(dist.group.WORLD, torch.device("cpu"), 5.0)
+    x, wide, whole = torch.ones(4, 5), torch.ones(6, 4), torch.ones(5, 4, dtype=torch.int32)
+    fused = (matmul.start_matmul_all_reduce, matmul.start_matmul_reduce_scatter, matmul.all_gather_matmul)
+    attempts: list[Any] = [
+        *(lambda f=f, w=w: f(x, w, memory) for f in fused for w in (wide, whole, torch.ones(5, 4).double(), x[0])),
+        *(lambda x=x: exchange.all_reduce(x, memory) for x in (torch.ones(2, 2, 2), x.double(), whole)),
+        lambda: matmul.start_matmul_reduce_scatter(x[:3], x.t(), memory),
+    ]
+    said = []
+    for attempt in attempts:
+        with pytest.raises(ValueError, match="need") as caught:
+            attempt()
+        said.append(str(caught.value))
+    assert not memory.channels
+    return said
+
+
+def test_what_does_not_fit_is_refused(ranks: WorkerPool) -> None:
+    for said in ranks.run(refusals, 2):
+        assert len(said) == 16 and all("\n" not in line for line in said)
+
+
 def read_beyond(rank: int, world_size: int) -> None:
     from megapar.kernels.comm import exchange
 
