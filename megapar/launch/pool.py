@@ -17,7 +17,7 @@ from typing import Any
 
 from megapar.kernels import INTERPRET
 from megapar.launch.local import environment_with, start_fork_server
-from megapar.launch.machine import threads_per_rank
+from megapar.launch.machine import spare_garbage_collector, threads_per_rank
 from megapar.launch.rank import die_with_parent, is_lost_peer
 
 MANY = 64  # ranks that share few cores: one thread each
@@ -177,6 +177,7 @@ def _serve(pipe: Any, stack_file: str) -> None:
                 received = pipe.recv_bytes()
             except EOFError:
                 return
+            spare_garbage_collector()  # what earlier jobs imported
             answer = _answer(received)
             pipe.send_bytes(pickle.dumps(answer))
             if answer[0] != "done":

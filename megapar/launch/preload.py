@@ -4,6 +4,8 @@ import importlib
 import signal
 from contextlib import suppress
 
+from megapar.launch.machine import spare_garbage_collector
+
 # Ctrl-C reaches every process of the terminal. It must not end these imports with a traceback: the launcher, which
 # has blocked the signal for us so far, says what happened.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -14,3 +16,5 @@ for _name in ("torch", "torch.distributed", "torch._dynamo", "numpy", "yaml", "m
     # A broken module must fail in the rank, with its traceback, and not here, where nobody sees it.
     with suppress(Exception):
         importlib.import_module(_name)
+
+spare_garbage_collector()  # here rather than in each rank, whose collection would copy every page it looks at

@@ -22,7 +22,7 @@ from megapar.config.errors import UserError
 from megapar.config.file import loads
 from megapar.config.schema import COMMANDS
 from megapar.console import set_console
-from megapar.launch.machine import keep_freed_memory
+from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
 
 TRAIN = "megapar.train.worker:run"
@@ -168,6 +168,7 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     if job.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     entry = load_entry(job.entry)
+    spare_garbage_collector()
     if world_size == 1:
         entry(config, rank, world_size)
         return

@@ -1,5 +1,6 @@
 """Jobs for the pool's tests: at the top level of a module, as they travel by pickle."""
 
+import gc
 import os
 import time
 from typing import Any
@@ -58,3 +59,8 @@ def unpicklable(rank: int, world_size: int) -> Any:
 
 def pids(rank: int, world_size: int) -> int:
     return os.getpid()
+
+
+def objects(rank: int, world_size: int) -> tuple[int, int]:
+    """How many objects a garbage collection would look at, and how many it is spared."""
+    return len(gc.get_objects()), gc.get_freeze_count()

@@ -1,5 +1,6 @@
 """Entries that stand in for training, for tests of launching: small, and failing on request."""
 
+import gc
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ def ok(config: Any, rank: int, world_size: int) -> None:
     print("shown", world_size, file=console(), flush=True)
     seen = {"rank": rank, "world": world_size, "sum": total.item(), "hydra": "hydra" in sys.modules}
     seen |= {"threads": torch.get_num_threads(), "pid": os.getpid()}
+    seen |= {"objects": len(gc.get_objects()), "spared": gc.get_freeze_count()}
     Path(config.run.dir, f"seen-{rank}.json").write_text(json.dumps(seen))
 
 

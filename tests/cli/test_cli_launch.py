@@ -58,6 +58,7 @@ def test_eight_ranks_meet_and_only_the_launcher_knows_hydra(run_process: Callabl
     assert [rank["sum"] for rank in ranks] == [28.0] * 8
     assert not any(rank["hydra"] for rank in ranks)
     assert {rank["threads"] for rank in ranks} == {max(1, len(os.sched_getaffinity(0)) // 8)}
+    assert all(rank["spared"] > 20 * rank["objects"] for rank in ranks), "a collection would look at all of torch"
     assert "noise of rank 5" in (tmp_path / "run/logs/rank-5.log").read_text()
 
 

@@ -36,6 +36,12 @@ def test_processes_are_kept(pool: WorkerPool) -> None:
     assert pool.run(jobs.pids, 4) == pool.run(jobs.pids, 4)
 
 
+def test_no_collection_of_what_was_imported_falls_into_a_job(pool: WorkerPool) -> None:
+    """It would stop a rank for some 100 ms, in whichever job it falls, and a test of times with it."""
+    for looked_at, spared in pool.run(jobs.objects, 4):
+        assert spared > 20 * looked_at
+
+
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_the_culprit_comes_first(pool: WorkerPool, culprit: int) -> None:
     with pytest.raises(PoolError) as caught:
