@@ -49,6 +49,10 @@ class PeerTimeout(RuntimeError):
     """A rank waited in vain for another one's part of an operation."""
 
 
+class NoSharedMemory(ValueError):
+    """These ranks can't share memory. `str(error)` says on one line what they need."""
+
+
 # ------------------------------------------------------------------------------------------------------ for the kernels
 
 
@@ -142,13 +146,13 @@ class PosixSegments:
 
     @staticmethod
     def _refuse(made: list[tuple[str, str]], group: dist.ProcessGroup) -> None:
-        """Raise ValueError, on every rank alike, unless all made their files on one host."""
+        """Raise NoSharedMemory, on every rank alike, unless all made their files on one host."""
         found: list[bool] = [False] * len(made)
         dist.all_gather_object(found, all(os.path.exists(path) for path, problem in made if not problem), group=group)
         problems = [problem for _, problem in made if problem]
         if problems or not all(found):
             reason = problems[0] if problems else "tensor-parallel ranks on one host"
-            raise ValueError(f"parallel.tp_overlap=symmetric needs {reason}")
+            raise NoSharedMemory(f"parallel.tp_overlap=symmetric needs {reason}")
 
 
 def _shared_file(size: int) -> tuple[str, str]:
@@ -251,7 +255,7 @@ class SymmetricMemory:
     """A group's channels, made as they are needed. All ranks use the same operations in the same order.
 
     timeout_s: after which a wait for a peer raises. Making or enlarging a channel is collective and happens before an
-    operation; during one, torch.distributed has no part.
+    operation; during one, torch.distributed has no part. Raises NoSharedMemory where devices differ.
     """
 
     group: dist.ProcessGroup
@@ -271,9 +275,9 @@ class SymmetricMemory:
         dist.broadcast_object_list(found, src=self.peers[0], group=self.group)
         self.arch, self.processors = found[0]
         if mine[0] != self.arch:
-            raise ValueError(
-                f"tp_overlap=symmetric: rank {self.peers[self.rank]} runs on {mine[0]}, rank {self.peers[0]} on "
-                f"{self.arch}; tensor-parallel ranks need equal devices"
+            raise NoSharedMemory(
+                f"parallel.tp_overlap=symmetric: rank {self.peers[self.rank]} runs on {mine[0]}, rank "
+                f"{self.peers[0]} on {self.arch}; tensor-parallel ranks need equal devices"
             )
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -292,8 +296,8 @@ class SymmetricMemory:
     def use(self, operation: str, num_flags: int, half: int) -> Use:
         """Begin the next epoch of an operation that needs so many flags and bytes of data; the same on all ranks.
 
-        Collective where the operation never needed as much before. What is launched aside in this use comes after what
-        was launched before it, and beside what is launched next.
+        Collective where the operation never needed as much before; raises NoSharedMemory there. What is launched aside
+        in this use comes after what was launched before it, and beside what is launched next.
         """
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))

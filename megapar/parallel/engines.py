@@ -14,7 +14,8 @@ w maybe a transposed view.
 collectives are in flight.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from megapar.config.errors import UserError
 from megapar.kernels import NEEDS_TRITON, backend_of
 from megapar.kernels.comm import matmul as fused
-from megapar.kernels.comm.symmetric import SymmetricMemory
+from megapar.kernels.comm.symmetric import NoSharedMemory, SymmetricMemory
 from megapar.kernels.matmul import matmul
 from megapar.mesh import Axis
 from megapar.parallel.collectives import (
@@ -159,22 +160,31 @@ class Symmetric:
         return "symmetric"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul"), sharing_memory():
             finish = fused.start_matmul_all_reduce(x, w, self.memory)
         meanwhile()
         with axis.blocked("all_reduce"):
             return finish()
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul"), sharing_memory():
             finish = fused.start_matmul_reduce_scatter(x, w, self.memory)
         meanwhile()
         with axis.blocked("reduce_scatter"):
             return finish()
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}"):
+        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}"), sharing_memory():
             return fused.all_gather_matmul(x, w, self.memory)
+
+
+@contextmanager
+def sharing_memory() -> Iterator[None]:
+    """Inside, ranks that can't share memory are an error that the user can mend."""
+    try:
+        yield
+    except NoSharedMemory as error:
+        raise UserError(str(error)) from None
 
 
 # What `auto` takes: device -> (bytes that a rank sends in the collective, from which on) -> pieces of `Chunked`, 1 for

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megapar.config.errors import UserError
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.mesh import Axis, Mesh
+from megapar.parallel.engines import sharing_memory
 from megapar.parallel.overlap import Overlap
 from megapar.parallel.record import Given, ParameterRecord, Shard
 from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
@@ -69,10 +69,8 @@ class StageContext:
         """What tensor-parallel peers share for the symmetric engine. The first call makes it and is collective."""
         if self._memory is None:
             assert self.tp.group is not None
-            try:
+            with sharing_memory():
                 self._memory = SymmetricMemory(self.tp.group, self.device, self.mesh.timeout_s)
-            except ValueError as error:
-                raise UserError(str(error)) from None
         return self._memory
 
     def check_peers(self) -> None:

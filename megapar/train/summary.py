@@ -1,6 +1,6 @@
 """What a finished run says on the terminal."""
 
-from collections import Counter
+import re
 from typing import Any
 
 from megapar.config.schema import TrainConfig
@@ -17,7 +17,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         "",
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
         f"kernels     {_backends(summary['kernels'])}",
-        *_engine_lines(summary["tp_overlap"]),
+        *engine_lines(summary["tp_overlap"]),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {summary['loss']:.4f} nats/token after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
@@ -48,13 +48,40 @@ def _backends(kernels: dict[str, str]) -> str:
     return "; ".join(f"{name}: {', '.join(k for k in kernels if kernels[k] == name)}" for name in names)
 
 
-def _engine_lines(engines: dict[str, dict[str, str]]) -> list[str]:
-    """Which engine ran how many of the matmuls that have a collective; layer by layer in summary.json."""
-    parts = []
+def engine_lines(engines: dict[str, dict[str, str]]) -> list[str]:
+    """Which engine ran the matmuls that have a collective, in which layers."""
+    lines = []
     for direction in ("forward", "backward"):
-        count = Counter(ran[direction] for ran in engines.values() if direction in ran)
-        parts += [f"{direction} {' and '.join(f'{number} {name}' for name, number in count.items())}"] if count else []
-    return [f"tp matmuls  {'; '.join(parts)}"] if parts else []
+        ran = {weight: of[direction] for weight, of in engines.items() if direction in of}
+        for engine in dict.fromkeys(ran.values()):
+            lines.append(f"{direction} {engine}: {_places([weight for weight in ran if ran[weight] == engine])}")
+    return [f"{'' if number else 'tp matmuls':<12}{line}" for number, line in enumerate(lines)]
+
+
+def _places(weights: list[str]) -> str:
+    """Names of weights, those of layers together: `attention.out, mlp.down of layers 0-3; head`."""
+    layers: dict[str, list[int]] = {}
+    for weight in weights:
+        number = re.search(r"\blayers\.(\d+)\.", weight)
+        layers.setdefault(re.sub(r"\blayers\.\d+\.|\.weight\b", "", weight), []).extend(
+            [int(number[1])] if number else []
+        )
+    names: dict[str, list[str]] = {}
+    for name, numbers in layers.items():
+        names.setdefault(_of_layers(sorted(numbers)), []).append(name)
+    return "; ".join(", ".join(of) + where for where, of in names.items())
+
+
+def _of_layers(numbers: list[int]) -> str:
+    """Ascending numbers, neighbours as a range: ` of layers 0-3, 6`; nothing for none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f" of layer{'s' if len(numbers) > 1 else ''} {text}" if text else ""
 
 
 def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -1,16 +1,21 @@
 """Matmuls with their collectives: every engine against the serial one and against fp64, forward and backward."""
 
+import errno
+import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megapar.config.errors import UserError
 from megapar.kernels import interprets
 from megapar.kernels._common import check_overflow
-from megapar.kernels.comm import exchange
+from megapar.kernels.comm import exchange, symmetric
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
@@ -154,3 +159,28 @@ def compared(ranks: int, cases: list[Case], pool: WorkerPool) -> Iterator[tuple[
                     assert one.shape == exact[index].shape, where
                     assert float((one.double() - exact[index]).abs().max()) <= bound, where
                 yield rank, case, where, results
+
+
+def refused_on_a_full_file_system(rank: int, world_size: int) -> str:
+    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    group = mesh["tp"].group
+    assert group is not None
+    engine = Symmetric(SymmetricMemory(group, mesh.device, 60.0))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    x = torch.ones(64, 64)
+    before = set(os.listdir(symmetric.SHARED_FOLDER))
+    refused = mock.patch.object(os, "posix_fallocate", side_effect=full if rank == 1 else None)
+    with refused, pytest.raises(UserError) as caught:
+        engine.matmul_all_reduce(x, x, mesh["tp"], lambda: None)
+    mesh.close()
+    assert not {name for name in os.listdir(symmetric.SHARED_FOLDER) if name.startswith("megapar-")} - before
+    return str(caught.value)
+
+
+def test_a_full_file_system_is_refused_on_every_rank(interpreter: WorkerPool) -> None:
+    for said in interpreter.run(refused_on_a_full_file_system, 2):
+        assert re.fullmatch(
+            r"parallel.tp_overlap=symmetric needs 0.1 MB per rank in /dev/shm, which says: No space left on device; "
+            "enlarge it",
+            said,
+        )
