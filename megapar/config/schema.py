@@ -378,7 +378,7 @@ class BenchOverlapConfig:
     ranks: int = option(2, "tensor-parallel ranks of layer and step")
     tokens: int = option(2048, "tokens of a layer")
     hidden: int = option(1024, "width of a layer's input and output")
-    ffn: int = option(1024, "inner width of a layer, over all ranks")
+    ffn: int = option(1536, "inner width of a layer, over all ranks")
     sequence_parallel: bool = option(True, "split the layer's input and output over its ranks")
     pieces: int | None = option(None, "pieces of chunked; default: what its table says for the shape, at least 2")
     out: str | None = option(None, "folder for bench.csv, bench.md and the pictures; default: runs/DATE-TIME-bench")
