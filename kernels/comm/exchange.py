@@ -68,13 +68,13 @@ def store_to(
     tl.store(into, tile, mask=(rows < end) & (columns < N))
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "data_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["mark", "flags_at", "data_at", "rank"])
 def push_kernel(
-    x, table, begun, flags, error, rank, epoch, operation, limit, flags_at, data_at,
+    x, table, begun, flags, error, rank, mark, operation, limit, flags_at, data_at,
     M, N, x_stride, block, width, RANKS: tl.constexpr, TO_ALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """x [M, N] to all or to the owners of its rows; a flag for each [ROWS, width]. Grid: any number of programs."""
-    begin(table, begun, epoch, error, rank, operation, limit, RANKS)
+    begin(table, begun, mark, error, rank, operation, limit, RANKS)
     across = cdiv(N, width)
     of_block = cdiv(block, ROWS) * across
     for number in range(tl.program_id(0), unless(error, cdiv(M, block) * of_block), tl.num_programs(0)):
@@ -95,12 +95,12 @@ def push_kernel(
         tl.debug_barrier()
         for peer in range(RANKS):
             if TO_ALL or peer == owner:
-                post(table, peer, flags_at, rank * of_block + tile, epoch)
+                post(table, peer, flags_at, rank * of_block + tile, mark)
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "results_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["mark", "flags_at", "results_at", "rank"])
 def reduce_kernel(
-    data, out, table, begun, flags, error, rank, epoch, operation, limit, flags_at, results_at,
+    data, out, table, begun, flags, error, rank, mark, operation, limit, flags_at, results_at,
     M, N, block, RANKS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the M rows of this rank's block over all ranks, from data [R, block, N].
@@ -115,7 +115,7 @@ def reduce_kernel(
         inside = (rows < M) & (columns < N)
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         for peer in range(RANKS):
-            await_flag(flags + peer * of_block + tile, epoch, error, rank, peer, operation, limit)
+            await_flag(flags + peer * of_block + tile, mark, error, rank, peer, operation, limit)
             summand = data + (peer * block + rows).to(tl.int64) * N + columns
             sums += tl.load(summand, mask=inside, other=0.0).to(tl.float32)
         if SHARE:
@@ -127,14 +127,14 @@ def reduce_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
             for peer in range(unless(error, RANKS)):
-                post(table, peer, flags_at, (RANKS + rank) * of_block + tile, epoch)
+                post(table, peer, flags_at, (RANKS + rank) * of_block + tile, mark)
         else:
             tl.store(out + rows.to(tl.int64) * N + columns, cast(sums, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "rank"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["mark", "flags_at", "rank"])
 def collect_kernel(
-    results, out, table, begun, flags, error, rank, epoch, operation, limit, flags_at,
+    results, out, table, begun, flags, error, rank, mark, operation, limit, flags_at,
     M, N, block, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] from the results in this rank's half, as their owners finish them."""
@@ -148,7 +148,7 @@ def collect_kernel(
         columns = column + tl.arange(0, COLUMNS)[None, :]
         if owner * block + top < end:
             await_flag(
-                flags + (RANKS + owner) * of_block + tile, epoch, error, rank, owner, operation, limit
+                flags + (RANKS + owner) * of_block + tile, mark, error, rank, owner, operation, limit
             )  # fmt: skip
             at, inside = rows.to(tl.int64) * N + columns, (rows < end) & (columns < N)
             tl.store(out + at, tl.load(results + at, mask=inside, other=0.0), mask=inside)
@@ -194,6 +194,11 @@ class Cut:
     def half(self, dtype: torch.dtype) -> int:
         """Bytes of data that a use needs. A block's results are as many as its rows."""
         return self.results_at(dtype) * (1 if self.to_all else 2)
+
+    def call(self, dtype: torch.dtype) -> str:
+        """What all ranks' calls have in common."""
+        to = "all" if self.to_all else "its owners"
+        return f"[{self.M}, {self.N}] {dtype} to {to} in tiles of [{self.rows}, {self.columns}]"
 
     def rows_of(self, rank: int) -> int:
         """Rows of the matrix in a rank's block."""
@@ -262,7 +267,7 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
 
     x: fp32, bf16 or fp16, the same shape on every rank. to_all: every rank sums everything (one-shot); else every rank
     sums a block of rows and sends the sums to all (two-shot); default: by a table.
-    Raises ValueError for other tensors, and PeerTimeout.
+    Raises ValueError for other tensors, PeersDiffer, and PeerTimeout.
     """
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x {list(x.shape)} {x.dtype}: need [M, N] in fp32, bf16 or fp16")
@@ -271,7 +276,7 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
     x = x.contiguous()
     to_all = is_small(x.numel() * x.element_size(), memory.ranks) if to_all is None else to_all
     cut = Cut(len(x), x.shape[1], memory.ranks, 16, 256, to_all)
-    use = memory.use("all_reduce", cut.flags, cut.half(x.dtype))
+    use = memory.use("all_reduce", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     programs = memory.processors
     push(use, x, cut, programs=programs).run()
     return start_sums(use, torch.empty_like(x), cut, programs)()

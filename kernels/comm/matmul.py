@@ -11,9 +11,8 @@ used evenly; a gathered product begins with the own rows, which are there first.
 beside them on processors of their own, so no order of programs can make ranks wait in a circle.
 
 Shapes are per rank. Ranks call the same operations in the same order, on one dtype and the same shapes but where it
-says otherwise. Nothing checks that between ranks: some that differ end in PeerTimeout, some in wrong numbers. Shape
-letters: R ranks, T tokens of all ranks, t = T / R, K summed, N columns. Operations raise ValueError for tensors that
-don't fit each other, and PeerTimeout.
+says otherwise; else PeersDiffer or PeerTimeout is raised. Shape letters: R ranks, T tokens of all ranks, t = T / R, K
+summed, N columns. Operations raise ValueError for tensors that don't fit each other.
 """
 
 from collections.abc import Callable
@@ -69,15 +68,15 @@ def send_product(
         store_to(table, peer, data_at, cast(product, DTYPE), row, column, N, end, DTYPE, ROWS, COLUMNS)
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "data_at", "rank", "M", "block"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["mark", "flags_at", "data_at", "rank", "M", "block"])
 def product_push_kernel(
-    a, b, a_tiles, b_tiles, table, begun, flags, error, rank, epoch, operation, limit, flags_at, data_at,
+    a, b, a_tiles, b_tiles, table, begun, flags, error, rank, mark, operation, limit, flags_at, data_at,
     M, N, K, block, a_stride, b_stride, RANKS: tl.constexpr, TO_ALL: tl.constexpr,
     A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, QUARTERS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ b [M, N] to the owners of their rows, or to all. Grid: any number of programs."""
-    begin(table, begun, epoch, error, rank, operation, limit, RANKS)
+    begin(table, begun, mark, error, rank, operation, limit, RANKS)
     blocks = cdiv(M, block)
     of_block = cdiv(block, ROWS) * cdiv(N, COLUMNS)
     for number in range(tl.program_id(0), unless(error, blocks * of_block), tl.num_programs(0)):
@@ -96,12 +95,12 @@ def product_push_kernel(
         tl.debug_barrier()
         flag = rank * of_block + row // ROWS * cdiv(N, COLUMNS) + column // COLUMNS
         for peer in range(0 if TO_ALL else owner, RANKS if TO_ALL else owner + 1):
-            post(table, peer, flags_at, flag, epoch)
+            post(table, peer, flags_at, flag, mark)
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["epoch", "flags_at", "rank", "M"])
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["mark", "flags_at", "rank", "M"])
 def gathered_product_kernel(
-    a, b, out, a_tiles, b_tiles, table, begun, flags, error, rank, epoch, operation, limit, flags_at,
+    a, b, out, a_tiles, b_tiles, table, begun, flags, error, rank, mark, operation, limit, flags_at,
     M, N, K, b_stride, RANKS: tl.constexpr, B_BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, QUARTERS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +114,7 @@ def gathered_product_kernel(
         peer = (number // of_rank + rank) % RANKS
         row, column = tile_at(number % of_rank, M, N, ROWS, COLUMNS, GROUP)
         await_flag(
-            flags + peer * cdiv(M, ROWS) + row // ROWS, epoch, error, rank, peer, operation, limit
+            flags + peer * cdiv(M, ROWS) + row // ROWS, mark, error, rank, peer, operation, limit
         )  # fmt: skip
         if a_tiles is not None:
             fence_tma()
@@ -222,7 +221,7 @@ def start_matmul_all_reduce(
     to_all = is_small(T * N * x.element_size(), memory.ranks) if to_all is None else to_all
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, to_all)
-    use = memory.use("matmul_all_reduce", cut.flags, cut.half(x.dtype))
+    use = memory.use("matmul_all_reduce", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     push_product(use, x, w, cut, config, memory.processors).run()
     return start_sums(use, x.new_empty(T, N), cut)
 
@@ -240,7 +239,7 @@ def start_matmul_reduce_scatter(x: Tensor, w: Tensor, memory: SymmetricMemory) -
         return lambda: x.new_empty(T // memory.ranks, N)
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, False)
-    use = memory.use("matmul_reduce_scatter", cut.flags, cut.half(x.dtype))
+    use = memory.use("matmul_reduce_scatter", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     push_product(use, x, w, cut, config, memory.processors).run()
     return start_sums(use, x.new_empty(T // memory.ranks, N), cut)
 
@@ -259,7 +258,7 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
     config = config_for(memory.arch, x.dtype, ranks * t, K, memory.processors)  # K, not N: the same on all ranks
     cut = Cut(t, K, ranks, config.rows, min(config.columns, 256), True)
     stripes = Cut(t, K, ranks, config.rows, K, True)
-    use = memory.use("all_gather_matmul", stripes.flags, stripes.half(x.dtype))
+    use = memory.use("all_gather_matmul", stripes.flags, stripes.half(x.dtype), stripes.call(x.dtype))
     with memory.aside():
         push(use, x, cut, width=K).run()
     half = use.own_data(x.dtype, stripes.elements).view(ranks * t, K)

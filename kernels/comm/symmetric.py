@@ -11,6 +11,9 @@ their peers' segments and read only their own. Three rules make a use safe, what
 3. `await_flag`: a program reads no data before their flag is e. A peer can be one epoch ahead, and then writes to the
    other half, flags and all; it can't be two ahead, because of rule 1.
 
+What is written for e is e's mark: above 32 bits the epoch, below them a checksum of what the rank's call has to have in
+common with its peers'. So data of a peer that calls with another shape are not read either, but an error.
+
 A kernel that is the first to post in an epoch waits for nothing later than the epoch before, so ranks can't wait for
 each other in a circle, in whichever order programs of a launch run. A wait that takes too long writes to an error word
 who waited for whom, and ends, and nothing is announced any more. The host raises after the launch; on a GPU, where that
@@ -22,6 +25,7 @@ which is released at the scope of the system; a flag is read with acquire. (PTX 
 
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,7 +42,7 @@ from megapar.kernels._common import INTERPRETED, device_function, target_arch, t
 OPERATIONS = ("all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
 SHARED_FOLDER = "/dev/shm"
 ALIGNMENT = 256  # bytes
-FLAG_BYTES = 4
+FLAG_BYTES = 8
 # How often a wait looks in a second, at the least: its limit is counted, not timed. compiled: a poll is a round trip to
 # the second-level cache, about a microsecond (not measured). interpret: 100 us of interpretation, measured, and a nap.
 POLLS_PER_S = {"compiled": 1_000_000, "interpret": 5_000}
@@ -47,6 +51,10 @@ NAP_S = 5e-5
 
 class PeerTimeout(RuntimeError):
     """A rank waited in vain for another one's part of an operation."""
+
+
+class PeersDiffer(ValueError):
+    """Ranks called an operation with matrices that don't go together."""
 
 
 class NoSharedMemory(ValueError):
@@ -75,29 +83,59 @@ def segment_of(table, peer, offset, DTYPE: tl.constexpr):
 
 
 @device_function
-def await_flag(flag, epoch, error, rank, peer, operation, limit):
-    """Return once a flag of the own segment, which `peer` writes, is at least `epoch`; or after `limit` polls with an
-    error. After an error every other wait is short."""
-    limit = tl.where(tl.load(error) == 0, limit, 0)
-    polls = limit * 0
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while (seen < epoch) & (polls < limit):
-        nap()
-        polls += 1
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    if seen < epoch:
-        word = ((tl.cast(epoch, tl.int64) * 16 + operation) * 65536 + peer) * 65536 + rank + 1
-        tl.atomic_cas(error, tl.cast(0, tl.int64), word, sem="relaxed", scope="sys")
+def epoch_of(mark):
+    return mark >> 32
 
 
 @device_function
-def begin(table, begun, epoch, error, rank, operation, limit, RANKS: tl.constexpr):
+def await_epoch(flag, epoch, error, rank, peer, operation, limit):
+    """A flag of the own segment, which `peer` writes, once its epoch is at least `epoch`; or what it is after `limit`
+    polls, with an error. After an error every other wait is short."""
+    limit, least = tl.where(tl.load(error) == 0, limit, 0), epoch << 32
+    polls = limit * 0
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (seen < least) & (polls < limit):
+        nap()
+        polls += 1
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen < least:
+        report(error, 0, epoch, rank, peer, operation)
+    return seen
+
+
+@device_function
+def await_flag(flag, mark, error, rank, peer, operation, limit):
+    """Rule 3: return once a flag of the own segment, which `peer` writes, is `mark`, or with an error."""
+    seen = await_epoch(flag, epoch_of(mark), error, rank, peer, operation, limit)
+    if (epoch_of(seen) == epoch_of(mark)) & (seen != mark):
+        report(error, 1, epoch_of(mark), rank, peer, operation)
+
+
+@device_function
+def report(error, differs, epoch, rank, peer, operation):
+    """To the error word, unless it says something already: what `SymmetricMemory.check` raises."""
+    word = ((epoch * 32 + operation * 2 + differs) * 4096 + peer) * 4096 + rank + 1
+    tl.atomic_cas(error, tl.cast(0, tl.int64), word, sem="relaxed", scope="sys")
+
+
+@device_function
+def begin(table, begun, mark, error, rank, operation, limit, RANKS: tl.constexpr):
     """Rule 1. Every program of the kernel that writes to peers calls it first. begun [R]: of the own segment."""
     if tl.program_id(0) == 0:
-        for peer in range(RANKS):
-            tl.atomic_xchg(segment_of(table, peer, 0, tl.int32) + rank, epoch, sem="release", scope="sys")
+        tell_begun(table, mark, rank, RANKS)
+    await_begun(begun, epoch_of(mark) - 1, error, rank, operation, limit, RANKS)
+
+
+@device_function
+def tell_begun(table, mark, rank, RANKS: tl.constexpr):
     for peer in range(RANKS):
-        await_flag(begun + peer, epoch - 1, error, rank, peer, operation, limit)
+        tl.atomic_xchg(segment_of(table, peer, 0, tl.int64) + rank, mark, sem="release", scope="sys")
+
+
+@device_function
+def await_begun(begun, epoch, error, rank, operation, limit, RANKS: tl.constexpr):
+    for peer in range(RANKS):
+        await_epoch(begun + peer, epoch, error, rank, peer, operation, limit)
 
 
 @device_function
@@ -107,9 +145,9 @@ def unless(error, number):
 
 
 @device_function
-def post(table, peer, flags_at, flag, epoch):
+def post(table, peer, flags_at, flag, mark):
     """Rule 2, after `tl.debug_barrier()`. flags_at: bytes from the segment's beginning to its flags."""
-    tl.atomic_xchg(segment_of(table, peer, flags_at, tl.int32) + flag, epoch, sem="release", scope="sys")
+    tl.atomic_xchg(segment_of(table, peer, flags_at, tl.int64) + flag, mark, sem="release", scope="sys")
 
 
 # --------------------------------------------------------------------------------------------------------- for the host
@@ -222,7 +260,7 @@ class Use:
     memory: Any
     channel: Channel
     operation: str
-    epoch: int
+    mark: int
     flags_at: int
     data_at: int
 
@@ -232,15 +270,15 @@ class Use:
         own = self.channel.segments.own
         return {
             "table": self.channel.segments.table,
-            "begun": own[: memory.ranks * FLAG_BYTES].view(torch.int32),
-            "flags": own[self.flags_at :][: self.channel.num_flags * FLAG_BYTES].view(torch.int32),
-            "error": memory.error, "rank": memory.rank, "epoch": self.epoch,
+            "begun": own[: memory.ranks * FLAG_BYTES].view(torch.int64),
+            "flags": own[self.flags_at :][: self.channel.num_flags * FLAG_BYTES].view(torch.int64),
+            "error": memory.error, "rank": memory.rank, "mark": self.mark,
             "operation": OPERATIONS.index(self.operation), "limit": memory.limit,
             "flags_at": self.flags_at, "RANKS": memory.ranks,
         }  # fmt: skip
 
     def finish(self) -> None:
-        """What follows comes after this use. Raises PeerTimeout."""
+        """What follows comes after this use. Raises PeerTimeout and PeersDiffer."""
         self.channel.in_use = False
         self.memory.join()
         self.memory.check()
@@ -293,8 +331,10 @@ class SymmetricMemory:
             return torch.cuda.get_device_properties(self.device).multi_processor_count
         return PROCESSORS[target_arch()]
 
-    def use(self, operation: str, num_flags: int, half: int) -> Use:
-        """Begin the next epoch of an operation that needs so many flags and bytes of data; the same on all ranks.
+    def use(self, operation: str, num_flags: int, half: int, call: str) -> Use:
+        """Begin the next epoch of an operation that needs so many flags and bytes of data.
+
+        call: what all ranks' calls have to have in common, as text.
 
         Collective where the operation never needed as much before; raises NoSharedMemory there. What is launched aside
         in this use comes after what was launched before it, and beside what is launched next.
@@ -305,12 +345,19 @@ class SymmetricMemory:
         if channel is not None and channel.in_use:
             raise RuntimeError(f"{operation}: finish one use before the next begins; its memory is in use")
         if channel is None or num_flags > channel.num_flags or half > channel.half:
-            channel = self._make(operation, num_flags, half)
+            channel = self._make(operation, num_flags, half, call)
         channel.epoch += 1
         channel.in_use = True
-        return Use(self, channel, operation, channel.epoch, channel.flags_at, channel.data_at)
+        return Use(self, channel, operation, mark_of(channel.epoch, call), channel.flags_at, channel.data_at)
 
-    def _make(self, operation: str, num_flags: int, half: int) -> Channel:
+    def _make(self, operation: str, num_flags: int, half: int, call: str) -> Channel:
+        calls = [""] * self.ranks
+        dist.all_gather_object(calls, call, group=self.group)
+        for peer, other in zip(self.peers, calls, strict=True):
+            if other != call:
+                raise PeersDiffer(
+                    f"rank {self.peers[self.rank]}: {operation} (symmetric) of {call}, on rank {peer} of {other}"
+                )
         old = self.channels.pop(operation, None)
         if old is not None:
             num_flags, half = max(num_flags, old.num_flags), max(half, old.half)
@@ -332,20 +379,30 @@ class SymmetricMemory:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def check(self, finished: bool = False) -> None:
-        """Raise PeerTimeout if a wait was in vain. finished: on a GPU too, where that takes a synchronisation."""
+        """Raise PeerTimeout if a wait was in vain, PeersDiffer if a peer's call was another.
+
+        finished: on a GPU too, where that takes a synchronisation.
+        """
         if self.device.type == "cuda" and not finished:
             return
         word = int(self.error[0])
         if word == 0:
             return
         self.error.zero_()
-        word, rank = divmod(word - 1, 65536)
-        word, peer = divmod(word, 65536)
+        raise self._told_by(word)
+
+    def _told_by(self, word: int) -> Exception:
+        """What the error word of `report` says."""
+        word, rank = divmod(word - 1, 4096)
+        word, peer = divmod(word, 4096)
+        word, differs = divmod(word, 2)
         epoch, operation = divmod(word, 16)
-        raise PeerTimeout(
-            f"rank {self.peers[rank]}: no word from rank {self.peers[peer]} within the limit of {self.timeout_s:g} s "
-            f"in {OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
-        )
+        where = f"in {OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
+        if differs:
+            what = f"rank {self.peers[peer]} has a matrix of another shape or dtype"
+            return PeersDiffer(f"rank {self.peers[rank]}: {what} {where}")
+        what = f"no word from rank {self.peers[peer]} within the limit of {self.timeout_s:g} s"
+        return PeerTimeout(f"rank {self.peers[rank]}: {what} {where}")
 
     def close(self) -> None:
         """Give the memory back. Collective on GPUs, where a peer's late write would meet whoever has it next."""
@@ -368,7 +425,12 @@ def described_use(arch: str, ranks: int, num_flags: int, half: int) -> Use:
         error = torch.empty(1, dtype=torch.int64)
     memory = SimpleNamespace(rank=1, ranks=ranks, arch=arch, processors=PROCESSORS[arch], error=error, limit=1)
     channel = Channel(segments, ranks, num_flags, half, epoch=1)
-    return Use(memory, channel, OPERATIONS[0], 1, channel.flags_at, channel.data_at)
+    return Use(memory, channel, OPERATIONS[0], mark_of(1, ""), channel.flags_at, channel.data_at)
+
+
+def mark_of(epoch: int, call: str) -> int:
+    """What flags are set to: see the top of this file."""
+    return epoch << 32 | zlib.crc32(call.encode())
 
 
 def aligned(size: int) -> int:

@@ -34,22 +34,21 @@ def without(kernel: str, primitive: str, form: str, late: int, place: Place, sho
     return Mutant(form, late, place, shows, frozenset({(kernel, primitive)}))
 
 
-def no_wait(*of: Any) -> None:
-    """`await_flag` that returns at once."""
+def nothing(*of: Any) -> None:
+    """A part that is missing."""
 
 
-def only_waits(table, begun, epoch, error, rank, operation, limit, RANKS):
-    """`begin` that tells nobody."""
-    for peer in range(RANKS):
-        symmetric.await_flag(begun + peer, epoch - 1, error, rank, peer, operation, limit)
+def any_begun(begun, epoch, *others):
+    """`await_begun` that is content with any epoch."""
+    AWAIT_BEGUN(begun, tl.minimum(epoch, 1), *others)
 
 
-def any_epoch(flag, epoch, *others):
+def any_mark(flag, mark, *others):
     """`await_flag` that is content with a flag of any epoch."""
-    AWAIT_FLAG(flag, tl.minimum(epoch, 1), *others)
+    symmetric.await_epoch(flag, tl.minimum(symmetric.epoch_of(mark), 1), *others)
 
 
-AWAIT_FLAG = symmetric.await_flag  # as it was before any patch
+AWAIT_BEGUN = symmetric.await_begun  # as it was before any patch
 
 
 @contextmanager
@@ -72,7 +71,7 @@ BEFORE_WRITING, BEFORE_READING = (0, "begun"), (1, "launched")
 MUTANTS = {
     # Waits. The handshake's is missed only by a rank that waits for nothing else, see `test_mutants`.
     "begin does not wait": Mutant(
-        IDLE, 0, BEFORE_READING, "wrong", patch=lambda: replaced("await_flag", no_wait, symmetric)
+        IDLE, 0, BEFORE_READING, "wrong", patch=lambda: replaced("await_begun", nothing, symmetric)
     ),
     "reduce does not wait": without("reduce_kernel", "await_flag", "all_reduce to all", 1, BEFORE_WRITING, "wrong"),
     "reduce of a product does not wait": without(
@@ -87,7 +86,7 @@ MUTANTS = {
     # Signals
     "begin does not tell": Mutant(
         "matmul_reduce_scatter", 0, BEFORE_WRITING, "PeerTimeout",
-        patch=lambda: replaced("begin", only_waits, exchange, fused),
+        patch=lambda: replaced("tell_begun", nothing, symmetric),
     ),
     "push does not tell": without("push_kernel", "post", "all_reduce to all", 0, BEFORE_WRITING, "PeerTimeout"),
     "push of rows does not tell": without("push_kernel", "post", "all_gather_matmul", 0, BEFORE_WRITING, "PeerTimeout"),
@@ -98,11 +97,11 @@ MUTANTS = {
     # Epochs
     "no handshake": without("push_kernel", "begin", IDLE, 0, BEFORE_READING, "wrong"),
     "a handshake of any epoch": Mutant(
-        IDLE, 0, BEFORE_READING, "wrong", patch=lambda: replaced("await_flag", any_epoch, symmetric)
+        IDLE, 0, BEFORE_READING, "wrong", patch=lambda: replaced("await_begun", any_begun, symmetric)
     ),
     "a flag of any epoch": Mutant(
         "all_reduce to all", 1, BEFORE_WRITING, "wrong",
-        patch=lambda: replaced("await_flag", any_epoch, exchange, fused),
+        patch=lambda: replaced("await_flag", any_mark, exchange, fused),
     ),
     "data in one half": Mutant(
         "all_reduce to all", 0, BEFORE_READING, "wrong", patch=lambda: one_half("data_at")

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.kernels.comm.symmetric import PeerTimeout, SymmetricMemory
+from megapar.kernels.comm.symmetric import PeersDiffer, PeerTimeout, SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from tests.comm.mutants import LARGE, MUTANTS, SMALL
-from tests.comm.operations import FORMS, Shape, is_exact, small_tiles
+from tests.comm.operations import FORMS, Shape, is_exact, operands, small_tiles
 from tests.comm.skew import Once, Operation, Place, places_of
 
 SHAPES = (SMALL, (20, 3, 4), (5, 3, 20), (1, 3, 4))  # more tiles one way and the other; fewer rows than ranks
@@ -190,6 +190,46 @@ def test_a_rank_that_does_not_come(ranks: WorkerPool) -> None:
     waited = "no word from rank 2 within the limit of 0.2 s"
     expected = f"rank 1: {waited} in matmul_all_reduce (symmetric, use 2) over ranks 1, 2"
     assert told == expected and late == ""
+
+
+# ----------------------------------------------------------------------------------------------- ranks that don't agree
+
+ANOTHER_ROW, ANOTHER_COLUMN, MORE_TILES = (7, 3, 4), (5, 4, 5), (20, 3, 4)
+
+
+def disagreement(rank: int, ranks: int, form: str, other: Shape | torch.dtype, at_first: bool) -> str:
+    """What this rank is told where rank 1 calls with another shape or dtype, in the first use or the second."""
+    with small_tiles():
+        memory = memory_of(timeout_s=1.0)
+        if not at_first:
+            assert is_exact(form, LARGE, 1, memory)
+        x, w = operands(form, other if rank == 1 and isinstance(other, tuple) else SMALL, 2, rank, ranks)
+        if rank == 1 and isinstance(other, torch.dtype):
+            x, w = x.to(other), w.to(other)
+        try:
+            FORMS[form](x, w, memory)
+        except (PeersDiffer, PeerTimeout) as error:
+            return f"{type(error).__name__}: {error}"
+    return "a result"
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "idle" not in form])
+def test_ranks_that_do_not_agree(form: str, ranks: WorkerPool) -> None:
+    """What is read was written by a call of the same shape and dtype, or is an error. One that has other tiles, with
+    other flags, may also wait for what doesn't come."""
+    operation = form.split()[0]
+    others: tuple[Shape | torch.dtype, ...] = (ANOTHER_ROW, ANOTHER_COLUMN, torch.bfloat16)
+    for other in others:
+        told = ranks.run(disagreement, 2, form, other, False)
+        for me, said in enumerate(told):
+            assert said == (
+                f"PeersDiffer: rank {me}: rank {1 - me} has a matrix of another shape or dtype in {operation} "
+                "(symmetric, use 2) over ranks 0, 1"
+            ), (other, told)
+    told = ranks.run(disagreement, 2, form, MORE_TILES, False)
+    assert all(said.startswith(("PeersDiffer", "PeerTimeout")) for said in told), told
+    told = ranks.run(disagreement, 2, form, MORE_TILES, True)
+    assert all(said.startswith(f"PeersDiffer: rank {me}: {operation} (symmetric) of [") for me, said in enumerate(told))
 
 
 # ----------------------------------------------------------------------------------------- bits, and torch.distributed

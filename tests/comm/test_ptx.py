@@ -77,7 +77,7 @@ def complaints(kernel: str, text: str) -> list[str]:
         is_load = opcode.startswith(("ld.global.v", "cp.async.c", "cp.async.bulk.tensor"))
         touches_peers = opcode.startswith("st.global") if kernel not in READS_PEERS else is_load
         if ".exch" in opcode:
-            if opcode != "atom.global.sys.release.exch.b32":
+            if opcode != "atom.global.sys.release.exch.b64":
                 found.append(f"a flag is set by {opcode}")
             if any("stored" in state for state in states):
                 found.append("a flag is set between stores and the barrier")
@@ -100,8 +100,8 @@ def test_order_of_memory(target: str, name: str, texts: dict[tuple[str, str], st
     assert complaints(kernel, text) == []
     assert {opcode for opcode in opcodes if opcode.startswith("st.global")} == {"st.global.v4.b32"}
     tells = kernel in ("push_kernel", "product_push_kernel") or (kernel == "reduce_kernel" and "owner" in name)
-    assert ("atom.global.sys.release.exch.b32" in opcodes) == tells
-    assert "ld.global.sys.acquire.b32" in opcodes
+    assert ("atom.global.sys.release.exch.b64" in opcodes) == tells
+    assert "ld.global.sys.acquire.b64" in opcodes
 
 
 @pytest.mark.parametrize("target, name", FUSED)
@@ -121,7 +121,7 @@ def test_loop_over_k_is_that_of_the_plain_matmul(target: str, name: str, texts: 
 
 SYMMETRIC = "megapar.kernels.comm.symmetric"
 RELAXED_POST = (SYMMETRIC, "post", 'sem="release"', 'sem="relaxed"')
-RELAXED_POLL = (SYMMETRIC, "await_flag", 'sem="acquire"', 'sem="relaxed"')
+RELAXED_POLL = (SYMMETRIC, "await_epoch", 'sem="acquire"', 'sem="relaxed"')
 MUTANTS = {
     "push without a barrier": (
         "push_to_all", ("megapar.kernels.comm.exchange", "push_kernel", "tl.debug_barrier()", "pass"), "between stores",
@@ -140,7 +140,7 @@ MUTANTS = {
     "a poll of collect without acquire": ("collect", RELAXED_POLL, "before any flag"),
     "a poll of begin without acquire": ("push_to_all", RELAXED_POLL, "before any flag"),
     "a poll at the scope of the GPU": (
-        "gathered_product_1792", (SYMMETRIC, "await_flag", 'scope="sys"', 'scope="gpu"'), "before any flag",
+        "gathered_product_1792", (SYMMETRIC, "await_epoch", 'scope="sys"', 'scope="gpu"'), "before any flag",
     ),
     "TMA without a fence": (
         "gathered_product_1792", ("megapar.kernels.comm.matmul", "gathered_product_kernel", "fence_tma()", "pass"),
@@ -166,11 +166,11 @@ def test_no_barrier_after_a_poll(name: str, texts: dict[tuple[str, str], str]) -
 
 def test_marks_by_every_path() -> None:
     """Of two ways to a store, a flag was seen on one."""
-    poll, store = Block(["ld.global.sys.acquire.b32"], [3]), Block(["st.global.b32"])
+    poll, store = Block(["ld.global.sys.acquire.b64"], [3]), Block(["st.global.b32"])
     fork = [Block([], [1, 2]), poll, Block([], [3]), store]
     assert dict(marks(fork, change))["st.global.b32"] == {frozenset(), frozenset({"polled", "seen", "unfenced"})}
 
 
 def test_a_poll_in_the_loop_is_found() -> None:
-    blocks = [Block(["mov"], [1]), Block(["wgmma.mma_async.x", "ld.global.sys.acquire.b32"], [1, 2]), Block(["ret"])]
-    assert innermost_loop(blocks, is_mma)["ld.global.sys.acquire.b32"] == 1
+    blocks = [Block(["mov"], [1]), Block(["wgmma.mma_async.x", "ld.global.sys.acquire.b64"], [1, 2]), Block(["ret"])]
+    assert innermost_loop(blocks, is_mma)["ld.global.sys.acquire.b64"] == 1

@@ -30,7 +30,7 @@ def stray_bytes(rank: int, world_size: int) -> list[tuple[str, Shape, int]]:
     found, uses, checked = [], [], 0
     plain = SymmetricMemory.use
 
-    def use(self: SymmetricMemory, operation: str, num_flags: int, half: int) -> Use:
+    def use(self: SymmetricMemory, operation: str, num_flags: int, half: int, call: str) -> Use:
         """With all that the next use may not touch marked, on every rank."""
         channel = self.channels.get(operation)
         if channel is not None:
@@ -43,7 +43,7 @@ def stray_bytes(rank: int, world_size: int) -> list[tuple[str, Shape, int]]:
             channel.segments.own.masked_fill_(~theirs, UNTOUCHED)
             uses.append((channel.segments.own, theirs))
         dist.barrier()
-        return plain(self, operation, num_flags, half)
+        return plain(self, operation, num_flags, half, call)
 
     with small_tiles(), mock.patch.object(SymmetricMemory, "use", use):
         for form in FORMS:
