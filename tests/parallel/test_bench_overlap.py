@@ -48,7 +48,7 @@ def test_a_layer_over_a_slow_link(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_and_the_other_axes_over_a_slow_link(tmp_path: Path) -> None:
-    found = figures(tmp_path, "pairs=9")
+    found = figures(tmp_path, "pairs=15")
     assert found["tp layer", "chunked", "full", "speedup"] >= 1.5
     assert found["tp layer", "chunked", "forward", "hidden"] >= 0.8
     assert found["tp layer", "chunked", "full", "hidden"] >= 0.85
