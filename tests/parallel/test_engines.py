@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.errors import UserError
@@ -172,6 +173,7 @@ def refused_on_a_full_file_system(rank: int, world_size: int) -> str:
     refused = mock.patch.object(os, "posix_fallocate", side_effect=full if rank == 1 else None)
     with refused, pytest.raises(UserError) as caught:
         engine.matmul_all_reduce(x, x, mesh["tp"], lambda: None)
+    dist.barrier(group)  # each rank removes its own file
     mesh.close()
     assert not {name for name in os.listdir(symmetric.SHARED_FOLDER) if name.startswith("megapar-")} - before
     return str(caught.value)

@@ -1,7 +1,7 @@
 """What a schedule takes by the clock is what the simulator says: with stages that sleep, and with those of a model."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
 from types import SimpleNamespace
@@ -127,9 +127,12 @@ def train_and_time(rank: int, world_size: int, config: TrainConfig) -> list[list
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zbv"])
 def test_a_models_step_takes_what_its_costs_say(name: str, pool: WorkerPool, tokens: str) -> None:
-    """Within 10 %, by the costs of the step before: the median of ten pairs. Two ranks on two cores, alone there."""
+    """Within 10 %, by the costs of the step before: the median of twenty pairs. Two ranks on two cores, alone there.
+
+    A sender's core copies what it sends, 0.3 ms of a 6 ms action (measured), so transfers count and overlap nothing.
+    """
     values: dict[str, Any] = {"model.layers": 4, "model.hidden": 128, "model.ffn": 384, "train.seq_length": 128}
-    values |= {"train.dtype": "fp32", "train.micro_batch_size": 4, "train.steps": 13, "pipeline.schedule": name}
+    values |= {"train.dtype": "fp32", "train.micro_batch_size": 4, "train.steps": 23, "pipeline.schedule": name}
     values |= {"train.global_batch_size": 16}
     config = tiny_config(tokens, "pp2", **values)
     schedule = make_schedule(config)
@@ -137,6 +140,8 @@ def test_a_models_step_takes_what_its_costs_say(name: str, pool: WorkerPool, tok
     for of_ranks in zip(*pool.run(train_and_time, 2, config), strict=True):
         spans = [span for spans in of_ranks for span in spans]
         costs = measured_costs(schedule, [(name, seconds) for kind, name, seconds in spans if kind in KINDS])
+        sends = [seconds for kind, _, seconds in spans if kind in ("SEND_F", "SEND_B")]
+        costs = replace(costs, transfer=median(sends), overlap=False)
         foreseen.append(simulate(schedule, costs).step_time)
         taken.append(max(seconds for kind, _, seconds in spans if kind == "phase"))
     ratios = [after / before for before, after in zip(foreseen[:-1], taken[1:], strict=True)]
