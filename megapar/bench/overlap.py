@@ -15,6 +15,7 @@ from typing import Any
 
 from megapar.bench.links import Links
 from megapar.bench.overlap_jobs import (
+    WIDE,
     Layer,
     Phase,
     Times,
@@ -130,7 +131,8 @@ MODES: dict[str, Callable[[tuple[float, float]], float]] = {
 
 
 def _step_rows(times: dict[str, list[tuple[float, float]]], ranks: int, where: str) -> Iterator[Row]:
-    about = {"shape": f"{ranks} ranks, tp{ranks}", "note": where}
+    shape = f"{ranks} ranks, tp{ranks}, 2 layers of {WIDE['model.hidden']}"
+    about = {"shape": shape, "note": where}
     for engine, samples in times.items():
         yield _row("training step", engine, "full", "time", "ms", [1e3 * one[0] for one in samples], **about)
         yield _row("training step", engine, "full", "exposed tp", "ms", [1e3 * one[1] for one in samples], **about)
@@ -140,7 +142,7 @@ def _step_rows(times: dict[str, list[tuple[float, float]]], ranks: int, where: s
 
 def _reduction_rows(found: list[list[tuple[float, float, float]]], where: str) -> Iterator[Row]:
     """Of the rank that waited less: the other one waited for it, too."""
-    about = {"shape": "2 ranks, dp2", "note": where}
+    about = {"shape": "2 ranks, dp2, 4 layers of 256", "note": where}
     samples = [min(ranks, key=lambda one: one[1]) for ranks in zip(*found, strict=True)]
     for index, metric in enumerate(("in flight", "waited for", "backward beside it")):
         values = [1e3 * one[index] for one in samples]
@@ -151,7 +153,7 @@ def _reduction_rows(found: list[list[tuple[float, float, float]]], where: str) -
 
 def _pipeline_rows(found: list[list[Phase]], where: str) -> Iterator[Row]:
     """The bubble as it was, and as the simulator has it with the costs of the same step and transfers for nothing."""
-    about = {"shape": "2 ranks, pp2, 8 micro-batches", "note": where}
+    about = {"shape": "2 ranks, pp2, 2 layers of 256, 8 micro-batches", "note": where}
     schedule = build("1f1b", 2, 8)
     measured, simulated = [], []
     for ranks in zip(*found, strict=True):

@@ -153,7 +153,6 @@ def time_layer(rank: int, world_size: int, layer: Layer, pairs: int) -> tuple[di
     return times, {name: each[len(each) // 2] for name, each in middle.items()}
 
 
-# A training step that communicates as long as it computes at 1 Gbit/s, on a core of these years.
 STEP = {
     "model.layers": 2,
     "model.hidden": 256,
@@ -167,6 +166,7 @@ STEP = {
     "train.dtype": "fp32",
     "parallel.sequence_parallel": True,
 }
+WIDE = {"model.hidden": 512, "model.ffn": 1024}
 
 
 def write_tokens(folder: Path) -> str:
@@ -183,12 +183,17 @@ def step_config(prefix: str, **values: Any) -> TrainConfig:
 
 
 def time_step(rank: int, world_size: int, prefix: str, pairs: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds of a step, of them standing still for tp) of alternating steps, by engine."""
+    """(seconds of a step, of them standing still for tp) of alternating steps, by engine.
+
+    At 1 Gbit/s the step communicates about as long as it computes, on a core of these years. Narrower matmuls hide less
+    of their transfers: their time goes with the square of the width.
+    """
     keep_freed_memory()
     mesh: Mesh | None = None
     trainers: dict[str, Trainer] = {}
     for engine in ("serial", "chunked"):
-        config = step_config(prefix, **{"parallel.tp": world_size, "parallel.dp": 1, "parallel.tp_overlap": engine})
+        values = {"parallel.tp": world_size, "parallel.dp": 1, "parallel.tp_overlap": engine}
+        config = step_config(prefix, **WIDE, **values)
         mesh = mesh or make_mesh(config, rank)
         trainers[engine] = Trainer(config, rank, mesh=mesh)
     times: dict[str, list[tuple[float, float]]] = {engine: [] for engine in trainers}
@@ -206,11 +211,15 @@ def time_step(rank: int, world_size: int, prefix: str, pairs: int) -> dict[str, 
 
 
 def time_reduction(rank: int, world_size: int, prefix: str, pairs: int) -> list[tuple[float, float, float]]:
-    """Of steps with dp: seconds that reductions were in flight, that a rank stood still for them, and of its B's."""
+    """Of steps with dp: seconds that reductions were in flight, that a rank stood still for them, and of its B's.
+
+    The last bucket is never hidden; of several layers it is a small part.
+    """
     keep_freed_memory()
     config = step_config(
         prefix,
         **{
+            "model.layers": 4,
             "parallel.dp": world_size,
             "parallel.sequence_parallel": False,
             "train.global_batch_size": 8 * world_size,
