@@ -81,7 +81,7 @@ def run(config: BenchOverlapConfig, log: Log) -> Found:
                     rows += _layer_rows(found, layer, config.ranks, where)
                 elif subject == "step":
                     times = pool.run(time_step, config.ranks, prefix, config.pairs, timeout=TIMEOUT_S)[0]
-                    rows += _step_rows(times, config.ranks, where)
+                    rows += step_rows(times, config.ranks, where)
                 elif subject == "dp":
                     rows += _reduction_rows(pool.run(time_reduction, 2, prefix, config.pairs, timeout=TIMEOUT_S), where)
                 else:
@@ -130,14 +130,21 @@ MODES: dict[str, Callable[[tuple[float, float]], float]] = {
 }
 
 
-def _step_rows(times: dict[str, list[tuple[float, float]]], ranks: int, where: str) -> Iterator[Row]:
+def step_rows(times: dict[str, list[tuple[float, float]]], ranks: int, where: str) -> Iterator[Row]:
+    """From (seconds of a step, of them standing still for tp) by engine."""
     shape = f"{ranks} ranks, tp{ranks}, 2 layers of {WIDE['model.hidden']}"
     about = {"shape": shape, "note": where}
     for engine, samples in times.items():
         yield _row("training step", engine, "full", "time", "ms", [1e3 * one[0] for one in samples], **about)
         yield _row("training step", engine, "full", "exposed tp", "ms", [1e3 * one[1] for one in samples], **about)
-    pairs = zip(times["serial"], times["chunked"], strict=True)
+    compute = [step - exposed for step, exposed in times["serial"]]
+    yield _row("training step", "compute", "full", "time", "ms", [1e3 * seconds for seconds in compute], **about)
+    pairs = list(zip(times["serial"], times["chunked"], strict=True))
     yield _row("training step", "chunked", "full", "speedup", "x", [a[0] / b[0] for a, b in pairs], **about)
+    communication = median(exposed for _, exposed in times["serial"])
+    most = min(median(compute), communication)
+    hidden = (median(compute) + communication - median(step for step, _ in times["chunked"])) / most
+    yield _row("training step", "chunked", "full", "hidden", "of the shorter", [hidden], **about)
 
 
 def _reduction_rows(found: list[list[tuple[float, float, float]]], where: str) -> Iterator[Row]:
@@ -183,6 +190,7 @@ def tables(rows: list[Row]) -> list[Table]:
 HIDDEN = (
     "hidden: of the shorter of computation and communication alone, less one piece, what chunked does not take;\n"
     "over 1 where the first piece is hidden too, behind a rank's own rows or the weight gradient.\n"
+    "Of a step: of the whole shorter one; what serial stands still for is all communication, the rest computation.\n"
     "Of gradient reduction: what no rank stood still for."
 )
 

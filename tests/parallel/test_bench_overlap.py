@@ -82,6 +82,14 @@ def test_pieces_are_those_of_the_engine() -> None:
     assert Layer(64, 64, 64, True, 7).engine_pieces(2) == 7
 
 
+def test_what_a_step_hides() -> None:
+    """Serial computes for 6 s and waits for 4; of these chunked hides all but 1."""
+    times = {"serial": [(10.0, 4.0)] * 3, "chunked": [(7.0, 1.0)] * 3}
+    rows = {(row.provider, row.metric): row.p50 for row in overlap.step_rows(times, 2, "")}
+    assert rows["compute", "time"] == 6000 and rows["serial", "exposed tp"] == 4000
+    assert rows["chunked", "hidden"] == 0.75 and rows["chunked", "speedup"] == pytest.approx(10 / 7)
+
+
 def test_covered() -> None:
     assert covered([]) == 0
     assert covered([(3, 5), (0, 2), (1, 2), (4, 6)]) == 5
