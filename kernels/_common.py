@@ -237,6 +237,11 @@ def precision(arch: str) -> str:
     return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether several elements lie in one place, as after `expand`: nothing can be written there."""
+    return any(length > 1 and stride == 0 for length, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def matrix(x: Tensor) -> Tensor:
     """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
     rows = rows_of(x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:])))

@@ -19,6 +19,7 @@ from megapar.kernels._common import (
     floating,
     next_power_of_2,
     num_tiles,
+    overlaps_itself,
     rows_of,
     tl,
     triton,
@@ -97,6 +98,8 @@ def cross_entropy_gradient_(
     refuse a second backward through the same logits.
     """
     _check(logits, targets)
+    if overlaps_itself(logits):
+        raise ValueError(f"logits {list(logits.shape)} with strides {logits.stride()}: need memory for every element")
     if not log_sum.shape == grad.shape == targets.shape or not floating(log_sum, grad):
         raise ValueError(
             f"log_sum {list(log_sum.shape)} {log_sum.dtype}, grad {list(grad.shape)} {grad.dtype}: need "

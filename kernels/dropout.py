@@ -38,8 +38,10 @@ def token_keys(samples: Tensor, positions: Tensor, *site: int) -> Tensor:
 def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     """x [t, H] with elements zeroed at the given rate and the rest scaled by 1 / (1 - rate).
 
-    Raises ValueError for integers.
+    Raises ValueError for integers and for a rate outside [0, 1).
     """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate {rate}: need at least 0 and less than 1")
     if not x.is_floating_point():
         raise ValueError(f"x {list(x.shape)} {x.dtype}: need a floating dtype")
     return x * keep_mask(1.0 - rate, keys, x.shape[1]) * (1.0 / (1.0 - rate))

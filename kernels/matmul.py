@@ -23,6 +23,7 @@ from megapar.kernels._common import (
     device_function,
     dot,
     num_tiles,
+    overlaps_itself,
     precision,
     relative,
     rows_of,
@@ -111,6 +112,8 @@ def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
 
 
 def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
+    if overlaps_itself(out):
+        raise ValueError(f"{name} {list(out.shape)} with strides {out.stride()}: need memory for every element")
     if torch.compiler.is_compiling() or out.is_meta:
         return
     for other, x in inputs.items():

@@ -272,6 +272,7 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x {list(x.shape)} {x.dtype}: need [M, N] in fp32, bf16 or fp16")
     if not x.numel():
+        memory.pass_over("all_reduce")
         return x.clone()
     x = x.contiguous()
     to_all = is_small(x.numel() * x.element_size(), memory.ranks) if to_all is None else to_all

@@ -217,6 +217,7 @@ def start_matmul_all_reduce(
     _check(x, w)
     T, N = len(x), w.shape[1]
     if not T * N:
+        memory.pass_over("matmul_all_reduce")
         return lambda: x.new_empty(T, N)
     to_all = is_small(T * N * x.element_size(), memory.ranks) if to_all is None else to_all
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
@@ -236,6 +237,7 @@ def start_matmul_reduce_scatter(x: Tensor, w: Tensor, memory: SymmetricMemory) -
     if T % memory.ranks:
         raise ValueError(f"{T} rows over {memory.ranks} ranks: need a multiple")
     if not T * N:
+        memory.pass_over("matmul_reduce_scatter")
         return lambda: x.new_empty(T // memory.ranks, N)
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, False)
@@ -253,6 +255,7 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
     _check(x, w)
     (t, K), N, ranks = x.shape, w.shape[1], memory.ranks
     if not t * K:
+        memory.pass_over("all_gather_matmul")
         return x.new_zeros(ranks * t, N), x.new_empty(ranks * t, K)
     x = x.contiguous()
     config = config_for(memory.arch, x.dtype, ranks * t, K, memory.processors)  # K, not N: the same on all ranks

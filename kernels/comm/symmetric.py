@@ -26,6 +26,7 @@ which is released at the scope of the system; a flag is read with acquire. (PTX 
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ class SymmetricMemory:
     device: torch.device
     timeout_s: float = 300.0
     channels: dict[str, Channel] = field(default_factory=dict)
+    empty_calls: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -341,6 +343,8 @@ class SymmetricMemory:
         """
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
+        if self.empty_calls[operation]:
+            call += f", after {self.empty_calls[operation]} empty ones"
         channel = self.channels.get(operation)
         if channel is not None and channel.in_use:
             raise RuntimeError(f"{operation}: finish one use before the next begins; its memory is in use")
@@ -349,6 +353,10 @@ class SymmetricMemory:
         channel.epoch += 1
         channel.in_use = True
         return Use(self, channel, operation, mark_of(channel.epoch, call), channel.flags_at, channel.data_at)
+
+    def pass_over(self, operation: str) -> None:
+        """An operation on an empty matrix, which takes no epoch; but a peer's may not be empty, and has to notice."""
+        self.empty_calls[operation] += 1
 
     def _make(self, operation: str, num_flags: int, half: int, call: str) -> Channel:
         calls = [""] * self.ranks

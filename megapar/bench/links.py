@@ -46,6 +46,5 @@ class Links:
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(
-                f"bench overlap: {compiler} failed on {SOURCE.name}: {done.stderr.strip().splitlines()[-1]}"
-            )
+            said = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()][-1]
+            raise UserError(f"bench overlap: {compiler} failed on {SOURCE.name}: {said}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from megapar.bench.links import Links
 from megapar.bench.overlap_jobs import (
+    STEP,
     WIDE,
     Layer,
     Phase,
@@ -37,6 +38,7 @@ from megapar.schedule.simulate import simulate
 
 SUBJECTS = ("layer", "step", "dp", "pp")
 TIMEOUT_S = 900.0
+SLOWEST = 0.001  # Gbit/s
 Log = Callable[[str], None]
 
 
@@ -50,6 +52,8 @@ class Found:
 
 def check(config: BenchOverlapConfig) -> None:
     """Raises ConfigError."""
+    if not config.subject:
+        raise ConfigError("subject", config.subject, f"use {', '.join(SUBJECTS)}")
     for name in config.subject:
         if name not in SUBJECTS:
             raise ConfigError("subject", name, f"unknown; use {', '.join(SUBJECTS)}")
@@ -59,10 +63,18 @@ def check(config: BenchOverlapConfig) -> None:
     for key in ("tokens", "ffn"):
         if getattr(config, key) % config.ranks:
             raise ConfigError(key, getattr(config, key), f"not a multiple of ranks={config.ranks}")
-    if any(rate < 0 for rate in config.rate) or not config.rate:
-        raise ConfigError("rate", config.rate, "use Gbit/s of 0 or more each")
+    if any(rate and rate < SLOWEST for rate in config.rate) or not config.rate:
+        raise ConfigError("rate", config.rate, f"use Gbit/s of {SLOWEST} or more each, or 0: not paced")
     if config.pieces is not None and config.pieces < 2:
         raise ConfigError("pieces", config.pieces, "use 2 or more")
+    if "layer" in config.subject and layer_of(config).engine_pieces(config.ranks) < 2:
+        raise ConfigError("tokens", config.tokens, f"of {config.ranks} ranks these are one piece; use more")
+    if "step" in config.subject and STEP["model.heads"] % config.ranks:
+        raise ConfigError("ranks", config.ranks, f"not a divisor of the step's {STEP['model.heads']} heads")
+
+
+def layer_of(config: BenchOverlapConfig) -> Layer:
+    return Layer(config.tokens, config.hidden, config.ffn, config.sequence_parallel, config.pieces)
 
 
 def run(config: BenchOverlapConfig, log: Log) -> Found:
@@ -76,7 +88,7 @@ def run(config: BenchOverlapConfig, log: Log) -> Found:
             for subject in config.subject:
                 log(f"{subject}, {where}")
                 if subject == "layer":
-                    layer = Layer(config.tokens, config.hidden, config.ffn, config.sequence_parallel, config.pieces)
+                    layer = layer_of(config)
                     found, walks[rate] = pool.run(time_layer, config.ranks, layer, config.pairs, timeout=TIMEOUT_S)[0]
                     rows += _layer_rows(found, layer, config.ranks, where)
                 elif subject == "step":

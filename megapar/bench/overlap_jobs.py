@@ -45,15 +45,17 @@ class Layer:
     pieces: int | None
 
     def engine_pieces(self, ranks: int) -> int:
-        """Pieces of the chunked engine: those asked for, or what its table says for this layer's outputs."""
+        """Pieces that the chunked engine cuts this layer's rows into: as many as are asked for or its table says, where
+        there are rows for them."""
+        rows = self.tokens // ranks if self.sequence_parallel else self.tokens
         if self.pieces is not None:
-            return self.pieces
+            return len(Chunked(self.pieces).cut(rows))
         with torch.device("meta"):
             x, w = torch.empty(self.tokens, self.ffn // ranks), torch.empty(self.ffn // ranks, self.hidden)
         operation: Operation = "matmul_reduce_scatter" if self.sequence_parallel else "matmul_all_reduce"
         engine = choose("chunked", operation, x, w, ranks, device="cpu")
         assert isinstance(engine, Chunked)
-        return engine.pieces
+        return len(engine.cut(rows))
 
 
 class Alone(Serial):
@@ -153,7 +155,7 @@ def time_layer(rank: int, world_size: int, layer: Layer, pairs: int) -> tuple[di
     return times, {name: each[len(each) // 2] for name, each in middle.items()}
 
 
-STEP = {
+STEP: dict[str, Any] = {
     "model.layers": 2,
     "model.hidden": 256,
     "model.heads": 4,

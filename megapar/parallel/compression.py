@@ -67,11 +67,14 @@ class Reduction(Protocol):
 
     start(name, flat, into): flat [n] is this rank's gradient, and may be overwritten; `into` gets the sum: flat itself,
     or with ZeRO-1 this rank's slice [n/R]. sent: bytes that this rank has sent so far (a ring's, for an all-reduce).
+    forget(): what earlier steps left behind, as after a sum that is not finite; on all ranks alike.
     """
 
     sent: int
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting: ...
+
+    def forget(self) -> None: ...
 
 
 class Exact:
@@ -86,6 +89,9 @@ class Exact:
             return start_all_reduce(name, flat, self.axis)
         self.sent += ring_bytes(flat, self.axis) // 2
         return start_reduce_scatter(name, into, flat, self.axis)
+
+    def forget(self) -> None:
+        pass
 
 
 class Bf16:
@@ -129,6 +135,9 @@ class Coded:
     def __init__(self, codec: type[Bf16] | type[Int8], axis: Axis, matrices: Sequence[Matrix], size: int) -> None:
         self.codec, self.axis, self.sent = codec, axis, 0
         self.exact = gaps(matrices, size)
+        self.forget()
+
+    def forget(self) -> None:
         self.summand_error: Tensor | None = None
         self.sum_error: Tensor | None = None
 
@@ -175,15 +184,19 @@ class PowerSGD:
         self.axis, self.sent = axis, 0
         self.matrices = [one for one in matrices if rank * (one.rows + one.columns) < one.rows * one.columns]
         self.exact = gaps(self.matrices, size)
+        self.rank = rank
+        self.forget()
+
+    def forget(self) -> None:
         generator = torch.Generator().manual_seed(0)  # the same on every rank
-        self.q = [torch.randn(one.columns, min(rank, one.rows), generator=generator) for one in self.matrices]
-        self.errors: list[Tensor] | None = None
+        self.q = [torch.randn(one.columns, min(self.rank, one.rows), generator=generator) for one in self.matrices]
+        self.errors: list[Tensor] = []
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting:
         exact = _take(flat, self.exact)
         self.q = [q.to(flat.device) for q in self.q]
         views = [flat[one.start : one.stop].view(one.rows, one.columns) for one in self.matrices]
-        if self.errors is not None:
+        if self.errors:
             torch._foreach_add_(views, self.errors)
         left = _Together([view @ q for view, q in zip(views, self.q, strict=True)], flat)
         self.sent += ring_bytes(exact, self.axis) + ring_bytes(left.flat, self.axis)

@@ -94,7 +94,7 @@ class Chunked:
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
         y = x.new_empty(len(x), w.shape[1])
         started = []
-        for name, rows in self._pieces(len(x)):
+        for name, rows in self.cut(len(x)):
             with axis.timeline.span("matmul", f"matmul {name}"):
                 matmul(x[rows], w, out=y[rows])
             started.append(start_all_reduce(f"all_reduce {name}", y[rows], axis))
@@ -106,7 +106,7 @@ class Chunked:
         t = len(x) // axis.size
         y, summands = x.new_empty(t, w.shape[1]), x.new_empty(len(x), w.shape[1])
         started = []
-        for name, rows in self._pieces(t):
+        for name, rows in self.cut(t):
             # every rank's rows of this piece, one rank's after another's: what reduce-scatter takes
             part = summands[axis.size * rows.start : axis.size * rows.stop]
             with axis.timeline.span("matmul", f"matmul {name}"):
@@ -118,9 +118,9 @@ class Chunked:
         return y
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-        x, t, pieces = x.contiguous(), len(x), self._pieces(len(x))
+        x, t, pieces = x.contiguous(), len(x), self.cut(len(x))
         gathered, y = x.new_empty(axis.size * t, x.shape[1]), x.new_empty(axis.size * t, w.shape[1])
-        blocks, results = gathered.split(t), y.split(t)
+        blocks, results = gathered.unflatten(0, (axis.size, t)), y.unflatten(0, (axis.size, t))
         started = [
             start_all_gather(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
             for name, rows in pieces
@@ -135,11 +135,11 @@ class Chunked:
                     matmul(blocks[rank][rows], w, out=results[rank][rows])
         return y, gathered
 
-    def _pieces(self, rows: int) -> Sequence[tuple[str, slice]]:
+    def cut(self, rows: int) -> Sequence[tuple[str, slice]]:
         """(name, rows) of every piece; all begin at a multiple of ALIGNED, and none is empty."""
         step = max(1, -(-rows // (ALIGNED * self.pieces))) * ALIGNED
         starts = range(0, rows, step)
-        stops = [*starts[1:], rows]
+        stops = [*starts[1:], rows] if rows else []
         return [
             (f"{i}/{len(starts)}", slice(*bounds)) for i, bounds in enumerate(zip(starts, stops, strict=True), start=1)
         ]

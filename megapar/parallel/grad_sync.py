@@ -94,6 +94,11 @@ class GradSync:
         into = self._owned_part[id(bucket)] if self.buffers.zero else flat
         self._started.append((self._reductions[id(bucket)].start(name, flat, into), bucket))
 
+    def forget(self) -> None:
+        """Let nothing of the gradients so far, which are not finite, come back in later sums. On all ranks alike."""
+        for one in self._reductions.values():
+            one.forget()
+
     def _waits_for_other_end(self, bucket: Bucket) -> bool:
         return any(self.buffers.waits_for_other_end(parameter) for parameter in bucket.parameters)
 

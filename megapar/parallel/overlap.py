@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.kernels.matmul import add_matmul, matmul
@@ -116,6 +117,7 @@ class _CopyMatmul(torch.autograd.Function):
         return matmul(x, w.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, w = ctx.saved_tensors
         gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], dy, x)
@@ -136,6 +138,7 @@ class _MatmulAllReduce(torch.autograd.Function):
         return engine.matmul_all_reduce(x, w.t(), overlap.axis, _nothing)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, w = ctx.saved_tensors
         dx = matmul(dy, w) if ctx.needs_input_grad[0] else None
@@ -154,6 +157,7 @@ class _AllGatherMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         gathered, w = ctx.saved_tensors
         gradient = _WeightGradient(ctx.overlap, ctx.needs_input_grad[1], dy, gathered)
@@ -174,6 +178,7 @@ class _MatmulReduceScatter(torch.autograd.Function):
         return engine.matmul_reduce_scatter(x, w.t(), overlap.axis, _nothing)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, w = ctx.saved_tensors
         engine = ctx.overlap.engine("backward", "all_gather_matmul", dy, w)

@@ -150,6 +150,8 @@ class Trainer(ModelPart):
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
             result = self.optimizer.step(lr)
+        if result.skipped:
+            self.sync.forget()
         loss = self._part(losses)
         return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
 

@@ -232,6 +232,31 @@ def test_ranks_that_do_not_agree(form: str, ranks: WorkerPool) -> None:
     assert all(said.startswith(f"PeersDiffer: rank {me}: {operation} (symmetric) of [") for me, said in enumerate(told))
 
 
+def empty_alone(rank: int, ranks: int, form: str, at_first: bool) -> list[str]:
+    """What a rank is told in each call. Rank 0 has one more before the others' first, of an empty matrix."""
+    told = []
+    with small_tiles():
+        memory = memory_of(timeout_s=1.0)
+        if not at_first:
+            assert is_exact(form, LARGE, 1, memory)
+        x, w = operands(form, SMALL, 2, rank, ranks)
+        for given in (x[:0], x) if rank == 0 else (x,):
+            try:
+                FORMS[form](given, w, memory)
+                told.append("a result")
+            except (PeersDiffer, PeerTimeout) as error:
+                told.append(type(error).__name__)
+    return told
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "idle" not in form])
+def test_an_empty_matrix_on_one_rank(form: str, ranks: WorkerPool) -> None:
+    """Its peer's call meets the next one of this rank, and neither has a result."""
+    for at_first in (False, True):
+        told = ranks.run(empty_alone, 2, form, at_first)
+        assert told == [["a result", "PeersDiffer"], ["PeersDiffer"]], (at_first, told)
+
+
 # ----------------------------------------------------------------------------------------- bits, and torch.distributed
 
 

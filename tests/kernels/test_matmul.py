@@ -141,6 +141,8 @@ def test_contradictions_are_refused() -> None:
     for bad in ((a, b.t()), (a, b.double()), (a[0], b), (a.int(), b.int())):
         with pytest.raises(ValueError, match=r"need \[M, K\] and \[K, N\] of one floating dtype"):
             matmul(*bad)
+    with pytest.raises(ValueError, match="memory for every element"):
+        matmul(torch.ones(7, 4), torch.ones(4, 3), out=torch.zeros(1, 3).expand(7, 3))
     with pytest.raises(ValueError, match="rows that lie together"):
         matmul(a, b, out=torch.zeros(4, 2).t())
     with pytest.raises(ValueError, match=r"need .* of one floating dtype"):

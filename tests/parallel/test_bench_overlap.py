@@ -66,6 +66,9 @@ def test_a_step_and_the_other_axes_over_a_slow_link(tmp_path: Path) -> None:
         ("rate", []),
         ("pairs", 0),
         ("ranks", 1),
+        ("rate", [1e-9]),
+        ("subject", []),
+        ("tokens", 16),
         ("tokens", 7),
         ("ffn", 7),
         ("pieces", 1),
@@ -76,10 +79,15 @@ def test_refusals(key: str, value: object) -> None:
         overlap.check(changed(BenchOverlapConfig(), {key: value}))
 
 
+def test_a_step_on_ranks_that_divide_no_heads() -> None:
+    with pytest.raises(ConfigError, match="ranks=3.*heads"):
+        overlap.check(changed(BenchOverlapConfig(), {"ranks": 3, "tokens": 2400}))
+
+
 def test_pieces_are_those_of_the_engine() -> None:
     assert Layer(2048, 1024, 1024, True, None).engine_pieces(2) == 4
     assert Layer(64, 64, 64, True, None).engine_pieces(2) == 2  # chunked never means one
-    assert Layer(64, 64, 64, True, 7).engine_pieces(2) == 7
+    assert Layer(64, 64, 64, True, 7).engine_pieces(2) == 4  # of 8 rows
 
 
 def test_what_a_step_hides() -> None:

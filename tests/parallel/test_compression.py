@@ -120,6 +120,44 @@ def full_rank(rank: int, world_size: int) -> list[float]:
     return errors
 
 
+def without_matrices(rank: int, world_size: int) -> None:
+    mesh = Mesh({"pp": 1, "dp": world_size, "tp": 1}, rank)
+    one = reduction("powersgd", mesh["dp"], MATRICES, SIZE, rank=1000)
+    for _ in range(2):
+        flat = torch.ones(SIZE)
+        one.start("reduction", flat, flat).wait()
+        assert torch.equal(flat, torch.full((SIZE,), float(world_size)))
+    mesh.close()
+
+
+def test_no_matrix_is_worth_factors(pool: WorkerPool) -> None:
+    pool.run(without_matrices, 2)
+
+
+def after_an_infinite_gradient(rank: int, world_size: int, config: TrainConfig) -> list[bool]:
+    """Which steps were skipped. The second has an infinite gradient on rank 0."""
+    trainer = Trainer(config, rank)
+    real, skipped = trainer.sync._reduce, []
+
+    def reduce(bucket: Any) -> None:
+        trainer.buffers.grads[bucket.start] = torch.inf
+        real(bucket)
+
+    for step in (1, 2, 3, 4):
+        trainer.sync._reduce = reduce if (rank, step) == (0, 2) else real  # type: ignore[method-assign]
+        skipped.append(trainer.step(step).result.skipped)
+    trainer.close()
+    return skipped
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_skipped_step_leaves_nothing_behind(method: str, zero: int, pool: WorkerPool, prefix: str) -> None:
+    values: dict[str, Any] = {"parallel.zero": zero, "train.dtype": "fp32", "parallel.grad_compression": method}
+    for skipped in pool.run(after_an_infinite_gradient, 2, tiny_config(prefix, "dp2", **values)):
+        assert skipped == [False, True, False, False]
+
+
 def test_8_bits_of_odd_lengths_and_zeros() -> None:
     for length in (1, BLOCK - 1, BLOCK, BLOCK + 1, 1000):
         x = torch.randn(3, length)

@@ -162,6 +162,38 @@ def compared(ranks: int, cases: list[Case], pool: WorkerPool) -> Iterator[tuple[
                 yield rank, case, where, results
 
 
+def without_rows(rank: int, world_size: int) -> None:
+    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    way = Overlap(mesh["tp"])
+    way.engine = lambda *operands: Chunked(2)  # type: ignore[method-assign]
+    for name in FUNCTIONS:
+        x, w = torch.ones(0, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
+        y = getattr(overlap, name)(x, w, way)
+        assert y.shape == (0, 3)
+        dx, dw = torch.autograd.grad(y, [x, w], torch.ones(0, 3))
+        assert dx.shape == (0, 8) and torch.equal(dw, torch.zeros(3, 8))
+    mesh.close()
+
+
+def test_no_rows(pool: WorkerPool) -> None:
+    pool.run(without_rows, 2)
+
+
+def twice(rank: int, world_size: int) -> None:
+    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    for name in FUNCTIONS:
+        x, w = torch.ones(2, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
+        y = getattr(overlap, name)(x, w, Overlap(mesh["tp"]))
+        [first] = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+    mesh.close()
+
+
+def test_a_second_derivative_is_refused(pool: WorkerPool) -> None:
+    pool.run(twice, 2)
+
+
 def refused_on_a_full_file_system(rank: int, world_size: int) -> str:
     mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
     group = mesh["tp"].group
