@@ -80,7 +80,7 @@ def test_refusals(key: str, value: object) -> None:
 
 
 def test_a_step_on_ranks_that_divide_no_heads() -> None:
-    with pytest.raises(ConfigError, match="ranks=3.*heads"):
+    with pytest.raises(ConfigError, match=r"ranks=3.*heads"):
         overlap.check(changed(BenchOverlapConfig(), {"ranks": 3, "tokens": 2400}))
 
 
