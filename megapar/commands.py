@@ -24,7 +24,7 @@ from megapar.config import (
     resolve_generate,
 )
 from megapar.config.file import dump
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.kernels import INTERPRET, select_backends
 from megapar.launch import rundir
 from megapar.launch.machine import num_gpus
@@ -233,7 +233,7 @@ def verify(config: VerifyConfig, overrides: list[str]) -> int:
 
 def data(config: PrepareConfig) -> int:
     """Make or check token files and print what they hold. Returns the exit code."""
-    from megapar.config.check import check_values
+    from megapar.config.keys import check_values
     from megapar.data.prepare import check as check_data
     from megapar.data.prepare import prepare
 

@@ -7,6 +7,7 @@ And what Hydra itself refuses becomes one line.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from os.path import expanduser
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from megapar.config import COMMANDS, PATHS, VERBATIM, ConfigError, UserError, parse, to_dict
-from megapar.config.check import value_of
-from megapar.config.parse import changed, groups, keys, nearest, unknown_key
+from megapar.config import COMMANDS, ConfigError, UserError, parse, to_dict
+from megapar.config.keys import changed, groups, keys, value_of
+from megapar.config.parse import nearest, unknown_key
 
 CONF = Path(str(files("megapar.conf")))
 
@@ -39,13 +40,19 @@ def split(arguments: Iterable[str]) -> Overrides:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         table = key == "pipeline.schedule" and value.startswith("csv:")  # a path; names of schedules can be swept
-        if equals and (key in VERBATIM or table):
+        if equals and (key in verbatim_keys() or table):
             if not value and key != "prompt":
                 raise ConfigError(key, "", "empty; give a value or leave it out")
             verbatim[key] = value
         else:
             hydra.append(argument)
     return Overrides(hydra, verbatim)
+
+
+@cache
+def verbatim_keys() -> frozenset[str]:
+    """The verbatim keys of all commands."""
+    return frozenset(key for kind in COMMANDS.values() for key, facts in keys(kind).items() if facts.verbatim)
 
 
 def compose(command: str, overrides: Overrides) -> Any:
@@ -70,7 +77,7 @@ def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) ->
             node = node.setdefault(part, {})
         node[name] = value
     config: Any = parse(COMMANDS[command], composed)
-    paths = {key: value_of(config, key) for key in PATHS if key in keys(COMMANDS[command])}
+    paths = {key: value_of(config, key) for key, facts in keys(COMMANDS[command]).items() if facts.path}
     return changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
 
 

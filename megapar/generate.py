@@ -8,7 +8,7 @@ from typing import TextIO
 from megapar.checkpoint import Manifest, load_weights
 from megapar.config.check import layout_of, with_layout
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer

@@ -142,8 +142,8 @@ def overview() -> str:
 
 def command_help(command: str, files: Mapping[str, list[str]]) -> str:
     """`megapar COMMAND --help`; `files`: the names in each group of the command."""
-    from megapar.config.parse import keys
-    from megapar.config.schema import COMMANDS, VERBATIM
+    from megapar.config.keys import keys
+    from megapar.config.schema import COMMANDS
 
     known = keys(COMMANDS[command])
     lines = [f"megapar {command}: {ABOUT[command]}", "", f"usage: megapar {command} [group=file] [key=value] ...", ""]
@@ -154,8 +154,8 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
         lines += ["", "groups, and the files to choose from:"]
         lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
     lines += ["", "most used keys:"]
-    lines += _table([(key, known[key].metadata["help"]) for key in MOST_USED[command]])
-    verbatim = [key for key in VERBATIM if key in known]
+    lines += _table([(key, known[key].help) for key in MOST_USED[command]])
+    verbatim = [key for key, facts in known.items() if facts.verbatim]
     lines += ["", "Every key: " + f"megapar {command} --info config"]
     lines += [f"Taken as they stand after the first =: {', '.join(verbatim)}. Lists are written [a,b]."]
     return "\n".join(lines)
@@ -169,7 +169,8 @@ def subjects_help(command: str) -> str:
 
 def config_with_help(config: Any) -> str:
     """A config as YAML that can be read back, the description of each key as an aligned comment beside it."""
-    from megapar.config.parse import groups, keys, to_dict
+    from megapar.config.keys import groups, keys
+    from megapar.config.parse import to_dict
 
     lines: list[tuple[str, str]] = []
     _render(to_dict(config), "", keys(type(config)), groups(type(config)), lines)
@@ -179,10 +180,10 @@ def config_with_help(config: Any) -> str:
 
 def key_table(command: str) -> str:
     """Every key of a command with its description, without values."""
-    from megapar.config.parse import keys
+    from megapar.config.keys import keys
     from megapar.config.schema import COMMANDS
 
-    return "\n".join(_table([(key, field.metadata["help"]) for key, field in keys(COMMANDS[command]).items()]))
+    return "\n".join(_table([(key, facts.help) for key, facts in keys(COMMANDS[command]).items()]))
 
 
 def _render(
@@ -198,7 +199,7 @@ def _render(
             _render(value, key + ".", known, described, lines)
         else:
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 30)
-            lines.append((f"{indent}{name}: {text.removesuffix(END).strip()}", known[key].metadata["help"]))
+            lines.append((f"{indent}{name}: {text.removesuffix(END).strip()}", known[key].help))
 
 
 def _table(rows: list[tuple[str, str]], width: int = 0) -> list[str]:

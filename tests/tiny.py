@@ -7,8 +7,8 @@ import numpy as np
 
 from megapar.config.check import check
 from megapar.config.derive import resolve
+from megapar.config.keys import changed
 from megapar.config.layout import Layout
-from megapar.config.parse import changed
 from megapar.config.schema import TrainConfig
 from megapar.data.indexed import write_indexed
 

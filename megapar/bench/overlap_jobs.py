@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.derive import resolve
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.data.indexed import write_indexed
 from megapar.kernels.matmul import matmul

@@ -1,5 +1,6 @@
 """Reading a checkpoint into any layout: every rank reads the boxes of what it owns, wherever they were written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,10 @@ from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
 from megapar.checkpoint.save import FlatOptimizer, data_hashes
 from megapar.config.errors import ConfigError, UserError, show
-from megapar.config.parse import to_dict
+from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.buffers import StageBuffers
-
-FREE_TO_CHANGE = ("dropout", "attention_dropout", "init_std")  # of the model: they don't say what a weight means
-DATA_ORDER = ("train.seed", "train.global_batch_size", "train.seq_length", "data.split")
 
 
 @dataclass(frozen=True)
@@ -73,27 +71,29 @@ def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
 
 def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where the checkpoint's weights mean something else in this config's model."""
-    here, there = to_dict(config)["model"], manifest.config.get("model", {})
-    for name, value in here.items():
-        if name not in FREE_TO_CHANGE and name in there and there[name] != value:
-            raise _other(f"model.{name}", value, there[name], folder)
+    _refuse_other(manifest, config, folder, lambda key: key.startswith("model."))
 
 
 def refuse_other_order(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where this config would not go on with the data where the checkpoint's run stopped."""
-    for name in DATA_ORDER:
-        group, leaf = name.split(".")
-        value, stored = getattr(getattr(config, group), leaf), manifest.config.get(group, {}).get(leaf)
-        if stored is not None and stored != value:
-            raise _other(name, value, stored, folder)
+    _refuse_other(manifest, config, folder, lambda key: not key.startswith("model."))
     tokens, stored = data_hashes(config.data.prefix).get("tokens"), manifest.data.get("tokens")
     if None not in (tokens, stored) and tokens != stored:
         problem = f"not the tokens that {folder} was trained on ({tokens:.8}..., there {stored:.8}...); use those"
         raise ConfigError("data.path", config.data.path, problem)
 
 
-def _other(name: str, value: Any, stored: Any, folder: Path) -> ConfigError:
-    return ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
+def _refuse_other(manifest: Manifest, config: TrainConfig, folder: Path, concerns: Callable[[str], bool]) -> None:
+    """Raise ConfigError for a fixed key whose value is not the one that the checkpoint's run had."""
+    for name, facts in keys(TrainConfig).items():
+        if not facts.fixed or not concerns(name):
+            continue
+        try:
+            stored = value_of(manifest.config, name)
+        except (KeyError, TypeError):  # written before there was this key
+            continue
+        if (value := value_of(config, name)) != stored:
+            raise ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
 
 
 def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: dict[str, Tensor]) -> None:

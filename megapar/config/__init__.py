@@ -7,8 +7,6 @@ from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
 from megapar.config.schema import (
     COMMANDS,
-    PATHS,
-    VERBATIM,
     BenchKernelsConfig,
     BenchOverlapConfig,
     GenerateConfig,
@@ -21,8 +19,6 @@ from megapar.config.schema import (
 
 __all__ = [
     "COMMANDS",
-    "PATHS",
-    "VERBATIM",
     "BenchKernelsConfig",
     "BenchOverlapConfig",
     "ConfigError",

@@ -7,8 +7,8 @@ one line with the key, its value and the remedy.
 from typing import Any, TypeVar
 
 from megapar.config.errors import ConfigError
+from megapar.config.keys import changed, check_values
 from megapar.config.layout import Layout, layouts_up_to
-from megapar.config.parse import changed, keys
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import layer_costs, make_schedule, num_microbatches, num_stages, stage_layers
 from megapar.kernels import NEEDS_TRITON, select_backends
@@ -17,73 +17,6 @@ from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_un
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
-
-AT_LEAST: dict[str, float] = {
-    "model.layers": 1,
-    "model.hidden": 1,
-    "model.heads": 1,
-    "model.kv_heads": 1,
-    "model.head_dim": 1,
-    "model.ffn": 1,
-    "model.vocab_size": 1,
-    "parallel.tp": 1,
-    "parallel.pp": 1,
-    "parallel.dp": 1,
-    "parallel.bucket_size": 1,
-    "pipeline.chunks": 1,
-    "pipeline.rebalance": 0,
-    "data.vocab_size": 1,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_grad": 0,
-    "train.steps": 1,
-    "train.seq_length": 1,
-    "train.micro_batch_size": 1,
-    "train.global_batch_size": 1,
-    "train.seed": 0,
-    "train.timeout_s": 1,
-    "train.eval_every": 0,
-    "train.eval_samples": 1,
-    "checkpoint.every": 0,
-    "devices": 1,
-    "stages": 1,
-    "microbatches": 1,
-    "chunks": 1,
-    "costs.embedding": 0,
-    "costs.head": 0,
-    "costs.reduce": 0,
-    "costs.latency": 0,
-    "costs.transfer": 0,
-    "costs.tied": 0,
-    "sample.max_tokens": 1,
-    "sample.temperature": 0,
-    "sample.top_k": 0,
-    "sample.seed": 0,
-}
-MORE_THAN_ZERO = (
-    "model.norm_eps",
-    "model.rope_theta",
-    "model.init_std",
-    "optim.lr",
-    "optim.eps",
-    "sample.top_p",
-    "costs.F",
-    "costs.I",
-    "costs.W",
-    "memory_limit",
-    "pipeline.memory_limit",
-)
-BELOW_ONE = ("model.dropout", "data.split", "optim.beta1", "optim.beta2")  # in [0, 1)
-AT_MOST: dict[str, float] = {
-    "model.init_std": 1000,  # far from what fp32 and bf16 can't hold
-    "train.seed": 2**63 - 1,  # dropout mixes it into int64 keys
-    "train.timeout_s": 30 * 24 * 3600,  # torch counts a timeout in a clock that overflows
-    "sample.seed": 2**63 - 1,
-    "stages": 4096,
-    "microbatches": 65536,
-    "chunks": 256,
-}
-AT_MOST_ONE = ("optim.min_lr", "sample.top_p", "costs.kept")
 
 
 def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None) -> None:
@@ -99,26 +32,6 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
     if isinstance(config, VerifyConfig):
         check_verify(config)
-
-
-def check_values(config: Any) -> None:
-    """Refuse single values out of range; None (not derived yet) passes."""
-    for key in keys(type(config)):
-        value = value_of(config, key)
-        if key == "data.path" and not value:
-            raise ConfigError(key, value, "names no data; give a file, a folder, a PREFIX of token files, or stdlib")
-        if value is None or isinstance(value, str):
-            continue
-        if key in AT_LEAST and value < AT_LEAST[key]:
-            raise ConfigError(key, value, f"must be at least {AT_LEAST[key]}")
-        if key in AT_MOST and value > AT_MOST[key]:
-            raise ConfigError(key, value, f"must be at most {AT_MOST[key]}")
-        if key in MORE_THAN_ZERO and value <= 0:
-            raise ConfigError(key, value, "must be more than 0")
-        if key in BELOW_ONE and not 0 <= value < 1:
-            raise ConfigError(key, value, "must be at least 0 and less than 1")
-        if key in AT_MOST_ONE and not 0 <= value <= 1:
-            raise ConfigError(key, value, "must be between 0 and 1")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -387,13 +300,6 @@ def why_not(config: TrainConfig, layout: Layout) -> ConfigError | None:
 def feasible_layouts(config: TrainConfig, ranks: int = 8) -> list[Layout]:
     """Every layout of 2 to `ranks` ranks that divides the config."""
     return [layout for layout in layouts_up_to(ranks) if why_not(config, layout) is None]
-
-
-def value_of(config: Any, key: str) -> Any:
-    """Value of a dotted key."""
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def _near(value: int, step: int) -> str:

@@ -6,15 +6,14 @@ from typing import Any
 from megapar.config.check import (
     T,
     check_schedule_name,
-    check_values,
     feasible_layouts,
     layouts_up_to,
     why_not,
     with_layout,
 )
 from megapar.config.errors import ConfigError
+from megapar.config.keys import changed, check_values
 from megapar.config.layout import Layout
-from megapar.config.parse import changed
 from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks

@@ -7,76 +7,15 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megapar.config.errors import ConfigError
+from megapar.config.keys import groups, keys, known_fields
 from megapar.config.schema import COMMANDS
 
 T = TypeVar("T")
-
-# What well-known programs call our keys: the letters are too far apart for a suggestion by spelling.
-SYNONYMS = {
-    "batch_size": "global_batch_size",
-    "train_batch_size": "global_batch_size",
-    "mbs": "micro_batch_size",
-    "gbs": "global_batch_size",
-    "learning_rate": "lr",
-    "max_steps": "steps",
-    "train_iters": "steps",
-    "max_grad_norm": "clip_grad",
-    "grad_clip": "clip_grad",
-    "seq_len": "seq_length",
-    "sequence_length": "seq_length",
-    "block_size": "seq_length",
-    "max_position_embeddings": "seq_length",
-    "num_layers": "layers",
-    "num_hidden_layers": "layers",
-    "n_layer": "layers",
-    "hidden_size": "hidden",
-    "d_model": "hidden",
-    "n_embd": "hidden",
-    "num_heads": "heads",
-    "num_attention_heads": "heads",
-    "n_head": "heads",
-    "num_key_value_heads": "kv_heads",
-    "num_query_groups": "kv_heads",
-    "ffn_hidden_size": "ffn",
-    "intermediate_size": "ffn",
-    "tensor_parallel": "tp",
-    "tensor_model_parallel_size": "tp",
-    "tensor_parallel_size": "tp",
-    "pipeline_parallel": "pp",
-    "pipeline_model_parallel_size": "pp",
-    "pipeline_parallel_size": "pp",
-    "data_parallel": "dp",
-    "data_parallel_size": "dp",
-    "precision": "dtype",
-    "temp": "temperature",
-    "max_new_tokens": "max_tokens",
-}
-
-
-def keys(kind: Any) -> dict[str, Field[Any]]:
-    """Every dotted key of a configuration class, groups left out, in the order of the schema."""
-    found: dict[str, Field[Any]] = {}
-    for name, (field, hint) in _fields(kind).items():
-        if is_dataclass(hint):
-            found |= {f"{name}.{below}": f for below, f in keys(hint).items()}
-        else:
-            found[name] = field
-    return found
-
-
-def groups(kind: Any) -> dict[str, str]:
-    """Dotted key of every group of a configuration class, with its description."""
-    found: dict[str, str] = {}
-    for name, (field, hint) in _fields(kind).items():
-        if is_dataclass(hint):
-            found[name] = field.metadata["help"]
-            found |= {f"{name}.{below}": text for below, text in groups(hint).items()}
-    return found
 
 
 def parse(kind: type[T], data: Mapping[str, Any]) -> T:
@@ -93,16 +32,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def changed(config: T, values: Mapping[str, Any]) -> T:
-    """A copy of a config with values set by dotted key. The values are taken as they are, without `parse`'s checks."""
-    for key, value in values.items():
-        name, _, below = key.partition(".")
-        if below:
-            value = changed(getattr(config, name), {below: value})
-        config = replace(config, **{name: value})  # type: ignore[type-var]
-    return config
-
-
 def unknown_key(kind: type, key: str, value: object) -> ConfigError:
     """The refusal of a key that `kind` does not have, with the nearest one that it has."""
     command = next((name for name, other in COMMANDS.items() if other is kind), "train")
@@ -113,9 +42,11 @@ def unknown_key(kind: type, key: str, value: object) -> ConfigError:
 
 def nearest(key: str, kind: type) -> str | None:
     """The known key nearest to a mistyped one: the same last word first, then the most similar spelling."""
-    known = [*keys(kind), *groups(kind)]
+    options = keys(kind)
+    known = [*options, *groups(kind)]
     leaf = key.rsplit(".", 1)[-1]
-    leaf = SYNONYMS.get(leaf, leaf)
+    meant = (name.rsplit(".", 1)[-1] for name, facts in options.items() if leaf in facts.also)
+    leaf = next(meant, leaf)
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
     if same_leaf:
         return difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)[0]
@@ -126,13 +57,8 @@ def nearest(key: str, kind: type) -> str | None:
     return near[0] if near else None
 
 
-def _fields(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
-    hints = get_type_hints(kind)
-    return {f.name: (f, hints[f.name]) for f in fields(kind)}
-
-
 def _parse(kind: Any, data: object, prefix: str, root: type) -> Any:
-    known = _fields(kind)
+    known = known_fields(kind)
     if not isinstance(data, Mapping):
         example = f"{prefix}{next(iter(known))}"
         raise ConfigError(prefix.rstrip("."), data, f"this is a group of keys; set one of them, such as {example}")

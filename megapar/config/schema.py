@@ -1,47 +1,64 @@
-# ruff: noqa: RUF009 (`option` and `group` return dataclass fields)
 """Every configuration key, its type, its default and a one-line description.
 
 `conf/*.yaml` holds compositions of these groups; the dataclasses are the one place where a key exists. `None` means
 "derived": `megapar.config.resolve` fills it in before a run starts, so a worker never sees one it has to guess.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the line that `--info config` prints beside it."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def group(kind: type, help: str) -> Any:
-    """A nested group of options."""
-    return field(default_factory=kind, metadata={"help": help})
+from megapar.config.keys import group, option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer, Llama-style or GPT-2-style by its switches."""
 
-    layers: int = option(4, "number of Transformer layers")
-    hidden: int = option(128, "width of the residual stream")
-    heads: int = option(4, "query heads")
-    kv_heads: int | None = option(None, "key/value heads (grouped-query attention); default: heads")
-    head_dim: int | None = option(None, "channels of a head; default: hidden / heads")
-    ffn: int | None = option(None, "inner width of the MLP; default: 4*hidden; gated: 8/3*hidden rounded up to 32")
-    vocab_size: int | None = option(None, "rows of the embedding; default: the tokenizer's size, never smaller")
-    norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "normalisation before attention, MLP and head")
-    norm_eps: float = option(1e-5, "epsilon inside the normalisation")
-    position: Literal["rope", "learned"] = option("rope", "rotary embedding of q and k, or a learned table added once")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    activation: Literal["swiglu", "geglu", "gelu"] = option("swiglu", "MLP nonlinearity; the first two have a gate")
-    bias: bool = option(False, "biases in the linear layers")
-    tied: bool = option(False, "the output head shares the embedding's weight")
-    dropout: float = option(0.0, "dropout of hidden states (embedding, attention output, MLP output)")
+    layers: int = option(
+        4, "number of Transformer layers", at_least=1, fixed=True, also=("num_layers", "num_hidden_layers", "n_layer")
+    )
+    hidden: int = option(
+        128, "width of the residual stream", at_least=1, fixed=True, also=("hidden_size", "d_model", "n_embd")
+    )
+    heads: int = option(4, "query heads", at_least=1, fixed=True, also=("num_heads", "num_attention_heads", "n_head"))
+    kv_heads: int | None = option(
+        None,
+        "key/value heads (grouped-query attention); default: heads",
+        at_least=1,
+        fixed=True,
+        also=("num_key_value_heads", "num_query_groups"),
+    )
+    head_dim: int | None = option(None, "channels of a head; default: hidden / heads", at_least=1, fixed=True)
+    ffn: int | None = option(
+        None,
+        "inner width of the MLP; default: 4*hidden; gated: 8/3*hidden rounded up to 32",
+        at_least=1,
+        fixed=True,
+        also=("ffn_hidden_size", "intermediate_size"),
+    )
+    vocab_size: int | None = option(
+        None, "rows of the embedding; default: the tokenizer's size, never smaller", at_least=1, fixed=True
+    )
+    norm: Literal["rmsnorm", "layernorm"] = option(
+        "rmsnorm", "normalisation before attention, MLP and head", fixed=True
+    )
+    norm_eps: float = option(1e-5, "epsilon inside the normalisation", above=0, fixed=True)
+    position: Literal["rope", "learned"] = option(
+        "rope", "rotary embedding of q and k, or a learned table added once", fixed=True
+    )
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, fixed=True)
+    activation: Literal["swiglu", "geglu", "gelu"] = option(
+        "swiglu", "MLP nonlinearity; the first two have a gate", fixed=True
+    )
+    bias: bool = option(False, "biases in the linear layers", fixed=True)
+    tied: bool = option(False, "the output head shares the embedding's weight", fixed=True)
+    dropout: float = option(
+        0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1
+    )
     attention_dropout: float = option(0.0, "not supported: must be 0")
-    init_std: float = option(0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)")
+    init_std: float = option(
+        0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)", above=0, at_most=1000
+    )
 
     @property
     def gated(self) -> bool:
@@ -53,9 +70,24 @@ class ModelConfig:
 class ParallelConfig:
     """How many ranks share what."""
 
-    tp: int = option(1, "tensor-parallel ranks: matrices are split over them")
-    pp: int = option(1, "pipeline ranks: layers are split over them")
-    dp: int | None = option(None, "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU")
+    tp: int = option(
+        1,
+        "tensor-parallel ranks: matrices are split over them",
+        at_least=1,
+        also=("tensor_parallel", "tensor_model_parallel_size", "tensor_parallel_size"),
+    )
+    pp: int = option(
+        1,
+        "pipeline ranks: layers are split over them",
+        at_least=1,
+        also=("pipeline_parallel", "pipeline_model_parallel_size", "pipeline_parallel_size"),
+    )
+    dp: int | None = option(
+        None,
+        "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU",
+        at_least=1,
+        also=("data_parallel", "data_parallel_size"),
+    )
     auto: bool = option(False, "choose tp, pp and dp for `devices` ranks")
     sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
     tp_overlap: Literal["auto", "serial", "chunked", "symmetric"] = option(
@@ -67,7 +99,9 @@ class ParallelConfig:
         "none", "reduce gradients over dp in fewer bytes, and not exactly: bf16, int8_ef, powersgd"
     )
     powersgd_rank: int = option(4, "rank of powersgd's factors")
-    bucket_size: int = option(1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete")
+    bucket_size: int = option(
+        1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete", at_least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -79,13 +113,18 @@ class PipelineConfig:
         "uniform", "layers per stage: uniform; balanced: the slowest stage as fast as can be; or a list such as [5,3]"
     )
     chunks: int | None = option(
-        None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1"
+        None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1", at_least=1
     )
     rebalance: int = option(
-        0, "steps after which layers move to where they are faster, by measured times, at a checkpoint; 0: never"
+        0,
+        "steps after which layers move to where they are faster, by measured times, at a checkpoint; 0: never",
+        at_least=0,
     )
     costs: str | None = option(
-        None, "costs.json of an earlier run, for balanced and auto; default: estimated from floating-point operations"
+        None,
+        "costs.json of an earlier run, for balanced and auto; default: estimated from floating-point operations",
+        verbatim=True,
+        path=True,
     )
     speed: list[float] | None = option(
         None, "relative speed of each pipeline rank's device, for balanced and auto; default: all the same"
@@ -94,7 +133,7 @@ class PipelineConfig:
         None, "GiB of each pipeline rank's device, kept to by balanced; default: no limit"
     )
     memory_limit: float | None = option(
-        None, "most activations of a rank that auto may hold, in micro-batches; default: no limit"
+        None, "most activations of a rank that auto may hold, in micro-batches; default: no limit", above=0
     )
 
 
@@ -103,19 +142,26 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: str = option(
-        "stdlib", "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)"
+        "stdlib",
+        "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)",
+        empty="names no data; give a file, a folder, a PREFIX of token files, or stdlib",
+        verbatim=True,
     )
-    tokenizer: str = option("bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file")
-    vocab_size: int = option(1024, "size of the tokenizer to train")
-    split: float = option(0.05, "share of the documents held out for validation, chosen by hash")
+    tokenizer: str = option(
+        "bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file", verbatim=True
+    )
+    vocab_size: int = option(1024, "size of the tokenizer to train", at_least=1)
+    split: float = option(
+        0.05, "share of the documents held out for validation, chosen by hash", at_least=0, below=1, fixed=True
+    )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"
     )
     prefix: str | None = option(
-        None, "PREFIX of the prepared token files; default: found in the cache or made from data.path"
+        None, "PREFIX of the prepared token files; default: found in the cache or made from data.path", verbatim=True
     )
     cache: str | None = option(
-        None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar"
+        None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar", verbatim=True
     )
 
 
@@ -125,53 +171,77 @@ class TaskConfig:
 
     name: Literal["lm"] = option("lm", "lm: next-token prediction")
     sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
-    sample_prompt: str = option("", "what that text begins with, verbatim")
+    sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = option(3e-4, "peak learning rate")
-    min_lr: float = option(0.1, "final learning rate as a share of lr")
-    warmup_steps: int = option(0, "steps of linear warm-up from lr / warmup_steps")
-    weight_decay: float = option(0.1, "decoupled weight decay of parameters with two or more dimensions")
-    beta1: float = option(0.9, "decay of the first moment")
-    beta2: float = option(0.95, "decay of the second moment")
-    eps: float = option(1e-8, "added to the root of the second moment")
-    clip_grad: float = option(1.0, "bound of the global gradient norm; 0: no clipping")
+    lr: float = option(3e-4, "peak learning rate", above=0, also=("learning_rate",))
+    min_lr: float = option(0.1, "final learning rate as a share of lr", at_least=0, at_most=1)
+    warmup_steps: int = option(0, "steps of linear warm-up from lr / warmup_steps", at_least=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of parameters with two or more dimensions", at_least=0)
+    beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = option(0.95, "decay of the second moment", at_least=0, below=1)
+    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    clip_grad: float = option(
+        1.0, "bound of the global gradient norm; 0: no clipping", at_least=0, also=("max_grad_norm", "grad_clip")
+    )
 
 
 @dataclass(frozen=True)
 class TrainSection:
     """The loop: how long, how much at once, in which precision."""
 
-    steps: int = option(100, "optimizer steps")
-    seq_length: int = option(128, "tokens per sample")
-    micro_batch_size: int = option(4, "samples of one forward pass on one data-parallel rank")
-    global_batch_size: int = option(16, "samples per optimizer step over all ranks")
-    seed: int = option(1234, "seed of initial values, sample order and dropout")
+    steps: int = option(100, "optimizer steps", at_least=1, also=("max_steps", "train_iters"))
+    seq_length: int = option(
+        128,
+        "tokens per sample",
+        at_least=1,
+        fixed=True,
+        also=("seq_len", "sequence_length", "block_size", "max_position_embeddings"),
+    )
+    micro_batch_size: int = option(
+        4, "samples of one forward pass on one data-parallel rank", at_least=1, also=("mbs",)
+    )
+    global_batch_size: int = option(
+        16,
+        "samples per optimizer step over all ranks",
+        at_least=1,
+        fixed=True,
+        also=("batch_size", "train_batch_size", "gbs"),
+    )
+    seed: int = option(
+        1234, "seed of initial values, sample order and dropout", at_least=0, at_most=2**63 - 1, fixed=True
+    )
     dtype: Literal["fp64", "fp32", "bf16"] = option(
-        "fp32", "compute dtype; bf16 keeps fp32 master weights and gradients"
+        "fp32", "compute dtype; bf16 keeps fp32 master weights and gradients", also=("precision",)
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
-    eval_every: int = option(0, "steps between evaluations on the held-out split (also after the last step); 0: off")
-    eval_samples: int = option(64, "held-out samples of one evaluation")
+    eval_every: int = option(
+        0, "steps between evaluations on the held-out split (also after the last step); 0: off", at_least=0
+    )
+    eval_samples: int = option(64, "held-out samples of one evaluation", at_least=1)
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in backward: none, attention only, whole layers"
     )
     trace: list[int] | None = option(
-        None, "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M"
+        None,
+        "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M",
+        identity=False,
     )
-    timeout_s: float = option(300.0, "seconds after which a stuck collective or transfer ends the run")
+    timeout_s: float = option(
+        300.0, "seconds after which a stuck collective or transfer ends the run", at_least=1, at_most=30 * 24 * 3600
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """State on disk."""
 
-    every: int = option(0, "steps between checkpoints; 0: only at the end")
-    load: str | None = option(None, "checkpoint folder to start from, written in any layout")
+    every: int = option(0, "steps between checkpoints; 0: only at the end", at_least=0)
+    load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
 
 
 @dataclass(frozen=True)
@@ -181,7 +251,7 @@ class WandbConfig:
     mode: Literal["offline", "online", "disabled"] = option(
         "offline", "offline: write to run.dir/wandb; online: upload"
     )
-    project: str = option("megapar", "project name")
+    project: str = option("megapar", "project name", verbatim=True)
 
 
 @dataclass(frozen=True)
@@ -189,7 +259,7 @@ class LoggerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     wandb: WandbConfig = group(WandbConfig, "Weights & Biases")
-    progress: bool = option(True, "progress bar on a terminal")
+    progress: bool = option(True, "progress bar on a terminal", identity=False)
 
 
 @dataclass(frozen=True)
@@ -205,8 +275,14 @@ class KernelsConfig:
 class RunConfig:
     """The run directory."""
 
-    name: str = option("run", "name of the run, part of the default directory")
-    dir: str | None = option(None, "folder of everything the run writes; default: runs/DATE-TIME-NAME")
+    name: str = option("run", "name of the run, part of the default directory", verbatim=True, identity=False)
+    dir: str | None = option(
+        None,
+        "folder of everything the run writes; default: runs/DATE-TIME-NAME",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -224,8 +300,16 @@ class TrainConfig:
     logger: LoggerConfig = group(LoggerConfig, "loggers")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     run: RunConfig = group(RunConfig, "the run directory")
-    devices: int | None = option(None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1")
-    out: str | None = option(None, "file for the run's summary as JSON; default: run.dir/summary.json")
+    devices: int | None = option(
+        None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1", at_least=1
+    )
+    out: str | None = option(
+        None,
+        "file for the run's summary as JSON; default: run.dir/summary.json",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -235,25 +319,27 @@ class VerifyConfig(TrainConfig):
     layouts: list[str] | None = option(
         None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks"
     )
-    out: str | None = option(None, "file for the comparison as JSON; default: run.dir/verify.json")
+    out: str | None = option(
+        None, "file for the comparison as JSON; default: run.dir/verify.json", verbatim=True, path=True, identity=False
+    )
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """How the next token is chosen."""
 
-    max_tokens: int = option(100, "tokens to write")
-    temperature: float = option(0.8, "softmax temperature; 0: greedy")
-    top_k: int = option(0, "keep only the k likeliest tokens; 0: all")
-    top_p: float = option(1.0, "keep the smallest set of tokens with this much probability")
-    seed: int = option(0, "seed of the draws")
+    max_tokens: int = option(100, "tokens to write", at_least=1, also=("max_new_tokens",))
+    temperature: float = option(0.8, "softmax temperature; 0: greedy", at_least=0, also=("temp",))
+    top_k: int = option(0, "keep only the k likeliest tokens; 0: all", at_least=0)
+    top_p: float = option(1.0, "keep the smallest set of tokens with this much probability", above=0, at_most=1)
+    seed: int = option(0, "seed of the draws", at_least=0, at_most=2**63 - 1)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """`megapar generate`: let a trained model write."""
 
-    prompt: str = option("", "text to continue, verbatim")
+    prompt: str = option("", "text to continue, verbatim", verbatim=True)
     sample: SampleConfig = group(SampleConfig, "sampling")
     parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
@@ -261,8 +347,10 @@ class GenerateConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
-    devices: int | None = option(None, "number of ranks that parallel=auto divides")
-    out: str | None = option(None, "file to write the text to; default: the terminal")
+    devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
+    out: str | None = option(
+        None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
+    )
 
 
 @dataclass(frozen=True)
@@ -276,19 +364,24 @@ class ScheduleChoice:
 class CostsConfig:
     """What the actions of a pipeline cost, in any unit of time; F, I, W and reduce are those of one rank's layers."""
 
-    F: float = option(1.0, "forward of one micro-batch through a rank's layers")
-    I: float = option(1.0, "its input gradients")  # noqa: E741 (the action's name)
-    W: float = option(1.0, "its weight gradients")
-    embedding: float = option(0.0, "what the first stage has on top, as a share of a rank's F and W")
-    head: float = option(0.0, "what the last stage has on top, as a share of a rank's F, I and W")
-    reduce: float = option(0.0, "gradient reduction that backward does not hide")
-    kept: float = option(1.0, "share of a micro-batch's activations that stays from I to W")
-    latency: float = option(0.0, "time until a sent message arrives, whatever its size")
-    transfer: float = option(0.0, "bytes / bandwidth of one message between stages")
+    F: float = option(1.0, "forward of one micro-batch through a rank's layers", above=0)
+    I: float = option(1.0, "its input gradients", above=0)  # noqa: E741 (the action's name)
+    W: float = option(1.0, "its weight gradients", above=0)
+    embedding: float = option(0.0, "what the first stage has on top, as a share of a rank's F and W", at_least=0)
+    head: float = option(0.0, "what the last stage has on top, as a share of a rank's F, I and W", at_least=0)
+    reduce: float = option(0.0, "gradient reduction that backward does not hide", at_least=0)
+    kept: float = option(1.0, "share of a micro-batch's activations that stays from I to W", at_least=0, at_most=1)
+    latency: float = option(0.0, "time until a sent message arrives, whatever its size", at_least=0)
+    transfer: float = option(0.0, "bytes / bandwidth of one message between stages", at_least=0)
     overlap: bool = option(True, "transfers run beside computation")
-    tied: float = option(0.0, "one more reduction between the first and the last stage, for tied embeddings")
+    tied: float = option(
+        0.0, "one more reduction between the first and the last stage, for tied embeddings", at_least=0
+    )
     file: str | None = option(
-        None, "JSON with the costs of each layer or stage in place of all these: forward, input_grad, weight_grad lists"
+        None,
+        "JSON with the costs of each layer or stage in place of all these: forward, input_grad, weight_grad lists",
+        verbatim=True,
+        path=True,
     )
 
 
@@ -297,16 +390,22 @@ class ScheduleConfig:
     """`megapar schedule`: compare, write or draw pipeline schedules. Nothing is trained."""
 
     pipeline: ScheduleChoice = group(ScheduleChoice, "the schedule")
-    stages: int = option(8, "pipeline ranks; the stages of the model are this times chunks")
-    microbatches: int = option(32, "micro-batches of a step")
-    chunks: int | None = option(None, "stages per rank of schedules that let you choose; default: their own")
+    stages: int = option(8, "pipeline ranks; the stages of the model are this times chunks", at_least=1, at_most=4096)
+    microbatches: int = option(32, "micro-batches of a step", at_least=1, at_most=65536)
+    chunks: int | None = option(
+        None, "stages per rank of schedules that let you choose; default: their own", at_least=1, at_most=256
+    )
     costs: CostsConfig = group(CostsConfig, "what the actions cost")
     memory_limit: float | None = option(
-        None, "most activations of a rank, in micro-batches; auto keeps to it, others are marked"
+        None, "most activations of a rank, in micro-batches; auto keeps to it, others are marked", above=0
     )
-    csv: str | None = option(None, "file to write the chosen schedule to: a row per rank, cells such as 2F0")
-    plot: str | None = option(None, "file to draw the chosen schedule's timeline to: .svg or .html")
-    out: str | None = option(None, "file for the comparison as JSON")
+    csv: str | None = option(
+        None, "file to write the chosen schedule to: a row per rank, cells such as 2F0", verbatim=True, path=True
+    )
+    plot: str | None = option(
+        None, "file to draw the chosen schedule's timeline to: .svg or .html", verbatim=True, path=True
+    )
+    out: str | None = option(None, "file for the comparison as JSON", verbatim=True, path=True, identity=False)
 
 
 @dataclass(frozen=True)
@@ -314,7 +413,13 @@ class PrepareConfig:
     """`megapar data`: make token files from text, or check existing ones."""
 
     data: DataConfig = group(DataConfig, "the data")
-    out: str | None = option(None, "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache")
+    out: str | None = option(
+        None,
+        "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -338,8 +443,12 @@ class InspectConfig:
     targets: list[str] = option(
         ["sm_80", "sm_90", "sm_100", "gfx942"], "GPUs to compile for: A100, H100, B200, MI300 by their architecture"
     )
-    specs: str | None = option(None, "file to write what would be compiled to, as JSON, and compile nothing")
-    out: str | None = option(None, "file for the figures as JSON; default: only the table")
+    specs: str | None = option(
+        None, "file to write what would be compiled to, as JSON, and compile nothing", verbatim=True, path=True
+    )
+    out: str | None = option(
+        None, "file for the figures as JSON; default: only the table", verbatim=True, path=True, identity=False
+    )
 
 
 @dataclass(frozen=True)
@@ -362,7 +471,13 @@ class BenchKernelsConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     kernels: KernelsConfig = group(KernelsConfig, "kernels.backend=interpret runs ours in the interpreter, marked so")
     targets: list[str] = option(["sm_90"], "without a GPU: compile ours for these and read the machine code")
-    out: str | None = option(None, "folder for bench.csv, bench.md and the plots; default: runs/DATE-TIME-bench")
+    out: str | None = option(
+        None,
+        "folder for bench.csv, bench.md and the plots; default: runs/DATE-TIME-bench",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -381,7 +496,13 @@ class BenchOverlapConfig:
     ffn: int = option(1536, "inner width of a layer, over all ranks")
     sequence_parallel: bool = option(True, "split the layer's input and output over its ranks")
     pieces: int | None = option(None, "pieces of chunked; default: what its table says for the shape, at least 2")
-    out: str | None = option(None, "folder for bench.csv, bench.md and the pictures; default: runs/DATE-TIME-bench")
+    out: str | None = option(
+        None,
+        "folder for bench.csv, bench.md and the pictures; default: runs/DATE-TIME-bench",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
 
 
 COMMANDS: dict[str, type] = {
@@ -394,26 +515,3 @@ COMMANDS: dict[str, type] = {
     "bench kernels": BenchKernelsConfig,
     "bench overlap": BenchOverlapConfig,
 }
-
-# Taken as they stand after the first `=`: never parsed as Hydra grammar, never swept.
-VERBATIM = (
-    "prompt",
-    "task.sample_prompt",
-    "run.dir",
-    "run.name",
-    "data.path",
-    "data.tokenizer",
-    "data.prefix",
-    "data.cache",
-    "checkpoint.load",
-    "logger.wandb.project",
-    "pipeline.costs",
-    "specs",
-    "costs.file",
-    "csv",
-    "plot",
-    "out",
-)
-
-# Paths: a leading ~ is the home folder. data.path and data.cache see to it themselves, as they need not be paths.
-PATHS = ("run.dir", "checkpoint.load", "pipeline.costs", "costs.file", "csv", "plot", "specs", "out")

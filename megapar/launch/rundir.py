@@ -14,16 +14,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megapar.config.check import value_of
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import dump, load
-from megapar.config.parse import changed, keys
+from megapar.config.keys import changed, keys, value_of
 from megapar.config.schema import TrainConfig
 from megapar.launch.machine import environment
 
 T = TypeVar("T", bound=TrainConfig)
 
-NOT_THE_RUN = ("run.dir", "run.name", "out", "logger.progress", "train.trace")  # may differ when a run is started again
 METRICS = "metrics.jsonl"
 RESULTS = ("summary.json", "run.svg", "verify.json")
 TRACED = ("trace.json", "costs.json")
@@ -73,7 +71,7 @@ def refuse_other_config(config: TrainConfig) -> None:
         there = load(type(config), path)
     except UserError as error:
         raise ConfigError("run.dir", config.run.dir, f"holds a run of another kind ({error}); {remedy}") from None
-    old = {key: value_of(there, key) for key in keys(type(config)) if key not in NOT_THE_RUN}
+    old = {key: value_of(there, key) for key, facts in keys(type(config)).items() if facts.identity}
     new = {key: value_of(config, key) for key in old}
     for values in (old, new):  # going on from an own checkpoint is the same run
         if _own_checkpoint(path.parent, values["checkpoint.load"]):

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megapar.config.check import check_schedule_name, check_values
+from megapar.config.check import check_schedule_name
 from megapar.config.errors import ConfigError
+from megapar.config.keys import check_values
 from megapar.config.schema import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
 from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megapar.checkpoint import load, save
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.config.stages import stage_layers
 from megapar.console import console

@@ -12,7 +12,7 @@ from megapar.cli import main
 from megapar.compose import CONF, compose, group_files, split
 from megapar.config import COMMANDS, ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
-from megapar.config.parse import groups, keys
+from megapar.config.keys import groups, keys
 from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
 from megapar.schedule.build import build
 from megapar.schedule.table import write
@@ -121,7 +121,7 @@ def test_info_config_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.model.position == "learned"
     assert (config.run.dir, config.pipeline.partition) == ("a: b # c", [2, 2])
     for key, field in keys(TrainConfig).items():
-        assert f"# {field.metadata['help']}" in shown, key
+        assert f"# {field.help}" in shown, key
     for text in groups(TrainConfig).values():
         assert f"# {text}\n" in shown
 
@@ -165,7 +165,7 @@ def test_examples_are_understood() -> None:
 def test_every_field_is_described() -> None:
     for kind in COMMANDS.values():
         for key, field in keys(kind).items():
-            text = field.metadata["help"]
+            text = field.help
             assert text and "\n" not in text and len(text) < 120, key
 
 

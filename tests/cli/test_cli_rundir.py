@@ -15,7 +15,7 @@ import pytest
 from megapar.cli import main
 from megapar.commands import refuse_bad_out
 from megapar.config import ConfigError, UserError
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.launch import rundir
 from tests.tiny import VOCABULARY, tiny_config
 

@@ -9,7 +9,7 @@ import pytest
 from megapar.checkpoint import save
 from megapar.config.derive import resolve, resolve_generate
 from megapar.config.file import dump
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.schema import DataConfig, GenerateConfig
 from megapar.data.prepare import prepare
 from megapar.data.tokenizer import Tokenizer, train_bpe

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megapar.config.check import layout_of
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.schema import SampleConfig
 from megapar.launch.pool import WorkerPool
 from megapar.train.sampling import TextStream, choose, generate_tokens, uniform

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from megapar.config.derive import resolve
+from megapar.config.keys import changed
 from megapar.config.layout import Layout
-from megapar.config.parse import changed
 from megapar.config.schema import VerifyConfig
 from megapar.launch.pool import WorkerPool
 from megapar.verify import Verdict, compare_layouts

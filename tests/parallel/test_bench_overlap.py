@@ -13,7 +13,7 @@ from megapar.bench import overlap
 from megapar.bench.overlap_jobs import Layer, covered
 from megapar.bench.rows import COLUMNS
 from megapar.config import BenchOverlapConfig, ConfigError
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.report.pieces import Walk, draw_walks
 from megapar.trace import FLIGHT
 

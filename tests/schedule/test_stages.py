@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megapar.config import ConfigError, TrainConfig, check, resolve
-from megapar.config.parse import changed
+from megapar.config.keys import changed
 from megapar.config.stages import activation_bytes, layer_costs, make_schedule, stage_costs, stage_layers
 from megapar.mesh import Mesh
 from megapar.models.transformer import TransformerStage
