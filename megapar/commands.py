@@ -19,7 +19,6 @@ from megapar.config import (
     VerifyConfig,
     check,
     check_generate,
-    layout_of,
     resolve,
     resolve_generate,
 )
@@ -48,7 +47,7 @@ def finish(config: T, world_size: int | None = None) -> T:
     if world_size is None and config.kernels.backend != "interpret":
         from megapar.launch.local import start_fork_server
 
-        start_fork_server(layout_of(draft).world)  # imports torch while we prepare the data
+        start_fork_server(draft.parallel.layout.world)  # imports torch while we prepare the data
     from megapar.data.prepare import check as check_data
     from megapar.data.prepare import prepare
 
@@ -163,7 +162,7 @@ def plan(
 
 
 def _train_job(config: TrainConfig, entry: str) -> Job:
-    layout = layout_of(config)
+    layout = config.parallel.layout
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
     return Job(
@@ -198,7 +197,7 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
         folder=str(config.run.dir),
         device=config.device,
         timeout_s=trained.train.timeout_s,
-        ranks=layout_of(config).world,
+        ranks=config.parallel.layout.world,
         log_name="generate-rank",
         env=rank_environment(config.kernels.backend),
     )

@@ -5,7 +5,9 @@ grammar. Every key and file name is checked first, as Hydra accepts unknown keys
 And what Hydra itself refuses becomes one line.
 """
 
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from megapar.config import COMMANDS, ConfigError, UserError, parse, to_dict
+from megapar.config import COMMANDS, ConfigError, Layout, UserError, parse, to_dict
 from megapar.config.keys import changed, groups, keys, value_of
 from megapar.config.parse import nearest, unknown_key
 
 CONF = Path(str(files("megapar.conf")))
+LAYOUTS = "parallel"  # the group whose choices need no file
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def compose(command: str, overrides: Overrides) -> Any:
     import hydra
     from omegaconf import OmegaConf
 
-    register_defaults()
+    register(overrides.hydra)
     with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=overrides.hydra), resolve=True)
     assert isinstance(composed, dict)
@@ -86,15 +89,30 @@ def root_file(command: str) -> str:
     return command.replace(" ", "_")
 
 
-def register_defaults() -> None:
-    """Make the dataclasses' defaults available to Hydra as `base/COMMAND`, the first of every root file's defaults."""
+def register(overrides: Iterable[str]) -> None:
+    """Make available to Hydra what is in no file.
+
+    The dataclasses' defaults as `base/COMMAND`, the first of every root file's defaults; and as a choice of the group
+    `parallel` every layout that is named in the overrides or in a file of conf/experiment/.
+    """
     from hydra.core.config_store import ConfigStore
 
+    texts = [*overrides, *(path.read_text(encoding="utf-8") for path in (CONF / "experiment").glob("*.yaml"))]
+    for name in {name for text in texts for name in re.findall(r"[a-z0-9]+", text) if is_layout(name)}:
+        sizes = dict(Layout.parse(name))
+        ConfigStore.instance().store(group=LAYOUTS, name=name, node=sizes, provider="megapar")
     for command, kind in COMMANDS.items():
         node = to_dict(kind())
         ConfigStore.instance().store(
             group="base", name=root_file(command), node=node, package="_global_", provider="megapar"
         )
+
+
+def is_layout(name: str) -> bool:
+    """Whether it is the name of a layout, other than `single`, which is a file."""
+    with suppress(ConfigError):
+        return name != "single" and bool(Layout.parse(name))
+    return False
 
 
 def group_files(command: str) -> dict[str, list[str]]:
@@ -155,10 +173,12 @@ def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
         value = parsed.value()
         chosen = value if isinstance(value, list) else [value]
     for name in chosen:
-        if name is not None and name != "null" and str(name) not in known:
-            near = [f for f in known if _similar(str(name), f)]
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(group, name, f"no such file; {hint}conf/{group}/ has {', '.join(known)}")
+        if name is None or name == "null" or str(name) in known or (group == LAYOUTS and is_layout(str(name))):
+            continue
+        near = [f for f in known if _similar(str(name), f)]
+        hint = f"did you mean {near[0]}? " if near else ""
+        more = ", or write a layout such as tp2pp2dp2" if group == LAYOUTS else ""
+        raise ConfigError(group, name, f"no such file; {hint}conf/{group}/ has {', '.join(known)}{more}")
 
 
 def _parsed(overrides: list[str]) -> list[Any]:

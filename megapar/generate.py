@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megapar.checkpoint import Manifest, load_weights
-from megapar.config.check import layout_of, with_layout
+from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
@@ -65,7 +65,7 @@ def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
         "train.dtype": config.dtype,
         "train.device": config.device,
     }
-    return with_layout(changed(trained, values), layout_of(config))
+    return with_layout(changed(trained, values), config.parallel.layout)
 
 
 def refuse_other_tokenizer(tokenizer: Tokenizer, manifest: Manifest) -> None:

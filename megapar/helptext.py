@@ -152,7 +152,10 @@ def command_help(command: str, files: Mapping[str, list[str]]) -> str:
         lines += [f"  {line}", f"      {text}"]
     if files:
         lines += ["", "groups, and the files to choose from:"]
-        lines += _table([(name, " ".join(names) or "(none yet)") for name, names in files.items()], width=92)
+        choices = {name: " ".join(names) or "(none yet)" for name, names in files.items()}
+        if "parallel" in choices:
+            choices["parallel"] += ", or a layout such as tp2pp2dp2"
+        lines += _table(list(choices.items()), width=92)
     lines += ["", "most used keys:"]
     lines += _table([(key, known[key].help) for key in MOST_USED[command]])
     verbatim = [key for key, facts in known.items() if facts.verbatim]

@@ -1,6 +1,5 @@
-"""Who sits where: the ranks of a run as a grid with named axes.
+"""Who sits where: the ranks of a run as a grid with the axes of `megapar.config.layout`.
 
-Rank = (pp_index * dp + dp_index) * tp + tp_index: tensor-parallel peers, which talk most, are neighbours.
 A `Mesh` is an object that is passed along; nothing about parallelism is kept in module state.
 """
 
@@ -9,14 +8,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
-from math import prod
 
 import torch
 import torch.distributed as dist
 
+from megapar.config.layout import AXES, RANK_ORDER, Layout
 from megapar.timeline import Timeline
 
-AXES = ("pp", "dp", "tp")
 DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
 
 
@@ -40,26 +38,33 @@ class Axis:
 class Mesh:
     """A grid of ranks with one process group per axis and set of axes asked for.
 
-    `sizes` gives the extent of every axis. Building a mesh of more than one rank needs an initialised default process
-    group of exactly `prod(sizes)` ranks and is collective: every rank asks for the same axes in the same order.
+    Building a mesh of more than one rank needs an initialised default process group of exactly `layout.world` ranks and
+    is collective: every rank asks for the same axes in the same order.
     timeout: after which an operation over any of its groups fails; torch would give a new group half an hour.
+
+    `mesh["tp"]` is an axis; `mesh["world"]` all ranks. Joint axes by what they mean for numbers:
+    samples: ranks along it take different samples; data: along it gradients are partial sums (samples and tokens);
+    distinct: everything but axes along which ranks repeat each other.
     """
 
-    sizes: dict[str, int]
+    layout: Layout = field(default_factory=Layout)
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout: timedelta | None = None
 
     def __post_init__(self) -> None:
-        assert tuple(self.sizes) == AXES, f"axes are {AXES}"
         assert 0 <= self.rank < self.world_size
         self.timeline = Timeline(self.device)
+        self.place = self.layout.coordinates(self.rank)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._axes = {name: self._join(name, (name,)) for name in AXES}
-        self._axes["world"] = self._join("world", AXES)
+        self._axes = {name: self._join(name, (name,)) for name in RANK_ORDER}
+        self._axes["world"] = self._join("world", RANK_ORDER)
         # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
         self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))
         self._axes["ends"] = self._axis("pp", self._ends())
+        self.samples = self._splitting("samples")
+        self.data = self._splitting("samples", "tokens")
+        self.distinct = self._join("world", [name for name in RANK_ORDER if AXES[name].splits])
 
     @property
     def timeout_s(self) -> float:
@@ -67,22 +72,25 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        return prod(self.sizes.values())
-
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Index along every axis of a global rank."""
-        found = {}
-        for name in reversed(AXES):
-            rank, found[name] = divmod(rank, self.sizes[name])
-        return {name: found[name] for name in AXES}
+        return self.layout.world
 
     def rank_at(self, **coordinates: int) -> int:
         """Global rank at this rank's coordinates with some of them replaced."""
-        place = self.coordinates(self.rank) | coordinates
-        rank = 0
-        for name in AXES:
-            rank = rank * self.sizes[name] + place[name]
-        return rank
+        return self.layout.rank_at(self.place | coordinates)
+
+    def first_along(self, *splits: str | None) -> bool:
+        """Whether this rank is the first along every axis that splits one of these."""
+        return all(index == 0 for name, index in self.place.items() if AXES[name].splits in splits)
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether this rank is the first of those that repeat each other."""
+        return self.first_along(None)
+
+    @property
+    def first_replica(self) -> bool:
+        """Whether this rank is the first of those that hold the same part of the model."""
+        return self.first_along(None, "samples", "tokens")
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]
@@ -100,7 +108,7 @@ class Mesh:
     def _ends(self) -> list[int]:
         """First and last pipeline rank at this rank's other coordinates, the holders of tied embeddings; between them
         a rank is alone."""
-        ends = sorted({self.rank_at(pp=0), self.rank_at(pp=self.sizes["pp"] - 1)})
+        ends = sorted({self.rank_at(pp=0), self.rank_at(pp=self.layout["pp"] - 1)})
         return ends if self.rank in ends else [self.rank]
 
     def close(self) -> None:
@@ -111,8 +119,13 @@ class Mesh:
         self._groups.clear()
         self._axes.clear()
 
+    def _splitting(self, *what: str) -> Axis:
+        """The joint axis of all that split this among ranks."""
+        names = [name for name in RANK_ORDER if AXES[name].splits in what]
+        return self._join(names[0], names)
+
     def _join(self, name: str, along: Sequence[str], key: tuple[int, ...] = ()) -> Axis:
-        ranges = [range(self.sizes[axis]) for axis in along]
+        ranges = [range(self.layout[axis]) for axis in along]
         ranks = [self.rank_at(**dict(zip(along, place, strict=True))) for place in product(*ranges)]
         return self._axis(name, ranks, key)
 
@@ -123,7 +136,7 @@ class Mesh:
         process has, so every rank must make as many as its peers: the one that is alone at the ends makes one too.
         """
         group = None
-        if len(ranks) > 1 or (name == "pp" and self.sizes["pp"] > 2):
+        if len(ranks) > 1 or (name == "pp" and self.layout["pp"] > 2):
             place = (*key, *ranks)
             if place not in self._groups:
                 whole = len(ranks) == self.world_size and not key

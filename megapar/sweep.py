@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megapar import commands
-from megapar.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register_defaults
+from megapar.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register
 from megapar.config import ConfigError, UserError
 from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
@@ -192,7 +192,7 @@ def _combinations(overrides: list[str]) -> list[list[str]]:
 def _multirun(point: Point, arguments: list[str]) -> None:
     import hydra
 
-    register_defaults()
+    register(arguments)
     with one_line_errors(), _as_hydra_program(["megapar", "--multirun", *arguments]):
         hydra.main(config_path="pkg://megapar.conf", config_name="train", version_base="1.3")(point)()
 

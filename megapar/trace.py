@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from megapar.config.layout import AXES, Layout
 from megapar.schedule.actions import KINDS, TRANSFERS, Action, Schedule
 from megapar.schedule.costs import Costs
 from megapar.schedule.measured import measured_costs, spread
@@ -62,10 +63,10 @@ class RankTrace:
 class Trace:
     """The traced steps of a run; all times in seconds on one clock.
 
-    layout: size of every axis; name: the schedule's; clock_error: how far apart two ranks' clocks may still be
+    name: the schedule's; clock_error: how far apart two ranks' clocks may still be
     """
 
-    layout: dict[str, int]
+    layout: Layout
     name: str
     schedule: Schedule
     ranks: list[RankTrace]
@@ -103,7 +104,7 @@ class Trace:
             spans = rank.steps[step]
             busy.append(sum(span.seconds for span in spans if span.kind in BUSY))
             phase.append(next(span.seconds for span in spans if span.kind == "phase"))
-        pipelines = [(rank.place["dp"], rank.place["tp"]) for rank in self.ranks]
+        pipelines = [tuple(index for axis, index in rank.place.items() if axis != "pp") for rank in self.ranks]
         longest = {key: max(p for p, other in zip(phase, pipelines, strict=True) if other == key) for key in pipelines}
         return fmean(1.0 - b / longest[key] for b, key in zip(busy, pipelines, strict=True))
 
@@ -137,7 +138,7 @@ def write(trace: Trace, path: Path) -> None:
     steps = trace.steps
     about = {
         "steps": [steps[0], steps[-1]],
-        "layout": trace.layout,
+        "layout": dict(trace.layout),
         "schedule": {
             "name": trace.name,
             "stages": trace.schedule.stages,
@@ -155,7 +156,7 @@ def read(path: Path) -> Trace:
     """The inverse of `write`, to a tenth of a microsecond."""
     data = json.loads(path.read_text(encoding="utf-8"))
     about = data["otherData"]
-    layout, schedule = about["layout"], about["schedule"]
+    layout, schedule = Layout(**about["layout"]), about["schedule"]
     rows = tuple(tuple(Action.parse(text) for text in row.split()) for row in schedule["rows"])
     ranks: dict[int, RankTrace] = {}
     begun: dict[int, float] = {}
@@ -188,21 +189,19 @@ def _where(trace: Trace, rank: RankTrace) -> dict[str, int]:
     process, gives a name to a thread's number whatever its process, and takes a thread with its process' number for
     the main one."""
     layout, place = trace.layout, rank.place
-    number = (place["pp"] * layout["dp"] + place["dp"]) * layout["tp"] + place["tp"]
-    return {"pid": 1 + place["dp"], "tid": 1 + layout["dp"] + number}
+    return {"pid": 1 + layout.replica(place), "tid": 1 + layout.replicas + layout.rank_at(place)}
 
 
-def _place(layout: dict[str, int], thread: int) -> dict[str, int]:
+def _place(layout: Layout, thread: int) -> dict[str, int]:
     """Where the rank of a thread is: the inverse of `_where`."""
-    number, tp = divmod(thread - 1 - layout["dp"], layout["tp"])
-    pp, dp = divmod(number, layout["dp"])
-    return {"pp": pp, "dp": dp, "tp": tp}
+    return layout.coordinates(thread - 1 - layout.replicas)
 
 
 def _number(trace: Trace, rank: RankTrace, step: int, sent: Action) -> int:
     """A number for each transfer of the run: Perfetto reads an id as one, and texts that are none not at all."""
     schedule = trace.schedule
-    number = (step * trace.layout["dp"] + rank.place["dp"]) * trace.layout["tp"] + rank.place["tp"]
+    layout, stage_peer = trace.layout, rank.place | {"pp": 0}
+    number = step * layout.world + layout.rank_at(stage_peer)
     number = (number * schedule.stages + sent.stage) * schedule.microbatches + sent.microbatch
     return 2 * number + (sent.kind == "SEND_B")
 
@@ -211,10 +210,13 @@ def _names(trace: Trace, rank: RankTrace) -> Iterator[dict[str, Any]]:
     """Metadata: what the process and the thread of a rank are called."""
     where, place = _where(trace, rank), rank.place
     stages = trace.schedule.stages_of(place["pp"])
-    name = f"pp {place['pp']}" + (f" tp {place['tp']}" if trace.layout["tp"] > 1 else "")
+    replica = [axis for axis in place if AXES[axis].splits not in ("layers", "weights")]
+    inside = [axis for axis in place if axis not in replica and (axis == "pp" or trace.layout[axis] > 1)]
+    name = " ".join(f"{axis} {place[axis]}" for axis in inside)
     name += f" (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"
-    if place["pp"] == place["tp"] == 0:
-        yield {"ph": "M", "name": "process_name", **where, "args": {"name": f"dp {place['dp']}"}}
+    if all(index == 0 for axis, index in place.items() if axis not in replica):
+        called = " ".join(f"{axis} {place[axis]}" for axis in replica if axis == "dp" or trace.layout[axis] > 1)
+        yield {"ph": "M", "name": "process_name", **where, "args": {"name": called}}
     yield {"ph": "M", "name": "thread_name", **where, "args": {"name": name}}
     yield {"ph": "M", "name": "thread_sort_index", **where, "args": {"sort_index": where["tid"]}}
 

@@ -136,7 +136,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> 
             errors = found.errors.setdefault(name, [0.0, 0.0])
             column = 0 if kind == "gradient" else 1
             errors[column] = error if math.isnan(error) else max(errors[column], error)
-            if counted and kind == "weight" and trainer.mesh["dp"].index == 0:
+            if counted and kind == "weight" and trainer.mesh.first_replica:
                 found.elements += values.numel()
 
     for step in range(1, config.train.steps + 1):

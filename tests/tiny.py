@@ -51,7 +51,7 @@ def tiny_config(prefix: str, layout: str = "single", **values: Any) -> TrainConf
         "train.dtype": "fp64",
     }
     ranks = Layout.parse(layout)
-    axes = {f"parallel.{axis}": size for axis, size in ranks.axes()}
+    axes = {f"parallel.{axis}": size for axis, size in ranks.items()}
     config = resolve(changed(TrainConfig(), small | LLAMA | axes | values))
     check(config)
     return config

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megapar.config.derive import resolve
 from megapar.config.keys import changed
+from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.data.indexed import write_indexed
 from megapar.kernels.matmul import matmul
@@ -126,7 +127,7 @@ class _Fixed(Overlap):
 def time_layer(rank: int, world_size: int, layer: Layer, pairs: int) -> tuple[dict[str, Times], dict[str, Walk]]:
     """(times by engine, and of computation and communication alone; rank 0's median passes as walks, by engine)"""
     keep_freed_memory()
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    mesh = Mesh(Layout(tp=world_size), rank)
     mlp = Mlp(layer, mesh["tp"])
     chunked = Chunked(layer.engine_pieces(world_size))
     ways: dict[str, Callable[[], tuple[float, float]]] = {

@@ -29,7 +29,6 @@ from megapar.checkpoint.format import (
     key,
     manifest_text,
 )
-from megapar.config.check import layout_of
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
@@ -95,7 +94,7 @@ def _write_part(temporary: Path, optimizer: FlatOptimizer, rank: int) -> dict[st
     """Write what this rank owns and counts. Returns what the manifest needs to know of it."""
     buffers, state = optimizer.buffers, optimizer.flat_state()
     part: dict[str, Any] = {"steps": optimizer.steps, "boxes": [], "file": None}
-    if not buffers.zero and buffers.mesh["dp"].index > 0:
+    if not (buffers.mesh.first_copy if buffers.zero else buffers.mesh.first_replica):
         return part
     tensors = {}
     for owned in owned_boxes(buffers):
@@ -124,7 +123,7 @@ def _manifest(parts: list[dict[str, Any]], optimizer: FlatOptimizer, config: Tra
         optimizer_steps=max(part["steps"] for part in parts),
         samples=step * config.train.global_batch_size,
         seed=config.train.seed,
-        layout=str(layout_of(config)),
+        layout=str(config.parallel.layout),
         config=to_dict(config),
         environment={"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()},
         kinds={kind: DTYPES[flat.dtype] for kind, flat in optimizer.flat_state().items()},

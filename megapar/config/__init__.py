@@ -1,6 +1,6 @@
 """The configuration: `schema` says which keys exist, `parse` reads them strictly, `check` derives and refuses."""
 
-from megapar.config.check import check, check_generate, feasible_layouts, layout_of, with_layout
+from megapar.config.check import check, check_generate, feasible_layouts, with_layout
 from megapar.config.derive import resolve, resolve_generate
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
@@ -33,7 +33,6 @@ __all__ = [
     "check",
     "check_generate",
     "feasible_layouts",
-    "layout_of",
     "parse",
     "resolve",
     "resolve_generate",

@@ -4,11 +4,12 @@ Pure functions of a config (and of facts about the machine and the data passed a
 one line with the key, its value and the remedy.
 """
 
+from math import prod
 from typing import Any, TypeVar
 
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
-from megapar.config.layout import Layout, layouts_up_to
+from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import layer_costs, make_schedule, num_microbatches, num_stages, stage_layers
 from megapar.kernels import NEEDS_TRITON, select_backends
@@ -27,7 +28,7 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
     check_values(config)
     check_model(config.model)
     # verify takes its layouts from elsewhere, and its list of layers per stage is for those.
-    check_layout(with_layout(config, layout_of(config)) if isinstance(config, VerifyConfig) else config)
+    check_layout(with_layout(config, config.parallel.layout) if isinstance(config, VerifyConfig) else config)
     check_training(config)
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
     if isinstance(config, VerifyConfig):
@@ -51,17 +52,18 @@ def check_layout(config: TrainConfig) -> None:
     """Refuse a layout that does not divide the model, the stages or the batch."""
     check_tensor_parallel(config.model, config.parallel.tp)
     check_pipeline(config)
-    train, parallel = config.train, config.parallel
+    train, parallel, layout = config.train, config.parallel, config.parallel.layout
     tokens = train.micro_batch_size * train.seq_length
     if parallel.sequence_parallel and tokens % parallel.tp:
         problem = (
             f"train.micro_batch_size * seq_length = {tokens} is not divisible by parallel.tp={parallel.tp}; turn it off"
         )
         raise ConfigError("parallel.sequence_parallel", True, problem)
-    dp, batch = parallel.dp or 1, train.global_batch_size
-    step = train.micro_batch_size * dp
+    split = {f"parallel.{name}": layout[name] for name, kind in AXES.items() if kind.splits == "samples"}
+    factors, batch = {"train.micro_batch_size": train.micro_batch_size} | split, train.global_batch_size
+    step = prod(factors.values())
     if batch % step:
-        product = f"train.micro_batch_size * parallel.dp = {train.micro_batch_size} * {dp} = {step}"
+        product = f"{' * '.join(factors)} = {' * '.join(map(str, factors.values()))} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
     if parallel.grad_compression != "none":
         if train.dtype == "fp64":
@@ -194,7 +196,7 @@ def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None)
         raise ConfigError("parallel.tp_overlap", "symmetric", NEEDS_TRITON)
     if isinstance(config, VerifyConfig):
         return
-    layout = layout_of(config)
+    layout = config.parallel.layout
     check_ranks(layout, config.train.device, "train.device", num_gpus=num_gpus, world_size=world_size)
     if config.devices is not None and config.devices != layout.world:
         problem = f"the layout {layout} has {layout.world} ranks; leave it out, or use parallel=auto"
@@ -205,7 +207,8 @@ def check_ranks(layout: Layout, device: str, key: str, *, num_gpus: int, world_s
     """Refuse a layout of another size than the ranks or GPUs that are there. `key` names the device's key."""
     if world_size is not None and layout.world != world_size:
         problem = (
-            f"tp*pp*dp = {layout.tp}*{layout.pp}*{layout.dp} = {layout.world}, but {world_size} ranks were started"
+            f"{'*'.join(layout)} = {'*'.join(map(str, layout.sizes))} = {layout.world}, "
+            f"but {world_size} ranks were started"
         )
         raise ConfigError("parallel", layout, f"{problem}; start {layout.world}, or choose a layout of {world_size}")
     if device == "cuda" and num_gpus == 0:
@@ -262,12 +265,7 @@ def check_generate(
     check_tensor_parallel(trained.model, config.parallel.tp)
     if not config.prompt:
         raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
-    check_ranks(layout_of(config), config.device, "device", num_gpus=num_gpus, world_size=world_size)
-
-
-def layout_of(config: TrainConfig | GenerateConfig) -> Layout:
-    """The layout of a resolved config."""
-    return Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp or 1)
+    check_ranks(config.parallel.layout, config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
 
 def with_layout(config: T, layout: Layout) -> T:
@@ -275,11 +273,11 @@ def with_layout(config: T, layout: Layout) -> T:
 
     A table becomes 1F1B, a partition uniform, speeds and memory of devices are left out.
     """
-    values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.axes()}
+    values: dict[str, Any] = {f"parallel.{axis}": size for axis, size in layout.items()}
     for key in ("speed", "device_memory"):
-        if len(getattr(config.pipeline, key) or ()) != layout.pp:
+        if len(getattr(config.pipeline, key) or ()) != layout["pp"]:
             values[f"pipeline.{key}"] = None
-    if table_ranks(config.pipeline.schedule) not in (None, layout.pp):
+    if table_ranks(config.pipeline.schedule) not in (None, layout["pp"]):
         config = changed(config, {"pipeline.schedule": "1f1b", "pipeline.chunks": 1})
     partition = config.pipeline.partition
     config = changed(config, values | {"parallel.auto": False})

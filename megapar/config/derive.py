@@ -1,22 +1,23 @@
 """What a config leaves open: sizes derived from other sizes, the vocabulary, the layout, the device."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from megapar.config.check import (
     T,
     check_schedule_name,
     feasible_layouts,
-    layouts_up_to,
     why_not,
     with_layout,
 )
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
-from megapar.config.layout import Layout
-from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, VerifyConfig
+from megapar.config.layout import AXES, Layout, layouts_up_to
+from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
+
+C = TypeVar("C", TrainConfig, VerifyConfig, GenerateConfig)
 
 
 def resolve(
@@ -47,7 +48,7 @@ def resolve(
             config = changed(config, {"train.device": "cpu"})
         if config.parallel.auto:
             raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
-        config = changed(config, {"parallel.dp": config.parallel.dp or 1})
+        config = _derive_sizes(config, 1)
         if config.layouts is None:
             config = changed(config, {"layouts": [str(layout) for layout in feasible_layouts(config)]})
         return config
@@ -57,9 +58,7 @@ def resolve(
     ranks = world_size or config.devices or gpus or 1
     if config.parallel.auto:
         return with_layout(config, _auto(config, ranks))
-    if config.parallel.dp is None:
-        config = changed(config, {"parallel.dp": max(1, ranks // (config.parallel.tp * config.parallel.pp))})
-    return config
+    return _derive_sizes(config, ranks)
 
 
 def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: int | None = None) -> GenerateConfig:
@@ -67,8 +66,7 @@ def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: i
     check_values(config)
     if config.parallel.auto:
         config = changed(config, {"parallel.auto": False, "parallel.tp": world_size or config.devices or num_gpus or 1})
-    if config.parallel.dp is None:
-        config = changed(config, {"parallel.dp": 1})
+    config = _derive_sizes(config, 1)
     if config.device == "auto":
         config = changed(config, {"device": "cuda" if num_gpus else "cpu"})
     return config
@@ -119,21 +117,31 @@ def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | Non
     return {}
 
 
+def _derive_sizes(config: C, ranks: int) -> C:
+    """With the derived axis taking what the others leave of so many ranks, unless it has a number of its own."""
+    [derived] = [name for name, kind in AXES.items() if kind.derived]
+    if getattr(config.parallel, derived) is not None:
+        return config
+    return changed(config, {f"parallel.{derived}": max(1, ranks // config.parallel.layout.world)})
+
+
 def _auto(config: T, ranks: int) -> Layout:
     """The layout that `parallel=auto` picks: as much dp as the batch allows (it talks least), then tp, then pp.
 
     Raises ConfigError when no layout of so many ranks is feasible, with the largest number that is.
     """
-    if (config.parallel.tp, config.parallel.pp, config.parallel.dp) != (1, 1, None):
-        raise ConfigError("parallel.auto", True, "it chooses tp, pp and dp itself; leave them out, or use auto=false")
+    if any(getattr(config.parallel, name) != (None if kind.derived else 1) for name, kind in AXES.items()):
+        *others, last = AXES
+        problem = f"it chooses {', '.join(others)} and {last} itself; leave them out, or use auto=false"
+        raise ConfigError("parallel.auto", True, problem)
     everything = [Layout(), *layouts_up_to(ranks)]
     ranks_of_table = table_ranks(config.pipeline.schedule)
     fitting = [layout for layout in everything if why_not(config, layout) is None]
     if ranks_of_table is not None:
-        fitting = [layout for layout in fitting if layout.pp == ranks_of_table]
+        fitting = [layout for layout in fitting if layout["pp"] == ranks_of_table]
     exact = [layout for layout in fitting if layout.world == ranks]
     if not exact:
         most = max((layout.world for layout in fitting), default=0)
-        problem = f"no tp*pp*dp of {ranks} ranks divides heads, ffn, layers and batch"
+        problem = f"no {'*'.join(AXES)} of {ranks} ranks divides heads, ffn, layers and batch"
         raise ConfigError("parallel.auto", True, f"{problem}; " + (f"devices={most} works" if most else "change them"))
-    return max(exact, key=lambda layout: (layout.dp, layout.tp))
+    return max(exact, key=lambda layout: (layout["dp"], layout["tp"]))

@@ -4,10 +4,11 @@
 "derived": `megapar.config.resolve` fills it in before a run starts, so a worker never sees one it has to guess.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal
 
 from megapar.config.keys import group, option
+from megapar.config.layout import AXES, Layout
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,25 @@ class ModelConfig:
         return self.activation in ("swiglu", "geglu")
 
 
+# A key for every axis. Of type Any, as the axes are data: the number of ranks, None if it is derived.
+AxisSizes: Any = make_dataclass(
+    "AxisSizes",
+    [
+        (
+            kind.name,
+            int | None if kind.derived else int,
+            option(None if kind.derived else 1, kind.help, at_least=1, also=kind.also),
+        )
+        for kind in AXES.values()
+    ],
+    frozen=True,
+)
+
+
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(AxisSizes):
     """How many ranks share what."""
 
-    tp: int = option(
-        1,
-        "tensor-parallel ranks: matrices are split over them",
-        at_least=1,
-        also=("tensor_parallel", "tensor_model_parallel_size", "tensor_parallel_size"),
-    )
-    pp: int = option(
-        1,
-        "pipeline ranks: layers are split over them",
-        at_least=1,
-        also=("pipeline_parallel", "pipeline_model_parallel_size", "pipeline_parallel_size"),
-    )
-    dp: int | None = option(
-        None,
-        "data-parallel ranks; default: all visible GPUs / (tp*pp), 1 on a CPU",
-        at_least=1,
-        also=("data_parallel", "data_parallel_size"),
-    )
     auto: bool = option(False, "choose tp, pp and dp for `devices` ranks")
     sequence_parallel: bool = option(False, "split activations between the tensor-parallel regions over tp as well")
     tp_overlap: Literal["auto", "serial", "chunked", "symmetric"] = option(
@@ -102,6 +100,11 @@ class ParallelConfig:
     bucket_size: int = option(
         1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete", at_least=1
     )
+
+    @property
+    def layout(self) -> Layout:
+        """The layout; a size that is not derived yet counts as 1."""
+        return Layout(**{name: getattr(self, name) or 1 for name in AXES})
 
 
 @dataclass(frozen=True)

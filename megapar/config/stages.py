@@ -21,7 +21,7 @@ def num_stages(config: TrainConfig) -> int:
 def num_microbatches(config: TrainConfig) -> int:
     """Micro-batches of a step on one data-parallel rank."""
     train = config.train
-    return train.global_batch_size // (train.micro_batch_size * (config.parallel.dp or 1))
+    return train.global_batch_size // (train.micro_batch_size * config.parallel.layout.over("samples"))
 
 
 def stage_layers(config: TrainConfig) -> list[int]:

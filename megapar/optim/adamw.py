@@ -91,8 +91,8 @@ class Optimizer:
         if self._counted:
             total += torch.stack(torch._foreach_norm(self._counted)).double().square().sum()
         mesh = self.buffers.mesh
-        copies = 1 if self.buffers.zero else mesh["dp"].size  # without ZeRO-1 all dp ranks hold the same sum
-        return math.sqrt(all_reduce(total, mesh["world"]).item() / copies)
+        copies = 1 if self.buffers.zero else mesh.data.size  # without ZeRO-1 all of them hold the same sum
+        return math.sqrt(all_reduce(total, mesh.distinct).item() / copies)
 
     def step(self, lr: float) -> StepResult:
         """Update the parameters from the owned gradients, which are clipped in place. Collective."""

@@ -48,7 +48,7 @@ class StageBuffers:
     def __init__(self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False) -> None:
         self.context, self.weights_only = context, weights_only
         self.mesh: Mesh = context.mesh
-        self.zero = zero and self.mesh["dp"].size > 1
+        self.zero = zero and self.mesh.data.size > 1
         self.buckets: list[Bucket] = []
         self.offsets: dict[LocalParameter, int] = {}
         self._lay_out(bucket_size)
@@ -59,7 +59,7 @@ class StageBuffers:
             self._install(parameter)
 
     def _lay_out(self, bucket_size: int) -> None:
-        granule = _ALIGN * self.mesh["dp"].size
+        granule = _ALIGN * self.mesh.data.size
         position = start = size = 0
         held: list[LocalParameter] = []
 
@@ -110,8 +110,8 @@ class StageBuffers:
         """The part of a bucket whose optimizer state this rank holds."""
         if not self.zero:
             return slice(bucket.start, bucket.stop)
-        share = (bucket.stop - bucket.start) // self.mesh["dp"].size
-        first = bucket.start + self.mesh["dp"].index * share
+        share = (bucket.stop - bucket.start) // self.mesh.data.size
+        first = bucket.start + self.mesh.data.index * share
         return slice(first, first + share)
 
     def pieces(self) -> Iterator[tuple[LocalParameter, Piece, int, int]]:
@@ -163,7 +163,7 @@ class StageBuffers:
         whole = shards.new_empty(self.params.numel())
         for bucket, (part, position) in zip(self.buckets, self.owned_parts(), strict=True):
             share = shards[position : position + part.stop - part.start]
-            whole[bucket.start : bucket.stop] = all_gather(share, self.mesh["dp"])
+            whole[bucket.start : bucket.stop] = all_gather(share, self.mesh.data)
         return whole
 
     def take_owned(self, flat: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ class GradSync:
         self._started: list[tuple[Waiting, Bucket]] = []
         self._reductions = {
             id(bucket): reduction(
-                compression, self.mesh["dp"], self._matrices(bucket), bucket.stop - bucket.start, powersgd_rank
+                compression, self.mesh.data, self._matrices(bucket), bucket.stop - bucket.start, powersgd_rank
             )
-            for bucket in (buffers.buckets if self.mesh["dp"].size > 1 else ())
+            for bucket in (buffers.buckets if self.mesh.data.size > 1 else ())
         }
         # What this rank owns after the reduction: with ZeRO-1 a buffer of its own, else all main gradients.
         self.owned = buffers.take_owned(buffers.grads)
@@ -86,8 +86,7 @@ class GradSync:
         if self._waits_for_other_end(bucket):
             assert self.buffers.context.ends is not None
             all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.buffers.context.ends)
-        dp = self.mesh["dp"]
-        if dp.size == 1:
+        if self.mesh.data.size == 1:
             return
         flat = self.buffers.grads[bucket.start : bucket.stop]
         name = f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"

@@ -5,6 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+from megapar.config.layout import AXES, INSIDE_STAGES
 from megapar.report.svg import COLOURS, GRID, LEFT, MUTED, PAPER, RIGHT, WIDTH, document, legend, text, ticks
 from megapar.report.timeline import IDLE, Bar, Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Action
@@ -74,7 +75,9 @@ def _timeline_panels(trace: Trace, top: float) -> tuple[list[str], float, float]
     """
     step = trace.steps[-1]
     simulation = simulate(trace.schedule, trace.costs())
-    drawn = [rank for rank in trace.ranks if len(trace.ranks) <= MOST_LANES or not rank.place["dp"] + rank.place["tp"]]
+    drawn = trace.ranks
+    if len(drawn) > MOST_LANES:
+        drawn = [rank for rank in drawn if not any(rank.place[axis] for axis in INSIDE_STAGES)]
     spans = [span for rank in drawn for span in rank.steps[step]]
     start = min(span.start for span in spans)
     stop = max(*(span.stop for span in spans), start + simulation.step_time)
@@ -98,7 +101,8 @@ def _timeline_panels(trace: Trace, top: float) -> tuple[list[str], float, float]
         f"Step {step}, {trace.name}: pipeline {_ms(took)} measured, {_ms(foreseen)} simulated; "
         f"bubble {trace.bubble(step):.1%} measured, {simulation.mean_bubble:.1%} simulated"
     )
-    who = "every rank" if len(drawn) == len(trace.ranks) else f"dp 0, tp 0 of {len(trace.ranks)} ranks"
+    firsts = ", ".join(f"{axis} 0" for axis in INSIDE_STAGES if trace.layout[axis] > 1)
+    who = "every rank" if len(drawn) == len(trace.ranks) else f"{firsts} of {len(trace.ranks)} ranks"
     first, last = trace.steps[0], trace.steps[-1]
     of = f"of step {step}" if first == last else f"over steps {first} to {last}"
     panel = partial(draw_lanes, start=start, stop=stop, width=width, unit="ms", per_unit=1000.0)
@@ -120,13 +124,13 @@ def _measured_lane(trace: Trace, rank: RankTrace, step: int) -> Lane:
             bars.append(
                 Bar(max(span.start, met), span.stop, span.kind, _note(span.name, span.stop - max(span.start, met)))
             )
-        elif span.kind in ("tp", "dp"):
+        elif span.kind in INSIDE_STAGES:
             bars.append(Bar(span.start, span.stop, span.kind, note))
         elif span.kind in ("RECV_F", "RECV_B", "world"):
             bars.append(Bar(span.start, span.stop, IDLE, f"waiting, {note}"))
         elif span.kind in COLOURS:
             bars.append(action_bar(Action.parse(span.name), span.start, span.stop, stages, note))
-    name = "  ".join(f"{axis} {place[axis]}" for axis in ("pp", "dp", "tp"))
+    name = "  ".join(f"{axis} {index}" for axis, index in place.items() if AXES[axis].splits or trace.layout[axis] > 1)
     return Lane(name, bars, max(span.stop for span in spans))
 
 

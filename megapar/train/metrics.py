@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
-from megapar.mesh import AXES, Mesh
+from megapar.mesh import Mesh
 from megapar.trace import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
-_WAITS = (*AXES, "world")  # world: the gradient norm, where ranks meet once per step
+_WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step
 _COLUMNS = ("loss", "phase", "busy", *_WAITS)
 
 
@@ -30,13 +31,13 @@ def local_figures(loss: float, spans: list[Span]) -> list[float]:
 
 
 def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
-    """[pp, dp, tp, columns] fp64 on the CPU: every rank's figures by place in the mesh. Collective."""
+    """[*sizes in RANK_ORDER, columns] fp64 on the CPU: every rank's figures by place in the mesh. Collective."""
     mine = torch.tensor([figures], dtype=torch.float64, device=mesh.device)
     rows = mine
     if mesh.world_size > 1:
         rows = mine.new_empty(mesh.world_size, len(figures))
         dist.all_gather_single(rows, mine, group=mesh["world"].group)
-    return rows.cpu().view(*mesh.sizes.values(), len(figures))
+    return rows.cpu().view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
 def summarise(figures: Tensor) -> dict[str, Any]:
@@ -50,16 +51,28 @@ def summarise(figures: Tensor) -> dict[str, Any]:
     until its last rank is done, as in the schedule's ideal.
     """
     column = {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
-    compute = column["busy"] - column["tp"] - column["dp"]
-    exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(AXES)}
+    compute = column["busy"]
+    for axis in reversed(INSIDE_STAGES):
+        compute = compute - column[axis]
+    exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(RANK_ORDER)}
     exposed["world"] = float(column["world"].min())
-    phase = column["phase"].amax(AXES.index("pp"), keepdim=True)
+    phase = column["phase"].amax(RANK_ORDER.index("pp"), keepdim=True)
     return {
-        "loss": float(column["loss"].sum()),
+        "loss": total_loss(figures),
         "compute_s": float(compute.mean()),
         "bubble": float((1.0 - column["busy"] / phase).mean()),
         "exposed_comm_s": exposed,
     }
+
+
+def total_loss(figures: Tensor) -> float:
+    """The sum of all ranks' parts of the loss. Of ranks that repeat each other the first ones are summed, so that the
+    sum has the bits that it has without the others."""
+    losses = figures[..., _COLUMNS.index("loss")]
+    for dim, axis in enumerate(RANK_ORDER):
+        if AXES[axis].splits is None:
+            losses = losses.narrow(dim, 0, 1)
+    return float(losses.sum())
 
 
 class MetricsWriter:

@@ -1,6 +1,7 @@
 """What a finished run says on the terminal."""
 
 import re
+from math import prod
 from typing import Any
 
 from megapar.config.schema import TrainConfig
@@ -9,7 +10,7 @@ from megapar.config.schema import TrainConfig
 def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     """Layout, speed, where the time of a step went, and what the run left behind."""
     layout, step = summary["layout"], summary["step_time_s"]
-    ranks = layout["tp"] * layout["pp"] * layout["dp"]
+    ranks = prod(layout.values())
     names = " ".join(f"{axis}={size}" for axis, size in layout.items())
     sample = summary.get("sample")
     lines = ["", "the model writes:", *(f"    {line}" for line in sample.splitlines())] if sample else []

@@ -63,7 +63,7 @@ class LanguageModeling:
         The samples are the same in every layout; where they don't divide, some batches hold tokens that don't count.
         """
         numbers = self._held_out_numbers()
-        granule = self.config.train.micro_batch_size * self.mesh["dp"].size
+        granule = self.config.train.micro_batch_size * self.mesh.samples.size
         tokens = len(numbers) * self.config.train.seq_length
         batches = []
         for part in self._share(-(-len(numbers) // granule) * granule):
@@ -88,8 +88,8 @@ class LanguageModeling:
 
     def _share(self, samples: int) -> list[np.ndarray]:
         """This rank's micro-batches of sample numbers 0..samples-1: dealt out micro-batch by micro-batch."""
-        size, dp = self.config.train.micro_batch_size, self.mesh["dp"]
-        return list(np.arange(samples).reshape(-1, dp.size, size)[:, dp.index])
+        size, peers = self.config.train.micro_batch_size, self.mesh.samples
+        return list(np.arange(samples).reshape(-1, peers.size, size)[:, peers.index])
 
     def _batch(self, split: str, numbers: np.ndarray, step: int, tokens: int) -> Batch:
         windows = torch.from_numpy(self._samples[split].batch(numbers)).to(self.mesh.device)

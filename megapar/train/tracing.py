@@ -78,10 +78,10 @@ class Tracer:
                 step: [Span(kind, name, start - shift, stop - shift) for kind, name, start, stop in spans]
                 for step, spans in each["steps"]
             }
-            ranks.append(RankTrace(mesh.coordinates(rank), steps))
+            ranks.append(RankTrace(mesh.layout.coordinates(rank), steps))
         trace = Trace(
-            layout={axis: mesh.sizes[axis] for axis in ("dp", "pp", "tp")},
-            name=self.config.pipeline.schedule if mesh.sizes["pp"] > 1 else "1f1b",
+            layout=mesh.layout,
+            name=self.config.pipeline.schedule if mesh.layout["pp"] > 1 else "1f1b",
             schedule=self.schedule,
             ranks=ranks,
             clock_error=sum(sorted(error for _, error in shifts)[-2:]),

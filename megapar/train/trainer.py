@@ -41,11 +41,8 @@ class Step:
 
 
 def make_mesh(config: TrainConfig, rank: int) -> Mesh:
-    parallel = config.parallel
-    assert parallel.dp is not None
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
-    sizes = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
-    return Mesh(sizes, rank, device, timedelta(seconds=config.train.timeout_s))
+    return Mesh(config.parallel.layout, rank, device, timedelta(seconds=config.train.timeout_s))
 
 
 def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
@@ -165,5 +162,5 @@ class Trainer(ModelPart):
         return loss
 
     def _part(self, losses: list[Tensor]) -> float:
-        """Tensor-parallel peers hold the same losses: one of them counts."""
-        return float(sum(losses)) if losses and self.mesh["tp"].index == 0 else 0.0
+        """Of ranks that hold the same losses, as tensor-parallel peers do, one counts."""
+        return float(sum(losses)) if losses and self.mesh.first_along("weights", None) else 0.0

@@ -20,7 +20,7 @@ from megapar.kernels import BACKENDS, backend_of
 from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.trace import Span
-from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise
+from megapar.train.metrics import MetricsWriter, finite, gather_figures, local_figures, summarise, total_loss
 from megapar.train.rebalance import StageTimes
 from megapar.train.sampling import generate_tokens, keep_tokenizer
 from megapar.train.summary import summary_text
@@ -134,7 +134,7 @@ class Loop:
         part = self.trainer.evaluate()
         figures = gather_figures(local_figures(part, []), self.trainer.mesh)
         if self.writer is not None:
-            loss = float(figures[..., 0].sum())
+            loss = total_loss(figures)
             row = {"step": step, "val_loss": loss, "val_bits_per_char": self.trainer.task.bits_per_char(loss)}
             self.evaluations.append(row)
             self.writer.evaluation(row)
@@ -176,9 +176,9 @@ class Loop:
         def middle(key: str, part: str | None = None) -> float:
             return median(row[key] if part is None else row[key][part] for row in rows)
 
-        parallel, train = self.config.parallel, self.config.train
+        train = self.config.train
         return {
-            "layout": {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
+            "layout": dict(self.config.parallel.layout),
             "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
             "steps": len(self.rows),
             "layers_per_stage": stage_layers(self.config),

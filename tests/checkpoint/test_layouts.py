@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megapar.checkpoint import read_manifest
-from megapar.config.check import layout_of
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import DTYPES
@@ -41,7 +40,7 @@ MOVES: list[tuple[Setting, list[Setting], dict[str, Any]]] = [
 
 
 def run(pool: WorkerPool, config: TrainConfig, steps: int, **paths: Any) -> list[jobs.RankState]:
-    return pool.run(jobs.run, layout_of(config).world, config, steps, paths.get("load_from"), paths.get("save_to"))
+    return pool.run(jobs.run, config.parallel.layout.world, config, steps, paths.get("load_from"), paths.get("save_to"))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,6 @@ from megapar.schedule.table import write
 COMPANIONS = {
     "data/text": ["data.path=folder"],
     "data/tokens": ["data.path=prefix"],
-    "parallel/tp8": ["model.heads=8"],
-    "parallel/pp8": ["model.layers=8"],
-    "parallel/dp8": ["train.micro_batch_size=1"],
     "parallel/auto": ["devices=8"],
 }
 FILES = [
@@ -69,6 +66,16 @@ def test_files_only_say_what_they_mean() -> None:
 def test_demo_is_three_dimensional() -> None:
     config = compose("train", split(["experiment=demo"]))
     assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["tp2pp2dp2", "dp2tp2", "pp4", "tp8"])
+def test_a_layout_needs_no_file(name: str) -> None:
+    config = compose("train", split([f"parallel={name}", "parallel.zero=1"]))
+    assert config.parallel.layout == Layout.parse(name)
+    assert config.parallel.dp == Layout.parse(name)["dp"]  # not derived: what the name leaves out is 1
+    of_experiment = compose("train", split(["experiment=demo", f"parallel={name}"])).parallel
+    assert (of_experiment.layout, of_experiment.zero) == (Layout.parse(name), 1)
+    assert compose("train", split([f"parallel={name}", "parallel.tp=3"])).parallel.tp == 3  # a key wins over a choice
 
 
 def test_later_files_and_overrides_win() -> None:

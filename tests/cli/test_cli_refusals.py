@@ -19,7 +19,8 @@ REFUSED = {
     "train ~optim": ["~optim", "leave it out"],
     "train ~optim.lr": ["~optim.lr", "leave it out"],
     "train modle=tiny": ["modle=tiny", "did you mean model?"],
-    "train parallel=tp9": ["parallel=tp9", "no such file", "tp2pp2dp2"],
+    "train parallel=tpp9": ["parallel=tpp9", "no such file", "tp2pp2dp2"],
+    "train parallel=tp9": ["model.heads=4", "parallel.tp=9"],
     "train experiment=demoo": ["experiment=demoo", "did you mean demo?"],
     "train prompt=x": ["prompt=x", "unknown key"],
     "generate model=tiny": ["model=tiny", "generate", "parallel"],
@@ -177,7 +178,7 @@ REFUSED = {
     "generate run.dir=/does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
     # sweeps
     "train -m parallel=tp2,tp8": ["model.heads=4", "parallel.tp=8", "in the point parallel=tp8"],
-    "train -m parallel=tp2,tp9": ["parallel=tp9", "no such file"],
+    "train -m parallel=tp2,tpp9": ["parallel=tpp9", "no such file"],
     "train -m train.stepz=1,2": ["train.stepz=1,2", "did you mean train.steps?"],
     "train -m train.steps=1,2 out=x": ["out=x", "leave it out"],
 }

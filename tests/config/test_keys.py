@@ -16,8 +16,8 @@ class Below:
 
 @dataclass(frozen=True)
 class Example:
-    below: Below = group(Below, "a group")  # noqa: RUF009
-    sizes: list[float] | None = option([1.0], "some sizes", above=0)  # noqa: RUF009
+    below: Below = group(Below, "a group")
+    sizes: list[float] | None = option([1.0], "some sizes", above=0)
     name: str = option("x", "a text", empty="give a name", verbatim=True)
 
 

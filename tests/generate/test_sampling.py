@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from megapar.config.check import layout_of
 from megapar.config.keys import changed
 from megapar.config.schema import SampleConfig
 from megapar.launch.pool import WorkerPool
@@ -98,7 +97,7 @@ def test_every_layout_writes_the_same(
     assert all(len(set(text)) > 2 for text in expected)
     for layout, values in layouts:
         config = tiny_config(tokens, layout, **both | values)
-        for found in pool.run(jobs.continuations, layout_of(config).world, config, PROMPT, SAMPLES):
+        for found in pool.run(jobs.continuations, config.parallel.layout.world, config, PROMPT, SAMPLES):
             assert found == expected, layout
 
 

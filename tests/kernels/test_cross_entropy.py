@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapar.config.layout import Layout
 from megapar.kernels import use_backend
 from megapar.kernels.cross_entropy import (
     Objective,
@@ -145,7 +146,7 @@ def collectives(rank: int, world_size: int) -> tuple[list[str], float]:
             return func(*args, **(kwargs or {}))
 
     use_backend("interpret")
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": 2}, rank)
+    mesh = Mesh(Layout(tp=2), rank)
     logits, targets, grad = given(6, 31, torch.float32)
     _, gradient = exact(logits, targets, grad, 0.0, 0.0)
     mine, wanted = (x.tensor_split(2, 1)[rank] for x in (logits, gradient))
@@ -179,7 +180,7 @@ def test_six_bytes_per_logit() -> None:
 
 
 def test_a_second_backward_is_refused() -> None:
-    axis = Mesh({"pp": 1, "dp": 1, "tp": 1})["tp"]
+    axis = Mesh()["tp"]
     logits = torch.randn(2, 5, requires_grad=True)
     loss = vocab_parallel_cross_entropy(logits * 1.0, torch.tensor([1, 2]), 0, axis).sum()
     loss.backward(retain_graph=True)

@@ -42,12 +42,16 @@ def compare(pool: WorkerPool, folder: Path, config: VerifyConfig) -> list[Verdic
 # Every tp, pp, dp of up to 8 ranks that 24 heads, 8 layers and 24 samples divide (5 and 7 don't).
 EIGHT = {"model.layers": 8, "model.hidden": 48, "model.heads": 24, "model.ffn": 48, "train.global_batch_size": 24}
 ALL_OF_EIGHT = [
-    str(Layout(tp, pp, dp))
+    str(Layout(tp=tp, pp=pp, dp=dp))
     for tp in (1, 2, 3, 4, 6, 8)
     for pp in range(1, 9)
     for dp in (1, 2, 3, 4, 6, 8)
     if 1 < tp * pp * dp <= 8
 ]
 ALL = [
-    str(Layout(tp, pp, dp)) for tp in range(1, 5) for pp in range(1, 5) for dp in range(1, 5) if 1 < tp * pp * dp <= 8
+    str(Layout(tp=tp, pp=pp, dp=dp))
+    for tp in range(1, 5)
+    for pp in range(1, 5)
+    for dp in range(1, 5)
+    if 1 < tp * pp * dp <= 8
 ]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
@@ -52,7 +53,7 @@ class Traffic:
 
 def reduced(rank: int, world_size: int, method: str, zero: bool) -> tuple[list[Tensor], int, int]:
     """The sums of STEPS equal steps, the bytes that the reduction says it sent, and those that were counted."""
-    mesh = Mesh({"pp": 1, "dp": world_size, "tp": 1}, rank)
+    mesh = Mesh(Layout(dp=world_size), rank)
     one = reduction(method, mesh["dp"], MATRICES, SIZE, rank=2)
     traffic, sums = Traffic(world_size), []
     with traffic.counting("all_reduce"), traffic.counting("all_to_all_single"), traffic.counting("all_gather_single"):
@@ -107,7 +108,7 @@ def test_a_rank_too_low_comes_back_later(pool: WorkerPool) -> None:
 
 def full_rank(rank: int, world_size: int) -> list[float]:
     """Relative error of the mean over the first 1, 2, ... steps."""
-    mesh = Mesh({"pp": 1, "dp": world_size, "tp": 1}, rank)
+    mesh = Mesh(Layout(dp=world_size), rank)
     one = reduction("powersgd", mesh["dp"], MATRICES[:1], 64 * 48, rank=2)
     given = [torch.randn(64 * 48, generator=torch.Generator().manual_seed(peer)) for peer in range(world_size)]
     exact, total, errors = torch.stack(given).sum(0), torch.zeros(64 * 48), []
@@ -121,7 +122,7 @@ def full_rank(rank: int, world_size: int) -> list[float]:
 
 
 def without_matrices(rank: int, world_size: int) -> None:
-    mesh = Mesh({"pp": 1, "dp": world_size, "tp": 1}, rank)
+    mesh = Mesh(Layout(dp=world_size), rank)
     one = reduction("powersgd", mesh["dp"], MATRICES, SIZE, rank=1000)
     for _ in range(2):
         flat = torch.ones(SIZE)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.errors import UserError
+from megapar.config.layout import Layout
 from megapar.kernels import interprets
 from megapar.kernels._common import check_overflow
 from megapar.kernels.comm import exchange, symmetric
@@ -94,7 +95,7 @@ def expected(case: Case, rank: int) -> list[Tensor]:
 
 def outcomes(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, list[Tensor]]]:
     """y, dx and dw of every case, by engine. With `to_all`: of the symmetric engine, else of the chunked."""
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    mesh = Mesh(Layout(tp=world_size), rank)
     group = mesh["tp"].group
     if interprets():
         check_overflow(False)
@@ -163,7 +164,7 @@ def compared(ranks: int, cases: list[Case], pool: WorkerPool) -> Iterator[tuple[
 
 
 def without_rows(rank: int, world_size: int) -> None:
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    mesh = Mesh(Layout(tp=world_size), rank)
     way = Overlap(mesh["tp"])
     way.engine = lambda *operands: Chunked(2)  # type: ignore[method-assign]
     for name in FUNCTIONS:
@@ -180,7 +181,7 @@ def test_no_rows(pool: WorkerPool) -> None:
 
 
 def twice(rank: int, world_size: int) -> None:
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    mesh = Mesh(Layout(tp=world_size), rank)
     for name in FUNCTIONS:
         x, w = torch.ones(2, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
         y = getattr(overlap, name)(x, w, Overlap(mesh["tp"]))
@@ -195,7 +196,7 @@ def test_a_second_derivative_is_refused(pool: WorkerPool) -> None:
 
 
 def refused_on_a_full_file_system(rank: int, world_size: int) -> str:
-    mesh = Mesh({"pp": 1, "dp": 1, "tp": world_size}, rank)
+    mesh = Mesh(Layout(tp=world_size), rank)
     group = mesh["tp"].group
     assert group is not None
     engine = Symmetric(SymmetricMemory(group, mesh.device, 60.0))

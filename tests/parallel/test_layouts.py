@@ -51,7 +51,7 @@ OPTIONS: dict[str, list[Any]] = {
 
 
 def divides(case: dict[str, Any]) -> bool:
-    tp = Layout.parse(case["layout"]).tp
+    tp = Layout.parse(case["layout"])["tp"]
     return case["model.kv_heads"] % tp == 0 or tp % case["model.kv_heads"] == 0
 
 
@@ -61,7 +61,7 @@ CASES = pairwise(OPTIONS, divides)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
     values = STYLES[case["style"]] | {key: value for key, value in case.items() if "." in key}
-    stages = Layout.parse(case["layout"]).pp
+    stages = Layout.parse(case["layout"])["pp"]
     if case["uneven"] and stages > 1:
         values["model.layers"] = 5
         values["pipeline.partition"] = {2: [4, 1], 4: [1, 1, 2, 1]}[stages]

@@ -126,7 +126,7 @@ def test_a_late_operation_shows_on_its_axis(axis: str, layout: str, pool: Worker
     up, and the figure rises by less than was injected.
     """
     ranks = Layout.parse(layout)
-    values = {"parallel.bucket_size": 3000, "train.steps": 21, "train.global_batch_size": 4 * ranks.dp}
+    values = {"parallel.bucket_size": 3000, "train.steps": 21, "train.global_batch_size": 4 * ranks["dp"]}
     config = tiny_config(prefix, layout, **values)
     rows = pool.run(exposed, ranks.world, config, axis)[0][1:]  # the first step warms up
     late, usual = rows[0::2], rows[1::2]
@@ -136,7 +136,7 @@ def test_a_late_operation_shows_on_its_axis(axis: str, layout: str, pool: Worker
 
 
 def stuck_peer(rank: int, world_size: int) -> None:
-    mesh = Mesh({"pp": 1, "dp": 2, "tp": 2}, rank, timeout=timedelta(seconds=1))
+    mesh = Mesh(Layout(dp=2, tp=2), rank, timeout=timedelta(seconds=1))
     if rank == 3:
         time.sleep(4)  # neither computing nor gone
     collectives.all_reduce(torch.ones(4), mesh["tp"])

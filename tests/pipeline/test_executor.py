@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megapar.config.layout import Layout
 from megapar.launch.machine import keep_freed_memory
 from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
@@ -80,7 +81,7 @@ def loss_of(outputs: Tensors, batch: Batch) -> Tensor:
 
 def run_cross(rank: int, world_size: int, name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     schedule = build(name, world_size, MICROBATCHES)
-    mesh = Mesh({"pp": world_size, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=world_size), rank)
     stages = {stage: CrossStage(stage, schedule.stages) for stage in schedule.stages_of(rank)}
     losses = Executor(stages, mesh, WeightGrads(), loss_of).run(schedule, batches())
     mesh.close()
@@ -127,7 +128,7 @@ class Forgetful(CrossStage):
 
 
 def run_forgetful(rank: int, world_size: int) -> None:
-    mesh = Mesh({"pp": 2, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=2), rank)
     Executor({rank: Forgetful(rank, 2)}, mesh, WeightGrads(), loss_of).run(build("1f1b", 2, MICROBATCHES), batches())
 
 
@@ -158,7 +159,7 @@ class Wide(nn.Module):
 def page_faults(rank: int, world_size: int) -> int:
     """Of the last three of twelve steps: it takes a few until every block is there that a step needs at once."""
     keep_freed_memory()
-    mesh = Mesh({"pp": 2, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=2), rank)
     executor = Executor({rank: Wide()}, mesh, WeightGrads(), lambda outputs, batch: outputs["x"].sum())
     schedule, inputs = build("1f1b", 2, 2), [{"x": torch.ones(WIDE)}] * 2
     before = 0
@@ -187,7 +188,7 @@ def test_frozen_first_stage_trains_the_rest(pool: WorkerPool) -> None:
 
 
 def run_frozen(rank: int, world_size: int) -> dict[str, Any]:
-    mesh = Mesh({"pp": 2, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=2), rank)
     stage = CrossStage(rank, 2).requires_grad_(rank == 1)
     Executor({rank: stage}, mesh, WeightGrads(), loss_of).run(build("1f1b", 2, MICROBATCHES), batches())
     mesh.close()
@@ -197,7 +198,7 @@ def run_frozen(rank: int, world_size: int) -> dict[str, Any]:
 def posted_ahead(rank: int, world_size: int, name: str) -> list[tuple[Action, int]]:
     """For every receive of this rank's row: how many computations began between its posting and its wait."""
     schedule = build(name, world_size, MICROBATCHES)
-    mesh = Mesh({"pp": world_size, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=world_size), rank)
     stages = {stage: CrossStage(stage, schedule.stages) for stage in schedule.stages_of(rank)}
     executor = Executor(stages, mesh, WeightGrads(), loss_of)
     begun, posted, found = 0, {}, []

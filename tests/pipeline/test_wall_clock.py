@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import make_schedule
 from megapar.launch.pool import WorkerPool
@@ -70,7 +71,7 @@ class SleepingStage(nn.Module):
 
 def sleep_through(rank: int, world_size: int, schedule: Schedule, steps: int) -> list[tuple[float, float]]:
     """(seconds, seconds in F, B, I and W) of steps after a first one."""
-    mesh = Mesh({"pp": world_size, "dp": 1, "tp": 1}, rank)
+    mesh = Mesh(Layout(pp=world_size), rank)
     weight_grads = WeightGrads()
     stages = {stage: SleepingStage(SECONDS, weight_grads) for stage in schedule.stages_of(rank)}
     executor = Executor(stages, mesh, weight_grads, lambda outputs, batch: outputs["x"].sum())

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megapar.config.layout import Layout
 from megapar.report.picture import draw
 from megapar.report.svg import COLOURS, GRID, LEFT, RIGHT, WAIT
 from megapar.schedule.build import build
@@ -22,8 +23,7 @@ AFTER = [("phase", "pipeline", 0.0, 1.2), ("OPTIMIZER", "optimizer", 1.2, 2.0), 
 
 def write_trace(folder: Path, ranks: list[RankTrace], name: str, pp: int, microbatches: int, **sizes: int) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
-    layout = {"dp": 1, "pp": pp, "tp": 1} | sizes
-    write(Trace(layout, name, build(name, pp, microbatches), ranks, 1e-4, {}), folder / "trace.json")
+    write(Trace(Layout(pp=pp, **sizes), name, build(name, pp, microbatches), ranks, 1e-4, {}), folder / "trace.json")
 
 
 def texts(path: Path) -> list[tuple[str, float]]:

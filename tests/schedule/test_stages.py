@@ -134,7 +134,7 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
 def test_activation_bytes_are_about_what_autograd_keeps(recompute: str, style: dict[str, Any]) -> None:
     """Within a quarter of the bytes of all different storages saved by the middle one of three stages' layers."""
     config = config_of(**{"train.recompute": recompute, "model.layers": 4, "parallel.pp": 1} | style)
-    context = StageContext(Mesh({"pp": 1, "dp": 1, "tp": 1}), placement=(0,) * 3, stage=1)
+    context = StageContext(Mesh(), placement=(0,) * 3, stage=1)
     stage = TransformerStage(
         context, config.model, range(4), first=False, last=False, positions=32, recompute=recompute
     )

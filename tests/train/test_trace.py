@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
@@ -136,7 +137,7 @@ def test_no_two_transfers_share_an_arrow(tmp_path: Path) -> None:
         for dp in range(2)
         for tp in range(2)
     ]
-    write(Trace({"dp": 2, "pp": 3, "tp": 2}, "1f1b", schedule, ranks, 0.0, {}), tmp_path / "trace.json")
+    write(Trace(Layout(dp=2, pp=3, tp=2), "1f1b", schedule, ranks, 0.0, {}), tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     for end in "sf":
         ids = [event["id"] for event in events if event["ph"] == end]
@@ -225,7 +226,7 @@ def test_a_run_that_starts_later_traces_what_is_left(
 ) -> None:
     values: dict[str, Any] = {"train.trace": [2, 3], "run.dir": str(tmp_path)}
     config = tiny_config(tokens, **values)
-    tracer = Tracer(config, Mesh({"pp": 1, "dp": 1, "tp": 1}), build("1f1b", 1, 1), first_step)
+    tracer = Tracer(config, Mesh(), build("1f1b", 1, 1), first_step)
     assert list(tracer.steps) == traced
     names = [("F", "0F0"), ("B", "0B0"), ("phase", "pipeline")]
     for step in range(first_step, 5):
