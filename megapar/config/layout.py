@@ -57,7 +57,7 @@ AXES: dict[str, AxisKind] = {
     )
 }
 
-# Outermost first. Tensor-parallel peers, which talk most, are neighbours: rank = (pp * sizes[dp] + dp) * sizes[tp] + tp.
+# Outermost first: rank = (pp * dp_ranks + dp) * tp_ranks + tp. Tensor-parallel peers talk most and are neighbours.
 RANK_ORDER = ("pp", "dp", "tp")
 
 # Along these ranks meet inside a pass through a stage; along the others between two passes.
