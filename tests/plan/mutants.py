@@ -1,7 +1,7 @@
 """Plans that are wrong in one place, made at `torch.distributed` and knowing nothing of who calls it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -41,7 +41,7 @@ def transfers_swapped() -> Iterator[None]:
         yield
 
 
-MUTANTS: dict[str, Callable[[], Any]] = {
+MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "all_reduce_dropped": all_reduce_dropped,
     "transfers_swapped": transfers_swapped,
 }

@@ -129,7 +129,7 @@ def _note(found: Recording, name: str, arguments: dict[str, Any], work: Any) -> 
     tensors = _tensors(arguments[_OPERANDS[name]])
     if name in ("recv", "irecv"):
         tensors[0].zero_()
-    group = arguments.get("group") or dist.group.WORLD
+    group: Any = arguments.get("group") or dist.group.WORLD
     elements = sum(tensor.numel() for tensor in tensors)
     place = _peer(arguments, group)
     size = f"{str(tensors[0].dtype).removeprefix('torch.')} {elements} = {elements * tensors[0].element_size()} B"

@@ -9,7 +9,7 @@ every value is nonsense. What it holds, and what it sends and asks for in which 
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from tests.plan.text import by_rank, fold, spans, wrapped
 from tests.tiny import write_tokens
 
 GOLDEN = Path(__file__).with_name("golden")
-_DAMAGE = nullcontext  # a mutant's context, around what one rank does
 
 
 @contextmanager
 def alone(rank: int, world_size: int) -> Iterator[None]:
     """The default process group as this rank of so many sees it, without the others."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
@@ -61,7 +60,7 @@ class RankPlan:
             reading.close(trainer)
 
 
-def plan(config: TrainConfig, damage: type[AbstractContextManager[None]] = _DAMAGE) -> str:
+def plan(config: TrainConfig, damage: Callable[[], AbstractContextManager[None]] = nullcontext) -> str:
     """What all ranks of a layout hold and do, as text. damage: a context around what each rank does."""
     ranks = {rank: RankPlan(config, rank, damage()) for rank in range(reading.world_of(config))}
     lines = [f"{len(ranks)} ranks", *_members({rank: one.groups for rank, one in ranks.items()})]

@@ -75,9 +75,7 @@ def test_every_schedule_is_replayed() -> None:
     assert used >= generators().keys()
 
 
-@pytest.mark.parametrize(
-    ("mutant", "lost"), [("all_reduce_dropped", "all_reduce tp"), ("transfers_swapped", "isend")]
-)
+@pytest.mark.parametrize(("mutant", "lost"), [("all_reduce_dropped", "all_reduce tp"), ("transfers_swapped", "isend")])
 def test_mutants_are_seen(replayed: Replayed, mutant: str, lost: str) -> None:
     """And the difference shows where."""
     changed = difference(golden("tp2pp2dp2"), replayed("tp2pp2dp2", mutant))

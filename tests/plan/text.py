@@ -40,10 +40,10 @@ def by_rank(title: str, of_ranks: dict[int, list[str]]) -> Iterator[str]:
     ranks_of: dict[tuple[str, ...], list[int]] = {}
     for rank, lines in of_ranks.items():
         ranks_of.setdefault(tuple(lines), []).append(rank)
-    for lines, ranks in ranks_of.items():
+    for shared, ranks in ranks_of.items():
         yield ""
         yield f"{title}, rank {spans(ranks)}"
-        yield from (f"  {line}" for line in lines)
+        yield from (f"  {line}" for line in shared)
 
 
 def spans(numbers: Sequence[int]) -> str:
