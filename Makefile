@@ -19,9 +19,16 @@ check: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# What every rank holds and sends, and the kernels' machine code, written down anew: look at the difference.
+replay: $(STAMP)
+	$(VENV)/bin/python -m tests.plan.replay
+
+replay-kernels: $(STAMP)
+	$(VENV)/bin/python -m tests.plan.replay --kernels
+
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test test-slow check
+.PHONY: demo test test-slow check replay replay-kernels

@@ -1,0 +1,55 @@
+"""A run that earlier code began goes on as it would have then: its `config.yaml`, its checkpoint, the next two steps.
+
+How `old/` was made: `tests/checkpoint/old_run.py`.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from megapar.config import file
+from megapar.config.check import check, layout_of
+from megapar.config.layout import Layout
+from megapar.config.parse import changed
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from tests.checkpoint.old_run import OLD, RUNS, go_on, of_all
+
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}  # relative; another layout adds in another order
+MOVES: list[tuple[str, str, dict[str, Any]]] = [
+    ("tp2dp2_zero_fp64", "single", {"parallel.zero": 0}),
+    ("tp2dp2_zero_fp64", "tp2dp2", {}),
+    ("tp2dp2_zero_fp64", "dp4", {}),
+    ("tp2pp2_tied_fp32", "single", {}),
+    ("tp2pp2_tied_fp32", "pp2dp2", {"parallel.zero": 1}),
+]
+
+
+def config_of(run: str) -> TrainConfig:
+    return file.load(TrainConfig, OLD / run / "config.yaml")
+
+
+@pytest.mark.parametrize(("run", "layout", "values"), MOVES, ids=[f"{run}-{layout}" for run, layout, _ in MOVES])
+def test_goes_on(pool: WorkerPool, tokens: str, run: str, layout: str, values: dict[str, Any]) -> None:
+    axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).axes()}
+    config = changed(config_of(run), {"data.path": tokens, "data.prefix": tokens} | axes | values)
+    check(config)
+    found = of_all(pool.run(go_on, layout_of(config).world, config, str(OLD / run)))
+    expected = json.loads((OLD / run / "figures.json").read_text(encoding="utf-8"))
+    assert [row["step"] for row in found] == [3, 4]
+    for row, old in zip(found, expected, strict=True):
+        assert row == pytest.approx(old, rel=TOLERANCE[config.train.dtype], abs=0.0)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_configuration_is_read(run: str) -> None:
+    """And says what it said."""
+    config = config_of(run)
+    assert str(layout_of(config)) == RUNS[run][0]
+    assert config.model.vocab_size == 61 and config.model.tied == ("tied" in run)
+    assert config.train.dtype == run.rpartition("_")[2] and config.optim.lr == 0.01
+
+
+def test_everything_old_is_tried() -> None:
+    assert {path.name for path in OLD.iterdir()} == set(RUNS) == {run for run, _, _ in MOVES}
