@@ -16,7 +16,6 @@ from typing import Any
 
 from megapar.checkpoint import load, save
 from megapar.config import file
-from megapar.config.check import layout_of
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
@@ -81,7 +80,7 @@ def main(folder: Path) -> None:
                 config = tiny_config(prefix, layout, **(SMALL | values | {"run.dir": f"runs/{name}"}))
                 run = folder / name
                 run.mkdir(parents=True)
-                figures = of_all(pool.run(write, layout_of(config).world, config, str(run / "checkpoints")))
+                figures = of_all(pool.run(write, config.parallel.layout.world, config, str(run / "checkpoints")))
                 (run / "config.yaml").write_text(file.dump(config), encoding="utf-8")
                 (run / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

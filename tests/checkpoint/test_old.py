@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from megapar.config import file
-from megapar.config.check import check, layout_of
+from megapar.config.check import check
+from megapar.config.keys import changed
 from megapar.config.layout import Layout
-from megapar.config.parse import changed
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from tests.checkpoint.old_run import OLD, RUNS, go_on, of_all
@@ -32,10 +32,10 @@ def config_of(run: str) -> TrainConfig:
 
 @pytest.mark.parametrize(("run", "layout", "values"), MOVES, ids=[f"{run}-{layout}" for run, layout, _ in MOVES])
 def test_goes_on(pool: WorkerPool, tokens: str, run: str, layout: str, values: dict[str, Any]) -> None:
-    axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).axes()}
+    axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).items()}
     config = changed(config_of(run), {"data.path": tokens, "data.prefix": tokens} | axes | values)
     check(config)
-    found = of_all(pool.run(go_on, layout_of(config).world, config, str(OLD / run)))
+    found = of_all(pool.run(go_on, config.parallel.layout.world, config, str(OLD / run)))
     expected = json.loads((OLD / run / "figures.json").read_text(encoding="utf-8"))
     assert [row["step"] for row in found] == [3, 4]
     for row, old in zip(found, expected, strict=True):
@@ -46,7 +46,7 @@ def test_goes_on(pool: WorkerPool, tokens: str, run: str, layout: str, values: d
 def test_configuration_is_read(run: str) -> None:
     """And says what it said."""
     config = config_of(run)
-    assert str(layout_of(config)) == RUNS[run][0]
+    assert str(config.parallel.layout) == RUNS[run][0]
     assert config.model.vocab_size == 61 and config.model.tied == ("tied" in run)
     assert config.train.dtype == run.rpartition("_")[2] and config.optim.lr == 0.01
 

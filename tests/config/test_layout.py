@@ -64,8 +64,10 @@ def megapar(copy: Path, *arguments: str) -> str:
     return done.stdout
 
 
-TINY = "model.hidden=16 model.heads=4 model.layers=2 model.ffn=32 model.vocab_size=61 train.seq_length=8".split()
-SHORT = "model.dropout=0.1 train.micro_batch_size=2 train.global_batch_size=8 train.dtype=fp32 train.steps=3".split()
+TINY_WORDS = "model.hidden=16 model.heads=4 model.layers=2 model.ffn=32 model.vocab_size=61 train.seq_length=8"
+TINY = TINY_WORDS.split()
+SHORT_WORDS = "model.dropout=0.1 train.micro_batch_size=2 train.global_batch_size=8 train.dtype=fp32 train.steps=3"
+SHORT = SHORT_WORDS.split()
 
 
 @pytest.mark.more
