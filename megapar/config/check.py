@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
+from megapar.config.model import parts
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
-from megapar.config.stages import layer_costs, make_schedule, num_microbatches, num_stages, stage_layers
+from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.kernels import NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
@@ -72,7 +73,7 @@ def check_layout(config: TrainConfig) -> None:
         if parallel.powersgd_rank < 1:
             raise ConfigError("parallel.powersgd_rank", parallel.powersgd_rank, "use 1 or more")
     check_schedule(config)
-    stage_layers(config)
+    stage_parts(config)
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
@@ -95,14 +96,15 @@ def check_pipeline(config: TrainConfig) -> None:
     if why := refuse_chunks(config.pipeline.schedule, chunks):
         raise ConfigError("pipeline.chunks", chunks, why)
     stages = num_stages(config)
-    if stages > layers:
+    most = layers if partition == "uniform" else len(parts(config))
+    if stages > most:
         problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
         if chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)
     if config.pipeline.costs is not None:
-        layer_costs(config)
+        part_costs(config)
     if isinstance(partition, str):
         if partition not in ("uniform", "balanced"):
             problem = "use uniform, balanced, or the layers of each stage such as [5,3]"
@@ -113,8 +115,8 @@ def check_pipeline(config: TrainConfig) -> None:
         raise ConfigError(
             "pipeline.partition", partition, f"needs {stages} numbers, one per stage ({product}); or uniform"
         )
-    if min(partition) < 1 or sum(partition) != layers:
-        problem = f"must be {stages} numbers of at least 1 that add up to model.layers={layers}; or uniform"
+    if min(partition) < 0 or 0 in partition[1:-1] or sum(partition) != layers:
+        problem = f"must be {stages} numbers that add up to model.layers={layers}; only the ends may be 0; or uniform"
         raise ConfigError("pipeline.partition", partition, problem)
 
 

@@ -1,8 +1,10 @@
-"""What a stage of a configured model holds and costs, before anything has run: pure functions of a resolved config."""
+"""Which parts of a configured model a stage holds and what they cost, before anything has run: pure functions."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import accumulate
 
 from megapar.config.errors import ConfigError
+from megapar.config.model import Part, parts, state_bytes
 from megapar.config.schema import TrainConfig
 from megapar.schedule.actions import Schedule, ScheduleError
 from megapar.schedule.build import build
@@ -24,26 +26,48 @@ def num_microbatches(config: TrainConfig) -> int:
     return train.global_batch_size // (train.micro_batch_size * config.parallel.layout.over("samples"))
 
 
+def stage_parts(config: TrainConfig) -> list[list[Part]]:
+    """The parts of every stage by `pipeline.partition`.
+
+    Raises ConfigError where no partition keeps within the devices' memory.
+    """
+    whole = parts(config)
+    ends = list(accumulate(_part_counts(config, whole)))
+    return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def stage_layers(config: TrainConfig) -> list[int]:
-    """Layers of every stage by `pipeline.partition`. Raises ConfigError where none keeps within the devices' memory."""
-    choice, layers, stages = config.pipeline.partition, config.model.layers, num_stages(config)
-    if isinstance(choice, list):
-        return choice
-    if choice == "uniform" or stages == 1:
-        return uniform(layers, stages)
-    costs = layer_costs(config)
-    time = [sum(of_layer) for of_layer in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
-    room = _room(config)
+    """Layers of every stage, as `pipeline.partition` lists them. A stage that has embedding or head may have none."""
+    return [sum(part.kind == "layer" for part in stage) for stage in stage_parts(config)]
+
+
+def _part_counts(config: TrainConfig, whole: Sequence[Part]) -> list[int]:
+    choice, stages = config.pipeline.partition, num_stages(config)
+    if stages == 1:
+        return [len(whole)]
+    if isinstance(choice, list) or choice == "uniform":
+        layers = choice if isinstance(choice, list) else uniform(config.model.layers, stages)
+        return _with_ends(whole, layers)
+    costs = part_costs(config)
+    time = [sum(of_part) for of_part in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
+    memory, limit = _memory(config, whole)
     try:
-        return balanced(time, stages, speed=_speeds(config), memory=[1.0] * layers, memory_limit=room)
+        return balanced(time, stages, speed=_speeds(config), memory=memory, memory_limit=limit)
     except PartitionError:
-        problem = "the layers don't fit into them; raise it, raise parallel.tp, or recompute: train.recompute=full"
+        problem = "the parts of the model don't fit into them; raise it, raise parallel.tp, or use train.recompute=full"
         raise ConfigError("pipeline.device_memory", config.pipeline.device_memory, problem) from None
+
+
+def _with_ends(whole: Sequence[Part], layers: Sequence[int]) -> list[int]:
+    """Parts per stage for layers per stage: what is not a layer goes with the ends."""
+    where = [number for number, part in enumerate(whole) if part.kind == "layer"]
+    starts = [where[first] if first < len(where) else where[-1] + 1 for first in [0, *accumulate(layers)][1:-1]]
+    return [end - start for start, end in zip([0, *starts], [*starts, len(whole)], strict=True)]
 
 
 def stage_costs(config: TrainConfig) -> Costs:
     """Costs of every stage, for schedules that look at them."""
-    return layer_costs(config).cut(stage_layers(config), _speeds(config))
+    return part_costs(config).cut([len(stage) for stage in stage_parts(config)], _speeds(config))
 
 
 def make_schedule(config: TrainConfig) -> Schedule:
@@ -59,14 +83,12 @@ def make_schedule(config: TrainConfig) -> Schedule:
     return build(pipeline.schedule, pp, microbatches, chunks=chunks, costs=costs, memory_limit=limit)
 
 
-def layer_costs(config: TrainConfig) -> Costs:
-    """Costs of every layer: measured ones from `pipeline.costs`, else estimated. Raises ConfigError.
-
-    The first layer's include the embedding and the last one's the head: they can't be parted from them.
-    """
+def part_costs(config: TrainConfig) -> Costs:
+    """Costs of every part: measured ones from `pipeline.costs`, else estimated. Raises ConfigError."""
     layers, path = config.model.layers, config.pipeline.costs
+    whole = parts(config)
     if path is None:
-        return _estimated(config)
+        return _estimated(config, whole)
     try:
         measured = read_costs(path, config.parallel.pp)
     except ScheduleError as error:
@@ -74,36 +96,24 @@ def layer_costs(config: TrainConfig) -> Costs:
     if measured.stages != layers:
         problem = f"has costs of {measured.stages} layers, and model.layers={layers}; take a run of this model's"
         raise ConfigError("pipeline.costs", path, problem)
-    return measured
+    return measured.apart()
 
 
-def _estimated(config: TrainConfig) -> Costs:
-    """Floating-point operations per token. An embedding has next to none; a causal mask does not halve attention here,
-    as the torch kernels multiply all of it."""
-    model, recompute = config.model, config.train.recompute
-    assert model.kv_heads and model.head_dim and model.ffn, "resolve the configuration first"
-    heads_width = model.heads * model.head_dim
-    matmul = 2.0 * _layer_weights(config)
-    attention = 4.0 * heads_width * config.train.seq_length
-    again = {"none": 0.0, "selective": attention, "full": matmul + attention}[recompute]
-    head = 2.0 * model.hidden * (model.vocab_size or 0)
-    forward, input_grad = matmul + attention, matmul + 2 * attention + again
-    last = [0.0] * (model.layers - 1) + [head]
+def _estimated(config: TrainConfig, whole: Sequence[Part]) -> Costs:
+    """Floating-point operations per token. An embedding has next to none."""
+    again = {
+        "none": lambda part: 0.0,
+        "selective": lambda part: part.attention,
+        "full": lambda part: part.matmul + part.attention if part.kind == "layer" else 0.0,
+    }[config.train.recompute]
+    layers = sum(part.kind == "layer" for part in whole)
     return Costs(
-        forward=tuple(forward + of_head for of_head in last),
-        input_grad=tuple(input_grad + of_head for of_head in last),
-        weight_grad=tuple(matmul + of_head for of_head in last),
-        activation=(config.parallel.pp / model.layers,) * model.layers,
-        reduce=(0.0,) * model.layers,
+        forward=tuple(part.matmul + part.attention for part in whole),
+        input_grad=tuple(part.matmul + 2 * part.attention + again(part) for part in whole),
+        weight_grad=tuple(part.matmul for part in whole),
+        activation=tuple(config.parallel.pp / layers if part.kind == "layer" else 0.0 for part in whole),
+        reduce=(0.0,) * len(whole),
     )
-
-
-def _layer_weights(config: TrainConfig) -> int:
-    """Elements of a layer's matrices over all tensor-parallel ranks."""
-    model = config.model
-    assert model.kv_heads and model.head_dim and model.ffn
-    attention = 2 * (model.heads + model.kv_heads) * model.head_dim * model.hidden
-    return attention + (3 if model.gated else 2) * model.hidden * model.ffn
 
 
 def _speeds(config: TrainConfig) -> list[float] | None:
@@ -114,49 +124,19 @@ def _speeds(config: TrainConfig) -> list[float] | None:
 
 def _evenly(config: TrainConfig) -> Schedule:
     """The schedule for stages that are all alike: where its stages live is where the real one's do."""
-    alike = replace(config.pipeline, partition="uniform", costs=None, speed=None, device_memory=None)
-    return make_schedule(replace(config, pipeline=alike))
+    return build(config.pipeline.schedule, config.parallel.pp, num_microbatches(config), chunks=config.pipeline.chunks)
 
 
-def _room(config: TrainConfig) -> list[float] | None:
-    """How many layers every stage has memory for, beside embedding and head; None without a limit.
+def _memory(config: TrainConfig, whole: Sequence[Part]) -> tuple[list[list[float]] | None, list[float] | None]:
+    """What every part takes on each stage, by stage, and what each stage may hold, in bytes; None without a limit.
 
-    Stages of one device have equal shares of it.
+    Stages of one device have equal shares of it. A part's activations take as often as its rank holds micro-batches.
     """
-    memory = config.pipeline.device_memory
-    if memory is None:
-        return None
-    model, parallel = config.model, config.parallel
+    devices = config.pipeline.device_memory
+    if devices is None:
+        return None, None
     schedule = _evenly(config)
     held, chunks = simulate(schedule).peak, schedule.stages // len(schedule.rows)
-    room = [GIB * memory[rank] / chunks for rank in schedule.placement]
-    table = state_bytes(config) * model.hidden * (model.vocab_size or 0) / parallel.tp
-    room[0] -= table
-    room[-1] -= table
-    layer = state_bytes(config) * _layer_weights(config) / parallel.tp
-    needs = [layer + held[rank] * activation_bytes(config) for rank in schedule.placement]
-    return [max(0.0, has / of_layer) for has, of_layer in zip(room, needs, strict=True)]
-
-
-def state_bytes(config: TrainConfig) -> float:
-    """Bytes per parameter: weight, gradient, two moments, and a master copy where the weight is bf16."""
-    weight, wide = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (2, 4)}[config.train.dtype]
-    optimizer = 2 * wide + (wide if weight < wide else 0)
-    return weight + wide + (optimizer / (config.parallel.dp or 1) if config.parallel.zero else optimizer)
-
-
-def activation_bytes(config: TrainConfig) -> float:
-    """Bytes that a layer keeps of one micro-batch for its backward on one tensor-parallel rank, about."""
-    model, train, parallel = config.model, config.train, config.parallel
-    assert model.kv_heads and model.head_dim and model.ffn
-    size, wide = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (2, 4)}[train.dtype]
-    tokens = train.micro_batch_size * train.seq_length
-    outside = 1 / parallel.tp if parallel.sequence_parallel else 1.0  # share of the tokens between parallel regions
-    if train.recompute == "full":
-        return tokens * model.hidden * outside * size
-    # Norms: input and normalised values in the wide dtype; their outputs, read by qkv and up, in the other one.
-    norms = 2 * model.hidden * (outside * 2 * wide + size)
-    heads = 2 * (model.heads + model.kv_heads) * model.head_dim / parallel.tp * size
-    probabilities = 0.0 if train.recompute == "selective" else model.heads * train.seq_length / parallel.tp * size
-    mlp = (4 if model.gated else 2) * model.ffn / parallel.tp * size
-    return tokens * (norms + heads + probabilities + mlp)
+    state = state_bytes(config) / config.parallel.tp
+    memory = [[state * part.weights + held[rank] * part.activation for part in whole] for rank in schedule.placement]
+    return memory, [GIB * devices[rank] / chunks for rank in schedule.placement]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from megapar.mesh import Mesh
 from megapar.parallel.collectives import all_gather
+from megapar.parallel.context import StageContext
+from megapar.parallel.plain import hook_plain_gradient
 from megapar.parallel.record import Given, fill
-from megapar.parallel.stage import StageContext, hook_plain_gradient
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 _ALIGN = 16  # elements: a cache line of fp32

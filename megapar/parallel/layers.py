@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from megapar.kernels.layernorm import layernorm, layernorm_input_grad, layernorm_weight_grad
 from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_grad
 from megapar.parallel.collectives import reduce_from_region, reduce_scatter_tokens
+from megapar.parallel.context import StageContext
 from megapar.parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from megapar.parallel.record import Constant, Init, ParameterRecord
-from megapar.parallel.stage import StageContext
 from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, owned_op
 
 

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.kernels.matmul import add_matmul, matmul
-from megapar.mesh import Axis
-from megapar.parallel.engines import Engine, Operation, Serial, choose
+from megapar.mesh import Axis, Mesh
+from megapar.parallel.engines import Engine, Operation, Serial, choose, sharing_memory
 from megapar.parallel.weight_grad import LocalParameter, WeightGrads
 
 T = TypeVar("T")
@@ -55,6 +55,44 @@ class Overlap:
         engine = choose(self.requested, operation, x, w, self.axis.size, memory=self.memory)
         self.ran[direction] = str(engine)
         return engine
+
+
+class Overlaps:
+    """Those of all tensor-parallel layers of a rank, and the memory that its peers share for the symmetric engine."""
+
+    def __init__(self, mesh: Mesh, requested: str, weight_grads: WeightGrads) -> None:
+        self.mesh, self.requested, self.weight_grads = mesh, requested, weight_grads
+        self._of: dict[tuple[int, str], Overlap] = {}
+        self._memory: SymmetricMemory | None = None
+
+    def of(self, stage: int, owner: LocalParameter) -> Overlap:
+        """How the matmul with this parameter meets its peers."""
+        made = Overlap(self.mesh["tp"], self.requested, owner, self.weight_grads, self.shared_memory)
+        self._of[stage, owner.name] = made
+        return made
+
+    def shared_memory(self) -> SymmetricMemory:
+        """What tensor-parallel peers share for the symmetric engine. The first call makes it and is collective."""
+        if self._memory is None:
+            group = self.mesh["tp"].group
+            assert group is not None
+            with sharing_memory():
+                self._memory = SymmetricMemory(group, self.mesh.device, self.mesh.timeout_s)
+        return self._memory
+
+    def ran(self) -> dict[str, dict[str, str]]:
+        """Which engine ran the matmuls of this rank that have a collective, by weight and direction."""
+        return {name: made.ran for (_, name), made in self._of.items() if made.ran}
+
+    def check_peers(self) -> None:
+        """Raise PeerTimeout if a kernel waited in vain for a peer: what it computed then must go nowhere."""
+        if self._memory is not None:
+            self._memory.check(finished=True)
+
+    def close(self) -> None:
+        """Give back the memory that peers share. Collective."""
+        if self._memory is not None:
+            self._memory.close()
 
 
 def copy_matmul(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:

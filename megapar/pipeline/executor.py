@@ -9,19 +9,16 @@ from the allocator, which keeps what is freed (on a CPU: `megapar.launch.machine
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.weight_grad import WeightGrads
+from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
-
-Tensors = dict[str, Tensor]
-Batch = dict[str, Tensor]
 
 _POST_AHEAD = 2  # receives in flight per channel: one being waited for, one on its way
 
@@ -44,17 +41,15 @@ class _Forwarded:
 class Executor:
     """Executes schedules on one pipeline rank.
 
-    stages: this rank's stages by number, modules with forward(received, batch) -> tensors for the next stage by name,
-        `received(batch)` (shape and dtype of what it receives) and `sent(batch)` (of what it sends). They may differ
-        from one micro-batch to the next. Every floating-point tensor comes back as a gradient; one that a stage hands
-        on untouched, such as an encoder's output along the decoder, has the sum of all its readers' gradients.
+    stages: this rank's stages by number. Every floating-point tensor that they send comes back as a gradient; one that
+        a stage hands on untouched, such as an encoder's output along the decoder, has the sum of all its readers'.
     loss(outputs, batch): on the last stage, the scalar whose gradient is propagated.
     reduce(stage): finishes a stage's gradient reduction. Both are for training and may be left out without it.
     """
 
     def __init__(
         self,
-        stages: Mapping[int, nn.Module],
+        stages: Mapping[int, Stage],
         mesh: Mesh,
         weight_grads: WeightGrads,
         loss: Callable[[Tensors, Batch], Tensor] | None = None,
@@ -144,7 +139,7 @@ class _Phase:
             self.losses[m] = loss.detach()
             outputs = {"loss": loss}
         else:
-            _check_sent(action, outputs, self.stages[stage].sent(batch))  # type: ignore[operator]
+            _check_sent(action, outputs, self.stages[stage].sent(batch))
             self._hand_over("F", action, {name: tensor.detach() for name, tensor in outputs.items()})
         if self.training:
             names = [name for name, tensor in outputs.items() if tensor.requires_grad]
@@ -208,7 +203,7 @@ class _Phase:
         source, kind = channel
         action = self._unposted[channel].popleft()
         stage, batch = self.stages[action.stage], self.batches[action.microbatch]
-        specs = stage.received(batch) if kind == "F" else stage.sent(batch)  # type: ignore[operator]
+        specs = stage.received(batch) if kind == "F" else stage.sent(batch)
         receive = _Receive({})
         for name, spec in sorted(specs.items()):  # the order of sends
             if kind == "B" and not spec.dtype.is_floating_point:
@@ -240,7 +235,7 @@ class _Phase:
         self._sends.clear()
 
 
-def _check_sent(action: Action, outputs: Tensors, specs: Mapping[str, Any]) -> None:
+def _check_sent(action: Action, outputs: Tensors, specs: Mapping[str, TensorSpec]) -> None:
     """Raise ValueError unless a stage gives what it says it sends: the next one has posted receives for that."""
     given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in outputs.items()}
     declared = {name: (tuple(spec.shape), spec.dtype) for name, spec in specs.items()}

@@ -23,6 +23,7 @@ class Costs:
         busy. A channel is one direction between two ranks for activations, or for gradients.
     overlap: transfers run beside computation; without it a sender computes nothing during `transfer`
     tied: time of one more reduction between the ranks of the first and the last stage, at the end of the step
+    embedding, head: what of the first stage's and of the last stage's forward, input_grad and weight_grad is theirs
     """
 
     forward: tuple[float, ...]
@@ -35,6 +36,8 @@ class Costs:
     transfer: float = 0.0
     overlap: bool = True
     tied: float = 0.0
+    embedding: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    head: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def stages(self) -> int:
@@ -97,7 +100,21 @@ class Costs:
         times = {
             name: tuple(value / unit for value in getattr(self, name)) for name in BY_STAGE if name != "activation"
         }
-        return replace(self, **times, latency=self.latency / unit, transfer=self.transfer / unit, tied=self.tied / unit)  # type: ignore[arg-type]
+        scaled = {name: getattr(self, name) / unit for name in ("latency", "transfer", "tied")}
+        return replace(self, **times, **scaled, embedding=NOTHING, head=NOTHING)  # type: ignore[arg-type]
+
+    def apart(self) -> "Costs":
+        """The same with the embedding and the head as stages of their own."""
+        ends = dict(zip(BY_STAGE, zip(self.embedding, self.head, strict=True), strict=False))
+
+        def apart(name: str) -> tuple[float, ...]:
+            values = list(getattr(self, name))
+            embedding, head = ends.get(name, (0.0, 0.0))
+            values[0] -= embedding
+            values[-1] -= head
+            return (embedding, *(max(0.0, value) for value in values), head)
+
+        return replace(self, **{name: apart(name) for name in BY_STAGE}, embedding=NOTHING, head=NOTHING)  # type: ignore[arg-type]
 
     def cut(self, counts: Sequence[int], speed: Sequence[float] | None = None) -> "Costs":
         """Stages of so many parts each, such as layers; times are divided by the speed of each stage's device."""
@@ -110,9 +127,11 @@ class Costs:
             parts = zip(ends, counts, by, strict=True)
             return tuple(sum(values[end - count : end]) / of_device for end, count, of_device in parts)
 
-        return replace(self, **{name: cut(name) for name in BY_STAGE})  # type: ignore[arg-type]
+        return replace(self, **{name: cut(name) for name in BY_STAGE}, embedding=NOTHING, head=NOTHING)  # type: ignore[arg-type]
 
 
+NOTHING = (0.0, 0.0, 0.0)
+TRIPLES = ("embedding", "head")
 BY_STAGE = ("forward", "input_grad", "weight_grad", "activation", "reduce")
 
 
@@ -151,8 +170,8 @@ def _of_file(path: str, name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ScheduleError(f"{path}: overlap is {value!r}; use true or false")
         return value
-    several = name in BY_STAGE
-    if isinstance(value, list) != several or value == []:
+    several = name in BY_STAGE or name in TRIPLES
+    if isinstance(value, list) != several or value == [] or (name in TRIPLES and len(value) != 3):
         raise ScheduleError(f"{path}: {name} must be {'a list of numbers' if several else 'a number'}")
     for each in value if several else [value]:
         if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each < _LARGEST:
@@ -171,7 +190,7 @@ def write_costs(costs: Costs, path: Path) -> None:
         name: value
         if isinstance(value, bool)
         else [float(f"{each:.6g}") for each in value]
-        if name in BY_STAGE
+        if name in BY_STAGE or name in TRIPLES
         else value
         for name, value in asdict(costs).items()
     }

@@ -43,18 +43,28 @@ def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float
 def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> Costs:
     """Costs of every layer from those of stages with so many layers each.
 
-    in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and goes
-    to the first layer, or the head's, and goes to the last one of the model; of a stage in the middle it is spread.
+    in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and is
+    part of the first layer's costs, or the head's, and part of those of the last one of the model; of a single stage it
+    is the head's, and of a stage in the middle it is spread.
     """
+    last = len(counts) - 1
+    ends: dict[str, list[float]] = {"embedding": [], "head": []}
 
     def of_layers(name: str) -> tuple[float, ...]:
         values: list[float] = []
+        rest = {"embedding": 0.0, "head": 0.0}
         for stage, (cost, count) in enumerate(zip(getattr(costs, name), counts, strict=True)):
-            at_end = name != "activation" and stage in (0, len(counts) - 1)
-            layers = cost * (in_layers[stage] if at_end else 1.0)
+            end = None if name == "activation" else "head" if stage == last else "embedding" if stage == 0 else None
+            layers = cost if end is None else cost * in_layers[stage] if count else 0.0
             values += [layers / count] * count
-            if at_end:
-                values[0 if stage == 0 else -1] += cost - layers
+            if end is not None:
+                rest[end] = cost - layers
+        values[0] += rest["embedding"]
+        values[-1] += rest["head"]
+        for end, of_end in rest.items():
+            ends[end].append(of_end)
         return tuple(values)
 
-    return replace(costs, **{name: of_layers(name) for name in BY_STAGE})  # type: ignore[arg-type]
+    lists = {name: of_layers(name) for name in BY_STAGE}
+    embedding, head = (tuple(ends[end][:3]) for end in ("embedding", "head"))
+    return replace(costs, **lists, embedding=embedding, head=head)  # type: ignore[arg-type]

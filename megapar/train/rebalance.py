@@ -36,7 +36,8 @@ class StageTimes:
         if mesh.world_size > 1:
             dist.all_reduce(times, dist.ReduceOp.MAX, group=mesh["world"].group)
         layer, rest = times.t().tolist()
-        return rebalanced(counts, layer, rest)
+        of_layer = [seconds if count else None for seconds, count in zip(layer, counts, strict=True)]
+        return rebalanced(counts, of_layer, rest)
 
     def _stage(self, stage: int, layers: int) -> tuple[float, float]:
         """Seconds of one layer and of the rest of a stage, forward and backward; zeros for one that is elsewhere.
@@ -48,4 +49,4 @@ class StageTimes:
         middle = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", LAYERS)}
         in_layers = middle[LAYERS] / middle["F"]
         whole = middle["F"] + (middle["B"] or middle["I"] + middle["W"])
-        return whole * in_layers / layers, whole * (1 - in_layers)
+        return (whole * in_layers / layers, whole * (1 - in_layers)) if layers else (0.0, whole)

@@ -13,7 +13,7 @@ from megapar.config.errors import UserError
 from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.data.tokenizer import Tokenizer
 from megapar.parallel.collectives import all_gather
-from megapar.parallel.stage import StageContext
+from megapar.parallel.context import StageContext
 from megapar.pipeline.executor import Batch, Executor, Tensors
 from megapar.schedule.lower import forward_only, lower
 

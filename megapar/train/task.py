@@ -1,6 +1,6 @@
 """The task owns batch, loss, token count and evaluation figures; the loop and the executor never name a field.
 
-A batch is a dict of tensors. The model reads `ids`, `samples` and `step` of it (see models/transformer.py); what else
+A batch is a dict of tensors. The model reads `ids`, `samples` and `step` of it (see models/tokens.py); what else
 is in it is the task's own business.
 """
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megapar.config.schema import TrainConfig
 from megapar.data.samples import SampleSet
-from megapar.models.transformer import TransformerStage
+from megapar.models.stage import TransformerStage
+from megapar.parallel.context import StageContext
 from megapar.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megapar.parallel.stage import StageContext
 
 Batch = dict[str, Tensor]
 

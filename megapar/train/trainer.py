@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
-from megapar.config.stages import make_schedule, stage_layers
+from megapar.config.stages import make_schedule
 from megapar.kernels import interprets, use_backend
 from megapar.kernels._common import check_overflow
 from megapar.mesh import Mesh
-from megapar.models.transformer import TransformerStage
+from megapar.models.stage import build_stage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
 from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
-from megapar.parallel.stage import StageContext
+from megapar.parallel.plain import adopt
 from megapar.pipeline.executor import Executor
+from megapar.pipeline.stage import Stage
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
-from megapar.schedule.partition import ranges
 from megapar.trace import Span
 from megapar.train.task import TASKS
 
@@ -45,20 +46,6 @@ def make_mesh(config: TrainConfig, rank: int) -> Mesh:
     return Mesh(config.parallel.layout, rank, device, timedelta(seconds=config.train.timeout_s))
 
 
-def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:
-    """The context's current stage of the configured model. No memory is taken and nothing is communicated."""
-    stage, stages = context.stage, len(context.placement)
-    return TransformerStage(
-        context,
-        config.model,
-        ranges(stage_layers(config))[stage],
-        first=stage == 0,
-        last=stage == stages - 1,
-        positions=config.train.seq_length,
-        recompute=config.train.recompute,
-    )
-
-
 class ModelPart:
     """A rank's part of the model: its stages by number and the flat buffers of their parameters.
 
@@ -71,7 +58,7 @@ class ModelPart:
         self,
         config: TrainConfig,
         rank: int,
-        build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+        build_stage: Callable[[TrainConfig, StageContext], Stage] = build_stage,
         *,
         mesh: Mesh | None = None,
         weights_only: bool = False,
@@ -94,19 +81,19 @@ class ModelPart:
             seed=train.seed,
             placement=self.schedule.placement,
         )
-        self.stages: dict[int, nn.Module] = {}
+        self.stages: dict[int, Stage] = {}
         for number in self.schedule.stages_of(self.mesh["pp"].index):
             self.context.stage = number
             with self.context.seeded(f"stage {number}"):
                 self.stages[number] = build_stage(config, self.context)
-            self.context.adopt(self.stages[number])
+            adopt(self.stages[number], self.context)
         self.buffers = StageBuffers(
             self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1, weights_only=weights_only
         )
 
     def close(self) -> None:
         """Give back what peers share, and destroy the mesh's groups."""
-        self.context.close()
+        self.context.overlaps.close()
         self.mesh.close()
 
 
@@ -121,7 +108,7 @@ class Trainer(ModelPart):
         self,
         config: TrainConfig,
         rank: int,
-        build_stage: Callable[[TrainConfig, StageContext], nn.Module] = build_stage,
+        build_stage: Callable[[TrainConfig, StageContext], Stage] = build_stage,
         *,
         mesh: Mesh | None = None,
     ) -> None:
@@ -142,7 +129,7 @@ class Trainer(ModelPart):
         start = time.perf_counter()
         self.sync.start(self.schedule.microbatches)
         losses = self.executor.run(self.schedule, self.task.batches(step))
-        self.context.check_peers()
+        self.context.overlaps.check_peers()
         self.on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):

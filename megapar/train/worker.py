@@ -88,7 +88,7 @@ class Loop:
         if after == before:
             return
         saved, mesh = saved or self._save(step), self.trainer.mesh
-        self.trainer.context.close()
+        self.trainer.context.overlaps.close()
         del self.trainer  # its memory, before the next one takes as much
         self.config = changed(self.config, {"pipeline.partition": after})
         self.trainer = Trainer(self.config, mesh.rank, mesh=mesh)
@@ -159,7 +159,7 @@ class Loop:
     def _engines(self) -> dict[str, dict[str, str]]:
         """What ran every tensor-parallel matmul of the model, by weight and direction; the same on every rank."""
         mesh = self.trainer.mesh
-        texts = gather_texts(json.dumps(self.trainer.context.engines()), mesh["world"], mesh.device)
+        texts = gather_texts(json.dumps(self.trainer.context.overlaps.ran()), mesh["world"], mesh.device)
         return {name: ran for text in texts for name, ran in json.loads(text).items()}
 
     def _finish(self, writer: MetricsWriter, sample: str | None, engines: dict[str, dict[str, str]]) -> None:

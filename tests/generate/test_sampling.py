@@ -132,7 +132,7 @@ def test_uses_the_logits_of_the_last_position(tokens: str) -> None:
     prompt = [5, 9, 2, 40]
     ids = torch.tensor([prompt])
     batch = {"ids": ids, "samples": torch.zeros(1, dtype=torch.int64), "step": torch.tensor(0)}
-    trainer.stages[0].eval()
+    trainer.stages[0].train(False)
     with torch.no_grad():
         logits = trainer.stages[0]({}, batch)["logits"]
     greedy = SampleConfig(max_tokens=1, temperature=0.0)

@@ -198,15 +198,15 @@ def loss_over_local_tokens() -> Iterator[None]:
 
 @mutant("", {"model.dropout": 0.1}, sequence_parallel=True)
 def dropout_by_local_position() -> Iterator[None]:
-    with mock.patch("megapar.models.transformer.HiddenDropout.forward", _local_dropout):
+    with mock.patch("megapar.models.layer.HiddenDropout.forward", _local_dropout):
         yield
 
 
-def _local_dropout(self: Any, x: torch.Tensor, batch: dict) -> torch.Tensor:
+def _local_dropout(self: Any, x: torch.Tensor, tokens: Any) -> torch.Tensor:
     from megapar.kernels.dropout import dropout, token_keys
 
     if not self.training:
         return x
     here = torch.arange(x.shape[0])
-    keys = token_keys(here // 12, here % 12, self.context.seed, int(batch["step"]), self.layer, self.site)
+    keys = token_keys(here // 12, here % 12, self.seed, tokens.step, self.layer, self.site)
     return dropout(x, self.rate, keys)

@@ -69,6 +69,24 @@ def test_options(case: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: 
     assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize(
+    ("layout", "partition", "values"),
+    [
+        ("pp2", [4, 0], {}),
+        ("pp3", [0, 4, 0], {"model.tied": True}),
+        ("tp2pp3", [2, 2, 0], {"parallel.sequence_parallel": True, "parallel.zero": 1}),
+        ("pp2", [2, 1, 1, 0], {"pipeline.schedule": "zbv", "model.tied": True}),
+    ],
+)
+def test_stages_without_layers(
+    layout: str, partition: list[int], values: dict[str, Any], pool: WorkerPool, prefix: str, tmp_path: Path
+) -> None:
+    """The embedding, or the head, may be alone on its stage."""
+    values = {"pipeline.partition": partition, "train.steps": 1} | values
+    [verdict] = compare(pool, tmp_path, verify_config(prefix, [layout], **values))
+    assert verdict.passed, verdict
+
+
 @pytest.mark.parametrize(("layout", "sequence_parallel"), [("tp2", True), ("tp4", False), ("tp2pp2", True)])
 def test_fused_matmuls(
     layout: str, sequence_parallel: bool, interpreter: WorkerPool, prefix: str, tmp_path: Path

@@ -166,7 +166,7 @@ class Sleep(torch.autograd.Function):
 
 def bubble_of_sleeping_stages(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float]:
     trainer = Trainer(config, rank)
-    [stage] = trainer.stages.values()
+    stage: Any = next(iter(trainer.stages.values()))
     forward = stage.forward
     stage.forward = lambda *inputs: {name: Sleep.apply(x) for name, x in forward(*inputs).items()}
     measured = []

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
-from megapar.parallel.stage import StageContext
+from megapar.models.stage import build_stage
+from megapar.parallel.context import StageContext
 from megapar.schedule.actions import Action
 from megapar.schedule.build import build, default_chunks, generators
-from megapar.train.trainer import Trainer, build_stage
+from megapar.train.trainer import Trainer
 from tests.tiny import GPT2, tiny_config
 
 MATMULS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
@@ -97,7 +98,7 @@ def test_what_runs_in_i_and_what_in_w(style: str, sequence_parallel: bool, pool:
 def gradients(rank: int, world_size: int, config: TrainConfig, compiled: bool = False) -> dict[str, Tensor]:
     """The reduced gradients of this rank's parameters in the first step."""
 
-    def built(config: TrainConfig, context: StageContext) -> nn.Module:
+    def built(config: TrainConfig, context: StageContext) -> Any:
         stage = build_stage(config, context)
         if compiled:
             stage.compile(backend="aot_eager")

@@ -11,11 +11,12 @@ from torch import nn
 
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
-from megapar.parallel.stage import StageContext
+from megapar.models.stage import build_stage
+from megapar.parallel.context import StageContext
 from megapar.schedule.actions import Action
 from megapar.schedule.lower import lower
 from megapar.train.metrics import gather_figures, local_figures, summarise
-from megapar.train.trainer import Trainer, build_stage
+from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config
 
 
@@ -128,7 +129,7 @@ class Adapter(nn.Module):
         return x + torch.tanh(self.extra(x))
 
 
-def stage_with_adapters(config: TrainConfig, context: StageContext) -> nn.Module:
+def stage_with_adapters(config: TrainConfig, context: StageContext) -> Any:
     stage: Any = build_stage(config, context)
     for name, layer in list(stage.layers.items()):
         stage.layers[name] = Adapter(layer, config.model.hidden).to(context.dtype)
@@ -190,7 +191,7 @@ class Special(nn.Module):
         return x + self.frozen(self.other(torch.tanh(self.one(x)))) * self.scale * self.gain
 
 
-def special_stage(config: TrainConfig, context: StageContext) -> nn.Module:
+def special_stage(config: TrainConfig, context: StageContext) -> Any:
     stage: Any = build_stage(config, context)
     if stage.embedding is not None:
         stage.embedding = Special(stage.embedding, config.model.hidden)
@@ -199,7 +200,8 @@ def special_stage(config: TrainConfig, context: StageContext) -> nn.Module:
 
 def special_parameters(rank: int, world_size: int, config: TrainConfig) -> tuple[torch.Tensor, ...]:
     trainer = Trainer(config, rank, special_stage)
-    module: Any = trainer.stages[0].embedding
+    stage: Any = trainer.stages[0]
+    module = stage.embedding
     before = module.frozen.weight.clone(), module.gain.clone()
     for step in (1, 2):
         trainer.step(step)
@@ -257,7 +259,7 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
     """How many of this stage's sent activations still hold memory when its last forward has run."""
     trainer = Trainer(config, rank)
     outputs: list[weakref.ref] = []
-    [stage] = trainer.stages.values()
+    stage: Any = next(iter(trainer.stages.values()))
     original: Callable = stage.forward
     alive = -1
 

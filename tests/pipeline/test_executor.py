@@ -11,9 +11,9 @@ from megapar.config.layout import Layout
 from megapar.launch.machine import keep_freed_memory
 from megapar.launch.pool import PoolError, WorkerPool
 from megapar.mesh import Mesh
-from megapar.models.transformer import TensorSpec
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.executor import Batch, Executor, Tensors, _Phase
+from megapar.pipeline.stage import TensorSpec
 from megapar.schedule.actions import COMPUTE, Action
 from megapar.schedule.build import build, default_chunks, generators
 

@@ -17,9 +17,9 @@ from megapar.config.schema import TrainConfig
 from megapar.config.stages import make_schedule
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
-from megapar.models.transformer import TensorSpec
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.executor import Batch, Executor, Tensors
+from megapar.pipeline.stage import TensorSpec
 from megapar.schedule.actions import KINDS, Schedule
 from megapar.schedule.build import build, default_chunks, generators, refusal
 from megapar.schedule.costs import Costs

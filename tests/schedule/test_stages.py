@@ -1,7 +1,6 @@
 """What stages hold and cost by configuration alone: balance, devices, costs of an earlier run."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 
 from megapar.config import ConfigError, TrainConfig, check, resolve
 from megapar.config.keys import changed
-from megapar.config.stages import activation_bytes, layer_costs, make_schedule, stage_costs, stage_layers
+from megapar.config.model import parts
+from megapar.config.stages import make_schedule, part_costs, stage_costs, stage_layers
 from megapar.mesh import Mesh
-from megapar.models.transformer import TransformerStage
+from megapar.models.stage import TransformerStage
 from megapar.parallel.buffers import StageBuffers
-from megapar.parallel.stage import StageContext
+from megapar.parallel.context import StageContext
 from megapar.schedule.build import build
 from megapar.schedule.simulate import simulate
 
@@ -74,7 +74,7 @@ def test_a_small_device_holds_less() -> None:
     roomy = changed(layer, {"pipeline.device_memory": [2 * whole] * 4})
     assert stage_layers(roomy) == [3, 3, 3, 3]
     held = simulate(make_schedule(roomy)).peak  # micro-batches that each rank holds at once
-    activations = activation_bytes(layer) / 2**30
+    activations = parts(layer)[1].activation / 2**30
     memory[2] = 1.5 * (whole / 12 + held[2] * activations)
     small = changed(layer, {"pipeline.device_memory": [2 * whole, 2 * whole, memory[2], 2 * whole]})
     check(small)
@@ -94,6 +94,34 @@ def test_measured_costs_decide(tmp_path: Path) -> None:
         check(changed(config, {"model.layers": 8}))
     with pytest.raises(ConfigError, match=r"pipeline.costs=.*not readable as costs: No such file"):
         check(changed(config, {"pipeline.costs": str(tmp_path / "none.json")}))
+
+
+def test_the_head_may_be_alone() -> None:
+    """Where it costs more than the layers of a stage do."""
+    config = config_of(**{"model.vocab_size": 12000})
+    check(config)
+    counts = stage_layers(config)
+    assert counts[-1] == 0 and sum(counts) == 12
+    for partition, message in (([4, 0, 4, 4], "only the ends may be 0"), ([4, 4, 4, 1], "add up to model.layers=12")):
+        with pytest.raises(ConfigError, match=message):
+            check(changed(config, {"pipeline.partition": partition}))
+    check(changed(config, {"pipeline.partition": [0, 6, 6, 0]}))
+
+
+def test_measured_embedding_and_head_are_parts_of_their_own(tmp_path: Path) -> None:
+    """A file that says what of its first and last numbers is theirs; without that they can't be parted."""
+    path = tmp_path / "costs.json"
+    times = [1.5] + [1.0] * 10 + [5.0]
+    data: dict[str, Any] = {"forward": times, "input_grad": times, "weight_grad": times}
+    path.write_text(json.dumps(data))
+    config = config_of(**{"pipeline.costs": str(path)})
+    assert part_costs(config).forward == (0.0, *times, 0.0)
+    path.write_text(json.dumps(data | {"embedding": [0.5] * 3, "head": [4.0] * 3}))
+    assert part_costs(config).forward == (0.5, *[1.0] * 12, 4.0)
+    assert stage_layers(config)[-1] == 0
+    path.write_text(json.dumps(data | {"head": [4.0]}))
+    with pytest.raises(ConfigError, match="head must be"):
+        check(config)
 
 
 def test_auto_is_written_for_the_stages_costs(tmp_path: Path) -> None:
@@ -135,9 +163,8 @@ def test_activation_bytes_are_about_what_autograd_keeps(recompute: str, style: d
     """Within a quarter of the bytes of all different storages saved by the middle one of three stages' layers."""
     config = config_of(**{"train.recompute": recompute, "model.layers": 4, "parallel.pp": 1} | style)
     context = StageContext(Mesh(), placement=(0,) * 3, stage=1)
-    stage = TransformerStage(
-        context, config.model, range(4), first=False, last=False, positions=32, recompute=recompute
-    )
+    layers = [part for part in parts(config) if part.kind == "layer"]
+    stage = TransformerStage(context, config, layers, sends=("hidden",))
     StageBuffers(context, bucket_size=1000, zero=False)
     weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
     kept: dict[int, int] = {}
@@ -155,5 +182,5 @@ def test_activation_bytes_are_about_what_autograd_keeps(recompute: str, style: d
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = stage({"hidden": hidden}, batch)
     assert outputs["hidden"].requires_grad
-    assert activation_bytes(replace(config)) == pytest.approx(sum(kept.values()) / 4, rel=0.25)
-    assert sum(layer_costs(config).activation) == pytest.approx(1.0)
+    assert layers[0].activation == pytest.approx(sum(kept.values()) / 4, rel=0.25)
+    assert sum(part_costs(config).activation) == pytest.approx(1.0)

@@ -10,7 +10,7 @@ import pytest
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
-from megapar.models.transformer import TransformerLayer
+from megapar.models.layer import TransformerLayer
 from megapar.schedule.partition import rebalanced
 from megapar.trace import LAYERS, Span, layers_of
 from megapar.train.rebalance import StageTimes

@@ -1,0 +1,109 @@
+"""What a model is: its parts in order, and what each holds and costs. Pure Python, without torch.
+
+A part is what a pipeline stage holds as a whole: the embedding, a layer, the head. Stages are cut between parts, and
+`megapar.models` has a builder for each kind. Counts are of the logical model, over all tensor-parallel ranks.
+"""
+
+from dataclasses import dataclass, replace
+
+from megapar.config.policy import head_linear, layer_linears
+from megapar.config.schema import ModelConfig, TrainConfig
+
+WIDTHS = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (2, 4)}  # bytes of train.dtype: computed in, accumulated in
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model.
+
+    name: unique in the model, such as `layers.3`; kind: which builder of `megapar.models` makes it
+    receives: names of the tensors that cross a stage boundary in front of it
+    weights: elements of its parameters; tied: how many of them are another part's too
+    matmul, attention: FLOPs of its forward per token, in products with weights and in those of attention alone
+    activation: bytes that it keeps of one micro-batch for its backward on one tensor-parallel rank, about
+    """
+
+    name: str
+    kind: str
+    receives: tuple[str, ...]
+    weights: int
+    tied: int = 0
+    matmul: float = 0.0
+    attention: float = 0.0
+    activation: float = 0.0
+
+
+def parts(config: TrainConfig) -> list[Part]:
+    """The parts of a resolved config's model, in the order of a forward pass."""
+    model = config.model
+    vocabulary = model.vocab_size or 0  # not known before the data has been read
+    table = vocabulary * model.hidden
+    positions = config.train.seq_length * model.hidden if model.position == "learned" else 0
+    linears, head = layer_linears(model).values(), head_linear(model)
+    layer = Part(
+        name="",
+        kind="layer",
+        receives=("hidden",),
+        weights=sum(linear.weights for linear in linears) + 2 * _norm(model),
+        matmul=2.0 * sum(linear.matrix for linear in linears),
+        # A causal mask does not halve it: the torch kernels multiply all of it.
+        attention=4.0 * model.heads * (model.head_dim or 0) * config.train.seq_length,
+        activation=_layer_activation(config),
+    )
+    return [
+        Part("embedding", "embedding", (), table + positions),
+        *(replace(layer, name=f"layers.{index}") for index in range(model.layers)),
+        Part(
+            "head",
+            "head",
+            ("hidden",),
+            head.weights + _norm(model),
+            tied=table if model.tied else 0,
+            matmul=2.0 * head.matrix,
+            activation=_head_activation(config),
+        ),
+    ]
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.hidden * (2 if model.norm == "layernorm" else 1)
+
+
+def _tokens(config: TrainConfig) -> int:
+    return config.train.micro_batch_size * config.train.seq_length
+
+
+def _share_outside(config: TrainConfig) -> float:
+    """The share of the tokens that a rank holds between tensor-parallel regions."""
+    return 1 / config.parallel.tp if config.parallel.sequence_parallel else 1.0
+
+
+def _layer_activation(config: TrainConfig) -> float:
+    model, train, tp = config.model, config.train, config.parallel.tp
+    assert model.kv_heads and model.head_dim and model.ffn
+    size, wide = WIDTHS[train.dtype]
+    outside = _share_outside(config)
+    if train.recompute == "full":
+        return _tokens(config) * model.hidden * outside * size
+    # Norms: input and normalised values in the wide dtype; their outputs, read by qkv and up, in the other one.
+    norms = 2 * model.hidden * (outside * 2 * wide + size)
+    heads = 2 * (model.heads + model.kv_heads) * model.head_dim / tp * size
+    probabilities = 0.0 if train.recompute == "selective" else model.heads * train.seq_length / tp * size
+    mlp = (4 if model.gated else 2) * model.ffn / tp * size
+    return _tokens(config) * (norms + heads + probabilities + mlp)
+
+
+def _head_activation(config: TrainConfig) -> float:
+    """The last norm as in a layer, and the logits, of which the gradient takes the place."""
+    model = config.model
+    size, wide = WIDTHS[config.train.dtype]
+    norm = model.hidden * (_share_outside(config) * 2 * wide + size)
+    return _tokens(config) * (norm + (model.vocab_size or 0) / config.parallel.tp * size)
+
+
+def state_bytes(config: TrainConfig) -> float:
+    """Bytes per parameter: weight, gradient, two moments, and a master copy where the weight is bf16."""
+    weight, wide = WIDTHS[config.train.dtype]
+    optimizer = 2 * wide + (wide if weight < wide else 0)
+    owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
+    return weight + wide + optimizer / owners

@@ -1,0 +1,88 @@
+"""The tensor-parallel policy as data: the matrix products of a model, and how each is cut.
+
+Layers are built from it (`megapar.models`), weights and FLOPs are counted from it (`megapar.config.model`), and what a
+rank sends follows from it (`megapar.plan`). Shapes on a rank, letters as in `megapar.models`:
+
+| place         | split      | what is cut    | reads            | writes             |
+|---------------|------------|----------------|------------------|--------------------|
+| embedding     | vocabulary | token ids      | ids [T]          | x [t, H]           |
+| norms         | none       |                | x [t, H]         | x [t, H]           |
+| attention.qkv | column     | heads          | x [t, H]         | qkv [T, (N+2K)*D]  |
+| attention.out | row        | heads          | y [T, N*D]       | x [t, H]           |
+| mlp.up        | column     | inner features | x [t, H]         | gate, up [T, F]    |
+| mlp.down      | row        | inner features | h [T, F]         | x [t, H]           |
+| head          | column     | token ids      | x [t, H]         | logits [T, V]      |
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megapar.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Output:
+    """One logical weight of a product: its name behind the place's, its features, and the blocks that can't be cut
+    (heads); None: single features."""
+
+    name: str
+    features: int
+    blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product with weights, over all ranks.
+
+    split: `column` cuts the features of every output, `row` those of the input
+    inputs: features of the input, of which `blocks` can't be cut (row)
+    outputs: several that read the same input are one product
+    residual: it writes to the residual stream
+    """
+
+    split: Literal["column", "row"]
+    inputs: int
+    outputs: tuple[Output, ...]
+    bias: bool
+    blocks: int | None = None
+    residual: bool = False
+
+    @property
+    def features(self) -> int:
+        """Of all outputs."""
+        return sum(output.features for output in self.outputs)
+
+    @property
+    def weights(self) -> int:
+        """Elements of its matrices and biases."""
+        return self.matrix + (self.features if self.bias else 0)
+
+    @property
+    def matrix(self) -> int:
+        """Elements of its matrices."""
+        return self.inputs * self.features
+
+
+def layer_linears(model: ModelConfig) -> dict[str, Linear]:
+    """The products of a layer of a resolved model, by place."""
+    heads, kv_heads, channels, ffn = model.heads, model.kv_heads, model.head_dim, model.ffn
+    assert kv_heads and channels and ffn, "resolve the configuration first"
+    qkv = (
+        Output("q", heads * channels, heads),
+        Output("k", kv_heads * channels, kv_heads),
+        Output("v", kv_heads * channels, kv_heads),
+    )
+    up = (*((Output("gate", ffn),) if model.gated else ()), Output("up", ffn))
+    into_stream = (Output("out", model.hidden),), (Output("down", model.hidden),)
+    return {
+        "attention.qkv": Linear("column", model.hidden, qkv, model.bias),
+        "attention.out": Linear("row", heads * channels, into_stream[0], model.bias, heads, residual=True),
+        "mlp.up": Linear("column", model.hidden, up, model.bias),
+        "mlp.down": Linear("row", ffn, into_stream[1], model.bias, residual=True),
+    }
+
+
+def head_linear(model: ModelConfig) -> Linear:
+    """The product to logits. Tied, its weight is the embedding's."""
+    name = "embedding" if model.tied else "head"
+    return Linear("column", model.hidden, (Output(name, model.vocab_size or 0),), bias=False)

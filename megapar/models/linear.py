@@ -1,0 +1,34 @@
+"""Linear layers from the tensor-parallel policy."""
+
+from megapar.config.policy import Linear
+from megapar.config.schema import ModelConfig
+from megapar.parallel.context import StageContext
+from megapar.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megapar.parallel.record import Normal
+
+
+def column(
+    context: StageContext, model: ModelConfig, linear: Linear, prefix: str, tie: str | None = None
+) -> ColumnParallelLinear:
+    """The layer of a product that is cut by columns; prefix: of its weights' names."""
+    assert linear.split == "column"
+    outputs = [(prefix + output.name, output.features, output.blocks) for output in linear.outputs]
+    init = Normal(model.init_std)
+    return ColumnParallelLinear(context, linear.inputs, outputs, init=init, bias=linear.bias, tie=tie)
+
+
+def row(context: StageContext, model: ModelConfig, linear: Linear, prefix: str) -> RowParallelLinear:
+    """The layer of a product that is cut by rows; prefix: of its weight's name."""
+    assert linear.split == "row"
+    [output] = linear.outputs
+    # Projections into the residual stream start smaller, so that its variance does not grow with depth (GPT-2).
+    init = Normal(model.init_std / (2 * model.layers) ** 0.5 if linear.residual else model.init_std)
+    return RowParallelLinear(
+        context,
+        prefix + output.name,
+        linear.inputs,
+        output.features,
+        init=init,
+        bias=linear.bias,
+        blocks=linear.blocks,
+    )

@@ -1,0 +1,30 @@
+"""The MLP of a layer."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from megapar.config.policy import layer_linears
+from megapar.config.schema import ModelConfig
+from megapar.kernels.swiglu import geglu, gelu, swiglu
+from megapar.models.linear import column, row
+from megapar.parallel.context import StageContext
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu}
+
+
+class MLP(nn.Module):
+    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, or GELU."""
+
+    def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
+        super().__init__()
+        linears = layer_linears(model)
+        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
+        self.up = column(context, model, linears["mlp.up"], f"{name}.")
+        self.down = row(context, model, linears["mlp.down"], f"{name}.")
+
+    def forward(self, x_tH: Tensor) -> Tensor:
+        h_TF = self.up(x_tH)
+        if self.gated:
+            return self.down(self.activation(*h_TF.split(self.up.sizes, 1)))
+        return self.down(self.activation(h_TF))

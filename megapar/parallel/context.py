@@ -1,0 +1,123 @@
+"""What a layer is built with: the mesh, the precision, and the registry of the parameters of this rank's stages."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megapar.kernels.rope import rope_table
+from megapar.mesh import Axis, Mesh
+from megapar.parallel.overlap import Overlap, Overlaps
+from megapar.parallel.record import ParameterRecord
+from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
+
+
+@dataclass
+class StageContext:
+    """Given to every layer of a rank's stages when they are built.
+
+    dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
+    parameters: every parameter of this rank's stages in the order of construction.
+    stage: the stage that is being built; placement: the pipeline rank of every stage.
+    overlaps: how each matmul of the tensor-parallel layers meets its peers.
+    """
+
+    mesh: Mesh
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    tp_overlap: str = "auto"
+    seed: int = 0
+    placement: tuple[int, ...] = (0,)
+    stage: int = 0
+    weight_grads: WeightGrads = field(default_factory=WeightGrads)
+    parameters: list[LocalParameter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.overlaps = Overlaps(self.mesh, self.tp_overlap, self.weight_grads)
+        self._rope_tables: dict[tuple[int, int, float], Tensor] = {}
+
+    @property
+    def tp(self) -> Axis:
+        return self.mesh["tp"]
+
+    @property
+    def ends(self) -> Axis | None:
+        """The ranks of the first and the last stage, which hold copies of tied parameters; None if that is one rank."""
+        return self.mesh["ends"] if self.placement[0] != self.placement[-1] else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Outside the tensor-parallel regions every rank holds its own share of the tokens."""
+        return self.sequence_parallel and self.tp.size > 1
+
+    def overlap(self, owner: LocalParameter) -> Overlap:
+        """How the matmul of this parameter's layer meets its tensor-parallel peers."""
+        return self.overlaps.of(self.stage, owner)
+
+    def local_tokens(self, tokens: int) -> slice:
+        """This rank's share of `tokens` flattened tokens outside the tensor-parallel regions."""
+        if not self.splits_tokens:
+            return slice(0, tokens)
+        share = tokens // self.tp.size
+        return slice(self.tp.index * share, (self.tp.index + 1) * share)
+
+    def rope_table(self, length: int, channels: int, theta: float) -> Tensor:
+        """`rope_table` in the wide dtype [length, channels], made once for each size."""
+        key = (length, channels, theta)
+        if key not in self._rope_tables:
+            self._rope_tables[key] = rope_table(length, channels, theta, self.wide_dtype, self.device)
+        return self._rope_tables[key]
+
+    def parameter(self, module: nn.Module, attribute: str, *records: ParameterRecord) -> LocalParameter:
+        """Declare `module.attribute`: this rank's shards of the records, stacked along dim 0.
+
+        No memory is taken: the tensor is made when the rank's buffers are. A record whose tie is held here already is
+        one more use of that parameter.
+        """
+        tied = [held for held in self.parameters if records[0].tie is not None and held.tie == records[0].tie]
+        if tied:
+            tied[0].uses += 1
+            return tied[0]
+        pieces: list[Piece] = []
+        rows = 0
+        for record in records:
+            shard = record.shard(self.tp.size, self.tp.index)
+            length = record.shard_shape(shard)[0]
+            pieces.append(Piece(record, shard, rows, rows + length))
+            rows += length
+        shape = (rows, *records[0].shard_shape(pieces[0].shard)[1:])
+        assert all(
+            record.shard_shape(piece.shard)[1:] == shape[1:] for record, piece in zip(records, pieces, strict=True)
+        )
+        widest = sum(record.widest_shard(self.tp.size) for record in records)
+        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage)
+        module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
+        self.parameters.append(local)
+        return local
+
+    def seeded(self, name: str):
+        """torch's generators fixed by (seed, name): a plain module built inside starts the same on every rank."""
+        return _Seeded(self.seed, name)
+
+
+class _Seeded:
+    def __init__(self, seed: int, name: str) -> None:
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        self.seed = int.from_bytes(digest, "little") >> 1
+        self.fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.fork.__exit__(*error)  # type: ignore[arg-type]

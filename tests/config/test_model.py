@@ -1,0 +1,28 @@
+"""The description of a model is what is built."""
+
+from math import prod
+
+import pytest
+
+from megapar.compose import CONF, compose, split
+from megapar.config.derive import resolve
+from megapar.config.model import parts
+from megapar.mesh import Mesh
+from megapar.models.stage import TransformerStage
+from megapar.parallel.context import StageContext
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+@pytest.mark.parametrize("changes", [[], ["model.bias=true", "model.norm=layernorm", "model.tied=true"]])
+def test_records_hold_what_parts_say(name: str, changes: list[str]) -> None:
+    """Every part built alone, without memory: its records have as many elements as the part has weights."""
+    config = resolve(compose("train", split([f"model={name}", *changes])), vocab_size=1000)
+    whole = parts(config)
+    assert [part.kind for part in whole] == ["embedding", *["layer"] * config.model.layers, "head"]
+    assert len({part.name for part in whole}) == len(whole)
+    for part in [*whole[:2], whole[-1]]:
+        context = StageContext(Mesh())
+        TransformerStage(context, config, [part])
+        records = [piece.record for parameter in context.parameters for piece in parameter.pieces]
+        assert sum(prod(record.shape) for record in records) == part.weights
+        assert sum(prod(record.shape) for record in records if record.tie) in (0, part.tied, part.weights)
