@@ -5,6 +5,7 @@ A part is what a pipeline stage holds as a whole: the embedding, a layer, the he
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megapar.config.policy import head_linear, layer_linears
 from megapar.config.schema import ModelConfig, TrainConfig
@@ -18,7 +19,8 @@ class Part:
 
     name: unique in the model, such as `layers.3`; kind: which builder of `megapar.models` makes it
     receives: names of the tensors that cross a stage boundary in front of it
-    weights: elements of its parameters; tied: how many of them are another part's too
+    weights: elements of its parameters; tied: how many of them other parts hold too
+    ties: names of the weights that it shares with other parts
     matmul, attention: FLOPs of its forward per token, in products with weights and in those of attention alone
     activation: bytes that it keeps of one micro-batch for its backward on one tensor-parallel rank, about
     """
@@ -28,6 +30,7 @@ class Part:
     receives: tuple[str, ...]
     weights: int
     tied: int = 0
+    ties: tuple[str, ...] = ()
     matmul: float = 0.0
     attention: float = 0.0
     activation: float = 0.0
@@ -39,6 +42,7 @@ def parts(config: TrainConfig) -> list[Part]:
     vocabulary = model.vocab_size or 0  # not known before the data has been read
     table = vocabulary * model.hidden
     positions = config.train.seq_length * model.hidden if model.position == "learned" else 0
+    tie: Any = {"tied": table, "ties": ("embedding",)} if model.tied else {}
     linears, head = layer_linears(model).values(), head_linear(model)
     layer = Part(
         name="",
@@ -51,14 +55,14 @@ def parts(config: TrainConfig) -> list[Part]:
         activation=_layer_activation(config),
     )
     return [
-        Part("embedding", "embedding", (), table + positions),
+        Part("embedding", "embedding", (), table + positions, **tie),
         *(replace(layer, name=f"layers.{index}") for index in range(model.layers)),
         Part(
             "head",
             "head",
             ("hidden",),
             head.weights + _norm(model),
-            tied=table if model.tied else 0,
+            **tie,
             matmul=2.0 * head.matrix,
             activation=_head_activation(config),
         ),

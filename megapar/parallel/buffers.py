@@ -132,7 +132,7 @@ class StageBuffers:
         return parts
 
     def owned_runs(self, kind: Callable[[LocalParameter, Piece], bool]) -> dict[bool, list[slice]]:
-        """Runs of the owned buffer grouped by `kind(parameter, piece)`; neighbours of a kind are joined."""
+        """Runs of the owned buffer grouped by `kind(parameter, piece)`; neighbours of a kind in a bucket are joined."""
         parts = self.owned_parts()
         runs: dict[bool, list[slice]] = {}
         for parameter, piece, start, stop in self.pieces():
@@ -142,7 +142,7 @@ class StageBuffers:
                 if first >= last:
                     continue
                 run = slice(position + first - part.start, position + last - part.start)
-                if group and group[-1].stop == run.start:
+                if group and group[-1].stop == run.start > position:
                     run = slice(group.pop().start, run.stop)
                 group.append(run)
         return runs

@@ -1,5 +1,7 @@
 """What layers are told of the tokens of a micro-batch."""
 
+from itertools import pairwise
+
 import torch
 
 from megapar.mesh import Mesh
@@ -32,6 +34,6 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     ends = [0, 2, 6, 9, 12]
     starts = torch.tensor(ends, dtype=torch.int32)
     found = attend(q, k, v, starts=starts).flatten(0, 1)
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         alone = [part.flatten(0, 1)[start:end].unsqueeze(0) for part in (q, k, v)]
         torch.testing.assert_close(found[start:end], attend(*alone)[0], rtol=1e-12, atol=1e-12)
