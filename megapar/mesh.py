@@ -3,7 +3,7 @@
 A `Mesh` is an object that is passed along; nothing about parallelism is kept in module state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -61,7 +61,6 @@ class Mesh:
         self._axes["world"] = self._join("world", RANK_ORDER)
         # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
         self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))
-        self._axes["ends"] = self._axis("pp", self._ends())
         self.samples = self._splitting("samples")
         self.data = self._splitting("samples", "tokens")
         self.distinct = self._join("world", [name for name in RANK_ORDER if AXES[name].splits])
@@ -97,19 +96,26 @@ class Mesh:
 
     def part_of(self, name: str, size: int) -> Axis:
         """The block of `size` neighbours along an axis that this rank belongs to (replicas of a kv head)."""
-        key = f"{name}/{size}"
+        whole, key = self._axes[name], f"{name}/{size}"
+        if size == whole.size:
+            return whole
         if key not in self._axes:
-            whole = self._axes[name]
             assert whole.size % size == 0
             first = whole.index // size * size
             self._axes[key] = self._axis(name, whole.ranks[first : first + size])
         return self._axes[key]
 
-    def _ends(self) -> list[int]:
-        """First and last pipeline rank at this rank's other coordinates, the holders of tied embeddings; between them
-        a rank is alone."""
-        ends = sorted({self.rank_at(pp=0), self.rank_at(pp=self.layout["pp"] - 1)})
-        return ends if self.rank in ends else [self.rank]
+    def among(self, indices: Iterable[int]) -> Axis:
+        """The pipeline ranks with these indices, at this rank's other coordinates; any other rank is alone.
+
+        Collective where the group is not there yet: a rank that is alone makes one too, see `_axis`.
+        """
+        chosen = tuple(sorted(set(indices)))
+        key = f"pp{list(chosen)}"
+        if key not in self._axes:
+            ranks = [self.rank_at(pp=index) for index in chosen]
+            self._axes[key] = self._axis("pp", ranks if self.rank in ranks else [self.rank], alone=chosen)
+        return self._axes[key]
 
     def close(self) -> None:
         """Destroy the groups. The default group belongs to whoever made it."""
@@ -129,15 +135,16 @@ class Mesh:
         ranks = [self.rank_at(**dict(zip(along, place, strict=True))) for place in product(*ranges)]
         return self._axis(name, ranks, key)
 
-    def _axis(self, name: str, ranks: Sequence[int], key: tuple[int, ...] = ()) -> Axis:
+    def _axis(self, name: str, ranks: Sequence[int], key: tuple[int, ...] = (), *, alone: tuple[int, ...] = ()) -> Axis:
         """The axis with a group of its own, or one that has these very ranks and the same `key` already.
 
         Only members take part in making a group. torch names such a group by its ranks and by how many groups this
-        process has, so every rank must make as many as its peers: the one that is alone at the ends makes one too.
+        process has, so every rank must make as many as its peers: one that is alone while others make a group of the
+        pipeline ranks `alone` makes one too.
         """
         group = None
-        if len(ranks) > 1 or (name == "pp" and self.layout["pp"] > 2):
-            place = (*key, *ranks)
+        if len(ranks) > 1 or len(alone) > 1:
+            place = (*key, *ranks) if len(ranks) > 1 else (-2, *alone, *ranks)
             if place not in self._groups:
                 whole = len(ranks) == self.world_size and not key
                 made = dist.group.WORLD

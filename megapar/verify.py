@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.launch.pool import PoolError, WorkerPool
 from megapar.launch.rank import one_line
 from megapar.launch.rundir import REFERENCE
-from megapar.parallel.buffers import StageBuffers
-from megapar.parallel.weight_grad import Piece
 from megapar.train.metrics import finite
 from megapar.train.trainer import Trainer
 
@@ -90,26 +88,17 @@ class RunRecord:
         return array[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
 
 
-def local_tensors(buffers: StageBuffers, flat: Tensor) -> Iterator[tuple[Piece, Tensor, bool]]:
-    """(piece, its values in a whole flat buffer, whether this rank counts it) for all that a rank holds."""
-    for parameter, piece, start, stop in buffers.pieces():
-        shape = piece.record.shard_shape(piece.shard)
-        yield piece, flat[start:stop].view(shape), buffers.counted(parameter, piece)
-
-
 def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) -> list[tuple[float, float]]:
     """One process: writes the record, returns (loss, gradient norm) by step."""
     trainer = Trainer(config, rank)
-    shapes = {
-        piece.record.name: piece.record.shape for piece, _, _ in local_tensors(trainer.buffers, trainer.buffers.params)
-    }
+    shapes = {held.piece.record.name: held.piece.record.shape for held in trainer.buffers.held()}
     (Path(folder) / "shapes.json").write_text(json.dumps(shapes))
     record = RunRecord(Path(folder), shapes)
 
-    def write(step: int, kind: str, flat: Tensor) -> None:
+    def write(step: int, kind: str, buckets: Sequence[Tensor]) -> None:
         array = record.array(step, kind, "w+")
-        for piece, values, _ in local_tensors(trainer.buffers, flat):
-            record.part(array, piece.record.name)[...] = values.double().numpy()
+        for held in trainer.buffers.held():
+            record.part(array, held.piece.record.name)[...] = held.view(buckets).double().numpy()
 
     history = []
     for step in range(1, config.train.steps + 1):
@@ -127,16 +116,16 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> 
     trainer = Trainer(config, rank)
     history = []
 
-    def compare(step: int, kind: str, flat: Tensor, found: Compared) -> None:
+    def compare(step: int, kind: str, buckets: Sequence[Tensor], found: Compared) -> None:
         array = record.array(step, kind, "r")
-        for piece, values, counted in local_tensors(trainer.buffers, flat):
-            name = piece.record.name
-            expected = record.part(array, name)[piece.record.box(piece.shard)]
+        for held in trainer.buffers.held():
+            name, values = held.piece.record.name, held.view(buckets)
+            expected = record.part(array, name)[held.piece.shard.box]
             error = float(np.abs(values.double().numpy() - expected).max(initial=0.0))
             errors = found.errors.setdefault(name, [0.0, 0.0])
             column = 0 if kind == "gradient" else 1
             errors[column] = error if math.isnan(error) else max(errors[column], error)
-            if counted and kind == "weight" and trainer.mesh.first_replica:
+            if held.counted and kind == "weight" and trainer.mesh.first_replica:
                 found.elements += values.numel()
 
     for step in range(1, config.train.steps + 1):

@@ -44,6 +44,7 @@ def tiny_config(prefix: str, layout: str = "single", **values: Any) -> TrainConf
         "data.prefix": prefix,
         "optim.lr": 1e-2,
         "parallel.bucket_size": 1000,
+        "parallel.check_gradients": True,
         "train.steps": 4,
         "train.seq_length": 8,
         "train.micro_batch_size": 2,

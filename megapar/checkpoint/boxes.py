@@ -1,6 +1,6 @@
 """Boxes of logical tensors, and which of them a rank owns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -75,32 +75,31 @@ def _in_row(row: int, box: Box) -> Box:
 
 @dataclass(frozen=True)
 class OwnedBox:
-    """A box of a logical parameter whose values stand at `run` in a flat tensor of what this rank owns.
+    """A box of a logical parameter whose values stand at `run` in what this rank owns of a bucket.
 
-    counted: of the model-parallel ranks that hold it, this one counts it (see `StageBuffers.counted`).
+    counted: of the model-parallel ranks that hold it, this one counts it
     """
 
     record: ParameterRecord
     box: Box
+    bucket: int
     run: slice
     counted: bool
 
-    def view(self, flat: Tensor) -> Tensor:
-        """Its values, [box.shape], in a flat tensor [owned]."""
-        return flat[self.run].view(self.box.shape)
+    def view(self, owned: Sequence[Tensor]) -> Tensor:
+        """Its values, [box.shape], where every bucket has a tensor of what is owned."""
+        return owned[self.bucket][self.run].view(self.box.shape)
 
 
 def owned_boxes(buffers: StageBuffers) -> Iterator[OwnedBox]:
     """Everything that this rank owns. With ZeRO-1 the owned runs end in the middle of a row: hence boxes."""
-    parts = buffers.owned_parts()
-    for parameter, piece, start, stop in buffers.pieces():
-        record, shard = piece.record, piece.shard
-        corner = [place.start for place in record.box(shard)]
-        counted = buffers.counted(parameter, piece)
-        for part, position in parts:
-            first, last = max(start, part.start), min(stop, part.stop)
-            place = position + first - part.start
-            for box in boxes_of_run(first - start, last - start, record.shard_shape(shard)):
-                offset = tuple(a + b for a, b in zip(corner, box.offset, strict=True))
-                yield OwnedBox(record, Box(offset, box.shape), slice(place, place + box.numel), counted)
-                place += box.numel
+    for held in buffers.held():
+        owned, (start, stop) = buffers.buckets[held.bucket].owned, (held.run.start, held.run.stop)
+        first, last = max(start, owned.start), min(stop, owned.stop)
+        record, shard = held.piece.record, held.piece.shard
+        place = first - owned.start
+        for box in boxes_of_run(first - start, last - start, shard.shape):
+            offset = tuple(whole.start + part for whole, part in zip(shard.box, box.offset, strict=True))
+            run = slice(place, place + box.numel)
+            yield OwnedBox(record, Box(offset, box.shape), held.bucket, run, held.counted)
+            place += box.numel

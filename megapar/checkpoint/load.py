@@ -1,6 +1,6 @@
 """Reading a checkpoint into any layout: every rank reads the boxes of what it owns, wherever they were written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
-from megapar.checkpoint.save import FlatOptimizer, data_hashes
+from megapar.checkpoint.save import StatefulOptimizer, data_hashes
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
@@ -28,7 +28,7 @@ class Resumed:
     samples: int
 
 
-def load(path: str | Path, optimizer: FlatOptimizer, config: TrainConfig) -> Resumed:
+def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> Resumed:
     """Bring the state of a checkpoint into an optimizer and its parameters. Collective over all ranks.
 
     path: a step folder, a folder of checkpoints or a run directory (the newest there). Layout, ZeRO and dtype may be
@@ -40,7 +40,7 @@ def load(path: str | Path, optimizer: FlatOptimizer, config: TrainConfig) -> Res
     with all_or_none(buffers.mesh["world"], buffers.mesh.device):
         refuse_other_model(manifest, config, folder)
         refuse_other_order(manifest, config, folder)
-    _fill(folder, manifest, buffers, optimizer.flat_state())
+    _fill(folder, manifest, buffers, optimizer.state())
     optimizer.steps = manifest.optimizer_steps
     optimizer.publish()
     return Resumed(folder, manifest.step, manifest.samples)
@@ -96,21 +96,21 @@ def _refuse_other(manifest: Manifest, config: TrainConfig, folder: Path, concern
             raise ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
 
 
-def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: dict[str, Tensor]) -> None:
+def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: Mapping[str, Sequence[Tensor]]) -> None:
     """Read every owned box of every kind of state. Collective."""
     world, device = buffers.mesh["world"], buffers.mesh.device
     _check_parameters(folder, manifest, buffers)
     reader = _Reader(folder, manifest)
     with all_or_none(world, device), torch.no_grad():
         for owned in owned_boxes(buffers):
-            for kind, flat in state.items():
-                reader.read(kind, owned.record.name, owned.box, owned.view(flat))
+            for kind, parts in state.items():
+                reader.read(kind, owned.record.name, owned.box, owned.view(parts))
 
 
 def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -> None:
     """Refuse parameters that only the model or only the checkpoint has, or in another shape. Collective."""
     world, device = buffers.mesh["world"], buffers.mesh.device
-    records = {piece.record.name: piece.record for _, piece, _, _ in buffers.pieces()}
+    records = {held.piece.record.name: held.piece.record for held in buffers.held()}
     remedy = "it is of another model; use the config it was trained with"
     with all_or_none(world, device):
         for name, record in records.items():

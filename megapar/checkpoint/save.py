@@ -5,7 +5,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,21 +38,21 @@ from megapar.parallel.buffers import StageBuffers
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
-class FlatOptimizer(Protocol):
+class StatefulOptimizer(Protocol):
     """What a checkpoint needs of an optimizer.
 
-    flat_state: flat tensors [owned], fp32 or fp64, by kind; "weight" holds the master weights.
+    state: by kind, what this rank owns of every bucket, in fp32 or fp64; "weight" holds the master weights.
     publish: brings the master weights into the parameters. Collective.
     """
 
     buffers: StageBuffers
     steps: int
 
-    def flat_state(self) -> dict[str, Tensor]: ...
+    def state(self) -> Mapping[str, Sequence[Tensor]]: ...
     def publish(self) -> None: ...
 
 
-def save(folder: Path, optimizer: FlatOptimizer, config: TrainConfig, step: int) -> Path:
+def save(folder: Path, optimizer: StatefulOptimizer, config: TrainConfig, step: int) -> Path:
     """Write the state after training step `step` to `folder`/step-STEP and return that path. Collective over all ranks.
 
     folder: of checkpoints, the same on every rank's machine; made where it is missing. Every rank writes what it owns
@@ -90,9 +90,9 @@ def _begin(folder: Path, temporary: Path) -> None:
         temporary.mkdir()
 
 
-def _write_part(temporary: Path, optimizer: FlatOptimizer, rank: int) -> dict[str, Any]:
+def _write_part(temporary: Path, optimizer: StatefulOptimizer, rank: int) -> dict[str, Any]:
     """Write what this rank owns and counts. Returns what the manifest needs to know of it."""
-    buffers, state = optimizer.buffers, optimizer.flat_state()
+    buffers, state = optimizer.buffers, optimizer.state()
     part: dict[str, Any] = {"steps": optimizer.steps, "boxes": [], "file": None}
     if not (buffers.mesh.first_copy if buffers.zero else buffers.mesh.first_replica):
         return part
@@ -100,8 +100,8 @@ def _write_part(temporary: Path, optimizer: FlatOptimizer, rank: int) -> dict[st
     for owned in owned_boxes(buffers):
         if owned.counted:
             part["boxes"].append([owned.record.name, owned.record.shape, owned.box.offset, owned.box.shape])
-            for kind, flat in state.items():
-                tensors[key(kind, owned.record.name, owned.box)] = owned.view(flat).detach().cpu().numpy()
+            for kind, parts in state.items():
+                tensors[key(kind, owned.record.name, owned.box)] = owned.view(parts).detach().cpu().numpy()
     if tensors:
         path = temporary / f"rank-{rank:05d}.safetensors"
         with _writing(path):
@@ -112,7 +112,7 @@ def _write_part(temporary: Path, optimizer: FlatOptimizer, rank: int) -> dict[st
     return part
 
 
-def _manifest(parts: list[dict[str, Any]], optimizer: FlatOptimizer, config: TrainConfig, step: int) -> Manifest:
+def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config: TrainConfig, step: int) -> Manifest:
     parameters: dict[str, StoredParameter] = {}
     for part in parts:
         for name, shape, offset, size in part["boxes"]:
@@ -126,7 +126,7 @@ def _manifest(parts: list[dict[str, Any]], optimizer: FlatOptimizer, config: Tra
         layout=str(config.parallel.layout),
         config=to_dict(config),
         environment={"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        kinds={kind: DTYPES[flat.dtype] for kind, flat in optimizer.flat_state().items()},
+        kinds=dict.fromkeys(optimizer.state(), DTYPES[optimizer.buffers.context.wide_dtype]),
         parameters=parameters,
         files={
             name: StoredFile(size, sha256) for name, size, sha256 in (part["file"] for part in parts if part["file"])

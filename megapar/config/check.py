@@ -157,11 +157,7 @@ def check_schedule(config: TrainConfig) -> None:
     try:
         why = refusal(name, ranks, microbatches, chunks)
         if name.startswith(CSV) and why is None:
-            table = build(name, ranks, microbatches, chunks=chunks)
-            check_table(table)
-            ends = {table.placement[0], table.placement[-1]}
-            if config.model.tied and len(ends) > 1 and ends != {0, ranks - 1}:
-                why = "model.tied=true needs the first and the last stage on one rank, or on the first and the last"
+            check_table(build(name, ranks, microbatches, chunks=chunks))
         if name == "auto" and config.pipeline.memory_limit is not None:
             make_schedule(config)
     except ScheduleError as error:

@@ -97,6 +97,9 @@ class ParallelConfig(AxisSizes):
         "none", "reduce gradients over dp in fewer bytes, and not exactly: bf16, int8_ef, powersgd"
     )
     powersgd_rank: int = option(4, "rank of powersgd's factors")
+    check_gradients: bool = option(
+        False, "refuse a parameter that some micro-batch did not use, by name; else its gradient is zero there"
+    )
     bucket_size: int = option(
         1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete", at_least=1
     )

@@ -41,6 +41,15 @@ def stage_layers(config: TrainConfig) -> list[int]:
     return [sum(part.kind == "layer" for part in stage) for stage in stage_parts(config)]
 
 
+def ties(config: TrainConfig) -> dict[str, list[int]]:
+    """The stages that hold a copy of each tied weight, by its name."""
+    found: dict[str, list[int]] = {}
+    for number, stage in enumerate(stage_parts(config)):
+        for name in {name for part in stage for name in part.ties}:
+            found.setdefault(name, []).append(number)
+    return found
+
+
 def _part_counts(config: TrainConfig, whole: Sequence[Part]) -> list[int]:
     choice, stages = config.pipeline.partition, num_stages(config)
     if stages == 1:

@@ -19,7 +19,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = Norm(context, "norm", model.hidden, kind=model.norm, eps=model.norm_eps)
         self.logits = column(context, model, head_linear(model), "", tie="embedding" if model.tied else None)
-        self.first_id = self.logits.owner.pieces[0].shard.start
+        self.first_id = self.logits.owner.pieces[0].shard.box[0].start
 
     def forward(self, x_tH: Tensor) -> Tensor:
         return self.logits(self.norm(x_tH))

@@ -1,8 +1,9 @@
-"""AdamW over a stage's flat buffers, whole or ZeRO-1-sharded, with clipping by the global norm."""
+"""AdamW over a rank's buckets, whole or ZeRO-1-sharded, with clipping by the global norm."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,44 +52,40 @@ _PIECE = 1 << 16  # elements, half a MB: in the cache between its two uses
 
 
 class Optimizer:
-    """torch's fused AdamW on the runs of the flat buffers that this rank owns.
+    """torch's fused AdamW on what this rank owns of every bucket.
 
-    grads: the flat gradients this rank owns, the same memory every step. Master weights are at least fp32; where the
+    grads: the owned gradients by bucket, the same memory every step. Master weights are at least fp32; where the
     compute dtype is that wide and nothing is sharded they are the parameters themselves, else a copy of the owned part.
-    exp_avg, exp_avg_sq: flat moments beside the masters. Weight decay applies by the parameter record.
+    exp_avg, exp_avg_sq: moments beside the masters. Weight decay applies by the parameter record.
     """
 
-    def __init__(self, buffers: StageBuffers, grads: Tensor, config: OptimConfig) -> None:
-        self.buffers, self.grads, self.config = buffers, grads, config
-        self.masters = buffers.take_owned(buffers.params).to(buffers.context.wide_dtype)
-        self.exp_avg = torch.zeros_like(self.masters)
-        self.exp_avg_sq = torch.zeros_like(self.masters)
-        groups = [
-            {"params": [self._parameter(run) for run in runs], "weight_decay": config.weight_decay if decays else 0.0}
-            for decays, runs in buffers.owned_runs(lambda parameter, piece: piece.record.decays).items()
+    def __init__(self, buffers: StageBuffers, grads: Sequence[Tensor], config: OptimConfig) -> None:
+        self.buffers, self.grads, self.config = buffers, list(grads), config
+        wide = buffers.context.wide_dtype
+        self.masters = [
+            part.to(wide, copy=buffers.zero or part.dtype != wide) for part in buffers.take_owned(buffers.params)
         ]
+        self.exp_avg = [torch.zeros_like(masters) for masters in self.masters]
+        self.exp_avg_sq = [torch.zeros_like(masters) for masters in self.masters]
+        groups: list[dict[str, Any]] = []
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        for decays, runs in buffers.owned_runs(lambda held: held.piece.record.decays).items():
+            parameters = []
+            for bucket, run in runs:
+                parameter = self.masters[bucket][run]
+                parameter.grad = self.grads[bucket][run]
+                states[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": self.exp_avg[bucket][run],
+                    "exp_avg_sq": self.exp_avg_sq[bucket][run],
+                }
+                parameters.append(parameter)
+            groups.append({"params": parameters, "weight_decay": config.weight_decay if decays else 0.0})
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-        for group in self.adamw.param_groups:
-            for parameter in group["params"]:
-                self._attach_state(parameter)
-        counted = buffers.owned_runs(buffers.counted).get(True, [])
-        self._counted = [grads[run] for run in counted]
-
-    def _parameter(self, run: slice) -> Tensor:
-        parameter = self.masters[run]
-        parameter.grad = self.grads[run]
-        return parameter
-
-    def _attach_state(self, parameter: Tensor) -> None:
-        """Let AdamW keep its moments in the flat buffers, at the parameter's place."""
-        run = slice(parameter.storage_offset() - self.masters.storage_offset(), None)
-        size = parameter.numel()
-        self.adamw.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": self.exp_avg[run][:size],
-            "exp_avg_sq": self.exp_avg_sq[run][:size],
-        }
+        self.adamw.state.update(states)  # its moments are kept here, beside the masters
+        counted = buffers.owned_runs(lambda held: held.counted).get(True, [])
+        self._counted = [self.grads[bucket][run] for bucket, run in counted]
 
     @property
     def steps(self) -> int:
@@ -100,8 +97,8 @@ class Optimizer:
         for state in self.adamw.state.values():
             state["step"].fill_(value)
 
-    def flat_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of every parameter: flat tensors of the owned values by kind, at least fp32."""
+    def state(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint holds of every parameter: the owned values of every bucket by kind, at least fp32."""
         return {"weight": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def grad_norm(self) -> float:
@@ -109,7 +106,7 @@ class Optimizer:
 
         Every rank takes part, so that a value that is not finite on any of them is known to all.
         """
-        total = sum_of_squares(self._counted, self.grads.device)
+        total = sum_of_squares(self._counted, self.buffers.context.device)
         mesh = self.buffers.mesh
         copies = 1 if self.buffers.zero else mesh.data.size  # without ZeRO-1 all of them hold the same sum
         return math.sqrt(all_reduce(total, mesh.distinct).item() / copies)
@@ -120,7 +117,7 @@ class Optimizer:
         if not math.isfinite(norm):
             return StepResult(norm, skipped=True)
         if self.config.clip_grad and norm > self.config.clip_grad:
-            self.grads.mul_(self.config.clip_grad / (norm + 1e-6))
+            torch._foreach_mul_(self.grads, self.config.clip_grad / (norm + 1e-6))
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -129,8 +126,12 @@ class Optimizer:
 
     def publish(self) -> None:
         """Bring the master weights into the parameters of all data-parallel ranks. Collective."""
-        buffers = self.buffers
-        if buffers.zero:
-            buffers.params.copy_(buffers.gather(self.masters.to(buffers.params.dtype)))
-        elif self.masters.data_ptr() != buffers.params.data_ptr():
-            buffers.params.copy_(self.masters)
+        params = self.buffers.params
+        if self.buffers.zero:
+            narrow = [masters.to(own.dtype) for masters, own in zip(self.masters, params, strict=True)]
+            for own, whole in zip(params, self.buffers.gather(narrow), strict=True):
+                own.copy_(whole)
+            return
+        for own, masters in zip(params, self.masters, strict=True):
+            if masters.data_ptr() != own.data_ptr():
+                own.copy_(masters)

@@ -1,17 +1,17 @@
-"""One flat buffer of parameters and one of main gradients per rank, cut into buckets.
+"""A rank's parameters and main gradients in buckets: each owns its memory and knows over whom its gradients are summed.
 
 Parameters lie in reverse order of construction, so that buckets fill up in the order of backward; a bucket holds
-parameters of one stage. Every bucket is a multiple of the data-parallel size, which makes ZeRO-1's shards equal slices.
-Padding stays zero.
+parameters of one stage. Its size is a multiple of the ranks of its axis, which makes ZeRO-1's shards equal slices.
+Padding stays zero. What belongs to buckets (parameters, gradients, optimizer state) is a list with a tensor for each.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from megapar.mesh import Mesh
+from megapar.mesh import Axis
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.context import StageContext
 from megapar.parallel.plain import hook_plain_gradient
@@ -21,17 +21,59 @@ from megapar.parallel.weight_grad import LocalParameter, Piece
 _ALIGN = 16  # elements: a cache line of fp32
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
-    """A run [start, stop) of the flat buffers whose gradients are reduced together."""
+    """Parameters of one stage whose gradients are summed together.
 
-    start: int
-    stop: int
-    parameters: list[LocalParameter]
+    axis: over which they are summed: the ranks that hold the same and take other samples
+    offsets: where each parameter begins; size: elements, with padding
+    owned: the part whose optimizer state this rank holds: with ZeRO-1 an equal slice, else everything
+    params [size] in the compute dtype and grads [size] (main gradients) in the wide one have storages of their own
+    """
+
+    stage: int
+    axis: Axis
+    offsets: dict[LocalParameter, int]
+    size: int
+    owned: slice
+    params: Tensor = field(default_factory=lambda: torch.empty(0))
+    grads: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
-    def stage(self) -> int:
-        return self.parameters[0].stage
+    def tie(self) -> str | None:
+        """A tied parameter has a bucket of its own."""
+        return next(iter(self.offsets)).tie
+
+    def free(self) -> None:
+        """Give back the memory of the parameters. Views of them stay, and are good again after `refill`."""
+        self.params.untyped_storage().resize_(0)
+
+    def refill(self, values: Tensor) -> None:
+        """Take memory for the parameters again and write `values` [size] there.
+
+        Neither counts as a change for autograd, which would refuse to use what it has saved of them.
+        """
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.params):
+            self.params.untyped_storage().resize_(self.size * self.params.element_size())
+            self.params.copy_(values)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A piece of a parameter that this rank holds, at `run` in bucket number `bucket`.
+
+    counted: this rank counts it in sums over the model; of those that hold it exactly one does
+    """
+
+    parameter: LocalParameter
+    piece: Piece
+    bucket: int
+    run: slice
+    counted: bool
+
+    def view(self, buckets: Sequence[Tensor]) -> Tensor:
+        """Its values [shard.shape], where every bucket has a tensor [size]."""
+        return buckets[self.bucket][self.run].view(self.piece.shard.shape)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -39,57 +81,58 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class StageBuffers:
-    """The flat buffers of one rank's stages.
+    """The buckets of one rank's stages.
 
-    params: [n] compute dtype. grads: [n] wide dtype (main gradients).
-    zero: with True every data-parallel rank owns an equal slice of each bucket, else all own everything.
+    zero: with True the ranks of a bucket's axis own equal slices of it, else all own everything.
     weights_only: for weights that are loaded and not trained: no main gradients, no initial values (zeros).
     """
 
     def __init__(self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False) -> None:
-        self.context, self.weights_only = context, weights_only
-        self.mesh: Mesh = context.mesh
+        self.context, self.mesh, self.weights_only = context, context.mesh, weights_only
         self.zero = zero and self.mesh.data.size > 1
         self.buckets: list[Bucket] = []
-        self.offsets: dict[LocalParameter, int] = {}
         self._lay_out(bucket_size)
-        size = self.buckets[-1].stop if self.buckets else 0
-        self.params = torch.zeros(size, dtype=context.dtype, device=context.device)
-        self.grads = torch.zeros(0 if weights_only else size, dtype=context.wide_dtype, device=context.device)
-        for parameter in context.parameters:
-            self._install(parameter)
+        for bucket in self.buckets:
+            bucket.params = torch.zeros(bucket.size, dtype=context.dtype, device=context.device)
+            if not weights_only:
+                bucket.grads = torch.zeros(bucket.size, dtype=context.wide_dtype, device=context.device)
+            for parameter in bucket.offsets:
+                self._install(parameter, bucket)
 
     def _lay_out(self, bucket_size: int) -> None:
-        granule = _ALIGN * self.mesh.data.size
-        position = start = size = 0
-        held: list[LocalParameter] = []
+        offsets: dict[LocalParameter, int] = {}
+        position = size = 0
+        stage = -1
 
         def close() -> None:
-            nonlocal position, start, size, held
-            position = _round_up(position, granule)
-            self.buckets.append(Bucket(start, position, held))
-            start, size, held = position, 0, []
+            nonlocal offsets, position, size
+            axis = self.mesh.data
+            whole = _round_up(position, _ALIGN * axis.size)
+            share = whole // axis.size
+            owned = slice(axis.index * share, (axis.index + 1) * share) if self.zero else slice(0, whole)
+            self.buckets.append(Bucket(stage, axis, offsets, whole, owned))
+            offsets, position, size = {}, 0, 0
 
         for parameter in reversed(self.context.parameters):
-            tied = self.waits_for_other_end(parameter)
+            tied = self.context.holders(parameter) is not None
             # Cut by `widest`, so that tensor-parallel peers cut at the same parameters however uneven their shards are:
-            # a bucket's partial sums over tp are one collective. A tied parameter waits for another stage, so it gets a
+            # a bucket's partial sums over tp are one collective. A tied parameter waits for other stages, so it gets a
             # bucket of its own and holds nobody up.
-            if held and (size + parameter.widest > bucket_size or tied or held[-1].stage != parameter.stage):
+            if offsets and (size + parameter.widest > bucket_size or tied or stage != parameter.stage):
                 close()
-            self.offsets[parameter] = position
+            stage = parameter.stage
+            offsets[parameter] = position
             position = _round_up(position + parameter.numel, _ALIGN)
             size += parameter.widest
-            held.append(parameter)
             if tied:
                 close()
-        if held:
+        if offsets:
             close()
 
-    def _install(self, parameter: LocalParameter) -> None:
-        offset = self.offsets[parameter]
+    def _install(self, parameter: LocalParameter, bucket: Bucket) -> None:
+        offset = bucket.offsets[parameter]
         place = slice(offset, offset + parameter.numel)
-        view = self.params[place].view(parameter.shape)
+        view = bucket.params[place].view(parameter.shape)
         for piece in parameter.pieces:
             if isinstance(piece.record.init, Given):
                 assert parameter.values is not None
@@ -102,73 +145,53 @@ class StageBuffers:
             module.register_parameter(attribute, tensor)
         parameter.tensor = tensor
         if not self.weights_only:
-            parameter.grad = self.grads[place].view(parameter.shape)
+            parameter.grad = bucket.grads[place].view(parameter.shape)
         if parameter.values is not None:
             parameter.values = None
             hook_plain_gradient(parameter, self.context.weight_grads)
 
-    def owned(self, bucket: Bucket) -> slice:
-        """The part of a bucket whose optimizer state this rank holds."""
-        if not self.zero:
-            return slice(bucket.start, bucket.stop)
-        share = (bucket.stop - bucket.start) // self.mesh.data.size
-        first = bucket.start + self.mesh.data.index * share
-        return slice(first, first + share)
+    @property
+    def params(self) -> list[Tensor]:
+        """Those of every bucket, [size] each."""
+        return [bucket.params for bucket in self.buckets]
 
-    def pieces(self) -> Iterator[tuple[LocalParameter, Piece, int, int]]:
-        """Every piece with its run [start, stop) in the flat buffers."""
-        for parameter, offset in self.offsets.items():
-            row = parameter.numel // parameter.shape[0]
-            for piece in parameter.pieces:
-                yield parameter, piece, offset + piece.start * row, offset + piece.stop * row
+    @property
+    def grads(self) -> list[Tensor]:
+        """The main gradients of every bucket, [size] each."""
+        return [bucket.grads for bucket in self.buckets]
 
-    def owned_parts(self) -> list[tuple[slice, int]]:
-        """The owned part of each bucket with its place in the owned buffer (bucket after bucket)."""
-        parts, position = [], 0
-        for bucket in self.buckets:
-            part = self.owned(bucket)
-            parts.append((part, position))
-            position += part.stop - part.start
-        return parts
+    def held(self) -> Iterator[Held]:
+        """Every piece that this rank holds, in the order of the buckets."""
+        for number, bucket in enumerate(self.buckets):
+            for parameter, offset in bucket.offsets.items():
+                row = parameter.numel // parameter.shape[0]
+                holders = self.context.holders(parameter)
+                first = holders is None or holders.index == 0
+                for piece in parameter.pieces:
+                    run = slice(offset + piece.start * row, offset + piece.stop * row)
+                    yield Held(parameter, piece, number, run, first and piece.shard.counted)
 
-    def owned_runs(self, kind: Callable[[LocalParameter, Piece], bool]) -> dict[bool, list[slice]]:
-        """Runs of the owned buffer grouped by `kind(parameter, piece)`; neighbours of a kind in a bucket are joined."""
-        parts = self.owned_parts()
-        runs: dict[bool, list[slice]] = {}
-        for parameter, piece, start, stop in self.pieces():
-            group = runs.setdefault(kind(parameter, piece), [])
-            for part, position in parts:
-                first, last = max(start, part.start), min(stop, part.stop)
-                if first >= last:
-                    continue
-                run = slice(position + first - part.start, position + last - part.start)
-                if group and group[-1].stop == run.start > position:
-                    run = slice(group.pop().start, run.stop)
-                group.append(run)
+    def owned_runs(self, kind: Callable[[Held], bool]) -> dict[bool, list[tuple[int, slice]]]:
+        """(bucket, run in its owned part) of all that this rank owns, grouped by `kind`; neighbours are joined."""
+        runs: dict[bool, list[tuple[int, slice]]] = {}
+        for held in self.held():
+            owned = self.buckets[held.bucket].owned
+            first, last = max(held.run.start, owned.start), min(held.run.stop, owned.stop)
+            if first >= last:
+                continue
+            group = runs.setdefault(kind(held), [])
+            run = slice(first - owned.start, last - owned.start)
+            if group and group[-1][0] == held.bucket and group[-1][1].stop == run.start:
+                run = slice(group.pop()[1].start, run.stop)
+            group.append((held.bucket, run))
         return runs
 
-    def counted(self, parameter: LocalParameter, piece: Piece) -> bool:
-        """Whether this rank counts the piece in global sums: of several holders exactly one does."""
-        ends = self.context.ends
-        holds_tie = piece.record.tie is None or ends is None or ends.index == 0
-        return holds_tie and piece.shard.replica == 0
-
-    def waits_for_other_end(self, parameter: LocalParameter) -> bool:
-        """Whether the rank at the pipeline's other end holds a copy, whose gradient is part of the sum."""
-        return self.context.ends is not None and parameter.tie is not None
-
-    def gather(self, shards: Tensor) -> Tensor:
-        """From every rank's owned values, bucket after bucket, to the whole flat buffer. Collective over dp."""
+    def gather(self, owned: Sequence[Tensor]) -> list[Tensor]:
+        """From the owned part of every bucket to the whole. Collective over the buckets' axes."""
         if not self.zero:
-            return shards
-        whole = shards.new_empty(self.params.numel())
-        for bucket, (part, position) in zip(self.buckets, self.owned_parts(), strict=True):
-            share = shards[position : position + part.stop - part.start]
-            whole[bucket.start : bucket.stop] = all_gather(share, self.mesh.data)
-        return whole
+            return list(owned)
+        return [all_gather(part, bucket.axis) for bucket, part in zip(self.buckets, owned, strict=True)]
 
-    def take_owned(self, flat: Tensor) -> Tensor:
-        """The owned values of a whole flat buffer, bucket after bucket; a view where all is owned."""
-        if not self.zero:
-            return flat
-        return torch.cat([flat[self.owned(bucket)] for bucket in self.buckets])
+    def take_owned(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """The owned part of every bucket, as views."""
+        return [one[bucket.owned] for bucket, one in zip(self.buckets, whole, strict=True)]

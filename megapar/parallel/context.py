@@ -1,6 +1,7 @@
 """What a layer is built with: the mesh, the precision, and the registry of the parameters of this rank's stages."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from megapar.kernels.rope import rope_table
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.overlap import Overlap, Overlaps
-from megapar.parallel.record import ParameterRecord
+from megapar.parallel.record import ParameterRecord, Shard
 from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
 
 
@@ -35,16 +36,12 @@ class StageContext:
 
     def __post_init__(self) -> None:
         self.overlaps = Overlaps(self.mesh, self.tp_overlap, self.weight_grads)
+        self._holders: dict[str, Axis | None] = {}
         self._rope_tables: dict[tuple[int, int, float], Tensor] = {}
 
     @property
     def tp(self) -> Axis:
         return self.mesh["tp"]
-
-    @property
-    def ends(self) -> Axis | None:
-        """The ranks of the first and the last stage, which hold copies of tied parameters; None if that is one rank."""
-        return self.mesh["ends"] if self.placement[0] != self.placement[-1] else None
 
     @property
     def device(self) -> torch.device:
@@ -77,28 +74,44 @@ class StageContext:
             self._rope_tables[key] = rope_table(length, channels, theta, self.wide_dtype, self.device)
         return self._rope_tables[key]
 
+    def tie(self, name: str, stages: Iterable[int]) -> None:
+        """Declare which stages hold a copy of the parameters that are tied under this name.
+
+        Collective, before they are declared: on every rank, whether or not it has one of these stages.
+        """
+        ranks = {self.placement[stage] for stage in stages}
+        self._holders[name] = self.mesh.among(ranks) if len(ranks) > 1 else None
+
+    def holders(self, parameter: LocalParameter) -> Axis | None:
+        """The pipeline ranks that hold a copy of a parameter, None if this one alone does."""
+        return None if parameter.tie is None else self._holders[parameter.tie]
+
+    def shard(self, record: ParameterRecord) -> Shard:
+        """What this rank holds of a record."""
+        return record.shard(self.mesh.layout, self.mesh.place)
+
     def parameter(self, module: nn.Module, attribute: str, *records: ParameterRecord) -> LocalParameter:
         """Declare `module.attribute`: this rank's shards of the records, stacked along dim 0.
 
         No memory is taken: the tensor is made when the rank's buffers are. A record whose tie is held here already is
         one more use of that parameter.
         """
-        tied = [held for held in self.parameters if records[0].tie is not None and held.tie == records[0].tie]
+        tie = records[0].tie
+        assert tie is None or tie in self._holders, f"declare the stages that hold {tie} first: context.tie"
+        tied = [held for held in self.parameters if tie is not None and held.tie == tie]
         if tied:
             tied[0].uses += 1
             return tied[0]
         pieces: list[Piece] = []
         rows = 0
         for record in records:
-            shard = record.shard(self.tp.size, self.tp.index)
-            length = record.shard_shape(shard)[0]
+            shard = self.shard(record)
+            length = shard.shape[0]
             pieces.append(Piece(record, shard, rows, rows + length))
             rows += length
-        shape = (rows, *records[0].shard_shape(pieces[0].shard)[1:])
-        assert all(
-            record.shard_shape(piece.shard)[1:] == shape[1:] for record, piece in zip(records, pieces, strict=True)
-        )
-        widest = sum(record.widest_shard(self.tp.size) for record in records)
+        shape = (rows, *pieces[0].shard.shape[1:])
+        assert all(piece.shard.shape[1:] == shape[1:] for piece in pieces)
+        widest = sum(record.widest(self.mesh.layout) for record in records)
         local = LocalParameter(module, attribute, shape, pieces, widest, self.stage)
         module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
         self.parameters.append(local)

@@ -1,14 +1,19 @@
 """Gradient reduction: which sums a main gradient still needs, and when each can start.
 
 A main gradient holds the sum over this rank's micro-batches. Three more sums follow from the records:
-1. over tp, where ranks saw different tokens or heads: parameters that every rank holds, under sequence parallelism; and
-   the replicas of a kv head;
-2. over the two ends of the pipeline, for tied embeddings;
-3. over dp, bucket by bucket, started while the rest of the last backward still runs.
+1. over axes that could have divided the parameter and did not, where ranks saw different tokens or heads: parameters
+   that every rank holds, under sequence parallelism; and the copies of a kv head;
+2. over the stages that hold a copy of a tied parameter;
+3. over the bucket's axis, started while the rest of the last backward still runs.
 With ZeRO-1 the third is a reduce-scatter, and each rank is left with the slice whose optimizer state it owns.
+
+Sums over the same ranks must start in the same order on all of them, whichever parameters their micro-batches used. So
+buckets start in the order in which a step that uses every parameter completes them, a late one holding up those behind
+it, and tied ones at the end, by name.
 """
 
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,122 +21,178 @@ from torch import Tensor
 from megapar.mesh import Axis
 from megapar.parallel.buffers import Bucket, StageBuffers
 from megapar.parallel.collectives import all_reduce
-from megapar.parallel.compression import Matrix, Waiting, reduction
+from megapar.parallel.compression import Matrix, Reduction, Waiting, reduction
 from megapar.parallel.weight_grad import LocalParameter, Piece
+from megapar.schedule.actions import Schedule
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A bucket's reduction. number: of the bucket; partial: the first sums of all, by axis; into: where the sum goes;
+    missing: parameters whose contributions are not all in; started: what runs."""
+
+    number: int
+    bucket: Bucket
+    partial: list[tuple[Axis, list[Tensor]]]
+    reduction: Reduction | None
+    into: Tensor
+    missing: int = 0
+    started: Waiting | None = None
 
 
 class GradSync:
-    """Reduces the main gradients of a rank's stages, once per step."""
+    """Reduces the main gradients of a rank's stages, once per step.
 
-    def __init__(self, buffers: StageBuffers, compression: str = "none", powersgd_rank: int = 4) -> None:
-        self.buffers = buffers
-        self.mesh = buffers.mesh
-        self._bucket_of = {parameter: bucket for bucket in buffers.buckets for parameter in bucket.parameters}
-        self._partial = {id(bucket): self._partial_sums(bucket) for bucket in buffers.buckets}
+    check: a parameter that some micro-batch did not use is an error; else its gradient is zero there.
+    owned: of every bucket the reduced gradients that this rank owns, the same memory every step.
+    """
+
+    def __init__(
+        self, buffers: StageBuffers, compression: str = "none", powersgd_rank: int = 4, *, check: bool = False
+    ) -> None:
+        self.buffers, self.mesh, self.check = buffers, buffers.mesh, check
+        self.owned = buffers.take_owned(buffers.grads)
+        if buffers.zero:
+            self.owned = [part.clone() for part in self.owned]
+        partial = [self._partial_sums(bucket) for bucket in buffers.buckets]
+        self._pending = [
+            _Pending(number, bucket, sums, None, self.owned[number] if buffers.zero else bucket.grads)
+            for number, (bucket, sums) in enumerate(zip(buffers.buckets, partial, strict=True))
+        ]
+        for pending in self._pending:
+            axis = pending.bucket.axis
+            if axis.size > 1:
+                matrices = _matrices(pending.bucket)
+                pending.reduction = reduction(compression, axis, matrices, pending.bucket.size, powersgd_rank)
+        self._of = {parameter: pending for pending in self._pending for parameter in pending.bucket.offsets}
         self._expected = 0
         self._added: Counter[LocalParameter] = Counter()
-        self._missing: dict[int, int] = {}
-        self._started: list[tuple[Waiting, Bucket]] = []
-        self._reductions = {
-            id(bucket): reduction(
-                compression, self.mesh.data, self._matrices(bucket), bucket.stop - bucket.start, powersgd_rank
-            )
-            for bucket in (buffers.buckets if self.mesh.data.size > 1 else ())
-        }
-        # What this rank owns after the reduction: with ZeRO-1 a buffer of its own, else all main gradients.
-        self.owned = buffers.take_owned(buffers.grads)
-        self._owned_part = {
-            id(bucket): self.owned[position : position + part.stop - part.start]
-            for bucket, (part, position) in zip(buffers.buckets, buffers.owned_parts(), strict=True)
-        }
+        self._queue: deque[_Pending] = deque()
         buffers.context.weight_grads.on_added = self._on_added
-        # The groups of kv-head replicas are collective to make: make them now.
-        for piece in (piece for parameter in self._bucket_of for piece in parameter.pieces):
-            self._sum_axis(piece)
 
-    def start(self, microbatches: int) -> None:
+    def start(self, schedule: Schedule) -> None:
         """Begin a step: zero the main gradients; every use of a parameter adds once per micro-batch."""
-        self.buffers.grads.zero_()
-        self._expected = microbatches
+        if self.buffers.buckets:
+            torch._foreach_zero_(self.buffers.grads)
+        self._expected = schedule.microbatches
         self._added.clear()
-        self._missing = {id(bucket): len(bucket.parameters) for bucket in self.buffers.buckets}
+        row = schedule.rows[self.mesh["pp"].index]
+        last = {action.stage: at for at, action in enumerate(row) if action.kind in ("B", "W")}
+        untied = [pending for pending in self._pending if not self._is_tied(pending)]
+        self._queue = deque(sorted(untied, key=lambda pending: last.get(pending.bucket.stage, 0)))
+        for pending in self._pending:
+            pending.missing, pending.started = len(pending.bucket.offsets), None
 
     def _on_added(self, parameter: LocalParameter) -> None:
         self._added[parameter] += 1
-        if self._added[parameter] < self._expected * parameter.uses:
+        expected = self._expected * parameter.uses
+        if self._added[parameter] > expected:
+            problem = "it is used more than once in a forward"
+            raise RuntimeError(f"more gradients for {parameter.name} than micro-batches: {problem}")
+        if self._added[parameter] < expected:
             return
-        bucket = self._bucket_of[parameter]
-        self._missing[id(bucket)] -= 1
-        if self._missing[id(bucket)] == 0 and not self._waits_for_other_end(bucket):
-            self._reduce(bucket)
+        self._of[parameter].missing -= 1
+        while self._queue and self._queue[0].missing == 0:
+            self._reduce(self._queue.popleft())
 
     def finish(self, stage: int) -> None:
-        """Reduce what is left of a stage and wait. `owned` then holds the reduced gradients of it this rank owns."""
-        for bucket in (bucket for bucket in self.buffers.buckets if bucket.stage == stage):
-            missing = self._missing[id(bucket)]
-            if missing:
-                names = [p.name for p in bucket.parameters if self._added[p] < self._expected * p.uses]
-                raise RuntimeError(
-                    f"no complete gradient for {', '.join(names)}: is the parameter used in every forward?"
-                )
-            if self._waits_for_other_end(bucket):
-                self._reduce(bucket)
-        for started in [started for started, bucket in self._started if bucket.stage == stage]:
-            started.wait()
-        self._started = [(started, bucket) for started, bucket in self._started if bucket.stage != stage]
+        """Reduce what is left and wait for a stage's buckets: `owned` then holds their reduced gradients.
 
-    def _reduce(self, bucket: Bucket) -> None:
-        for axis, views in self._partial[id(bucket)]:
+        Called for every stage once all computation of the step is done. With `check` raises RuntimeError for a
+        parameter that was not used in every micro-batch.
+        """
+        if self.check:
+            self._refuse_missing()
+        tied = [pending for pending in self._pending if self._is_tied(pending) and pending.started is None]
+        for pending in [*self._queue, *sorted(tied, key=lambda pending: str(pending.bucket.tie))]:
+            self._reduce(pending)
+        self._queue.clear()
+        for pending in self._pending:
+            if pending.bucket.stage == stage and pending.started is not None:
+                pending.started.wait()
+
+    def _refuse_missing(self) -> None:
+        names = [
+            parameter.name
+            for pending in self._pending
+            if pending.missing
+            for parameter in pending.bucket.offsets
+            if self._added[parameter] < self._expected * parameter.uses
+        ]
+        if names:
+            raise RuntimeError(
+                f"parallel.check_gradients: no complete gradient for {', '.join(names)}: used in every forward?"
+            )
+
+    def _reduce(self, pending: _Pending) -> None:
+        bucket = pending.bucket
+        for axis, views in pending.partial:
             _sum_together(views, axis)
-        if self._waits_for_other_end(bucket):
-            assert self.buffers.context.ends is not None
-            all_reduce(self.buffers.grads[bucket.start : bucket.stop], self.buffers.context.ends)
-        if self.mesh.data.size == 1:
-            return
-        flat = self.buffers.grads[bucket.start : bucket.stop]
-        name = f"gradient reduction of bucket {self.buffers.buckets.index(bucket)}"
-        into = self._owned_part[id(bucket)] if self.buffers.zero else flat
-        self._started.append((self._reductions[id(bucket)].start(name, flat, into), bucket))
+        if (holders := self._holders(pending)) is not None:
+            all_reduce(bucket.grads, holders)
+        pending.started = _DONE
+        if pending.reduction is not None:
+            name = f"gradient reduction of bucket {pending.number}"
+            pending.started = pending.reduction.start(name, bucket.grads, pending.into)
+
+    def _is_tied(self, pending: _Pending) -> bool:
+        """Whether other ranks' stages hold a copy, whose gradient is part of the sum."""
+        return self._holders(pending) is not None
+
+    def _holders(self, pending: _Pending) -> Axis | None:
+        return self.buffers.context.holders(next(iter(pending.bucket.offsets)))
 
     def forget(self) -> None:
         """Let nothing of the gradients so far, which are not finite, come back in later sums. On all ranks alike."""
-        for one in self._reductions.values():
-            one.forget()
-
-    def _waits_for_other_end(self, bucket: Bucket) -> bool:
-        return any(self.buffers.waits_for_other_end(parameter) for parameter in bucket.parameters)
+        for pending in self._pending:
+            if pending.reduction is not None:
+                pending.reduction.forget()
 
     @property
     def sent(self) -> int:
         """Bytes of gradients that this rank has sent to its data-parallel peers so far."""
-        return sum(one.sent for one in self._reductions.values())
+        return sum(pending.reduction.sent for pending in self._pending if pending.reduction is not None)
 
-    def _matrices(self, bucket: Bucket) -> list[Matrix]:
-        """What may be compressed: matrices that no tensor-parallel peer holds too."""
-        found = []
-        for parameter in bucket.parameters:
-            for piece in parameter.pieces:
-                shape = piece.record.shard_shape(piece.shard)
-                if len(shape) > 1 and piece.shard.replicas == 1:
-                    columns = torch.Size(shape[1:]).numel()
-                    start = self.buffers.offsets[parameter] - bucket.start + piece.start * columns
-                    found.append(Matrix(start, shape[0], columns))
-        return found
+    def _sum_axes(self, piece: Piece) -> list[Axis]:
+        """The ranks that hold this piece too and whose gradients of it are parts of a sum.
 
-    def _sum_axis(self, piece: Piece) -> Axis | None:
-        """The ranks that hold this piece too and whose gradients of it are parts of a sum."""
-        if piece.record.split_dim is None:
-            return self.mesh["tp"] if self.buffers.context.splits_tokens else None
-        return self.mesh.part_of("tp", piece.shard.replicas) if piece.shard.replicas > 1 else None
+        Copies of a block saw different heads; a parameter that an axis does not divide saw different tokens if the axis
+        divides those.
+        """
+        axes = []
+        for name, copies in piece.shard.copies.items():
+            partial = piece.record.split(name) is not None or self.buffers.context.splits_tokens
+            if copies.count > 1 and partial:
+                axes.append(self.mesh.part_of(name, copies.count))
+        return axes
 
     def _partial_sums(self, bucket: Bucket) -> list[tuple[Axis, list[Tensor]]]:
         sums: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
-        for parameter in bucket.parameters:
+        for parameter in bucket.offsets:
             for piece in parameter.pieces:
-                axis = self._sum_axis(piece)
-                if axis is not None:
+                for axis in self._sum_axes(piece):
                     sums.setdefault(axis.ranks, (axis, []))[1].append(parameter.grad[piece.start : piece.stop])
         return list(sums.values())
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+_DONE = _Done()
+
+
+def _matrices(bucket: Bucket) -> list[Matrix]:
+    """What may be compressed: matrices that no peer of the same stage holds too."""
+    found = []
+    for parameter, offset in bucket.offsets.items():
+        for piece in parameter.pieces:
+            shape = piece.shard.shape
+            if len(shape) > 1 and piece.shard.unique:
+                columns = torch.Size(shape[1:]).numel()
+                found.append(Matrix(offset + piece.start * columns, shape[0], columns))
+    return found
 
 
 def _sum_together(views: list[Tensor], axis: Axis) -> None:

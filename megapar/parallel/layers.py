@@ -13,7 +13,7 @@ from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_
 from megapar.parallel.collectives import reduce_from_region, reduce_scatter_tokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
-from megapar.parallel.record import Constant, Init, ParameterRecord
+from megapar.parallel.record import Constant, Init, ParameterRecord, Split
 from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, owned_op
 
 
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         weights = [
-            ParameterRecord(f"{name}.weight", (features, in_features), init, 0, blocks, tie)
+            ParameterRecord(f"{name}.weight", (features, in_features), init, (Split("tp", 0, blocks),), tie)
             for name, features, blocks in outputs
         ]
         self.owner = context.parameter(self, "weight", *weights)
@@ -48,7 +48,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias_owner: LocalParameter | None = None
         if bias:
             biases = [
-                ParameterRecord(f"{name}.bias", (features,), Constant(0.0), 0, blocks)
+                ParameterRecord(f"{name}.bias", (features,), Constant(0.0), (Split("tp", 0, blocks),))
                 for name, features, blocks in outputs
             ]
             self.bias_owner = context.parameter(self, "bias", *biases)
@@ -79,9 +79,9 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.owner = context.parameter(
-            self, "weight", ParameterRecord(f"{name}.weight", (out_features, in_features), init, 1, blocks)
-        )
+        split = Split("tp", 1, blocks)
+        record = ParameterRecord(f"{name}.weight", (out_features, in_features), init, (split,))
+        self.owner = context.parameter(self, "weight", record)
         self.overlap = context.overlap(self.owner)
         self.bias_owner: LocalParameter | None = None
         if bias:
@@ -106,9 +106,9 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        record = ParameterRecord(f"{name}.weight", (vocab_size, hidden), init, 0, tie=tie)
+        record = ParameterRecord(f"{name}.weight", (vocab_size, hidden), init, (Split("tp", 0),), tie)
         self.owner = context.parameter(self, "weight", record)
-        self.first = self.owner.pieces[0].shard.start
+        self.first = self.owner.pieces[0].shard.box[0].start
 
     def forward(self, ids: Tensor) -> Tensor:
         x = owned_op(Lookup, ids - self.first, self.owner, self.context.weight_grads)

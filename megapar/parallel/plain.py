@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megapar.parallel.context import StageContext
-from megapar.parallel.record import Given, ParameterRecord, Shard
+from megapar.parallel.record import Given, ParameterRecord
 from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
 
 
@@ -48,8 +48,7 @@ def adopt(stage: HasModules, context: StageContext) -> None:
 def _adopted(module: nn.Module, attribute: str, name: str, context: StageContext) -> LocalParameter:
     tensor = getattr(module, attribute)
     record = ParameterRecord(name, tuple(tensor.shape) or (1,), Given())
-    shard = Shard(0, record.shape[0], context.tp.size, context.tp.index)
-    piece = Piece(record, shard, 0, record.shape[0])
+    piece = Piece(record, context.shard(record), 0, record.shape[0])
     local = LocalParameter(module, attribute, record.shape, [piece], record.numel, context.stage)
     local.values = tensor.detach().clone()
     context.parameters.append(local)

@@ -6,12 +6,16 @@ on tensors, and no code matches on parameter names.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megapar.config.layout import AXES, Layout
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,62 @@ Init = Normal | Constant | Given
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The part of a logical parameter that one tensor-parallel rank holds: [start, stop) along the split dim."""
+class Split:
+    """An axis of the mesh whose ranks divide a parameter along `dim`.
 
-    start: int
-    stop: int
-    replicas: int = 1  # ranks that hold this very part
-    replica: int = 0  # which of them this rank is
+    blocks: number of indivisible blocks along the dim (heads); None: single elements. Uneven parts differ by one block.
+    Where there are fewer blocks than ranks, neighbouring ranks hold copies of a block, and their gradients of it are
+    parts of a sum.
+    """
+
+    axis: str
+    dim: int
+    blocks: int | None = None
+
+    def part(self, length: int, ranks: int, rank: int) -> "tuple[slice, Copies]":
+        """What rank `rank` of `ranks` holds of a dim of this length."""
+        blocks = self.blocks or length
+        if blocks < ranks:
+            assert ranks % blocks == 0, f"{blocks} blocks over {ranks} ranks"
+            copies, block = ranks // blocks, length // blocks
+            place = rank // copies
+            return slice(place * block, (place + 1) * block), Copies(copies, rank % copies)
+        first, last = rank * blocks // ranks, (rank + 1) * blocks // ranks
+        return slice(first * length // blocks, last * length // blocks), Copies()
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many neighbouring ranks along an axis hold the same, and which of them this one is."""
+
+    count: int = 1
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of a logical parameter.
+
+    box: elements [start, stop) along every dim
+    copies: by axis, for those axes that could have divided it
+    """
+
+    box: tuple[slice, ...]
+    copies: dict[str, Copies]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(place.stop - place.start for place in self.box)
+
+    @property
+    def unique(self) -> bool:
+        """Whether no other rank of the same stage and replica holds it too."""
+        return all(copies.count == 1 for copies in self.copies.values())
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank counts it in sums over the model: of those that hold the same exactly one does."""
+        return all(copies.index == 0 for copies in self.copies.values())
 
 
 @dataclass(frozen=True)
@@ -52,17 +105,14 @@ class ParameterRecord:
 
     name: unique in the model, the same in every layout.
     shape: logical shape.
-    split_dim: the dim split over tp, or None where every rank holds the whole.
-    blocks: number of indivisible blocks along split_dim (heads); None: single elements. Where there are fewer blocks
-        than ranks, neighbouring ranks hold replicas of a block.
+    splits: the axes that divide it; on the ranks of other axes it is whole.
     tie: name of the group of stages that hold a copy of it (tied embeddings), or None.
     """
 
     name: str
     shape: tuple[int, ...]
     init: Init
-    split_dim: int | None = None
-    blocks: int | None = None
+    splits: tuple[Split, ...] = ()
     tie: str | None = None
 
     @property
@@ -74,34 +124,27 @@ class ParameterRecord:
         """Weight decay applies to matrices, not to norms and biases."""
         return len(self.shape) >= 2
 
-    def shard(self, ranks: int, rank: int) -> Shard:
-        """What rank `rank` of `ranks` tensor-parallel ranks holds. Uneven shards differ by one block."""
-        if self.split_dim is None:
-            return Shard(0, self.shape[0], replicas=ranks, replica=rank)
-        length = self.shape[self.split_dim]
-        blocks = self.blocks or length
-        if blocks < ranks:
-            assert ranks % blocks == 0, f"{self.name}: {blocks} blocks over {ranks} ranks"
-            replicas = ranks // blocks
-            block = length // blocks
-            return Shard(rank // replicas * block, (rank // replicas + 1) * block, replicas, rank % replicas)
-        first, last = rank * blocks // ranks, (rank + 1) * blocks // ranks
-        return Shard(first * length // blocks, last * length // blocks)
+    def split(self, axis: str) -> Split | None:
+        """How an axis divides it."""
+        return next((split for split in self.splits if split.axis == axis), None)
 
-    def widest_shard(self, ranks: int) -> int:
+    def shard(self, layout: Layout, place: Mapping[str, int]) -> Shard:
+        """What the rank with these coordinates holds."""
+        box = [slice(0, length) for length in self.shape]
+        copies = {name: Copies(layout[name], place[name]) for name, kind in AXES.items() if kind.splits == "weights"}
+        for split in self.splits:
+            box[split.dim], copies[split.axis] = split.part(
+                self.shape[split.dim], layout[split.axis], place[split.axis]
+            )
+        return Shard(tuple(box), copies)
+
+    def widest(self, layout: Layout) -> int:
         """Elements of the largest shard: the same number on every rank, unlike a shard's own where they are uneven."""
-        return max(prod(self.shard_shape(self.shard(ranks, rank))) for rank in range(ranks))
-
-    def shard_shape(self, shard: Shard) -> tuple[int, ...]:
         shape = list(self.shape)
-        shape[self.split_dim or 0] = shard.stop - shard.start
-        return tuple(shape)
-
-    def box(self, shard: Shard) -> tuple[slice, ...]:
-        """The shard's place in the logical tensor."""
-        place = [slice(0, length) for length in self.shape]
-        place[self.split_dim or 0] = slice(shard.start, shard.stop)
-        return tuple(place)
+        for split in self.splits:
+            parts = [split.part(shape[split.dim], layout[split.axis], rank)[0] for rank in range(layout[split.axis])]
+            shape[split.dim] = max(part.stop - part.start for part in parts)
+        return prod(shape)
 
 
 _CHUNK = 1 << 18
@@ -122,24 +165,37 @@ def normal_values(seed: int, name: str, start: int, stop: int) -> np.ndarray:
 
 
 def fill(record: ParameterRecord, shard: Shard, seed: int, out: Tensor) -> None:
-    """Write a shard's initial values into `out` [shard shape], any dtype and device.
+    """Write a shard's initial values into `out` [shard.shape], any dtype and device.
 
-    Value number i belongs to element i of the logical tensor with the split dim moved to the front. The split dim is a
-    property of the record and not of the layout, so every shard is one run of that order, made without the rest, and
+    Value number i belongs to element i of the logical tensor with the divided dims moved to the front. These are a
+    property of the record and not of the layout, so every shard is a few runs of that order, made without the rest, and
     the union over any number of ranks is bit for bit the one-process tensor. Memory: a few MiB, at least one row.
     """
     match record.init:
         case Constant(value):
             out.fill_(value)
         case Normal(std):
-            dim = record.split_dim or 0
-            moved = out.movedim(dim, 0)
-            row = record.numel // record.shape[dim]
-            rows = max(1, _CHUNK // row)
-            for first in range(shard.start, shard.stop, rows):
-                last = min(shard.stop, first + rows)
-                values = normal_values(seed, record.name, first * row, last * row) * std
-                part = moved[first - shard.start : last - shard.start]
-                part.copy_(torch.from_numpy(values).view(part.shape))
+            _fill_normal(record, shard, seed, std, out)
         case Given():
             raise AssertionError(f"{record.name} comes with its values")
+
+
+def _fill_normal(record: ParameterRecord, shard: Shard, seed: int, std: float, out: Tensor) -> None:
+    front = [split.dim for split in record.splits] or [0]
+    order = [*front, *(dim for dim in range(len(record.shape)) if dim not in front)]
+    shape, box = [record.shape[dim] for dim in order], [shard.box[dim] for dim in order]
+    moved = out.permute(order)
+    last = len(front) - 1  # along the last of the divided dims a shard's rows are one run
+    row = prod(shape[last + 1 :])
+    rows = max(1, _CHUNK // row)
+    for outer in product(*(range(place.start, place.stop) for place in box[:last])):
+        before = 0
+        for index, length in zip(outer, shape, strict=False):
+            before = before * length + index
+        into = moved[tuple(index - place.start for index, place in zip(outer, box, strict=False))]
+        for first in range(box[last].start, box[last].stop, rows):
+            stop = min(box[last].stop, first + rows)
+            start = before * shape[last]
+            values = normal_values(seed, record.name, (start + first) * row, (start + stop) * row) * std
+            part = into[first - box[last].start : stop - box[last].start]
+            part.copy_(torch.from_numpy(values).view(part.shape))

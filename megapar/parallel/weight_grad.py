@@ -39,7 +39,7 @@ class LocalParameter:
     attribute: str
     shape: tuple[int, ...]
     pieces: list[Piece]
-    widest: int  # elements on the tensor-parallel rank that holds most: the same number on all of them
+    widest: int  # elements on the rank of the stage that holds most: the same number on all of them
     stage: int = 0
     uses: int = 1
     aliases: list[tuple[nn.Module, str]] = field(default_factory=list)  # further places of a shared plain parameter

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
-from megapar.config.stages import make_schedule
+from megapar.config.stages import make_schedule, ties
 from megapar.kernels import interprets, use_backend
 from megapar.kernels._common import check_overflow
 from megapar.mesh import Mesh
@@ -81,6 +81,8 @@ class ModelPart:
             seed=train.seed,
             placement=self.schedule.placement,
         )
+        for name, stages in ties(config).items():
+            self.context.tie(name, stages)
         self.stages: dict[int, Stage] = {}
         for number in self.schedule.stages_of(self.mesh["pp"].index):
             self.context.stage = number
@@ -114,7 +116,12 @@ class Trainer(ModelPart):
     ) -> None:
         super().__init__(config, rank, build_stage, mesh=mesh)
         check(self.schedule)
-        self.sync = GradSync(self.buffers, config.parallel.grad_compression, config.parallel.powersgd_rank)
+        self.sync = GradSync(
+            self.buffers,
+            config.parallel.grad_compression,
+            config.parallel.powersgd_rank,
+            check=config.parallel.check_gradients,
+        )
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
         last = self.stages.get(self.schedule.stages - 1)
         self.task = TASKS[config.task.name](config, self.context, last)  # type: ignore[arg-type]
@@ -127,7 +134,7 @@ class Trainer(ModelPart):
         """Optimizer step number 1, 2, ..."""
         self.mesh.timeline.take()  # what was waited for between two steps, as for a checkpoint, is no part of this one
         start = time.perf_counter()
-        self.sync.start(self.schedule.microbatches)
+        self.sync.start(self.schedule)
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.context.overlaps.check_peers()
         self.on_reduced()

@@ -27,19 +27,15 @@ class RankState:
 
 
 def state_of(trainer: Trainer, losses: list[float]) -> RankState:
-    buffers, flat_state = trainer.buffers, trainer.optimizer.flat_state()
+    buffers, state = trainer.buffers, trainer.optimizer.state()
     owned = [
-        (kind, one.record.name, one.box, one.view(flat).double().numpy().copy())
+        (kind, one.record.name, one.box, one.view(parts).double().numpy().copy())
         for one in owned_boxes(buffers)
-        for kind, flat in flat_state.items()
+        for kind, parts in state.items()
     ]
     parameters = [
-        (
-            piece.record.name,
-            piece.record.box(piece.shard),
-            buffers.params[start:stop].view(piece.record.shard_shape(piece.shard)).double().numpy().copy(),
-        )
-        for _, piece, start, stop in buffers.pieces()
+        (held.piece.record.name, held.piece.shard.box, held.view(buffers.params).double().numpy().copy())
+        for held in buffers.held()
     ]
     return RankState(owned, parameters, trainer.optimizer.steps, losses)
 

@@ -36,7 +36,7 @@ def continuations(
 def broken_weights(rank: int, world_size: int, config: TrainConfig) -> str:
     """The line with which a model of infinite weights is refused."""
     trainer = Trainer(config, rank)
-    trainer.buffers.params.fill_(torch.inf)
+    torch._foreach_mul_(trainer.buffers.params, torch.inf)
     try:
         generate_tokens(trainer.executor, trainer.context, [1], SampleConfig(), context_length=8)
     except UserError as error:

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "optim.lr": 1e-3,
     "optim.clip_grad": 0.5,
     "parallel.bucket_size": 3000,
+    "parallel.check_gradients": True,
     "train.steps": 2,
     "train.seq_length": 12,
     "train.micro_batch_size": 1,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -94,22 +95,22 @@ def no_reduction_of_embeddings() -> Iterator[None]:
 
 @mutant("gradient", sequence_parallel=True)
 def no_sum_of_norm_gradients_over_tp() -> Iterator[None]:
-    original = GradSync._sum_axis
+    original = GradSync._sum_axes
     with mock.patch.object(
-        GradSync, "_sum_axis", lambda self, piece: None if piece.record.split_dim is None else original(self, piece)
+        GradSync, "_sum_axes", lambda self, piece: original(self, piece) if piece.record.splits else []
     ):
         yield
 
 
 @mutant("gradient")
 def no_sum_over_replicated_heads() -> Iterator[None]:
-    with mock.patch.object(GradSync, "_sum_axis", lambda self, piece: None):
+    with mock.patch.object(GradSync, "_sum_axes", lambda self, piece: []):
         yield
 
 
 @mutant("gradient")
 def no_tied_sum() -> Iterator[None]:
-    with mock.patch.object(GradSync, "_waits_for_other_end", lambda self, bucket: False):
+    with mock.patch.object(GradSync, "_holders", lambda self, pending: None):
         yield
 
 
@@ -117,10 +118,10 @@ def no_tied_sum() -> Iterator[None]:
 def bucket_reduced_twice() -> Iterator[None]:
     original = GradSync._reduce
 
-    def twice(self: GradSync, bucket: Any) -> None:
-        original(self, bucket)
-        self._started[-1][0].wait()
-        original(self, bucket)
+    def twice(self: GradSync, pending: Any) -> None:
+        original(self, pending)
+        pending.started.wait()
+        original(self, pending)
 
     with mock.patch.object(GradSync, "_reduce", twice):
         yield
@@ -132,31 +133,34 @@ def divided_by_dp_again() -> Iterator[None]:
 
     def finish(self: GradSync, stage: int) -> None:
         original(self, stage)
-        self.owned.div_(self.mesh["dp"].size)
+        torch._foreach_div_(self.owned, self.mesh["dp"].size)
 
     with mock.patch.object(GradSync, "finish", finish):
         yield
 
 
+@contextmanager
+def counted_too(more: Callable[[Any], bool]) -> Iterator[None]:
+    """These pieces are counted on every rank that holds them."""
+    original = StageBuffers.held
+
+    def held(self: StageBuffers) -> Iterator[Any]:
+        for one in original(self):
+            yield replace(one, counted=one.counted or more(one.piece))
+
+    with mock.patch.object(StageBuffers, "held", held):
+        yield
+
+
 @mutant("gradient norm")
 def replicated_head_counted_twice() -> Iterator[None]:
-    original = StageBuffers.counted
-    with mock.patch.object(
-        StageBuffers,
-        "counted",
-        lambda self, parameter, piece: original(self, parameter, piece) or piece.record.blocks == 1,
-    ):
+    with counted_too(lambda piece: any(split.blocks == 1 for split in piece.record.splits)):
         yield
 
 
 @mutant("gradient norm")
 def tied_copy_counted_twice() -> Iterator[None]:
-    original = StageBuffers.counted
-    with mock.patch.object(
-        StageBuffers,
-        "counted",
-        lambda self, parameter, piece: original(self, parameter, piece) or piece.record.tie is not None,
-    ):
+    with counted_too(lambda piece: piece.record.tie is not None):
         yield
 
 
@@ -165,10 +169,10 @@ def stale_copy_of_the_parameters() -> Iterator[None]:
     original = Optimizer.publish
 
     def publish(self: Optimizer) -> None:
-        before = self.buffers.params.clone()
+        before = [params.clone() for params in self.buffers.params]
         original(self)
         if self.buffers.mesh["dp"].index == 1:
-            self.buffers.params.copy_(before)
+            torch._foreach_copy_(self.buffers.params, before)
 
     with mock.patch.object(Optimizer, "publish", publish):
         yield

@@ -140,9 +140,9 @@ def after_an_infinite_gradient(rank: int, world_size: int, config: TrainConfig) 
     trainer = Trainer(config, rank)
     real, skipped = trainer.sync._reduce, []
 
-    def reduce(bucket: Any) -> None:
-        trainer.buffers.grads[bucket.start] = torch.inf
-        real(bucket)
+    def reduce(pending: Any) -> None:
+        pending.bucket.grads[0] = torch.inf
+        real(pending)
 
     for step in (1, 2, 3, 4):
         trainer.sync._reduce = reduce if (rank, step) == (0, 2) else real  # type: ignore[method-assign]
@@ -179,9 +179,9 @@ def trained(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float
     trainer = Trainer(config, rank)
     losses = [trainer.step(step).loss for step in range(1, config.train.steps + 1)]
     shared = {}
-    for parameter in trainer.buffers.offsets:
+    for parameter in trainer.context.parameters:
         for piece in parameter.pieces:
-            if piece.record.split_dim is None or piece.shard.replicas > 1:
+            if not piece.shard.unique or not piece.record.splits:
                 shared[piece.record.name] = parameter.tensor[piece.start : piece.stop].detach().clone()
     trainer.close()
     return losses, shared

@@ -6,12 +6,18 @@ import tracemalloc
 import pytest
 import torch
 
-from megapar.parallel.record import Constant, Normal, ParameterRecord, fill
+from megapar.config.layout import Layout
+from megapar.parallel.record import Constant, Copies, Normal, ParameterRecord, Shard, Split, fill
+
+
+def on(record: ParameterRecord, ranks: int, rank: int) -> Shard:
+    """What a rank of one axis holds."""
+    return record.shard(Layout(tp=ranks), {"pp": 0, "dp": 0, "tp": rank})
 
 
 def shard_of(record: ParameterRecord, ranks: int, rank: int, seed: int = 7) -> torch.Tensor:
-    shard = record.shard(ranks, rank)
-    out = torch.full(record.shard_shape(shard), torch.nan, dtype=torch.float64)
+    shard = on(record, ranks, rank)
+    out = torch.full(shard.shape, torch.nan, dtype=torch.float64)
     fill(record, shard, seed, out)
     return out
 
@@ -20,24 +26,44 @@ def shard_of(record: ParameterRecord, ranks: int, rank: int, seed: int = 7) -> t
 @pytest.mark.parametrize("shape", [(61, 24), (13, 1001), (700, 900)])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_the_union_of_shards_is_the_whole(dim: int, shape: tuple[int, int], ranks: int) -> None:
-    record = ParameterRecord("w", shape, Normal(0.02), dim)
+    record = ParameterRecord("w", shape, Normal(0.02), (Split("tp", dim),))
     union = torch.cat([shard_of(record, ranks, rank) for rank in range(ranks)], dim)
     assert torch.equal(union, shard_of(record, 1, 0))
 
 
+def test_a_parameter_may_be_divided_by_two_axes() -> None:
+    """An expert's matrix: experts over one axis, features over another. Every box has the whole tensor's values."""
+    record = ParameterRecord("experts", (6, 4, 10), Normal(0.02), (Split("pp", 0), Split("tp", 2)))
+    layout = Layout(pp=4, tp=3)
+    whole = shard_of(record, 1, 0)
+    boxes = []
+    for rank in range(layout.world):
+        shard = record.shard(layout, layout.coordinates(rank))
+        out = torch.empty(shard.shape, dtype=torch.float64)
+        fill(record, shard, 7, out)
+        assert torch.equal(out, whole[shard.box])
+        assert shard.unique and shard.counted
+        boxes.append(shard.box)
+    covered = torch.zeros(record.shape)
+    for box in boxes:
+        covered[box] += 1
+    assert torch.equal(covered, torch.ones(record.shape))
+    assert record.widest(layout) == 2 * 4 * 4
+
+
 def test_replicated_heads_are_equal() -> None:
-    record = ParameterRecord("k", (8, 6), Normal(0.02), 0, blocks=2)
+    record = ParameterRecord("k", (8, 6), Normal(0.02), (Split("tp", 0, 2),))
     parts = [shard_of(record, 4, rank) for rank in range(4)]
     assert torch.equal(parts[0], parts[1]) and torch.equal(parts[2], parts[3])
     assert torch.equal(torch.cat([parts[0], parts[2]]), shard_of(record, 1, 0))
-    assert [record.shard(4, rank).replica for rank in range(4)] == [0, 1, 0, 1]
+    assert [on(record, 4, rank).copies["tp"] for rank in range(4)] == [Copies(2, 0), Copies(2, 1)] * 2
 
 
 def test_values_depend_on_seed_and_name_and_are_normal() -> None:
-    record = ParameterRecord("w", (400, 500), Normal(2.0), 1)
+    record = ParameterRecord("w", (400, 500), Normal(2.0), (Split("tp", 1),))
     values = shard_of(record, 1, 0)
     assert not torch.equal(values, shard_of(record, 1, 0, seed=8))
-    assert not torch.equal(values, shard_of(ParameterRecord("v", (400, 500), Normal(2.0), 1), 1, 0))
+    assert not torch.equal(values, shard_of(ParameterRecord("v", (400, 500), Normal(2.0), (Split("tp", 1),)), 1, 0))
     # 200,000 draws: standard errors of mean, std, skewness and kurtosis are 0.002, 0.002, 0.005 and 0.011 sigma.
     z = values / 2.0
     for moment, expected in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
@@ -48,9 +74,9 @@ def test_values_depend_on_seed_and_name_and_are_normal() -> None:
 
 def test_a_shard_of_a_huge_parameter_costs_only_itself() -> None:
     """2^40 elements, split over 2^18 ranks along the inner dim: under a second and 100 MB."""
-    record = ParameterRecord("huge", (1 << 20, 1 << 20), Normal(0.02), 1)
-    shard = record.shard(1 << 18, 77_777)
-    out = torch.empty(record.shard_shape(shard))
+    record = ParameterRecord("huge", (1 << 20, 1 << 20), Normal(0.02), (Split("tp", 1),))
+    shard = on(record, 1 << 18, 77_777)
+    out = torch.empty(shard.shape)
     tracemalloc.start()
     start = time.perf_counter()
     fill(record, shard, 0, out)

@@ -60,9 +60,6 @@ def test_three_steps(style: str, recompute: str, prefix: str) -> None:
             assert change / config.optim.lr < 1e-8, name
 
 
-def tensors(trainer: Trainer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Copies of the logical tensors in a flat buffer of a one-process run."""
-    return {
-        piece.record.name: flat[start:stop].view(piece.record.shape).clone()
-        for _, piece, start, stop in trainer.buffers.pieces()
-    }
+def tensors(trainer: Trainer, buckets: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the logical tensors in the buckets of a one-process run."""
+    return {held.piece.record.name: held.view(buckets).clone() for held in trainer.buffers.held()}

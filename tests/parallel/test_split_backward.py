@@ -58,7 +58,7 @@ def count(rank: int, world_size: int, config: TrainConfig) -> tuple[Any, ...]:
     trainer = Trainer(config, rank)
     with Recorder(trainer) as recorder:
         trainer.step(1)
-    multiplied = [parameter for parameter in trainer.buffers.offsets if parameter.attribute == "weight"]
+    multiplied = [parameter for parameter in trainer.context.parameters if parameter.attribute == "weight"]
     shapes = {parameter.shape for parameter in multiplied if "positions" not in parameter.name}
     trainer.close()
     return dict(recorder.matmuls), dict(recorder.collectives), shapes
@@ -108,8 +108,8 @@ def gradients(rank: int, world_size: int, config: TrainConfig, compiled: bool = 
     found: dict[str, Tensor] = {}
 
     def keep() -> None:
-        for _, piece, start, stop in trainer.buffers.pieces():
-            found[piece.record.name] = trainer.buffers.grads[start:stop].clone()
+        for held in trainer.buffers.held():
+            found[held.piece.record.name] = held.view(trainer.buffers.grads).clone()
 
     trainer.on_reduced = keep
     trainer.step(1)

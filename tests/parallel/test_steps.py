@@ -27,7 +27,7 @@ def losses_and_sum(rank: int, world_size: int, config: TrainConfig) -> list[Any]
         done = trainer.step(step)
         figures = gather_figures(local_figures(done.loss, done.spans), trainer.mesh)
         history.append((summarise(figures)["loss"], done.result.grad_norm))
-    history.append(trainer.buffers.params.clone())
+    history.append(torch.cat(trainer.buffers.params))
     trainer.close()
     return history
 
@@ -61,7 +61,9 @@ def tied_copies(rank: int, world_size: int, config: TrainConfig) -> list[torch.T
     for step in (1, 2, 3):
         trainer.step(step)
         copies += [
-            parameter.tensor.detach().clone() for parameter in trainer.buffers.offsets if parameter.pieces[0].record.tie
+            parameter.tensor.detach().clone()
+            for parameter in trainer.context.parameters
+            if parameter.pieces[0].record.tie
         ]
     trainer.close()
     return copies
@@ -89,7 +91,7 @@ def step_with_nan(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
 
     def poison() -> None:
         if rank == 0 and len(before) == 1:
-            trainer.sync.owned[3] = float("nan")
+            trainer.sync.owned[0][3] = float("nan")
 
     trainer.on_reduced = poison
     skipped = []
@@ -97,7 +99,7 @@ def step_with_nan(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
         result = trainer.step(step).result
         skipped.append(result.skipped)
         before.append(
-            [t.clone() for t in (trainer.buffers.params, trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)]
+            [torch.cat(t) for t in (trainer.buffers.params, trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)]
         )
     equal = [torch.equal(a, b) for a, b in zip(before[0], before[1], strict=True)]
     updates = trainer.optimizer.steps
@@ -141,15 +143,15 @@ def plain_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str
     found: dict[str, torch.Tensor] = {}
 
     def keep() -> None:
-        for _, piece, start, stop in trainer.buffers.pieces():
-            if ".extra." in piece.record.name:
-                found[piece.record.name] = trainer.buffers.grads[start:stop].clone()
+        for held in trainer.buffers.held():
+            if ".extra." in held.piece.record.name:
+                found[held.piece.record.name] = held.view(trainer.buffers.grads).clone()
 
     trainer.on_reduced = keep
     trainer.step(1)
-    for parameter, _, start, stop in trainer.buffers.pieces():
-        if parameter.attribute == "weight" and ".extra." in parameter.name:
-            found["value " + parameter.name] = trainer.buffers.params[start:stop].clone()
+    for held in trainer.buffers.held():
+        if held.parameter.attribute == "weight" and ".extra." in held.parameter.name:
+            found["value " + held.parameter.name] = held.view(trainer.buffers.params).clone()
     trainer.close()
     return found
 
@@ -229,7 +231,7 @@ def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[tor
     """Gradients of one step with B, and with every B split into I and, at the end, W."""
     trainer = Trainer(config, rank)
     gradients = []
-    trainer.on_reduced = lambda: gradients.append(trainer.sync.owned.clone())
+    trainer.on_reduced = lambda: gradients.append(torch.cat(trainer.sync.owned))
     trainer.step(1)
     other = Trainer(config, rank)
     rows = []
@@ -238,7 +240,7 @@ def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[tor
         split = [Action(a.stage, "I", a.microbatch) if a.kind == "B" else a for a in compute]
         rows.append(split + [Action(a.stage, "W", a.microbatch) for a in compute if a.kind == "B"])
     other.schedule = lower(rows, len(rows), other.schedule.microbatches)
-    other.on_reduced = lambda: gradients.append(other.sync.owned.clone())
+    other.on_reduced = lambda: gradients.append(torch.cat(other.sync.owned))
     other.step(1)
     queued = len(other.context.weight_grads._queued)
     trainer.close()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -63,25 +64,33 @@ def close(trainer: Trainer) -> None:
 def held(trainer: Trainer) -> list[Held]:
     """In the order of the flat buffer."""
     found = []
-    for _, piece, start, stop in trainer.buffers.pieces():
-        box = tuple((one.start, one.stop) for one in piece.record.box(piece.shard))
-        assert stop - start == torch.Size(b - a for a, b in box).numel()
-        found.append(Held(start, piece.record.name, tuple(piece.record.shape), box))
+    starts = _starts(trainer)
+    for one in trainer.buffers.held():
+        record, box = one.piece.record, tuple((place.start, place.stop) for place in one.piece.shard.box)
+        assert one.run.stop - one.run.start == torch.Size(b - a for a, b in box).numel()
+        found.append(Held(starts[one.bucket] + one.run.start, record.name, tuple(record.shape), box))
     return sorted(found, key=lambda one: one.place)
 
 
 def buckets(trainer: Trainer) -> list[Bucket]:
     found = []
-    for bucket in trainer.buffers.buckets:
-        part, names = trainer.buffers.owned(bucket), [parameter.name for parameter in bucket.parameters]
-        found.append(Bucket(bucket.start, bucket.stop, part.start, part.stop, names))
+    for start, bucket in zip(_starts(trainer), trainer.buffers.buckets, strict=True):
+        names = [parameter.name for parameter in bucket.offsets]
+        part = bucket.owned
+        found.append(Bucket(start, start + bucket.size, start + part.start, start + part.stop, names))
     return found
+
+
+def _starts(trainer: Trainer) -> list[int]:
+    """Where each bucket would begin if they lay one after the other."""
+    return [0, *accumulate(bucket.size for bucket in trainer.buffers.buckets)][:-1]
 
 
 def flat_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Parameters, main gradients and the optimizer's state."""
     buffers = trainer.buffers
-    return {"parameters": buffers.params, "gradients": buffers.grads} | trainer.optimizer.flat_state()
+    tensors = {"parameters": buffers.params, "gradients": buffers.grads} | trainer.optimizer.state()
+    return {kind: torch.cat(of_buckets) for kind, of_buckets in tensors.items()}
 
 
 def row(trainer: Trainer) -> list[str]:
