@@ -27,6 +27,8 @@ COMMON = {
     "model.ffn": 32,
     "model.vocab_size": VOCABULARY,
     "optim.lr": 0.01,
+    "optim.warmup_steps": 2,
+    "optim.clip_grad": 0.5,
     "parallel.bucket_size": 1000,
     "parallel.dp": 1,
     "train.steps": 4,

@@ -32,7 +32,8 @@ LAYOUTS: dict[str, tuple[str, Values]] = {
     # tensor parallelism: replicas of the kv heads, uneven shards of the vocabulary, engines
     "tp4_sp_replicas": ("tp4", SP),
     "tp4_gpt2": ("tp4", GPT2 | FP32),
-    "tp3_uneven_vocabulary": ("tp3", TWELVE | SP | {"train.seq_length": 12}),
+    # 510: ranks would cut at different parameters if each went by its own share of the vocabulary
+    "tp3_uneven_vocabulary": ("tp3", TWELVE | SP | {"train.seq_length": 12, "parallel.bucket_size": 510}),
     "tp2_chunked": ("tp2", {"parallel.tp_overlap": "chunked"} | FP32),
     "tp2_sp_chunked_dropout": ("tp2", SP | {"parallel.tp_overlap": "chunked", "model.dropout": 0.1}),
     "tp2_recompute_full": ("tp2", SP | {"train.recompute": "full", "model.dropout": 0.1}),
