@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megapar.config.errors import UserError
 from megapar.mesh import Axis
 from megapar.parallel.buffers import Bucket, StageBuffers
 from megapar.parallel.collectives import all_reduce
@@ -98,7 +99,7 @@ class GradSync:
     def finish(self, stage: int) -> None:
         """Reduce what is left and wait for a stage's buckets: `owned` then holds their reduced gradients.
 
-        Called for every stage once all computation of the step is done. With `check` raises RuntimeError for a
+        Called for every stage once all computation of the step is done. With `check` raises UserError for a
         parameter that was not used in every micro-batch.
         """
         if self.check:
@@ -120,9 +121,8 @@ class GradSync:
             if self._added[parameter] < self._expected * parameter.uses
         ]
         if names:
-            raise RuntimeError(
-                f"parallel.check_gradients: no complete gradient for {', '.join(names)}: used in every forward?"
-            )
+            problem = f"some micro-batch did not use {', '.join(names)}"
+            raise UserError(f"parallel.check_gradients=true: {problem}; use them in every forward, or set it to false")
 
     def _reduce(self, pending: _Pending) -> None:
         bucket = pending.bucket
