@@ -5,6 +5,7 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+import pytest
 
 
 def pairwise(
@@ -48,3 +49,17 @@ def _with(pair: Pair, options: int) -> tuple[int | slice, ...]:
     """The index of the cases that have a pair."""
     chosen = dict(pair)
     return tuple(chosen.get(option, slice(None)) for option in range(options))
+
+
+def parameters(cases: Sequence[dict[str, Any]], *covered: str) -> list[Any]:
+    """Cases for pytest, with names. `make test` runs those that first have a value of these options; `more` the rest.
+
+    Greedy: a case is kept back where all its values of the options have been met.
+    """
+    met, found = set[tuple[str, str]](), []
+    for case in cases:
+        new = {(name, repr(case[name])) for name in covered} - met
+        met |= new
+        name = "-".join(str(value) for value in case.values())
+        found.append(pytest.param(case, id=name, marks=[] if new else [pytest.mark.more]))
+    return found

@@ -137,6 +137,7 @@ def test_what_many_ranks_can_not_do(arguments: list[str], words: str, start: Cal
     assert err[1] == ""
 
 
+@pytest.mark.more
 def test_a_failing_rank_shows_its_traceback(start: Callable) -> None:
     port = free_port()
     processes = [start("raises", "parallel=dp2", "run.dir=run", env=torchrun_env(rank, 2, port)) for rank in (0, 1)]
@@ -146,6 +147,7 @@ def test_a_failing_rank_shows_its_traceback(start: Callable) -> None:
     assert "Traceback" not in out[0] + err[0]  # the victim
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("environment", [torchrun_env, srun_env])
 def test_what_all_ranks_find_alike_is_said_once(environment: Callable, start: Callable) -> None:
     port = free_port()
@@ -158,6 +160,7 @@ def test_what_all_ranks_find_alike_is_said_once(environment: Callable, start: Ca
     assert "".join(out) == "tokens.bin: truncated at byte 12; make it again with `megapar data`\n"
 
 
+@pytest.mark.more
 def test_what_one_rank_finds_is_said(start: Callable) -> None:
     port = free_port()
     processes = [start("mistake_of_1", "parallel=dp2", env=torchrun_env(rank, 2, port)) for rank in (0, 1)]

@@ -151,6 +151,7 @@ def interrupt_and_wait(number: signal.Signals, code: int, says: list[str], start
     return time.monotonic() - begin
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_interruption_while_the_fork_server_starts(delay: float, tmp_path: Path, corpus: list[str]) -> None:
     """A terminal sends Ctrl-C to all processes: the fork server's half-done imports must not answer it."""

@@ -54,7 +54,7 @@ def many_epochs(rank: int, ranks: int, forms: list[str], epochs: int, seed: int)
     return wrong
 
 
-@pytest.mark.parametrize("world_size, epochs", [(2, 200), (3, 60)])
+@pytest.mark.parametrize("world_size, epochs", [(2, 200), pytest.param(3, 60, marks=pytest.mark.more)])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_many_epochs_with_random_delays(channel: str, world_size: int, epochs: int, ranks: WorkerPool) -> None:
     found = ranks.run(many_epochs, world_size, CHANNELS[channel], epochs, world_size)
@@ -119,6 +119,7 @@ def run_beside(pools: tuple[WorkerPool, ...], jobs: list[tuple[int, Late]]) -> l
         return list(threads.map(run, jobs))
 
 
+@pytest.mark.more
 def test_every_rank_late_at_every_place(ranks: WorkerPool, more_ranks: WorkerPool) -> None:
     jobs = [
         (world_size, Late(form, late, tuple(places_of(form))))
@@ -146,6 +147,7 @@ def verdicts(ranks: WorkerPool, more_ranks: WorkerPool) -> dict[str, list[str]]:
     return dict(zip(MUTANTS, run_beside((ranks, more_ranks), jobs), strict=True))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name: str, verdicts: dict[str, list[str]]) -> None:
     """Every mutant is seen by some rank, and what it shows is what it breaks.
