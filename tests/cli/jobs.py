@@ -50,7 +50,7 @@ def hangs(rank: int, world_size: int) -> None:
 
 
 def sleep_here() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def unpicklable(rank: int, world_size: int) -> Any:

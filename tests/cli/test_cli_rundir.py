@@ -68,6 +68,7 @@ def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
     assert not (folder / "reference-x").exists()
 
 
+@pytest.mark.more
 def test_an_interrupted_point_starts_anew(run: Callable, start: Callable, tmp_path: Path) -> None:
     sweep = ["-m", "run.dir=sweep", "optim.lr=1,2"]
     first = start("rows_then_sleeps", *sweep)
@@ -80,6 +81,7 @@ def test_an_interrupted_point_starts_anew(run: Callable, start: Callable, tmp_pa
     assert [steps(path.parent) for path in (tmp_path / "sweep").glob("*/metrics.jsonl")] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.more
 def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A real run; what can't be loaded is refused before a directory is made; its own checkpoint goes on in place, and
     generate is started with it."""

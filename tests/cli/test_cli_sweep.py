@@ -43,6 +43,7 @@ def test_one_failed_point_does_not_end_the_others_and_a_rerun_repeats_only_it(ru
     assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 2, 3)] == [1, 2, 1]
 
 
+@pytest.mark.more
 def test_an_interrupted_sweep_goes_on(run: Callable, start: Callable, tmp_path: Path) -> None:
     sweep = start("sleeps", "-m", "run.dir=sweep", "optim.lr=1,2")
     deadline = time.monotonic() + 60
@@ -57,6 +58,7 @@ def test_an_interrupted_sweep_goes_on(run: Callable, start: Callable, tmp_path: 
     assert [row["state"] for row in latest(tmp_path / "sweep").values()] == ["done", "done"]
 
 
+@pytest.mark.more
 def test_a_killed_sweep_goes_on(run: Callable, tmp_path: Path) -> None:
     """`running` without anybody who holds the point's lock is left over from a killed sweep."""
     assert run("lr_fails", "train", "-m", "run.dir=sweep", "optim.lr=1,3").code == 0
@@ -71,6 +73,7 @@ def test_a_killed_sweep_goes_on(run: Callable, tmp_path: Path) -> None:
     assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 3)] == [1, 2]
 
 
+@pytest.mark.more
 def test_joblib_runs_points_side_by_side(run_process: Callable, tmp_path: Path) -> None:
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = run_process("ok", "-m", "run.dir=sweep", "parallel=tp2,pp2", *joblib)

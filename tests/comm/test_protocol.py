@@ -54,7 +54,7 @@ def many_epochs(rank: int, ranks: int, forms: list[str], epochs: int, seed: int)
     return wrong
 
 
-@pytest.mark.parametrize("world_size, epochs", [(2, 200), (3, 60)])
+@pytest.mark.parametrize("world_size, epochs", [(2, 200), pytest.param(3, 60, marks=pytest.mark.more)])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_many_epochs_with_random_delays(channel: str, world_size: int, epochs: int, ranks: WorkerPool) -> None:
     found = ranks.run(many_epochs, world_size, CHANNELS[channel], epochs, world_size)
@@ -119,6 +119,7 @@ def run_beside(pools: tuple[WorkerPool, ...], jobs: list[tuple[int, Late]]) -> l
         return list(threads.map(run, jobs))
 
 
+@pytest.mark.more
 def test_every_rank_late_at_every_place(ranks: WorkerPool, more_ranks: WorkerPool) -> None:
     jobs = [
         (world_size, Late(form, late, tuple(places_of(form))))
@@ -133,7 +134,7 @@ def test_every_rank_late_at_every_place(ranks: WorkerPool, more_ranks: WorkerPoo
 def test_a_late_rank_and_another_shape(ranks: WorkerPool) -> None:
     """Three tiles of rows, then one: the flag that tells of a late rank's second tile is, in the next epoch, where the
     rank without columns, which has gone ahead, would tell of its first if there were one set of flags."""
-    job = Late("all_gather_matmul, idle", 0, ((0, "begun"),), shapes=(LARGE, SMALL), timeout_s=3.0)
+    job = Late("all_gather_matmul, idle", 0, ((0, "begun"),), shapes=(LARGE, SMALL))
     assert ranks.run(six_epochs, 2, job) == ["", ""]
 
 
@@ -146,6 +147,7 @@ def verdicts(ranks: WorkerPool, more_ranks: WorkerPool) -> dict[str, list[str]]:
     return dict(zip(MUTANTS, run_beside((ranks, more_ranks), jobs), strict=True))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name: str, verdicts: dict[str, list[str]]) -> None:
     """Every mutant is seen by some rank, and what it shows is what it breaks.
@@ -197,10 +199,12 @@ def test_a_rank_that_does_not_come(ranks: WorkerPool) -> None:
 ANOTHER_ROW, ANOTHER_COLUMN, MORE_TILES = (7, 3, 4), (5, 4, 5), (20, 3, 4)
 
 
-def disagreement(rank: int, ranks: int, form: str, other: Shape | torch.dtype, at_first: bool) -> str:
+def disagreement(
+    rank: int, ranks: int, form: str, other: Shape | torch.dtype, at_first: bool, timeout_s: float = 60.0
+) -> str:
     """What this rank is told where rank 1 calls with another shape or dtype, in the first use or the second."""
     with small_tiles():
-        memory = memory_of(timeout_s=1.0)
+        memory = memory_of(timeout_s=timeout_s)
         if not at_first:
             assert is_exact(form, LARGE, 1, memory)
         x, w = operands(form, other if rank == 1 and isinstance(other, tuple) else SMALL, 2, rank, ranks)
@@ -226,7 +230,7 @@ def test_ranks_that_do_not_agree(form: str, ranks: WorkerPool) -> None:
                 f"PeersDiffer: rank {me}: rank {1 - me} has a matrix of another shape or dtype in {operation} "
                 "(symmetric, use 2) over ranks 0, 1"
             ), (other, told)
-    told = ranks.run(disagreement, 2, form, MORE_TILES, False)
+    told = ranks.run(disagreement, 2, form, MORE_TILES, False, 1.0)
     assert all(said.startswith(("PeersDiffer", "PeerTimeout")) for said in told), told
     told = ranks.run(disagreement, 2, form, MORE_TILES, True)
     assert all(said.startswith(f"PeersDiffer: rank {me}: {operation} (symmetric) of [") for me, said in enumerate(told))
@@ -236,7 +240,7 @@ def empty_alone(rank: int, ranks: int, form: str, at_first: bool) -> list[str]:
     """What a rank is told in each call. Rank 0 has one more before the others' first, of an empty matrix."""
     told = []
     with small_tiles():
-        memory = memory_of(timeout_s=1.0)
+        memory = memory_of()
         if not at_first:
             assert is_exact(form, LARGE, 1, memory)
         x, w = operands(form, SMALL, 2, rank, ranks)

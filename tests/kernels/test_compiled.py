@@ -49,6 +49,7 @@ def figures(request: pytest.FixtureRequest) -> list[Figures]:
     return compile_all(specs_of(list(KERNELS), [request.param]))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("figures", TARGETS, indirect=True)
 def test_compiled(figures: list[Figures]) -> None:
     """Compiled, in registers, within shared memory, on tensor cores, with wide loads, and as good as before.

@@ -102,6 +102,7 @@ def compare(rank: int, world_size: int, draws: int) -> list[tuple[str, list[Any]
     return found
 
 
+@pytest.mark.more
 def test_any_layout(interpreter: WorkerPool) -> None:
     for part in interpreter.run(compare, 2, 3, timeout=300):
         for call, strides, error in part:

@@ -33,7 +33,7 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module", params=STYLES)
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.more)])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
     prefix = write_tokens(base)

@@ -32,6 +32,21 @@ def figures(folder: Path, *arguments: str) -> Figures:
     return {(r["kernel"], r["provider"], r["mode"], r["metric"]): float(r["p50"]) for r in rows}
 
 
+def test_a_layer_over_a_link(tmp_path: Path) -> None:
+    """Every figure of every engine, and the picture. Bytes over a link take no less than it allows: at 1 Gbit/s two
+    transfers of 0.25 MB a pass, of which a ring of two sends half. `test_a_layer_over_a_slow_link` judges the times."""
+    found = figures(tmp_path, "subject=[layer]", "tokens=256", "hidden=256", "ffn=256", "pairs=2")
+    sent_s = 2 * (256 * 256 * 4 / 2) / (1e9 / 8)
+    for mode in ("forward", "backward"):
+        assert found["tp layer", "communication", mode, "time"] > 0.9e3 * sent_s
+    for mode in ("forward", "backward", "full"):
+        for one in ("compute", "communication", "serial", "chunked"):
+            assert found["tp layer", one, mode, "time"] > 0
+    assert ("tp layer", "chunked", "full", "speedup") in found
+    ElementTree.parse(tmp_path / "layer_1.svg")
+
+
+@pytest.mark.slow
 def test_a_layer_over_a_slow_link(tmp_path: Path) -> None:
     """1 Gbit/s: two transfers of 4 MB a pass, of which a ring of two sends half. Hidden, that is a third of the time:
     asserted is half of that gain, for cores that others use too."""

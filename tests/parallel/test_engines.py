@@ -131,7 +131,7 @@ def test_chunked(ranks: int, pool: WorkerPool) -> None:
             assert torch.equal(results["serial"], results["engine"]), where
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.more) for ranks in (3, 4))])
 def test_symmetric(ranks: int, interpreter: WorkerPool) -> None:
     """What all ranks hold alike has the same bits on all of them."""
     shared: dict[str, Tensor] = {}

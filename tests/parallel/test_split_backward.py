@@ -160,6 +160,7 @@ def compiled_gradients(rank: int, world_size: int, config: TrainConfig) -> tuple
     return found, counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.more
 def test_compiled_stages_split_backward_too(pool: WorkerPool, prefix: str) -> None:
     """Graphs end at ops that own weights, so what is fused are norms, attention and activations: another rounding."""
     config = tiny_config(prefix, "pp2", **{"train.dtype": "fp32", "pipeline.schedule": "zb_h1"})

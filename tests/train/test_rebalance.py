@@ -2,8 +2,10 @@
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,6 +18,7 @@ from megapar.trace import LAYERS, Span, layers_of
 from megapar.train.rebalance import StageTimes
 from megapar.train.worker import Loop
 from tests.tiny import tiny_config
+from tests.virtual_time import VirtualClock
 
 
 def test_times_decide() -> None:
@@ -53,40 +56,58 @@ def test_what_layers_take_and_what_the_rest_takes(monkeypatch: pytest.MonkeyPatc
     assert layer == pytest.approx([0.03, 0.01]) and rest == pytest.approx([0.03, 0.04])
 
 
-def run_with_a_slow_device(rank: int, world_size: int, config: TrainConfig, slow: int | None) -> None:
+def run_with_a_slow_device(
+    rank: int, world_size: int, config: TrainConfig, seconds: list[float], virtual: bool
+) -> None:
+    """seconds: how much longer a layer's forward takes on each rank"""
     plain = TransformerLayer.forward
 
     def slowed(self: TransformerLayer, *args: Any) -> Any:
-        if rank == slow:
-            time.sleep(0.01)
+        time.sleep(seconds[rank])
         return plain(self, *args)
 
-    TransformerLayer.forward = slowed  # type: ignore[method-assign, assignment]
-    try:
+    clock = VirtualClock().running() if virtual else nullcontext()
+    with mock.patch.object(TransformerLayer, "forward", slowed), clock:
         Loop(config, rank).run()
-    finally:
-        TransformerLayer.forward = plain  # type: ignore[method-assign]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
-def test_a_slow_device_gets_fewer_layers(schedule: str, pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
-    """Forward takes 10 ms more a layer on one of two devices, which is most of a layer's time in this tiny model."""
+def moves(
+    pool: WorkerPool, tokens: str, folder: Path, schedule: str, seconds: list[float], virtual: bool
+) -> list[list[int]]:
+    """Where six layers moved to in five steps, after a comparison with a run in which they stay."""
     found = {}
     for name, every in (("fixed", 0), ("moved", 2)):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         values = {"model.layers": 6, "pipeline.schedule": schedule, "pipeline.rebalance": every, "train.steps": 5}
-        values |= {"run.dir": str(tmp_path / name), "logger.wandb.mode": "disabled", "logger.progress": False}
-        pool.run(run_with_a_slow_device, 2, tiny_config(tokens, "pp2", **values), 1)
-        found[name] = rows_of(tmp_path / name)
-    moves = [row["partition"] for row in found["moved"] if "partition" in row]
-    assert moves, "no layer moved"
-    on_slow_device = sum(moves[0][1::2])
-    assert sum(moves[0]) == 6 and on_slow_device <= 2
+        values |= {"run.dir": str(folder / name), "logger.wandb.mode": "disabled", "logger.progress": False}
+        pool.run(run_with_a_slow_device, 2, tiny_config(tokens, "pp2", **values), seconds, virtual)
+        found[name] = rows_of(folder / name)
     losses = {name: [row["loss"] for row in rows if "loss" in row] for name, rows in found.items()}
     # fp64: the gradient norm's sum over parameters is taken in another order
     assert losses["moved"] == pytest.approx(losses["fixed"], rel=1e-11)
     assert len(losses["moved"]) == 5
+    return [row["partition"] for row in found["moved"] if "partition" in row]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_slow_device_gets_fewer_layers(schedule: str, pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
+    """A layer takes 1 s on one device and 2 s on the other, by a clock that nothing else moves: 4 and 2 layers. They
+    stay there, as they are balanced then."""
+    [moved] = moves(pool, tokens, tmp_path, schedule, [1.0, 2.0], virtual=True)
+    assert (sum(moved[0::2]), sum(moved[1::2])) == (4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_slow_device_gets_fewer_layers_by_the_wall_clock(
+    schedule: str, pool: WorkerPool, tokens: str, tmp_path: Path
+) -> None:
+    """Forward takes 10 ms more a layer on one of two devices, which is most of a layer's time in this tiny model."""
+    found = moves(pool, tokens, tmp_path, schedule, [0.0, 0.01], virtual=False)
+    assert found, "no layer moved"
+    on_slow_device = sum(found[0][1::2])
+    assert sum(found[0]) == 6 and on_slow_device <= 2
