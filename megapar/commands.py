@@ -22,7 +22,7 @@ from megapar.config import (
     resolve,
     resolve_generate,
 )
-from megapar.config.file import dump
+from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.kernels import INTERPRET, select_backends
 from megapar.launch import rundir
@@ -182,7 +182,7 @@ def _plan_generate(config: GenerateConfig, world_size: int | None, entry: str) -
         raise ConfigError("run.dir", None, "says which run's model writes; give run.dir=RUN")
     gpus = num_gpus()
     config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
-    trained = rundir.load_config(str(config.run.dir))
+    trained = load_config(str(config.run.dir))
     refuse_bad_out(config.out, None)
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,7 @@ def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) 
 
     history = []
     for step in range(1, config.train.steps + 1):
-        trainer.on_reduced = lambda step=step: write(step, "gradient", trainer.sync.owned)  # type: ignore[misc]
-        result = trainer.step(step)
+        result = trainer.step(step, partial(write, step, "gradient", trainer.sync.owned))
         write(step, "weight", trainer.buffers.params)
         history.append((result.loss, result.result.grad_norm))
     trainer.close()
@@ -130,10 +130,11 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> 
 
     for step in range(1, config.train.steps + 1):
         found = Compared(0.0, 0.0, {}, 0)
-        trainer.on_reduced = lambda step=step, found=found: compare(  # type: ignore[misc]
-            step, "gradient", trainer.buffers.gather(trainer.sync.owned), found
-        )
-        result = trainer.step(step)
+
+        def reduced(step: int = step, found: Compared = found) -> None:
+            compare(step, "gradient", trainer.buffers.gather(trainer.sync.owned), found)
+
+        result = trainer.step(step, reduced)
         compare(step, "weight", trainer.buffers.params, found)
         found.loss, found.grad_norm = result.loss, result.result.grad_norm
         history.append(found)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapar.build import make_mesh
 from megapar.config.derive import resolve
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
@@ -30,7 +31,7 @@ from megapar.parallel.overlap import (
 )
 from megapar.report.pieces import Walk
 from megapar.trace import FLIGHT, KINDS
-from megapar.train.trainer import Trainer, make_mesh
+from megapar.train.trainer import Trainer
 
 Times = list[tuple[float, float]]  # seconds of forward and of backward
 

@@ -4,7 +4,9 @@ Pure functions of a config (and of facts about the machine and the data passed a
 one line with the key, its value and the remedy.
 """
 
+from importlib.util import find_spec
 from math import prod
+from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 from megapar.config.errors import ConfigError
@@ -169,6 +171,8 @@ def check_schedule(config: TrainConfig) -> None:
 def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train, optim = config.train, config.optim
+    if config.task.name not in (tasks := modules_of("megapar.tasks") - {"kind"}):
+        raise ConfigError("task.name", config.task.name, f"no such task; there are {', '.join(sorted(tasks))}")
     if optim.warmup_steps > train.steps:
         raise ConfigError(
             "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
@@ -296,6 +300,13 @@ def why_not(config: TrainConfig, layout: Layout) -> ConfigError | None:
 def feasible_layouts(config: TrainConfig, ranks: int = 8) -> list[Layout]:
     """Every layout of 2 to `ranks` ranks that divides the config."""
     return [layout for layout in layouts_up_to(ranks) if why_not(config, layout) is None]
+
+
+def modules_of(package: str) -> set[str]:
+    """Names of the modules in a package, without importing one."""
+    found = find_spec(package)
+    assert found is not None and found.submodule_search_locations is not None
+    return {module.name for module in iter_modules(found.submodule_search_locations)}
 
 
 def _near(value: int, step: int) -> str:

@@ -7,6 +7,7 @@ import yaml
 
 from megapar.config.errors import UserError
 from megapar.config.parse import parse, to_dict
+from megapar.config.schema import TrainConfig
 
 T = TypeVar("T")
 
@@ -31,3 +32,8 @@ def load(kind: type[T], path: str | Path) -> T:
         raise UserError(f"{path}: not a readable configuration ({' '.join(str(error).split())})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_config(run_dir: str | Path) -> TrainConfig:
+    """The resolved config of a run. Raises UserError naming the file."""
+    return load(TrainConfig, Path(run_dir) / "config.yaml")

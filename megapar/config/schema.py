@@ -175,7 +175,7 @@ class DataConfig:
 class TaskConfig:
     """What is learned."""
 
-    name: Literal["lm"] = option("lm", "lm: next-token prediction")
+    name: str = option("lm", "a file of megapar/tasks/; lm: next-token prediction")
     sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
     sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 

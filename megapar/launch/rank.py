@@ -25,8 +25,8 @@ from megapar.console import set_console
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
 
-TRAIN = "megapar.train.worker:run"
-GENERATE = "megapar.generate:run_rank"
+TRAIN = "megapar.train.loop:run"
+GENERATE = "megapar.generate.run:run_rank"
 
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(

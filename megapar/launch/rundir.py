@@ -136,11 +136,6 @@ def _stays(line: str, steps_done: int) -> bool:
         return False
 
 
-def load_config(run_dir: str | Path) -> TrainConfig:
-    """The resolved config of a run. Raises UserError naming the file."""
-    return load(TrainConfig, Path(run_dir) / "config.yaml")
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
 

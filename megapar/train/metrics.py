@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
+from megapar.tasks import task_kind
 from megapar.trace import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
@@ -81,6 +82,7 @@ class MetricsWriter:
     def __init__(self, config: TrainConfig, console: TextIO, first_step: int) -> None:
         assert config.run.dir is not None
         self.folder = Path(config.run.dir)
+        self._task = task_kind(config.task.name)
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._console = console
         self._bar: tqdm | None = None
@@ -111,9 +113,7 @@ class MetricsWriter:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of an evaluation."""
         self._write(row)
-        bits = row["val_bits_per_char"]
-        text = f"step {row['step']:>6}  validation loss {row['val_loss']:.4f} nats/token"
-        self.say(text + (f", {bits:.3f} bits/char" if bits is not None else ""))
+        self.say(f"step {row['step']:>6}  validation loss {self._task.shown(row)}")
 
     def partition(self, step: int, before: list[int], after: list[int]) -> None:
         """A row of layers that moved after a step."""

@@ -5,11 +5,12 @@ from math import prod
 from typing import Any
 
 from megapar.config.schema import TrainConfig
+from megapar.tasks import task_kind
 
 
 def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     """Layout, speed, where the time of a step went, and what the run left behind."""
-    layout, step = summary["layout"], summary["step_time_s"]
+    layout, step, task = summary["layout"], summary["step_time_s"], task_kind(config.task.name)
     ranks = prod(layout.values())
     names = " ".join(f"{axis}={size}" for axis, size in layout.items())
     sample = summary.get("sample")
@@ -20,15 +21,11 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         f"kernels     {_backends(summary['kernels'])}",
         *engine_lines(summary["tp_overlap"]),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
-        f"loss        {summary['loss']:.4f} nats/token after {summary['steps']} steps"
+        f"loss        {task.loss.text(summary['loss'])} after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
     ]
     if len(summary["evaluations"]) > 1:
-        first, last = summary["evaluations"][0], summary["evaluations"][-1]
-        text = f"validation  {first['val_loss']:.4f} -> {last['val_loss']:.4f} nats/token"
-        if last["val_bits_per_char"] is not None:
-            text += f", {first['val_bits_per_char']:.3f} -> {last['val_bits_per_char']:.3f} bits/char"
-        lines.append(text)
+        lines.append(f"validation  {task.change(summary['evaluations'][0], summary['evaluations'][-1])}")
     if layout["pp"] > 1:
         of_stages = ", ".join(map(str, summary["layers_per_stage"]))
         lines.append(f"stages      {of_stages} layers, {config.pipeline.schedule} schedule")

@@ -7,8 +7,8 @@ import torch
 from megapar.config.errors import UserError
 from megapar.config.schema import GenerateConfig, SampleConfig, TrainConfig
 from megapar.console import set_console
-from megapar.generate import run_rank
-from megapar.train.sampling import generate_tokens
+from megapar.generate.run import run_rank
+from megapar.generate.tokens import generate_tokens
 from megapar.train.trainer import Trainer
 
 

@@ -8,14 +8,13 @@ import pytest
 
 from megapar.checkpoint import save
 from megapar.config.derive import resolve, resolve_generate
-from megapar.config.file import dump
+from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.config.schema import DataConfig, GenerateConfig
 from megapar.data.prepare import prepare
 from megapar.data.tokenizer import Tokenizer, train_bpe
+from megapar.generate.text import TOKENIZER, keep_tokenizer
 from megapar.launch.pool import WorkerPool
-from megapar.launch.rundir import load_config
-from megapar.train.sampling import TOKENIZER, keep_tokenizer
 from megapar.train.trainer import Trainer
 from tests.data.texts import make_text
 from tests.generate import jobs

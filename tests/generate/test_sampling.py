@@ -8,8 +8,9 @@ import torch
 
 from megapar.config.keys import changed
 from megapar.config.schema import SampleConfig
+from megapar.generate.text import TextStream
+from megapar.generate.tokens import choose, generate_tokens, uniform
 from megapar.launch.pool import WorkerPool
-from megapar.train.sampling import TextStream, choose, generate_tokens, uniform
 from megapar.train.trainer import Trainer
 from tests.generate import jobs
 from tests.tiny import GPT2, VOCABULARY, tiny_config

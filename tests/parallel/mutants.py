@@ -16,7 +16,7 @@ from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.overlap import Overlap
 from megapar.pipeline.executor import _Phase
-from megapar.train.task import LanguageModeling
+from megapar.tasks.lm import LanguageModeling
 
 
 class Mutant:

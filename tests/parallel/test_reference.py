@@ -45,9 +45,8 @@ def test_three_steps(style: str, recompute: str, prefix: str) -> None:
         sizes | switches | same, tensors(trainer, trainer.buffers.params), windows, asdict(config.optim), rates
     )
     seen: list[dict[str, torch.Tensor]] = []
-    trainer.on_reduced = lambda: seen.append(tensors(trainer, trainer.sync.owned))
     for step, expected in enumerate(history, start=1):
-        found = trainer.step(step)
+        found = trainer.step(step, lambda: seen.append(tensors(trainer, trainer.sync.owned)))
         assert found.loss == pytest.approx(expected["loss"], rel=1e-13)
         assert found.result.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-11)
         gradients, weights = seen[-1], tensors(trainer, trainer.buffers.params)

@@ -111,8 +111,7 @@ def gradients(rank: int, world_size: int, config: TrainConfig, compiled: bool = 
         for held in trainer.buffers.held():
             found[held.piece.record.name] = held.view(trainer.buffers.grads).clone()
 
-    trainer.on_reduced = keep
-    trainer.step(1)
+    trainer.step(1, keep)
     trainer.close()
     return found
 

@@ -93,10 +93,9 @@ def step_with_nan(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
         if rank == 0 and len(before) == 1:
             trainer.sync.owned[0][3] = float("nan")
 
-    trainer.on_reduced = poison
     skipped = []
     for step in (1, 2, 3):
-        result = trainer.step(step).result
+        result = trainer.step(step, poison).result
         skipped.append(result.skipped)
         before.append(
             [torch.cat(t) for t in (trainer.buffers.params, trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)]
@@ -147,8 +146,7 @@ def plain_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str
             if ".extra." in held.piece.record.name:
                 found[held.piece.record.name] = held.view(trainer.buffers.grads).clone()
 
-    trainer.on_reduced = keep
-    trainer.step(1)
+    trainer.step(1, keep)
     for held in trainer.buffers.held():
         if held.parameter.attribute == "weight" and ".extra." in held.parameter.name:
             found["value " + held.parameter.name] = held.view(trainer.buffers.params).clone()
@@ -231,8 +229,7 @@ def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[tor
     """Gradients of one step with B, and with every B split into I and, at the end, W."""
     trainer = Trainer(config, rank)
     gradients = []
-    trainer.on_reduced = lambda: gradients.append(torch.cat(trainer.sync.owned))
-    trainer.step(1)
+    trainer.step(1, lambda: gradients.append(torch.cat(trainer.sync.owned)))
     other = Trainer(config, rank)
     rows = []
     for row in trainer.schedule.rows:
@@ -240,8 +237,7 @@ def split_backward(rank: int, world_size: int, config: TrainConfig) -> tuple[tor
         split = [Action(a.stage, "I", a.microbatch) if a.kind == "B" else a for a in compute]
         rows.append(split + [Action(a.stage, "W", a.microbatch) for a in compute if a.kind == "B"])
     other.schedule = lower(rows, len(rows), other.schedule.microbatches)
-    other.on_reduced = lambda: gradients.append(torch.cat(other.sync.owned))
-    other.step(1)
+    other.step(1, lambda: gradients.append(torch.cat(other.sync.owned)))
     queued = len(other.context.weight_grads._queued)
     trainer.close()
     other.close()
@@ -278,9 +274,8 @@ def alive_outputs(rank: int, world_size: int, config: TrainConfig) -> int:
         gc.collect()
         alive = sum(reference() is not None for reference in outputs)
 
-    trainer.on_reduced = count
     assert backward is not None
-    trainer.step(1)
+    trainer.step(1, count)
     trainer.close()
     return alive
 

@@ -15,8 +15,8 @@ from megapar.mesh import Mesh
 from megapar.models.layer import TransformerLayer
 from megapar.schedule.partition import rebalanced
 from megapar.trace import LAYERS, Span, layers_of
+from megapar.train.loop import Loop
 from megapar.train.rebalance import StageTimes
-from megapar.train.worker import Loop
 from tests.tiny import tiny_config
 from tests.virtual_time import VirtualClock
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
+from megapar.optim.adamw import StepResult
 from megapar.parallel import engines
 from megapar.report.picture import draw
 from megapar.schedule.actions import KINDS
@@ -21,8 +23,9 @@ from megapar.schedule.build import build
 from megapar.schedule.costs import read_costs
 from megapar.schedule.simulate import simulate
 from megapar.trace import FLIGHT, RankTrace, Span, Trace, clock_shifts, read, write
-from megapar.train import worker
-from megapar.train.tracing import Tracer
+from megapar.train import loop
+from megapar.train.hooks.trace import Trace as Tracer
+from megapar.train.trainer import Step
 from tests.tiny import tiny_config
 from tests.virtual_time import VirtualClock
 
@@ -34,7 +37,7 @@ SKEW_S = 100.0  # between the clocks of one rank and the next
 def train(rank: int, world_size: int, config: TrainConfig) -> None:
     clock = time.perf_counter
     with mock.patch("time.perf_counter", lambda: clock() + SKEW_S * rank):
-        worker.run(config, rank, world_size)
+        loop.run(config, rank, world_size)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +162,7 @@ def train_with_slow_pieces(rank: int, world_size: int, config: TrainConfig) -> N
         return multiply(*operands, **options)
 
     with VirtualClock(1.0).running(), mock.patch.object(engines, "matmul", slow):
-        worker.run(config, rank, world_size)
+        loop.run(config, rank, world_size)
 
 
 def train_beside_a_slow_peer(rank: int, world_size: int, config: TrainConfig) -> None:
@@ -171,7 +174,7 @@ def train_beside_a_slow_peer(rank: int, world_size: int, config: TrainConfig) ->
         return multiply(*operands, **options)
 
     with mock.patch.object(engines, "matmul", slow):
-        worker.run(config, rank, world_size)
+        loop.run(config, rank, world_size)
 
 
 Pair = tuple[Span, Span]
@@ -265,12 +268,15 @@ def test_a_run_that_starts_later_traces_what_is_left(
 ) -> None:
     values: dict[str, Any] = {"train.trace": [2, 3], "run.dir": str(tmp_path)}
     config = tiny_config(tokens, **values)
-    tracer = Tracer(config, Mesh(), build("1f1b", 1, 1), first_step)
+    trainer = SimpleNamespace(mesh=Mesh(), schedule=build("1f1b", 1, 1))
+    loop: Any = SimpleNamespace(config=config, first_step=first_step, trainer=trainer, folder=tmp_path)
+    tracer = Tracer(loop)
     assert list(tracer.steps) == traced
     names = [("F", "0F0"), ("B", "0B0"), ("phase", "pipeline")]
     for step in range(first_step, 5):
         tracer.before(step)
-        tracer.after(step, [Span(kind, name, step, step + length) for length, (kind, name) in enumerate(names, 1)])
+        spans = [Span(kind, name, step, step + length) for length, (kind, name) in enumerate(names, 1)]
+        tracer.after(step, Step(0.0, StepResult(0.0, skipped=False), 0.0, 0.0, spans))
     assert (tmp_path / "costs.json").exists() == (tmp_path / "trace.json").exists() == bool(traced)
     if traced:
         trace = read(tmp_path / "trace.json")

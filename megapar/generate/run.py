@@ -5,18 +5,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
+from megapar.build import ModelPart
 from megapar.checkpoint import Manifest, load_weights
 from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError
+from megapar.config.file import load_config
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
-from megapar.launch.rundir import load_config
+from megapar.generate.text import TextStream, run_tokenizer
+from megapar.generate.tokens import generate_tokens
 from megapar.parallel.agreement import all_or_none
 from megapar.pipeline.executor import Executor
-from megapar.train.sampling import TextStream, generate_tokens, run_tokenizer
-from megapar.train.trainer import ModelPart
 
 
 def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:

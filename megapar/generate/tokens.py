@@ -1,8 +1,6 @@
 """Text generation: the next token chosen from the last position's logits, one at a time, in any layout."""
 
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,14 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.errors import UserError
-from megapar.config.schema import SampleConfig, TrainConfig
-from megapar.data.tokenizer import Tokenizer
+from megapar.config.schema import SampleConfig
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.context import StageContext
-from megapar.pipeline.executor import Batch, Executor, Tensors
+from megapar.pipeline.executor import Executor
+from megapar.pipeline.stage import Batch, Tensors
 from megapar.schedule.lower import forward_only, lower
-
-TOKENIZER = "tokenizer.model"  # in the run directory
 
 _NOT_FINITE = -1  # sent instead of a token
 
@@ -37,7 +33,7 @@ def generate_tokens(
 
     executor, context: of a rank's part of the model, whose last stage returns {"logits": [T, V_r]}
     prompt: at least one token id
-    context_length: positions that the model was trained on; of a longer text it sees the last so many
+    context_length: positions that the model was trained on; longer texts are truncated to their last ones
     vocab_size: of the tokenizer; the model may have more rows, which are never chosen
     on_token: called with each token as soon as it is chosen, on every rank
 
@@ -138,54 +134,3 @@ def _whole_vocabulary(logits: Tensor, context: StageContext) -> Tensor:
     padded[0, : len(logits)] = logits
     rows = all_gather(padded, tp)
     return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
-
-
-class TextStream:
-    """Turns tokens into text as they come: a piece is written when its characters are complete.
-
-    The pieces together are `tokenizer.decode` of all tokens. A character may be spelled in several byte tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._pending: list[int] = []
-
-    def put(self, token: int) -> None:
-        self._pending.append(token)
-        text = self._tokenizer.decode(self._pending)
-        if not text.endswith("\ufffd"):
-            self._emit(text)
-
-    def finish(self) -> None:
-        """Write what is left, complete or not."""
-        self._emit(self._tokenizer.decode(self._pending))
-
-    def _emit(self, text: str) -> None:
-        self._pending = []
-        if text:
-            self._write(text)
-
-
-def keep_tokenizer(config: TrainConfig) -> None:
-    """Copy the tokenizer into the run directory, where `megapar generate` finds it also when the cache is gone.
-
-    Nothing for token files that came without one. Call it on one rank.
-    """
-    model = Path(f"{config.data.prefix}.model")
-    if config.run.dir is not None and model.exists():
-        shutil.copyfile(model, Path(config.run.dir) / TOKENIZER)
-
-
-def run_tokenizer(run_dir: Path, config: TrainConfig) -> Tokenizer:
-    """The tokenizer of a run: the copy in its directory, else the one beside the token files. Raises UserError."""
-    places = [run_dir / TOKENIZER, Path(f"{config.data.prefix}.model")]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UserError(f"{places[0]}: missing; put the SentencePiece model there that made the run's token files")
-    tokenizer = Tokenizer(path)
-    size = config.model.vocab_size
-    if size is not None and tokenizer.vocab_size > size:
-        raise UserError(
-            f"{path}: has {tokenizer.vocab_size} tokens, the run's model {size}; put the tokenizer of its data there"
-        )
-    return tokenizer

@@ -1,7 +1,7 @@
-"""The task owns batch, loss, token count and evaluation figures; the loop and the executor never name a field.
+"""Next-token prediction.
 
-A batch is a dict of tensors. The model reads `ids`, `samples` and `step` of it (see models/tokens.py); what else
-is in it is the task's own business.
+A batch is a dict of tensors. The model reads `ids`, `samples` and `step` of it (`megapar.models.tokens`); what else is
+in it is the task's own business.
 """
 
 import math
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from megapar.config.schema import TrainConfig
 from megapar.data.samples import SampleSet
-from megapar.models.stage import TransformerStage
 from megapar.parallel.context import StageContext
 from megapar.parallel.cross_entropy import vocab_parallel_cross_entropy
-
-Batch = dict[str, Tensor]
+from megapar.pipeline.stage import Batch, Stage
+from megapar.tasks.kind import Figure, TaskKind
 
 _IGNORED = -1  # label of a token that does not count
 
@@ -28,10 +27,11 @@ class LanguageModeling:
     is known beforehand, so sums over micro-batches and ranks need no further scaling.
     """
 
-    def __init__(self, config: TrainConfig, context: StageContext, last: TransformerStage | None) -> None:
+    def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
         assert config.data.prefix is not None and config.model.vocab_size is not None
         self.config, self.context, self.mesh = config, context, context.mesh
-        self.first_id = last.head.first_id if last and last.head else 0
+        head = getattr(last, "head", None)
+        self.first_id = 0 if head is None else head.first_id
         self._samples = {
             split: SampleSet(
                 config.data.prefix,
@@ -57,8 +57,8 @@ class LanguageModeling:
         # The sum is fp64: a rank that sums other tokens should not lose other digits.
         return losses.sum(dtype=torch.float64) / batch["tokens"]
 
-    def validation(self) -> tuple[list[Batch], int]:
-        """This data-parallel rank's share of the held-out samples, and how many tokens all ranks' shares hold.
+    def validation(self) -> list[Batch]:
+        """This data-parallel rank's share of the held-out samples.
 
         The samples are the same in every layout; where they don't divide, some batches hold tokens that don't count.
         """
@@ -70,15 +70,16 @@ class LanguageModeling:
             batch = self._batch("valid", numbers[np.minimum(part, len(numbers) - 1)], 0, tokens)
             batch["labels"][torch.from_numpy(part >= len(numbers))] = _IGNORED
             batches.append(batch)
-        return batches, tokens
+        return batches
 
-    def bits_per_char(self, nats_per_token: float) -> float | None:
-        """Compression of the held-out text, comparable between tokenizers; None for tokens of unknown origin."""
+    def figures(self, loss: float) -> dict[str, float | None]:
+        """Bits per character: compression of the held-out text, comparable between tokenizers; None for tokens of
+        unknown origin."""
         held_out = self._samples["valid"]
         if held_out.char_counts is None:
-            return None
+            return {"val_bits_per_char": None}
         labels = held_out.batch(self._held_out_numbers())[:, 1:]
-        return nats_per_token * labels.size / int(held_out.char_counts[labels].sum()) / math.log(2)
+        return {"val_bits_per_char": loss * labels.size / int(held_out.char_counts[labels].sum()) / math.log(2)}
 
     def _held_out_numbers(self) -> np.ndarray:
         """The samples of an evaluation, spread evenly over the held-out documents."""
@@ -102,4 +103,10 @@ class LanguageModeling:
         }
 
 
-TASKS = {"lm": LanguageModeling}
+TASK = TaskKind(
+    name="lm",
+    about="next-token prediction",
+    make=LanguageModeling,
+    loss=Figure("loss", "nats/token", 4),
+    figures=(Figure("val_bits_per_char", "bits/char", 3),),
+)

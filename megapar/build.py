@@ -1,0 +1,81 @@
+"""A rank's part of a configured model: its mesh, its stages, and the buckets of their parameters.
+
+What trains, generates, verifies or plans begins with a `ModelPart`.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+from megapar.config.errors import UserError
+from megapar.config.schema import TrainConfig
+from megapar.config.stages import make_schedule, ties
+from megapar.kernels import interprets, use_backend
+from megapar.kernels._common import check_overflow
+from megapar.mesh import Mesh
+from megapar.models.stage import build_stage
+from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.context import StageContext
+from megapar.parallel.plain import adopt
+from megapar.pipeline.stage import Stage
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_mesh(config: TrainConfig, rank: int) -> Mesh:
+    device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
+    return Mesh(config.parallel.layout, rank, device, timedelta(seconds=config.train.timeout_s))
+
+
+class ModelPart:
+    """A rank's part of the model: its stages by number and the flat buffers of their parameters.
+
+    build_stage: makes a stage from (config, context); the default is the configured Transformer.
+    mesh: one of this very layout that is there already: torch can't make the groups of a closed one a second time.
+    weights_only: for weights that are loaded and not trained, see `StageBuffers`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rank: int,
+        build_stage: Callable[[TrainConfig, StageContext], Stage] = build_stage,
+        *,
+        mesh: Mesh | None = None,
+        weights_only: bool = False,
+    ) -> None:
+        train, parallel = config.train, config.parallel
+        try:
+            use_backend(config.kernels.backend)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if interprets():
+            check_overflow(False)
+        self.config = config
+        self.mesh = mesh or make_mesh(config, rank)
+        self.schedule = make_schedule(config)
+        self.context = StageContext(
+            self.mesh,
+            DTYPES[train.dtype],
+            sequence_parallel=parallel.sequence_parallel,
+            tp_overlap=parallel.tp_overlap,
+            seed=train.seed,
+            placement=self.schedule.placement,
+        )
+        for name, stages in ties(config).items():
+            self.context.tie(name, stages)
+        self.stages: dict[int, Stage] = {}
+        for number in self.schedule.stages_of(self.mesh["pp"].index):
+            self.context.stage = number
+            with self.context.seeded(f"stage {number}"):
+                self.stages[number] = build_stage(config, self.context)
+            adopt(self.stages[number], self.context)
+        self.buffers = StageBuffers(
+            self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1, weights_only=weights_only
+        )
+
+    def close(self) -> None:
+        """Give back what peers share, and destroy the mesh's groups."""
+        self.context.overlaps.close()
+        self.mesh.close()

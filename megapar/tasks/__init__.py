@@ -1,0 +1,15 @@
+"""What is learned: a task makes batches, the loss and the figures of an evaluation.
+
+Each is a file of this folder with one object: `TASK = TaskKind(...)`, and `task.name` is the file's name.
+"""
+
+import importlib
+
+from megapar.tasks.kind import Figure, Task, TaskKind
+
+__all__ = ["Figure", "Task", "TaskKind", "task_kind"]
+
+
+def task_kind(name: str) -> TaskKind:
+    """The task of that name; `megapar.config.check` has refused any other."""
+    return importlib.import_module(f"megapar.tasks.{name}").TASK

@@ -1,0 +1,73 @@
+"""What a task is to the rest of megapar."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megapar.config.schema import TrainConfig
+from megapar.parallel.context import StageContext
+from megapar.pipeline.stage import Batch, Stage, Tensors
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of an evaluation: its key in metrics.jsonl, and how it is shown: `2.442 bits/char`."""
+
+    key: str
+    unit: str
+    digits: int
+
+    def text(self, value: float) -> str:
+        return f"{value:.{self.digits}f} {self.unit}"
+
+
+class Task(Protocol):
+    """One rank's part of a task.
+
+    Losses add up: every micro-batch's is its part of the mean over the global batch, so sums over micro-batches and
+    ranks need no further scaling. Ranks that share samples get the same from every method.
+    """
+
+    tokens_per_step: int
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of step 1, 2, ..."""
+
+    def loss(self, outputs: Tensors, batch: Batch) -> Tensor:
+        """On the last stage: a micro-batch's part of the loss, a scalar."""
+
+    def validation(self) -> list[Batch]:
+        """This rank's micro-batches of an evaluation. Their losses, summed over ranks, are the evaluation's."""
+
+    def figures(self, loss: float) -> Mapping[str, float | None]:
+        """What else an evaluation with this loss says, by the keys of the kind's `figures`; None: unknown."""
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task by name.
+
+    make: (config, context, last stage if this rank has it) -> the rank's part
+    loss: how the loss is shown; figures: what an evaluation says besides, and how that is shown
+    """
+
+    name: str
+    about: str
+    make: Callable[[TrainConfig, StageContext, Stage | None], Task]
+    loss: Figure
+    figures: tuple[Figure, ...] = ()
+
+    def shown(self, row: Mapping[str, Any]) -> str:
+        """An evaluation's row in words: `4.2015 nats/token, 2.442 bits/char`."""
+        numbers = [(self.loss, row["val_loss"]), *((figure, row.get(figure.key)) for figure in self.figures)]
+        return ", ".join(figure.text(value) for figure, value in numbers if value is not None)
+
+    def change(self, first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+        """Two evaluations in words: `6.9455 -> 4.0015 nats/token, 4.037 -> 2.326 bits/char`."""
+        parts = []
+        for figure, key in [(self.loss, "val_loss"), *((figure, figure.key) for figure in self.figures)]:
+            if first.get(key) is not None and last.get(key) is not None:
+                parts.append(f"{first[key]:.{figure.digits}f} -> {figure.text(last[key])}")
+        return ", ".join(parts)

@@ -1,0 +1,103 @@
+"""A row of figures for every step, and the run in a few of them."""
+
+import json
+import os
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from megapar.build import DTYPES
+from megapar.config.stages import stage_layers
+from megapar.cores import num_cores
+from megapar.kernels import BACKENDS, backend_of
+from megapar.parallel.agreement import gather_texts
+from megapar.schedule.simulate import simulate
+from megapar.train.hooks.hook import Hook
+from megapar.train.metrics import gather_figures, local_figures, summarise
+from megapar.train.trainer import Step
+
+if TYPE_CHECKING:
+    from megapar.train.loop import Loop
+
+
+class Record(Hook):
+    """rows: of this start of the run, on rank 0."""
+
+    order = 10
+
+    def __init__(self, loop: "Loop") -> None:
+        super().__init__(loop)
+        self.rows: list[dict[str, Any]] = []
+        self.skipped = 0
+        self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
+        self.moved()
+
+    def moved(self) -> None:
+        self.bubble_ideal = simulate(self.loop.trainer.schedule).mean_bubble
+
+    def before(self, step: int) -> None:
+        self._start = time.perf_counter()
+
+    def after(self, step: int, done: Step) -> None:
+        figures = gather_figures(local_figures(done.loss, done.spans), self.loop.trainer.mesh)
+        self.skipped += done.result.skipped
+        if self.loop.writer is not None:
+            row = self._row(step, done, summarise(figures), time.perf_counter() - self._start)
+            self.rows.append(row)
+            self.loop.writer.step(row)
+
+    def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
+        tokens = self.loop.trainer.task.tokens_per_step
+        return {
+            "step": step,
+            "loss": summary["loss"],
+            "grad_norm": done.result.grad_norm,
+            "lr": done.lr,
+            "tokens": step * tokens,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "compute_s": summary["compute_s"],
+            "bubble": summary["bubble"],
+            "bubble_ideal": self.bubble_ideal,
+            "cores_per_rank": self.cores_per_rank,
+            "exposed_comm_s": summary["exposed_comm_s"],
+            "skipped_steps": self.skipped,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Medians over all steps but the first, which warms up."""
+        engines = self._engines()
+        if self.loop.writer is None:
+            return {}
+        config, rows = self.loop.config, self.rows[1:] or self.rows
+        train = config.train
+
+        def middle(key: str, part: str | None = None) -> float:
+            return median(row[key] if part is None else row[key][part] for row in rows)
+
+        return {
+            "layout": dict(config.parallel.layout),
+            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
+            "steps": len(self.rows),
+            "layers_per_stage": stage_layers(config),
+            "skipped_steps": self.skipped,
+            "loss": self.rows[-1]["loss"],
+            "tokens_per_s": middle("tokens_per_s"),
+            "step_time_s": middle("step_time_s"),
+            "compute_s": middle("compute_s"),
+            "bubble": middle("bubble"),
+            "bubble_ideal": self.rows[-1]["bubble_ideal"],
+            "exposed_comm_s": {axis: middle("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
+            "cores_per_rank": self.cores_per_rank,
+            "dp_bytes_per_step": self.loop.trainer.sync.sent // len(self.rows),
+            "tp_overlap": engines,
+        }
+
+    def _engines(self) -> dict[str, dict[str, str]]:
+        """What ran every tensor-parallel matmul of the model, by weight and direction; the same on every rank."""
+        mesh = self.loop.trainer.mesh
+        texts = gather_texts(json.dumps(self.loop.trainer.context.overlaps.ran()), mesh["world"], mesh.device)
+        return {name: ran for text in texts for name, ran in json.loads(text).items()}
+
+
+HOOK = Record

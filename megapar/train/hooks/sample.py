@@ -1,0 +1,34 @@
+"""Text that the trained model writes after the last step: `task.sample_tokens` tokens."""
+
+from typing import Any
+
+from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.data.tokenizer import Tokenizer
+from megapar.generate.tokens import generate_tokens
+from megapar.train.hooks.hook import Hook
+
+
+class Sample(Hook):
+    order = 60
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        return config.task.sample_tokens > 0
+
+    def finish(self) -> dict[str, Any]:
+        """The same text on every rank."""
+        config, trainer = self.loop.config, self.loop.trainer
+        tokenizer = Tokenizer(f"{config.data.prefix}.model")
+        written = generate_tokens(
+            trainer.executor,
+            trainer.context,
+            tokenizer.encode(config.task.sample_prompt) or [tokenizer.end_of_text],
+            SampleConfig(max_tokens=config.task.sample_tokens, seed=config.train.seed),
+            context_length=config.train.seq_length,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+        )
+        return {"sample": config.task.sample_prompt + tokenizer.decode(written)}
+
+
+HOOK = Sample
