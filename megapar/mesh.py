@@ -41,6 +41,7 @@ class Mesh:
     Building a mesh of more than one rank needs an initialised default process group of exactly `layout.world` ranks and
     is collective: every rank asks for the same axes in the same order.
     timeout: after which an operation over any of its groups fails; torch would give a new group half an hour.
+    groups: without them nothing can be communicated, and the mesh only says who is where.
 
     `mesh["tp"]` is an axis; `mesh["world"]` all ranks. Joint axes by what they mean for numbers:
     samples: ranks along it take different samples; data: along it gradients are partial sums (samples and tokens);
@@ -51,6 +52,7 @@ class Mesh:
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout: timedelta | None = None
+    groups: bool = True
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -143,7 +145,7 @@ class Mesh:
         pipeline ranks `alone` makes one too.
         """
         group = None
-        if len(ranks) > 1 or len(alone) > 1:
+        if self.groups and (len(ranks) > 1 or len(alone) > 1):
             place = (*key, *ranks) if len(ranks) > 1 else (-2, *alone, *ranks)
             if place not in self._groups:
                 whole = len(ranks) == self.world_size and not key

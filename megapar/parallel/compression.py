@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megapar.mesh import Axis
+from megapar.parallel.buffers import Bucket
 from megapar.parallel.collectives import (
     Started,
     all_gather,
@@ -228,6 +229,18 @@ class _Together:
         self.flat = torch.cat([like.new_empty(0), *(one.reshape(-1) for one in matrices)])
         runs = self.flat.split([one.numel() for one in matrices]) if matrices else ()
         self.parts = [run.view(one.shape) for run, one in zip(runs, matrices, strict=True)]
+
+
+def matrices_of(bucket: Bucket) -> list[Matrix]:
+    """What may be compressed: matrices that no peer of the same stage holds too."""
+    found = []
+    for parameter, offset in bucket.offsets.items():
+        for piece in parameter.pieces:
+            shape = piece.shard.shape
+            if len(shape) > 1 and piece.shard.unique:
+                columns = torch.Size(shape[1:]).numel()
+                found.append(Matrix(offset + piece.start * columns, shape[0], columns))
+    return found
 
 
 def reduction(method: str, axis: Axis, matrices: Sequence[Matrix], size: int, rank: int) -> Reduction:

@@ -22,7 +22,7 @@ from megapar.config.errors import UserError
 from megapar.mesh import Axis
 from megapar.parallel.buffers import Bucket, StageBuffers
 from megapar.parallel.collectives import all_reduce
-from megapar.parallel.compression import Matrix, Reduction, Waiting, reduction
+from megapar.parallel.compression import Reduction, Waiting, matrices_of, reduction
 from megapar.parallel.weight_grad import LocalParameter, Piece
 from megapar.schedule.actions import Schedule
 
@@ -46,6 +46,7 @@ class GradSync:
 
     check: a parameter that some micro-batch did not use is an error; else its gradient is zero there.
     owned: of every bucket the reduced gradients that this rank owns, the same memory every step.
+    partial_sums: of every bucket the first sums, by axis, of views of the main gradients.
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class GradSync:
         self.owned = buffers.take_owned(buffers.grads)
         if buffers.zero:
             self.owned = [part.clone() for part in self.owned]
-        partial = [self._partial_sums(bucket) for bucket in buffers.buckets]
+        self.partial_sums = [self._partial_sums(bucket) for bucket in buffers.buckets]
         self._pending = [
             _Pending(number, bucket, sums, None, self.owned[number] if buffers.zero else bucket.grads)
-            for number, (bucket, sums) in enumerate(zip(buffers.buckets, partial, strict=True))
+            for number, (bucket, sums) in enumerate(zip(buffers.buckets, self.partial_sums, strict=True))
         ]
         for pending in self._pending:
             axis = pending.bucket.axis
             if axis.size > 1:
-                matrices = _matrices(pending.bucket)
+                matrices = matrices_of(pending.bucket)
                 pending.reduction = reduction(compression, axis, matrices, pending.bucket.size, powersgd_rank)
         self._of = {parameter: pending for pending in self._pending for parameter in pending.bucket.offsets}
         self._expected = 0
@@ -181,18 +182,6 @@ class _Done:
 
 
 _DONE = _Done()
-
-
-def _matrices(bucket: Bucket) -> list[Matrix]:
-    """What may be compressed: matrices that no peer of the same stage holds too."""
-    found = []
-    for parameter, offset in bucket.offsets.items():
-        for piece in parameter.pieces:
-            shape = piece.shard.shape
-            if len(shape) > 1 and piece.shard.unique:
-                columns = torch.Size(shape[1:]).numel()
-                found.append(Matrix(offset + piece.start * columns, shape[0], columns))
-    return found
 
 
 def _sum_together(views: list[Tensor], axis: Axis) -> None:

@@ -171,6 +171,8 @@ def fill(record: ParameterRecord, shard: Shard, seed: int, out: Tensor) -> None:
     property of the record and not of the layout, so every shard is a few runs of that order, made without the rest, and
     the union over any number of ranks is bit for bit the one-process tensor. Memory: a few MiB, at least one row.
     """
+    if out.is_meta:
+        return
     match record.init:
         case Constant(value):
             out.fill_(value)
