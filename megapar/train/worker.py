@@ -16,7 +16,7 @@ from megapar.config.stages import stage_layers
 from megapar.console import console
 from megapar.cores import num_cores
 from megapar.data.tokenizer import Tokenizer
-from megapar.kernels import BACKENDS, backend_of
+from megapar.kernels import backend_of, backends
 from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.trace import Span
@@ -179,7 +179,7 @@ class Loop:
         train = self.config.train
         return {
             "layout": dict(self.config.parallel.layout),
-            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
+            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in backends()},
             "steps": len(self.rows),
             "layers_per_stage": stage_layers(self.config),
             "skipped_steps": self.skipped,
