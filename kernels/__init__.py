@@ -7,8 +7,8 @@ is for `registry` to find.
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing's own would import it
 if TYPE_CHECKING:
     from megapar.kernels.registry import Kernel
 
@@ -83,16 +83,15 @@ def backend_of(function: str, device: str, dtype: object = None) -> str:
 def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") -> dict[str, str]:
     """The backend of each function under `kernels.backend=requested` on a device (cpu, cuda) in a dtype.
 
-    Raises ValueError where the kernels that have a Triton form can't run in it as requested.
+    Raises ValueError where no kernel with a Triton form can run in it as requested.
     """
     if requested in ("triton", "interpret"):
         _refuse_without_triton(requested)
-        for kernel in _functions().values():
-            if kernel.triton and not kernel.takes(dtype):
-                *most, last = kernel.dtypes
-                raise ValueError(f"the Triton kernels take {', '.join(most)} and {last}; use another dtype, or torch")
-            if kernel.triton and requested == "triton" and device not in kernel.devices:
-                raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
+        forms = [kernel for kernel in _functions().values() if kernel.triton]
+        if not any(kernel.takes(dtype) for kernel in forms):
+            raise ValueError("the Triton kernels take fp32, bf16 and fp16; use another dtype, or torch")
+        if requested == "triton" and not any(device in kernel.devices for kernel in forms):
+            raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
     if requested == "auto":
         return {function: _automatic(kernel, device, kernel.takes(dtype)) for function, kernel in _functions().items()}
     return {

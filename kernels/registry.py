@@ -70,8 +70,13 @@ def registered() -> dict[str, Kernel]:
 
 @cache
 def functions() -> dict[str, Kernel]:
-    """The kernel of each function that chooses between forms."""
-    return {function: kernel for kernel in registered().values() for function in kernel.functions}
+    """The kernel of each function that chooses between forms. Raises ValueError where two kernels have one."""
+    found: dict[str, Kernel] = {}
+    for kernel in registered().values():
+        for function in kernel.functions:
+            if found.setdefault(function, kernel) is not kernel:
+                raise ValueError(f"{PACKAGE}: {found[function].name} and {kernel.name} both declare {function}")
+    return found
 
 
 def compiled() -> list[str]:
@@ -98,7 +103,7 @@ def _read(name: str, source: str) -> Kernel | None:
     try:
         statement: Any = ast.parse(source[start.start() :]).body[0]
         arguments = [ast.literal_eval(value) for value in statement.value.args]
-        options = {
+        options: dict[str, Any] = {
             one.arg: partial(_specs, name) if one.arg == "specs" else ast.literal_eval(one.value)
             for one in statement.value.keywords
         }

@@ -44,3 +44,10 @@ def test_a_declaration_that_cannot_be_read(text: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(import_module(registry.PACKAGE), "__path__", [str(tmp_path)])
     with pytest.raises(ValueError, match=re.escape(REFUSED[text])):
         registry.registered.__wrapped__()
+
+
+def test_two_kernels_of_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {name: registry.Kernel(name, functions=("same",)) for name in ("one", "two")}
+    monkeypatch.setattr(registry, "registered", lambda: both)
+    with pytest.raises(ValueError, match="one and two both declare same"):
+        registry.functions.__wrapped__()
