@@ -100,9 +100,9 @@ def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") ->
 
 
 def _functions() -> "dict[str, Kernel]":
-    from megapar.kernels.registry import functions  # not before it is asked for, see above
+    from megapar.kernels.registry import FUNCTIONS  # not before it is asked for, see above
 
-    return functions()
+    return FUNCTIONS
 
 
 def _automatic(kernel: "Kernel", device: str, taken: bool) -> str:

@@ -10,7 +10,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,19 +60,16 @@ def name_of(dtype: object) -> str:
     return DTYPES.get(str(dtype), str(dtype))
 
 
-@cache
-def registered() -> dict[str, Kernel]:
-    """Every kernel by name. Imports none. Raises ValueError for a declaration that can't be read."""
-    package = importlib.import_module(PACKAGE)
-    found = sorted(_declared(package.__path__, ""), key=lambda kernel: (kernel.place, kernel.name))
+def find(folders: Iterable[str]) -> dict[str, Kernel]:
+    """The kernels of these folders by name. Imports none. Raises ValueError for a declaration that can't be read."""
+    found = sorted(_declared(folders, ""), key=lambda kernel: (kernel.place, kernel.name))
     return {kernel.name: kernel for kernel in found}
 
 
-@cache
-def functions() -> dict[str, Kernel]:
+def by_function(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     """The kernel of each function that chooses between forms. Raises ValueError where two kernels have one."""
     found: dict[str, Kernel] = {}
-    for kernel in registered().values():
+    for kernel in kernels:
         for function in kernel.functions:
             if found.setdefault(function, kernel) is not kernel:
                 raise ValueError(f"{PACKAGE}: {found[function].name} and {kernel.name} both declare {function}")
@@ -81,7 +78,7 @@ def functions() -> dict[str, Kernel]:
 
 def compiled() -> list[str]:
     """The kernels of which `megapar kernels` compiles something."""
-    return [name for name, kernel in registered().items() if kernel.specs is not None]
+    return [name for name, kernel in KERNELS.items() if kernel.specs is not None]
 
 
 def _declared(folders: Iterable[str], prefix: str) -> Iterator[Kernel]:
@@ -118,3 +115,8 @@ def _read(name: str, source: str) -> Kernel | None:
 
 def _specs(name: str, arch: str) -> "dict[str, Launch]":
     return importlib.import_module(f"{PACKAGE}.{name}").KERNEL.specs(arch)
+
+
+# Found at once, not at the first question: that may be asked while torch.compile traces.
+KERNELS = find(importlib.import_module(PACKAGE).__path__)
+FUNCTIONS = by_function(KERNELS.values())

@@ -181,6 +181,7 @@ class Call:
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for o and lse, as `attention_op` returns them."""
     rows = math.prod(q.shape[:-2])
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[-2], rows, dtype=torch.float32)
 

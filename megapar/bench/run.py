@@ -20,7 +20,7 @@ from megapar.config import BenchKernelsConfig, ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect.compile import TARGETS, Figures, Spec, choose, compile_all, spec_of
 from megapar.kernels import INTERPRET, has_triton, interprets, use_backend
-from megapar.kernels.registry import functions
+from megapar.kernels.registry import FUNCTIONS
 from megapar.kernels.shapes import MODELS
 from megapar.launch.machine import cpu_model, package_version
 
@@ -44,13 +44,13 @@ def benches() -> list[str]:
     """The kernels' functions that can be benchmarked: those whose kernel has a file of its name in `kernels/` here.
     Imports none of them."""
     written = {found.name for found in pkgutil.iter_modules(problems.__path__)}
-    return [function for function, kernel in functions().items() if kernel.name in written]
+    return [function for function, kernel in FUNCTIONS.items() if kernel.name in written]
 
 
 def maker(function: str) -> Maker:
     """What makes the problem of a kernel's function: `BENCH` of the kernel's file. Imports the kernel, so the backend
     must have been chosen, see `use_backend`."""
-    module = import_module(f"{problems.__name__}.{functions()[function].name}")
+    module = import_module(f"{problems.__name__}.{FUNCTIONS[function].name}")
     made: Maker = module.BENCH[function]
     return made
 

@@ -17,7 +17,7 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect import amdgcn, sass
 from megapar.kernels import INTERPRET, interprets
-from megapar.kernels.registry import compiled, registered
+from megapar.kernels.registry import KERNELS, compiled
 from megapar.launch.local import environment_with
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def specs_of(kernels: list[str] | None, targets: list[str]) -> list[Spec]:
         raise UserError(f"kernels: {INTERPRET} is set, so Triton would interpret kernels; unset it to compile them")
     found = []
     for kernel in compiled() if kernels is None else kernels:
-        specs = registered()[kernel].specs
+        specs = KERNELS[kernel].specs
         assert specs is not None, f"{kernel} has no specs"
         for target in targets:
             found += [spec_of(name, launch, target) for name, launch in specs(target).items()]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -303,18 +304,17 @@ def run_wrong_starts(rank: int, world_size: int, tile: str) -> None:
 @contextmanager
 def also_in(folder: str) -> Iterator[None]:
     """Files in folder/kernels and folder/bench are as if they were in kernels/ and megapar/bench/kernels/."""
-    added = {package: f"{folder}/{name}" for package, name in ((kernels, "kernels"), (benches, "bench"))}
-    for package, path in added.items():
-        package.__path__.append(path)
-    registry.registered.cache_clear()
-    registry.functions.cache_clear()
+    added = [(kernels.__path__, f"{folder}/kernels"), (benches.__path__, f"{folder}/bench")]
+    for path, more in added:
+        path.append(more)
+    found = registry.find(kernels.__path__)
+    known = (registry.KERNELS, found), (registry.FUNCTIONS, registry.by_function(found.values()))
     try:
-        yield
+        with mock.patch.dict(*known[0]), mock.patch.dict(*known[1]):
+            yield
     finally:
-        for package, path in added.items():
-            package.__path__.remove(path)
-        registry.registered.cache_clear()
-        registry.functions.cache_clear()
+        for path, more in added:
+            path.remove(more)
 
 
 def run_howto(rank: int, world_size: int, folder: str) -> tuple[float, float, list[str], list[float], list[float]]:
@@ -337,7 +337,7 @@ def run_howto(rank: int, world_size: int, folder: str) -> tuple[float, float, li
         value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
         use_backend("interpret")
         torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
-        specs = registry.registered()["scaled_silu"].specs
+        specs = registry.KERNELS["scaled_silu"].specs
         assert specs is not None
         point = Point("scaled_silu", "demo", "fp32", 5)
         work, problem = point.work(), point.problem("cpu")

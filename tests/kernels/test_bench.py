@@ -24,7 +24,7 @@ from megapar.bench.timing import Quantiles
 from megapar.cli import main
 from megapar.inspect.compile import Figures, Spec, spec_of, specs_of
 from megapar.kernels import backends
-from megapar.kernels.registry import registered
+from megapar.kernels.registry import KERNELS
 from megapar.kernels.shapes import MODELS
 from megapar.launch.pool import WorkerPool
 from megapar.report.curves import Curve, Panel, draw_curves
@@ -40,7 +40,7 @@ FAST = ["shape=[demo]", "tokens=[8,16]", "mode=[forward,full]"]
 def test_every_kernel_tells_a_profiler() -> None:
     """Its name, by which no other kernel goes, and what it does and moves."""
     named: dict[str, Any] = {}
-    for kernel in registered().values():
+    for kernel in KERNELS.values():
         for name, launch in kernel.specs("sm_90").items() if kernel.specs else ():
             if "packed" in name:
                 continue  # the same kernels; of packed sequences it reads the lengths, and here is no storage

@@ -13,8 +13,8 @@ from megapar.kernels import registry
 
 
 def test_what_is_read_is_what_the_files_declare() -> None:
-    assert "attention" in registry.registered() and "comm.matmul" in registry.compiled()
-    for name, read in registry.registered().items():
+    assert "attention" in registry.KERNELS and "comm.matmul" in registry.compiled()
+    for name, read in registry.KERNELS.items():
         declared = import_module(f"{registry.PACKAGE}.{name}").KERNEL
         assert replace(read, specs=None) == replace(declared, specs=None)
         assert (read.specs is None) == (declared.specs is None)
@@ -27,7 +27,7 @@ def test_the_list_needs_neither_torch_nor_triton() -> None:
         "print(len(backends()), {'torch', 'triton'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(len(registry.functions())), "set()"]
+    assert done.stdout.split() == [str(len(registry.FUNCTIONS)), "set()"]
 
 
 REFUSED = {
@@ -39,15 +39,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_a_declaration_that_cannot_be_read(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_declaration_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "new.py").write_text(f"raise AssertionError('it was run')\n{text}\n")
-    monkeypatch.setattr(import_module(registry.PACKAGE), "__path__", [str(tmp_path)])
     with pytest.raises(ValueError, match=re.escape(REFUSED[text])):
-        registry.registered.__wrapped__()
+        registry.find([str(tmp_path)])
 
 
-def test_two_kernels_of_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = {name: registry.Kernel(name, functions=("same",)) for name in ("one", "two")}
-    monkeypatch.setattr(registry, "registered", lambda: both)
+def test_two_kernels_of_one_function() -> None:
     with pytest.raises(ValueError, match="one and two both declare same"):
-        registry.functions.__wrapped__()
+        registry.by_function(registry.Kernel(name, functions=("same",)) for name in ("one", "two"))
