@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 # Never ship `kernels` or `conf` as top-level packages: other projects own those names in site-packages.
-PACKAGES = {*find_packages(include=["megapar", "megapar.*"]), "megapar.kernels", "megapar.kernels.comm", "megapar.conf"}
+KERNELS = {"megapar.kernels", *(f"megapar.kernels.{name}" for name in find_packages("kernels"))}
+PACKAGES = {*find_packages(include=["megapar", "megapar.*"]), *KERNELS, "megapar.conf"}
 
 setup(
     name="megapar",

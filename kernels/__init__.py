@@ -1,24 +1,17 @@
 """Kernels: tensors in, tensors out. Installed as `megapar.kernels`; importing it imports nothing else.
 
 Every kernel has a `torch` form, plain differentiable torch in any floating dtype. Some have a Triton form too, which
-runs compiled on a GPU (`triton`) or, on any machine and slowly, in Triton's interpreter (`interpret`).
+runs compiled on a GPU (`triton`) or, on any machine and slowly, in Triton's interpreter (`interpret`). Which there are
+is for `registry` to find.
 """
 
 import os
 import sys
 
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch", "triton", "interpret"),
-    "rmsnorm": ("torch", "triton", "interpret"),
-    "layernorm": ("torch", "triton", "interpret"),
-    "rope": ("torch", "triton", "interpret"),
-    "swiglu": ("torch", "triton", "interpret"),
-    "geglu": ("torch", "triton", "interpret"),
-    "gelu": ("torch", "triton", "interpret"),
-    "cross_entropy": ("torch", "triton", "interpret"),
-    "matmul": ("torch", "triton", "interpret"),
-    "dropout": ("torch",),
-}
+TYPE_CHECKING = False  # typing's own would import it
+if TYPE_CHECKING:
+    from megapar.kernels.registry import Kernel
+
 # of kernels/comm, which have no form in torch
 NEEDS_TRITON = "its kernels are Triton's; use kernels.backend=interpret with fp32, bf16 or fp16, or a GPU with them"
 REQUESTS = ("auto", "torch", "triton", "interpret")
@@ -62,43 +55,59 @@ def interprets() -> bool:
     return os.environ.get(INTERPRET, "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def backend_of(kernel: str, device: str, dtype: object = None) -> str:
-    """The backend that runs a kernel on tensors of a device type, under what `use_backend` chose.
+def backends() -> dict[str, tuple[str, ...]]:
+    """What each function with a form in torch can run in: torch alone, or torch, triton and interpret."""
+    return {function: kernel.backends for function, kernel in _functions().items()}
+
+
+def backend_of(function: str, device: str, dtype: object = None) -> str:
+    """The backend that runs a kernel's function on tensors of a device type, under what `use_backend` chose.
 
     dtype: the tensors' torch dtype. Raises ValueError where the chosen backend can't take them.
     """
-    narrow = str(dtype) != "torch.float64"
+    kernel = _functions()[function]
+    taken = dtype is None or kernel.takes(dtype)
     if _requested == "auto":
-        return _automatic(device, narrow) if "triton" in BACKENDS[kernel] else "torch"
-    if _requested == "torch" or _requested not in BACKENDS[kernel]:
+        return _automatic(kernel, device, taken)
+    if _requested not in kernel.backends or _requested == "torch":
         return "torch"
-    if not narrow:
-        raise ValueError(f"kernels.backend={_requested}: {kernel} has no fp64 form in Triton; use torch")
-    if _requested == "triton" and device != "cuda":
-        raise ValueError(f"kernels.backend=triton: {kernel} got tensors on the {device}; use a GPU, or torch")
+    if not taken:
+        from megapar.kernels.registry import name_of
+
+        raise ValueError(f"kernels.backend={_requested}: {function} has no {name_of(dtype)} form in Triton; use torch")
+    if _requested == "triton" and device not in kernel.devices:
+        raise ValueError(f"kernels.backend=triton: {function} got tensors on the {device}; use a GPU, or torch")
     return _requested
 
 
 def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") -> dict[str, str]:
-    """The backend that runs each kernel under `kernels.backend=requested` on a device (cpu, cuda) in a dtype.
+    """The backend of each function under `kernels.backend=requested` on a device (cpu, cuda) in a dtype.
 
-    Raises ValueError where the kernels that have a Triton form can't run in it as requested.
+    Raises ValueError where no kernel with a Triton form can run in it as requested.
     """
     if requested in ("triton", "interpret"):
         _refuse_without_triton(requested)
-        if dtype == "fp64":
+        forms = [kernel for kernel in _functions().values() if kernel.triton]
+        if not any(kernel.takes(dtype) for kernel in forms):
             raise ValueError("the Triton kernels take fp32, bf16 and fp16; use another dtype, or torch")
-        if requested == "triton" and device != "cuda":
+        if requested == "triton" and not any(device in kernel.devices for kernel in forms):
             raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
-    chosen = requested
     if requested == "auto":
-        chosen = _automatic(device, dtype != "fp64")
-    return {kernel: chosen if chosen in backends else "torch" for kernel, backends in BACKENDS.items()}
+        return {function: _automatic(kernel, device, kernel.takes(dtype)) for function, kernel in _functions().items()}
+    return {
+        function: requested if requested in kernel.backends else "torch" for function, kernel in _functions().items()
+    }
 
 
-def _automatic(device: str, narrow: bool) -> str:
-    """What auto is, for kernels that have a Triton form."""
-    if device != "cuda" or not narrow or not has_triton():
+def _functions() -> "dict[str, Kernel]":
+    from megapar.kernels.registry import FUNCTIONS  # not before it is asked for, see above
+
+    return FUNCTIONS
+
+
+def _automatic(kernel: "Kernel", device: str, taken: bool) -> str:
+    """What auto is for a kernel. taken: whether its Triton form takes the dtype."""
+    if not kernel.triton or device not in kernel.devices or not taken or not has_triton():
         return "torch"
     return "interpret" if interprets() else "triton"
 

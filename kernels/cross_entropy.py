@@ -25,6 +25,8 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import DEMO, LLAMA
 
 COLUMNS, WARP = 4096, 512  # of a program's tile, and of a warp: 128 bits for each thread and load
 
@@ -275,7 +277,8 @@ def _(logits, targets, first, log_sum, grad, smoothing, z, vocabulary):
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for Llama-8B's and the demo's vocabularies, on tensors without storage."""
     specs = {}
-    for width, dtype in ((128256, torch.bfloat16), (1024, torch.float32)):
+    for sizes in (LLAMA, DEMO):
+        width, dtype = sizes.vocab, sizes.torch_dtype
         with torch.device("meta"):
             logits, targets = torch.empty(4096, width, dtype=dtype), torch.empty(4096, dtype=torch.int64)
             statistics, column = torch.empty(4096, 3), torch.empty(4096)
@@ -283,3 +286,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         objective = Objective(0.1, 1e-4, width)
         specs[f"cross_entropy_gradient_{width}"] = launch_gradient(logits, targets, column, column, 0, objective)
     return specs
+
+
+KERNEL = Kernel("cross_entropy", specs=aot_specs, place=6)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megapar.kernels.registry import Kernel
+
 _A, _B = -49064778989728563, -4265267296055464877  # the multipliers of MurmurHash3's 64-bit finaliser, as int64
 
 
@@ -45,3 +47,6 @@ def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"x {list(x.shape)} {x.dtype}: need a floating dtype")
     return x * keep_mask(1.0 - rate, keys, x.shape[1]) * (1.0 / (1.0 - rate))
+
+
+KERNEL = Kernel("dropout", triton=False, place=8)

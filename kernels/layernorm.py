@@ -23,7 +23,9 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels.registry import Kernel
 from megapar.kernels.rmsnorm import BLOCK_ROWS, COLUMNS, STEP, WARP, whole_rows
+from megapar.kernels.shapes import GPT2, GPT2_TINY
 
 
 def layernorm(
@@ -277,7 +279,8 @@ def _(dy, h, mean, rstd):
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for GPT-2's widths and those of its tiny sister, on tensors without storage."""
     specs = {}
-    for width, dtype in ((768, torch.bfloat16), (128, torch.float32)):
+    for sizes in (GPT2, GPT2_TINY):
+        width, dtype = sizes.hidden, sizes.torch_dtype
         with torch.device("meta"):
             x, weight = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=dtype)
             column, partial = torch.empty(4096), torch.empty(2, 4096 // BLOCK_ROWS, width)
@@ -286,3 +289,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"layernorm_input_grad_{width}"] = launch_input_grad(x, x, weight, column, column, x, x)
         specs[f"layernorm_weight_grad_{width}"] = launch_weight_grad(x, x, column, column, partial)
     return specs
+
+
+KERNEL = Kernel("layernorm", specs=aot_specs, place=3)

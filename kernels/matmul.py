@@ -33,6 +33,8 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import GPT2, MODELS
 
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -426,7 +428,8 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     The last, of GPT-2's output projection, has so few outputs that it takes the smallest tile.
     """
     specs = {}
-    for hidden, width, dtype in ((4096, 14336, torch.bfloat16), (768, 3072, torch.bfloat16), (128, 384, torch.float32)):
+    for sizes in MODELS.values():
+        hidden, width, dtype = sizes.hidden, sizes.ffn, sizes.torch_dtype
         with torch.device("meta"):
             x, y = torch.empty(4096, hidden, dtype=dtype), torch.empty(4096, width, dtype=dtype)
             w, bias = torch.empty(width, hidden, dtype=dtype), torch.empty(width, dtype=dtype)
@@ -436,5 +439,8 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"matmul_input_grad_{width}"] = launch(arch, y, w, x)
         specs[f"matmul_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad)
     with torch.device("meta"):
-        x, grad = torch.empty(4096, 768, dtype=torch.bfloat16), torch.empty(768, 768)
+        x, grad = torch.empty(4096, GPT2.hidden, dtype=GPT2.torch_dtype), torch.empty(GPT2.hidden, GPT2.hidden)
     return specs | {"matmul_weight_grad_768": launch(arch, x.t(), x, grad, residual=grad)}
+
+
+KERNEL = Kernel("matmul", specs=aot_specs, place=7)

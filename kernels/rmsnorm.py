@@ -25,6 +25,8 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import DEMO, LLAMA
 
 # Elements of a program's tile of whole rows, and of a warp's share: 128 bits for each thread, also of AMD's wider
 # warps. The interpreter pays for every program.
@@ -252,7 +254,8 @@ def _(dy, h, rstd):
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for Llama-8B's and the demo's widths, on tensors without storage."""
     specs = {}
-    for width, dtype in ((4096, torch.bfloat16), (128, torch.float32)):
+    for sizes in (LLAMA, DEMO):
+        width, dtype = sizes.hidden, sizes.torch_dtype
         with torch.device("meta"):
             x, weight = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=dtype)
             rstd, partial = torch.empty(4096), torch.empty(4096 // BLOCK_ROWS, width)
@@ -261,3 +264,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"rmsnorm_input_grad_{width}"] = launch_input_grad(x, x, weight, rstd, x, x)
         specs[f"rmsnorm_weight_grad_{width}"] = launch_weight_grad(x, x, rstd, partial)
     return specs
+
+
+KERNEL = Kernel("rmsnorm", specs=aot_specs, place=2)

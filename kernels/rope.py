@@ -23,6 +23,8 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import DEMO, LLAMA
 
 # Channels of one head that a program turns at a time: 128 bits for each thread. The interpreter pays for every program.
 TILE, WARPS = 1 << 14 if INTERPRETED else 2048, 4
@@ -202,7 +204,8 @@ rope_op.register_autograd(_backward, setup_context=_save)
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for Llama-8B's and the demo's heads, on tensors without storage."""
     specs = {}
-    for heads, kv_heads, channels, dtype in ((32, 8, 128, torch.bfloat16), (4, 2, 32, torch.float32)):
+    for sizes in (LLAMA, DEMO):
+        heads, kv_heads, channels, dtype = sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.torch_dtype
         with torch.device("meta"):
             width = (heads + 2 * kv_heads) * channels
             fused = torch.empty(1, 4096, width, dtype=dtype).unflatten(2, (-1, channels))
@@ -211,3 +214,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         for name, interleaved in (("half", False), ("interleaved", True)):
             specs[f"rope_{name}_d{channels}"] = launch(q, k, q, k, table, offsets, interleaved, False)
     return specs
+
+
+KERNEL = Kernel("rope", specs=aot_specs, place=4)

@@ -26,6 +26,8 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
 
 # Rows and columns of a program's tile, and columns of a warp: at least 128 bits for each thread, also of AMD's wider
 # warps. The interpreter pays for every program.
@@ -225,19 +227,16 @@ gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
 
 # ----------------------------------------------------------------------------------------------------------- inspection
 
-# name -> (function, F, dtype): Llama-8B's and the demo's MLP, Gemma-2-9B's, GPT-2's and its tiny sister's
-MODELS = {
-    "swiglu": (("silu", 14336, torch.bfloat16), ("silu", 384, torch.float32)),
-    "geglu": (("gelu", 14336, torch.bfloat16),),
-    "gelu": (("gelu", 3072, torch.bfloat16), ("gelu", 512, torch.float32)),
-}
+# name -> (function, the models whose MLP has it)
+MODELS = {"swiglu": ("silu", (LLAMA, DEMO)), "geglu": ("gelu", (GEMMA,)), "gelu": ("gelu", (GPT2, GPT2_TINY))}
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches of MODELS by name, on tensors without storage."""
     specs = {}
-    for name, sizes in MODELS.items():
-        for function, width, dtype in sizes:
+    for name, (function, models) in MODELS.items():
+        for sizes in models:
+            width, dtype = sizes.ffn, sizes.torch_dtype
             out = torch.empty(4096, width, dtype=dtype, device="meta")
             gate, up, dup = out, None, None
             if name != "gelu":
@@ -247,3 +246,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
                 activation_backward_kernel, function, gate, up, dout=out, dgate=out, dup=dup
             )
     return specs
+
+
+KERNEL = Kernel("swiglu", functions=("swiglu", "geglu", "gelu"), specs=aot_specs, place=5)

@@ -259,19 +259,17 @@ def kernels(config: InspectConfig) -> int:
     import json
     from dataclasses import asdict
 
-    from megapar.inspect.compile import KERNELS, TARGETS, compile_all, specs_of
+    from megapar.inspect.compile import TARGETS, choose, compile_all, specs_of
     from megapar.inspect.table import table
     from megapar.kernels import has_triton
+    from megapar.kernels.registry import compiled
 
-    for key, known in (("kernel", KERNELS), ("targets", TARGETS)):
-        for name in getattr(config, key):
-            if name not in known:
-                raise ConfigError(key, name, f"unknown; use {', '.join(known)}")
+    chosen, targets = choose("kernel", config.kernel, compiled()), choose("targets", config.targets, TARGETS)
     refuse_bad_out(config.specs, None, "specs")
     refuse_bad_out(config.out, None)
     if not has_triton():
         raise UserError("kernels: Triton is not installed, and it is the compiler; install it: pip install triton")
-    specs = specs_of(config.kernel, config.targets)
+    specs = specs_of(chosen, targets)
     if config.specs is not None:
         entries = [spec.batch_entry() for spec in specs if spec.target.startswith("sm_")]
         Path(config.specs).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
@@ -294,7 +292,8 @@ def bench_kernels(config: BenchKernelsConfig) -> int:
     bench = run.understand(config, num_gpus(), say)
     out = Path(config.out) if config.out is not None else rundir.default_folder("bench", key="out")
     rundir.make_writable(out, key="out")
-    for name in ("bench.csv", "bench.md", *plots.names(run.BENCHES)):  # what this run does not draw would be another's
+    drawn = plots.names(run.benches())
+    for name in ("bench.csv", "bench.md", *drawn):  # what this run does not draw would be another's
         (out / name).unlink(missing_ok=True)
     found: list[rows.Row] = []
     try:

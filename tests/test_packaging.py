@@ -35,7 +35,9 @@ def test_the_wheel_installs_one_top_level_package(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("megapar-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"megapar"}
-    assert {"megapar/kernels/attention.py", "megapar/conf/train.yaml", "megapar/conf/model/demo.yaml"} <= set(names)
+    assert {"megapar/kernels/attention/forward.py", "megapar/conf/train.yaml", "megapar/conf/model/demo.yaml"} <= set(
+        names
+    )
     assert {"megapar/py.typed", "megapar/conf/experiment/demo.yaml"} <= set(names)
 
 

@@ -32,6 +32,8 @@ from megapar.kernels.comm.symmetric import (
     segment_of,
     unless,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import LLAMA
 
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
 # NVLink, from published kernels (Triton-distributed: 16); not measured.
@@ -290,7 +292,7 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for 4096 tokens of Llama-8B on 8 ranks, on tensors without storage."""
     specs = {}
     with torch.device("meta"):
-        x = torch.empty(4096, 4096, dtype=torch.bfloat16)
+        x = torch.empty(4096, LLAMA.hidden, dtype=LLAMA.torch_dtype)
     for way, to_all in (("to_all", True), ("to_owner", False)):
         cut = Cut(len(x), x.shape[1], 8, 16, 256, to_all)
         use = described_use(arch, 8, cut.flags, cut.half(x.dtype))
@@ -298,3 +300,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         specs[f"reduce_{way}"] = reduce(use, x if to_all else None, x.dtype, cut)
     specs["collect"] = collect(use, x, cut)
     return specs
+
+
+KERNEL = Kernel("comm.exchange", torch=False, specs=aot_specs, place=9)

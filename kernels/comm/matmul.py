@@ -36,6 +36,8 @@ from megapar.kernels.matmul import (
     tma_tiles,
     with_lines_together,
 )
+from megapar.kernels.registry import Kernel
+from megapar.kernels.shapes import DEMO, LLAMA
 
 
 def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -280,11 +282,8 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for the MLP of Llama-8B on 8 ranks and that of the demo on 2, on tensors without storage."""
     specs = {}
-    for tokens, hidden, width, ranks, dtype in (
-        (4096, 4096, 7168, 2, torch.bfloat16),
-        (4096, 4096, 1792, 8, torch.bfloat16),
-        (256, 128, 192, 2, torch.float32),
-    ):
+    for tokens, sizes, ranks in ((4096, LLAMA, 2), (4096, LLAMA, 8), (256, DEMO, 2)):
+        hidden, width, dtype = sizes.hidden, sizes.ffn // ranks, sizes.torch_dtype
         with torch.device("meta"):
             x, y = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, width, dtype=dtype)
             up, down = torch.empty(width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
@@ -295,3 +294,6 @@ def aot_specs(arch: str) -> dict[str, Launch]:
             specs[f"product_push_{way}_{width}"] = push_product(use, y, down.t(), cut, config, PROCESSORS[arch])
         specs[f"gathered_product_{width}"] = gathered_product(use, x, up.t(), y, config, PROCESSORS[arch])
     return specs
+
+
+KERNEL = Kernel("comm.matmul", torch=False, specs=aot_specs, place=10)

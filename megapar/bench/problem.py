@@ -10,37 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megapar.kernels.shapes import Sizes
+
 if TYPE_CHECKING:
     from megapar.kernels._common import Launch
 
 MODES = ("forward", "backward", "full")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of one layer of a model, and the dtype that it trains in."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    dtype: str
-
-    def describe(self, name: str) -> str:
-        return (
-            f"{name}: hidden {self.hidden}, {self.heads} heads and {self.kv_heads} kv heads of {self.head_dim}, "
-            f"ffn {self.ffn}, vocabulary {self.vocab}"
-        )
-
-
-MODELS = {
-    "llama-8b": Sizes(4096, 32, 8, 128, 14336, 128256, "bf16"),
-    "gpt2": Sizes(768, 12, 12, 64, 3072, 50257, "bf16"),
-    "demo": Sizes(128, 4, 2, 32, 384, 1024, "fp32"),
-}
 
 
 @dataclass(frozen=True)
@@ -125,6 +100,10 @@ class Problem:
 
     providers: Mapping[str, Callable[[], Runner]]
     plans: Callable[[str], dict[str, Plan]]
+
+
+# (sizes, tokens, dtype, device) -> a kernel's problem
+Maker = Callable[[Sizes, int, str, str], Problem]
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """`megapar bench kernels`: kernels by providers by shapes, as rows."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import pkgutil
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -10,28 +11,19 @@ from itertools import product
 
 import torch
 
-from megapar.bench.problem import MODELS, MODES, Problem, Runner, Work
+from megapar.bench import kernels as problems
+from megapar.bench.problem import MODES, Maker, Problem, Runner, Work
 from megapar.bench.roofline import GPUS, least
 from megapar.bench.rows import Kind, Row
 from megapar.bench.timing import Quantiles, peak_mb, time_ms
 from megapar.config import BenchKernelsConfig, ConfigError, UserError
 from megapar.cores import num_cores
-from megapar.inspect.compile import TARGETS, Figures, Spec, compile_all, spec_of
+from megapar.inspect.compile import TARGETS, Figures, Spec, choose, compile_all, spec_of
 from megapar.kernels import INTERPRET, has_triton, interprets, use_backend
+from megapar.kernels.registry import FUNCTIONS
+from megapar.kernels.shapes import MODELS
 from megapar.launch.machine import cpu_model, package_version
 
-# kernel -> module of megapar.bench with a function of the kernel's name: (Sizes, tokens, dtype, device) -> Problem
-BENCHES = {
-    "attention": "attention",
-    "rmsnorm": "norms",
-    "layernorm": "norms",
-    "rope": "elementwise",
-    "swiglu": "elementwise",
-    "geglu": "elementwise",
-    "gelu": "elementwise",
-    "cross_entropy": "losses",
-    "matmul": "matmul",
-}
 # provider -> the package to install, for those that megapar does without
 PROVIDERS = {"megapar": None, "torch": None, "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
 # (where, sweep) -> shapes and tokens. On a CPU the short one takes a minute.
@@ -48,6 +40,21 @@ TOKENS_COMPILED = 4096  # any number: it is no part of a compilation
 Log = Callable[[str], None]
 
 
+def benches() -> list[str]:
+    """The kernels' functions that can be benchmarked: those whose kernel has a file of its name in `kernels/` here.
+    Imports none of them."""
+    written = {found.name for found in pkgutil.iter_modules(problems.__path__)}
+    return [function for function, kernel in FUNCTIONS.items() if kernel.name in written]
+
+
+def maker(function: str) -> Maker:
+    """What makes the problem of a kernel's function: `BENCH` of the kernel's file. Imports the kernel, so the backend
+    must have been chosen, see `use_backend`."""
+    module = import_module(f"{problems.__name__}.{FUNCTIONS[function].name}")
+    made: Maker = module.BENCH[function]
+    return made
+
+
 @dataclass(frozen=True)
 class Point:
     """One kernel at one shape."""
@@ -58,10 +65,7 @@ class Point:
     tokens: int  # 0 where a figure is the same for any number
 
     def problem(self, device: str) -> Problem:
-        # Imported now: the backend must be chosen before the kernels are, see `use_backend`.
-        make = getattr(import_module(f"megapar.bench.{BENCHES[self.kernel]}"), self.kernel)
-        problem: Problem = make(MODELS[self.shape], self.tokens, self.dtype, device)
-        return problem
+        return maker(self.kernel)(MODELS[self.shape], self.tokens, self.dtype, device)
 
     def work(self) -> dict[str, Work]:
         """By mode. What a launch moves and computes does not depend on the target."""
@@ -95,26 +99,21 @@ def understand(config: BenchKernelsConfig, gpus: int, log: Log) -> Bench:
     interpret = config.kernels.backend == "interpret"
     where = "interpret" if interpret else device
     names, tokens = SWEEPS[where, config.sweep]
-    chosen: dict[str, list[str]] = {
-        "kernel": config.kernel or list(BENCHES),
+    lists: dict[str, list[str] | None] = {
+        "kernel": config.kernel,
         "provider": config.provider,
         "mode": config.mode,
         "shape": config.shape or names,
         "targets": config.targets,
     }
-    known: dict[str, Iterable[str]] = {
-        "kernel": BENCHES,
+    known: dict[str, Collection[str]] = {
+        "kernel": benches(),
         "provider": PROVIDERS,
         "mode": MODES,
         "shape": MODELS,
         "targets": TARGETS,
     }
-    for key, names in chosen.items():
-        if not names:
-            raise ConfigError(key, names, f"nothing to do; use {', '.join(known[key])}")
-        for name in names:
-            if name not in known[key]:
-                raise ConfigError(key, name, f"unknown; use {', '.join(known[key])}")
+    chosen = {key: choose(key, names, known[key]) for key, names in lists.items()}
     tokens = config.tokens or tokens
     if min(tokens) < 1:
         raise ConfigError("tokens", config.tokens, "must be at least 1 each")

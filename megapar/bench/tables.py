@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megapar.bench.problem import MODELS
 from megapar.bench.roofline import GPUS, gpu_named
 from megapar.bench.rows import Row
+from megapar.kernels.shapes import MODELS
 
 WRITTEN = "Least time by roofline; m: bound by memory, c: by compute. Peaks of the makers' data sheets."
 LEGEND = [

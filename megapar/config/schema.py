@@ -432,20 +432,7 @@ class PrepareConfig:
 class InspectConfig:
     """`megapar kernels`: compile the Triton kernels for GPUs that need not be here, and read the machine code."""
 
-    kernel: list[str] = option(
-        [
-            "attention",
-            "rmsnorm",
-            "layernorm",
-            "rope",
-            "swiglu",
-            "cross_entropy",
-            "matmul",
-            "comm.exchange",
-            "comm.matmul",
-        ],
-        "kernels to compile",
-    )
+    kernel: list[str] | None = option(None, "kernels to compile; default: all")
     targets: list[str] = option(
         ["sm_80", "sm_90", "sm_100", "gfx942"], "GPUs to compile for: A100, H100, B200, MI300 by their architecture"
     )

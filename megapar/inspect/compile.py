@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -12,10 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect import amdgcn, sass
 from megapar.kernels import INTERPRET, interprets
+from megapar.kernels.registry import KERNELS, compiled
 from megapar.launch.local import environment_with
 
 if TYPE_CHECKING:
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
 # Bytes of shared memory that one thread block may have. The compiler does not check it: only a launch would.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = tuple(SHARED_LIMIT)
-# modules of megapar.kernels with `aot_specs`
-KERNELS = (
-    "attention", "rmsnorm", "layernorm", "rope", "swiglu", "cross_entropy", "matmul", "comm.exchange", "comm.matmul",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,18 +84,30 @@ class Figures:
 TMA_BITS = 1024
 
 
-def specs_of(kernels: list[str], targets: list[str]) -> list[Spec]:
-    """What the launchers of these kernels would compile on these targets.
+def choose(key: str, names: list[str] | None, known: Collection[str]) -> list[str]:
+    """The names that a configuration's list chooses; None: all. Raises ConfigError for none, and for an unknown one."""
+    names = list(known) if names is None else names
+    if not names:
+        raise ConfigError(key, names, f"nothing to do; use {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise ConfigError(key, name, f"unknown; use {', '.join(known)}")
+    return names
+
+
+def specs_of(kernels: list[str] | None, targets: list[str]) -> list[Spec]:
+    """What the launchers of these kernels, None: of all, would compile on these targets.
 
     Raises UserError in a process whose Triton kernels are interpreted: they can't be compiled.
     """
     if interprets():
         raise UserError(f"kernels: {INTERPRET} is set, so Triton would interpret kernels; unset it to compile them")
     found = []
-    for kernel in kernels:
-        module = import_module(f"megapar.kernels.{kernel}")
+    for kernel in compiled() if kernels is None else kernels:
+        specs = KERNELS[kernel].specs
+        assert specs is not None, f"{kernel} has no specs"
         for target in targets:
-            found += [spec_of(name, launch, target) for name, launch in module.aot_specs(target).items()]
+            found += [spec_of(name, launch, target) for name, launch in specs(target).items()]
     return found
 
 

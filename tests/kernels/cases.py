@@ -1,7 +1,7 @@
 """Cases of attention, and what a process with interpreted kernels does with them."""
 
 import ctypes
-import importlib.util
+import importlib
 import itertools
 import math
 import mmap
@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from megapar import kernels
+from megapar.bench import kernels as benches
 from megapar.kernels import attention as module
-from megapar.kernels import use_backend
-from megapar.kernels.attention import Config, attention
+from megapar.kernels import registry, use_backend
+from megapar.kernels.attention import attention
+from megapar.kernels.attention.launch import CONFIGS, Config
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,14 +75,14 @@ def starts(lengths: Lengths) -> Tensor:
 @contextmanager
 def tiles(config: Config) -> Iterator[None]:
     """Every interpreted kernel takes these block sizes."""
-    kept = dict(module.CONFIGS)
+    kept = dict(CONFIGS)
     for key in kept:
         if key[1] == "interpret":
-            module.CONFIGS[key] = config if config.step or key[0] == "forward" else TILES["square"]
+            CONFIGS[key] = config if config.step or key[0] == "forward" else TILES["square"]
     try:
         yield
     finally:
-        module.CONFIGS.update(kept)
+        CONFIGS.update(kept)
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -170,7 +173,7 @@ def auto_backends(
     use_backend("auto")
     kind = torch.float64 if dtype == "fp64" else DTYPES[dtype]
     ran = {
-        device: {kernel: kernels.backend_of(kernel, device, kind) for kernel in kernels.BACKENDS}
+        device: {kernel: kernels.backend_of(kernel, device, kind) for kernel in kernels.backends()}
         for device in ("cpu", "cuda")
     }
     return ran, {device: kernels.select_backends("auto", device, dtype) for device in ran}
@@ -298,41 +301,52 @@ def run_wrong_starts(rank: int, world_size: int, tile: str) -> None:
             module.attention_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
 
 
-def run_howto(
-    rank: int, world_size: int, path: str, bench: str
-) -> tuple[float, float, list[str], list[float], list[float]]:
+@contextmanager
+def also_in(folder: str) -> Iterator[None]:
+    """Files in folder/kernels and folder/bench are as if they were in kernels/ and megapar/bench/kernels/."""
+    added = [(kernels.__path__, f"{folder}/kernels"), (benches.__path__, f"{folder}/bench")]
+    for path, more in added:
+        path.append(more)
+    found = registry.find(kernels.__path__)
+    known = (registry.KERNELS, found), (registry.FUNCTIONS, registry.by_function(found.values()))
+    try:
+        with mock.patch.dict(*known[0]), mock.patch.dict(*known[1]):
+            yield
+    finally:
+        for path, more in added:
+            path.remove(more)
+
+
+def run_howto(rank: int, world_size: int, folder: str) -> tuple[float, float, list[str], list[float], list[float]]:
     """docs/howto/add-a-kernel.md's kernel in bf16 against fp64: largest errors of value and gradient; its specs; of its
     benchmark the bytes forward and backward, and how far its providers' values and gradients are apart."""
-    from megapar.bench.problem import MODELS
+    from megapar.bench.run import Point
+    from megapar.bench.run import benches as benchmarked
 
-    kernels.BACKENDS["scaled_silu"] = kernels.BACKENDS["attention"]
-    spec = importlib.util.spec_from_file_location("scaled_silu", path)
-    assert spec is not None and spec.loader is not None
-    written = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(written)
-    x = torch.linspace(-4, 4, 1500).to(torch.bfloat16).requires_grad_()
-    results = []
-    for backend, given in (("interpret", x), ("torch", x.detach().double().requires_grad_())):
-        use_backend(backend)
-        out = written.scaled_silu(given, 1.5)
-        results.append([out, *torch.autograd.grad(out.sum(), given)])
-    value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
-    use_backend("interpret")
-    torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
-    specs = list(written.aot_specs("sm_90"))
-    sys.modules["megapar.kernels.scaled_silu"] = written
-    kernels.scaled_silu = written  # type: ignore[attr-defined]
-    names: dict[str, Any] = {}
-    exec(bench, names)
-    plans = names["scaled_silu"](MODELS["demo"], 5, "fp32", "meta").plans("sm_90")
-    moved = [plans[mode].work("fp32").bytes for mode in ("forward", "backward")]
-    problem = names["scaled_silu"](MODELS["demo"], 5, "fp32", "cpu")
-    ours, plain = (problem.providers[provider]() for provider in ("megapar", "torch"))
-    a, b = ours.forward(), plain.forward()
-    distances = [
-        distance(x.detach(), y.detach()) for x, y in zip(a + ours.backward(a), b + plain.backward(b), strict=True)
-    ]
-    return value, gradient, specs, moved, distances
+    with also_in(folder):
+        assert kernels.select_backends("interpret")["scaled_silu"] == "interpret"
+        assert registry.compiled()[-1] == benchmarked()[-1] == "scaled_silu"
+        assert "megapar.kernels.scaled_silu" not in sys.modules  # nothing has run it yet
+        written = importlib.import_module("megapar.kernels.scaled_silu")
+        x = torch.linspace(-4, 4, 1500).to(torch.bfloat16).requires_grad_()
+        results = []
+        for backend, given in (("interpret", x), ("torch", x.detach().double().requires_grad_())):
+            use_backend(backend)
+            out = written.scaled_silu(given, 1.5)
+            results.append([out, *torch.autograd.grad(out.sum(), given)])
+        value, gradient = (distance(a.double(), b) for a, b in zip(*results, strict=True))
+        use_backend("interpret")
+        torch.library.opcheck(written.scaled_silu_op, (x, 1.5))
+        specs = registry.KERNELS["scaled_silu"].specs
+        assert specs is not None
+        point = Point("scaled_silu", "demo", "fp32", 5)
+        work, problem = point.work(), point.problem("cpu")
+        ours, plain = (problem.providers[provider]() for provider in ("megapar", "torch"))
+        a, b = ours.forward(), plain.forward()
+        distances = [
+            distance(x.detach(), y.detach()) for x, y in zip(a + ours.backward(a), b + plain.backward(b), strict=True)
+        ]
+        return value, gradient, list(specs("sm_90")), [work[mode].bytes for mode in ("forward", "backward")], distances
 
 
 def run_command(rank: int, world_size: int, command: list[str]) -> int:

@@ -16,6 +16,7 @@ from megapar import kernels
 from megapar.kernels import attention as module
 from megapar.kernels._common import Launch
 from megapar.kernels.attention import attention, merge_attention
+from megapar.kernels.shapes import MODELS, Sizes
 from megapar.launch.pool import WorkerPool
 from tests.kernels import cases
 from tests.kernels.cases import Case, Outcome
@@ -268,14 +269,14 @@ def test_compiled_by_torch(interpreter: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("model", list(module.MODELS))
-def test_what_is_inspected_is_what_is_launched(arch: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
+def test_what_is_inspected_is_what_is_launched(arch: str, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel, its constants and the types of its arguments, for each model's heads."""
     launched: list[Launch] = []
     monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))
     monkeypatch.setattr(module, "target_arch", lambda: arch)
     monkeypatch.setattr(module, "backend_of", lambda *_: "triton")
-    dtype, heads, kv_heads, channels = module.MODELS[model]
+    dtype, heads, kv_heads, channels = sizes.torch_dtype, sizes.heads, sizes.kv_heads, sizes.head_dim
     # q, k and v as a fused projection leaves them: views whose rows lie far apart
     qkv = torch.zeros(2, 16, heads + 2 * kv_heads, channels, dtype=dtype, requires_grad=True)
     attention(*qkv.split([heads, kv_heads, kv_heads], 2)).sum().backward()
@@ -294,7 +295,7 @@ def test_useful_flops_and_bytes() -> None:
     with torch.device("meta"):
         q, k = torch.empty(1, 4, 2, 16), torch.empty(1, 4, 1, 16)
     call = module.Call.of(q, k, k, None, None, 1.0, module.UNLIMITED, 0, None)
-    o, lse = module._outputs(q, k)
+    o, lse = module.outputs(q, k)
     launch = call.forward("sm_90", module.matrix(o), lse)
     described = launch.kernel.launch_metadata(launch.grid, SimpleNamespace(name="forward"), launch.arguments)
     assert described["flops32"] == 2 * 10 * (2 * 16 + 2 * 16)

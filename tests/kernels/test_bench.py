@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ import triton.testing
 
 from megapar.bench import run, timing
 from megapar.bench.plots import plots
-from megapar.bench.problem import MODELS, Work
+from megapar.bench.problem import Work
 from megapar.bench.roofline import GPUS, gpu_named, least
 from megapar.bench.rows import COLUMNS, Row
-from megapar.bench.run import BENCHES, Bench, Point
+from megapar.bench.run import Bench, Point, benches
 from megapar.bench.tables import number, terminal
 from megapar.bench.timing import Quantiles
 from megapar.cli import main
-from megapar.inspect.compile import KERNELS, Figures, Spec, spec_of, specs_of
-from megapar.kernels import BACKENDS
-from megapar.kernels import attention as attention_module
+from megapar.inspect.compile import Figures, Spec, spec_of, specs_of
+from megapar.kernels import backends
+from megapar.kernels.registry import KERNELS
+from megapar.kernels.shapes import MODELS
 from megapar.launch.pool import WorkerPool
 from megapar.report.curves import Curve, Panel, draw_curves
 from tests.kernels import cases
@@ -40,8 +40,8 @@ FAST = ["shape=[demo]", "tokens=[8,16]", "mode=[forward,full]"]
 def test_every_kernel_tells_a_profiler() -> None:
     """Its name, by which no other kernel goes, and what it does and moves."""
     named: dict[str, Any] = {}
-    for kernel in KERNELS:
-        for name, launch in import_module(f"megapar.kernels.{kernel}").aot_specs("sm_90").items():
+    for kernel in KERNELS.values():
+        for name, launch in kernel.specs("sm_90").items() if kernel.specs else ():
             if "packed" in name:
                 continue  # the same kernels; of packed sequences it reads the lengths, and here is no storage
             told = launch.metadata()
@@ -52,10 +52,7 @@ def test_every_kernel_tells_a_profiler() -> None:
 
 
 def test_every_kernel_is_benchmarked() -> None:
-    assert set(BENCHES) == {name for name, backends in BACKENDS.items() if "triton" in backends}
-    heads = {name: (s.dtype, s.heads, s.kv_heads, s.head_dim) for name, s in MODELS.items()}
-    for name, (dtype, *rest) in attention_module.MODELS.items():
-        assert heads[name] == ({"torch.bfloat16": "bf16", "torch.float32": "fp32"}[str(dtype)], *rest)
+    assert benches() == [function for function, forms in backends().items() if "triton" in forms]
 
 
 T = 4  # tokens; demo: hidden 128, 4 heads and 2 kv heads of 32, ffn 384, vocabulary 1024, fp32
@@ -84,7 +81,7 @@ BY_HAND = {
 PRODUCTS = ("attention", "matmul")
 
 
-@pytest.mark.parametrize("kernel", BENCHES)
+@pytest.mark.parametrize("kernel", benches())
 def test_work_by_hand(kernel: str) -> None:
     forward, backward = (Work(*amounts, kernel in PRODUCTS, "fp32") for amounts in BY_HAND[kernel])
     found = Point(kernel, "demo", "fp32", T).work()
@@ -95,7 +92,7 @@ def test_cross_entropy_is_six_bytes_per_logit_in_16_bits() -> None:
     assert Point("cross_entropy", "llama-8b", "bf16", 7).work()["full"].bytes == 6 * 7 * 128256
 
 
-@pytest.mark.parametrize("kernel", BENCHES)
+@pytest.mark.parametrize("kernel", benches())
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_bytes_are_those_of_the_launches(kernel: str, mode: str) -> None:
     """A mode of one launch moves what the launch says; one of several no more than all of them."""
@@ -335,7 +332,7 @@ def test_a_library_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_providers_compute_the_same(interpreter: WorkerPool) -> None:
     """Outputs and gradients of ours, interpreted, beside torch's, in fp32."""
-    for kernel, errors in interpreter.run(cases.run_providers, 1, list(BENCHES))[0].items():
+    for kernel, errors in interpreter.run(cases.run_providers, 1, benches())[0].items():
         # Sums of up to 128 products of numbers of order 1: rounding reaches 4e-6.
         assert len(errors) >= 2 and max(errors) < 1e-5, kernel
 

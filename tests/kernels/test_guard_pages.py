@@ -8,7 +8,6 @@ What is seen is an access before the first element of a tensor, or after its las
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -16,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapar.bench.problem import Sizes
-from megapar.bench.run import BENCHES
+from megapar.bench.run import benches, maker
 from megapar.kernels import layernorm as layer
 from megapar.kernels import rmsnorm as rms
 from megapar.kernels import use_backend
@@ -31,6 +29,7 @@ from megapar.kernels.cross_entropy import (
 )
 from megapar.kernels.matmul import ACTIVATIONS, add_matmul, matmul
 from megapar.kernels.rope import rope, rope_table
+from megapar.kernels.shapes import Sizes
 from megapar.launch.pool import PoolError, WorkerPool
 from tests.kernels.cases import DTYPES, guarded
 
@@ -143,7 +142,7 @@ OPTIONAL: dict[str, Callable[[Sizes, int], None]] = {
 
 def run_benchmark(kernel: str, sizes: Sizes, tokens: int) -> None:
     """Forward and backward."""
-    problem = getattr(import_module(f"megapar.bench.{BENCHES[kernel]}"), kernel)(sizes, tokens, sizes.dtype, "cpu")
+    problem = maker(kernel)(sizes, tokens, sizes.dtype, "cpu")
     runner = problem.providers["megapar"]()
     runner.backward(runner.forward())
 
@@ -164,7 +163,7 @@ def run_kernel(rank: int, world_size: int, kernel: str, options: bool, sizes: Si
 
 
 @pytest.mark.parametrize(
-    ("kernel", "options"), [*((kernel, False) for kernel in BENCHES), *((kernel, True) for kernel in OPTIONAL)]
+    ("kernel", "options"), [*((kernel, False) for kernel in benches()), *((kernel, True) for kernel in OPTIONAL)]
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_no_kernel_reads_or_writes_outside_its_tensors(

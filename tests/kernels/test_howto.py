@@ -10,13 +10,12 @@ HOWTO = Path(__file__).resolve().parents[2] / "docs" / "howto" / "add-a-kernel.m
 
 
 def test_the_howtos_kernel(interpreter: WorkerPool, tmp_path: Path) -> None:
-    file = tmp_path / "scaled_silu.py"
-    text = HOWTO.read_text()
-    file.write_text("\n\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
-    bench = "\n\n".join(
-        ["import torch", "import torch.nn.functional as F", *re.findall(r"```py\n(.*?)```", text, re.DOTALL)]
-    )
-    value, gradient, specs, moved, distances = interpreter.run(cases.run_howto, 1, str(file), bench)[0]
+    """Its two files, and nothing else: every list has it, and it is run, compiled and benchmarked."""
+    for folder, language in (("kernels", "python"), ("bench", "py")):
+        (tmp_path / folder).mkdir()
+        blocks = re.findall(rf"```{language}\n(.*?)```", HOWTO.read_text(), re.DOTALL)
+        (tmp_path / folder / "scaled_silu.py").write_text("\n\n".join(blocks))
+    value, gradient, specs, moved, distances = interpreter.run(cases.run_howto, 1, str(tmp_path))[0]
     # bf16 keeps 8 bits: half a unit in the last place of values up to 6; the gradient is rounded in several steps.
     assert value <= 2**-9 * 8
     assert gradient <= 2**-9 * 8 * 2

@@ -112,7 +112,7 @@ def compiler() -> str:
 
 def machine_code(targets: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """(target, name, disassembly) of every kernel that `megapar kernels` compiles for these NVIDIA targets."""
-    specs = compile.specs_of(list(compile.KERNELS), list(targets))
+    specs = compile.specs_of(None, list(targets))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_cores(), len(specs)), mp_context=context) as pool:
         texts = list(pool.map(_machine_code_of, specs))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megapar.build import DTYPES
 from megapar.config.stages import stage_layers
 from megapar.cores import num_cores
-from megapar.kernels import BACKENDS, backend_of
+from megapar.kernels import backend_of, backends
 from megapar.parallel.agreement import gather_texts
 from megapar.schedule.simulate import simulate
 from megapar.train.hooks.hook import Hook
@@ -77,7 +77,7 @@ class Record(Hook):
 
         return {
             "layout": dict(config.parallel.layout),
-            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in BACKENDS},
+            "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in backends()},
             "steps": len(self.rows),
             "layers_per_stage": stage_layers(config),
             "skipped_steps": self.skipped,

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
+from megapar.bench.problem import Plan, Problem, Runner, differentiable, normal
 from megapar.kernels._common import matrix
-from megapar.kernels.attention import UNLIMITED, Call
 from megapar.kernels.attention import attention as ours
+from megapar.kernels.attention.launch import UNLIMITED, Call
+from megapar.kernels.shapes import DTYPES, Sizes
 
 
 def attention(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
@@ -55,3 +56,6 @@ def attention(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
     if dtype != "fp32":
         providers["flash_attn"] = flash_attention
     return Problem(providers, plans)
+
+
+BENCH = {"attention": attention}

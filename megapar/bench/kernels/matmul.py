@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
+from megapar.bench.problem import Plan, Problem, Runner, differentiable, normal
 from megapar.kernels import matmul as matmul_kernel
+from megapar.kernels.shapes import DTYPES, Sizes
 
 
 def matmul(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
@@ -34,3 +35,6 @@ def matmul(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
     # torch's gradient of the weight is a tensor of its own, in the weight's dtype
     providers = {"megapar": ours, "torch": lambda: differentiable(lambda x, w: x @ w.t(), (x, w), [dy])}
     return Problem(providers, plans)
+
+
+BENCH = {"matmul": matmul}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megapar.bench.problem import DTYPES, Plan, Problem, Runner, Sizes, differentiable, normal
+from megapar.bench.problem import Plan, Problem, Runner, differentiable, normal
 from megapar.kernels import cross_entropy as kernel
+from megapar.kernels.shapes import DTYPES, Sizes
 
 
 def cross_entropy(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
@@ -46,3 +47,6 @@ def cross_entropy(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem
         "liger_kernel": liger,
     }
     return Problem(providers, plans)
+
+
+BENCH = {"cross_entropy": cross_entropy}

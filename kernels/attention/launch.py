@@ -1,0 +1,219 @@
+"""Attention's launches: block sizes by architecture, each kernel's arguments, and what is compiled without a GPU."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar.kernels._common import Launch, matrix, next_power_of_2, num_tiles, precision, relative, tiles_of
+from megapar.kernels.attention.backward import attention_dkdv_kernel, attention_dq_kernel, attention_statistics_kernel
+from megapar.kernels.attention.forward import attention_forward_kernel
+from megapar.kernels.shapes import LLAMA, MODELS, Sizes
+
+UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one kernel: rows that a program owns, full and boundary tiles of its loop; warps, stages, TMA.
+
+    step: 0, in the forward only: all tiles are masked as the boundary's. One loop needs fewer registers than two.
+    """
+
+    rows: int
+    step: int
+    edge: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+# (kernel, architecture, widest head) -> Config for 16-bit tensors, chosen by what the compiler makes of them:
+# docs/kernels.md has the figures. sm_80's fit into the 99 KB of its smaller relatives.
+CONFIGS = {
+    ("forward", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("forward", "sm_80", 128): Config(128, 32, 32, 8, 3),
+    ("forward", "sm_80", 256): Config(64, 0, 64, 8, 1),
+    ("forward", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 96): Config(128, 64, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_90", 256): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward", "sm_100", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_100", 96): Config(128, 128, 64, 8, 3, tma=True),
+    ("forward", "sm_100", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("forward", "sm_100", 256): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward", "gfx942", 128): Config(128, 64, 32, 8, 2),
+    ("forward", "gfx942", 256): Config(64, 32, 16, 4, 1),
+    ("forward", "interpret", 256): Config(128, 128, 64, 4, 1),
+    ("dkdv", "sm_80", 64): Config(128, 32, 32, 8, 2),
+    ("dkdv", "sm_80", 128): Config(64, 32, 16, 4, 2),
+    ("dkdv", "sm_80", 256): Config(32, 32, 16, 4, 1),
+    ("dkdv", "sm_90", 64): Config(128, 64, 64, 8, 2, tma=True),
+    ("dkdv", "sm_90", 96): Config(128, 32, 32, 8, 2, tma=True),
+    ("dkdv", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dkdv", "sm_90", 256): Config(64, 32, 16, 8, 2, tma=True),
+    ("dkdv", "sm_100", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("dkdv", "sm_100", 256): Config(64, 32, 16, 8, 2, tma=True),
+    ("dkdv", "gfx942", 128): Config(64, 32, 16, 4, 2),
+    ("dkdv", "gfx942", 256): Config(32, 32, 16, 4, 1),
+    ("dkdv", "interpret", 256): Config(128, 128, 64, 4, 1),
+    ("dq", "sm_80", 64): Config(128, 64, 32, 8, 2),
+    ("dq", "sm_80", 128): Config(128, 32, 16, 8, 2),
+    ("dq", "sm_80", 256): Config(32, 32, 16, 4, 1),
+    ("dq", "sm_90", 64): Config(128, 128, 64, 8, 2, tma=True),
+    ("dq", "sm_90", 96): Config(128, 64, 32, 8, 2, tma=True),
+    ("dq", "sm_90", 128): Config(128, 128, 64, 8, 2, tma=True),
+    ("dq", "sm_90", 256): Config(64, 32, 16, 4, 2, tma=True),
+    ("dq", "sm_100", 128): Config(128, 64, 64, 8, 2, tma=True),
+    ("dq", "sm_100", 256): Config(64, 32, 16, 4, 2, tma=True),
+    ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
+    ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
+    ("dq", "interpret", 256): Config(128, 128, 64, 4, 1),
+    # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
+    ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
+    ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("forward", "fp32", 128): Config(16, 0, 32, 8, 1),
+    ("forward", "fp32", 256): Config(16, 0, 16, 8, 1),
+    ("dkdv", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("dkdv", "fp32", 128): Config(16, 16, 16, 8, 1),
+    ("dkdv", "fp32", 256): Config(16, 16, 16, 4, 1),
+    ("dq", "fp32", 32): Config(64, 32, 16, 4, 2),
+    ("dq", "fp32", 64): Config(32, 16, 16, 4, 1),
+    ("dq", "fp32", 256): Config(16, 16, 16, 4, 1),
+}
+STATISTICS_ROWS = 32
+
+
+def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:
+    """The block sizes that a launch takes, by the wider of a head's D and E."""
+    if dtype == torch.float32 and arch != "interpret":
+        arch = "fp32"
+    elif ("forward", arch, 256) not in CONFIGS:
+        arch = relative(arch)
+    return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one call as matrices [rows, heads * channels], and what every kernel is told about them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    starts_q: Tensor | None
+    starts_k: Tensor | None
+    heads: int
+    kv_heads: int
+    D: int
+    E: int
+    num_sequences: int
+    len_q: int  # of every sequence; of packed ones all rows
+    len_k: int
+    scale: float
+    left: int
+    right: int
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None,
+        scale: float, left: int, right: int, softcap: float | None,
+    ) -> "Call":  # fmt: skip
+        packed = starts_q is not None
+        starts_q, starts_k = (None if x is None else x.contiguous() for x in (starts_q, starts_k))
+        return cls(
+            matrix(q), matrix(k), matrix(v), starts_q, starts_k, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1],
+            len(starts_q) - 1 if starts_q is not None else q.shape[0],
+            q.shape[0 if packed else 1], k.shape[0 if packed else 1], scale, left, right, softcap,
+        )  # fmt: skip
+
+    @property
+    def useful(self) -> bool:
+        """Whether any query can see any key, so that there is something to launch."""
+        return self.q.numel() > 0 and self.k.numel() > 0 and self.num_sequences > 0
+
+    def launch(self, name: str, kernel: Any, arch: str, streamed: dict[str, Tensor], **tensors: Tensor) -> Launch:
+        """A launch of the forward, dkdv or dq kernel. streamed: the matrices that its loop reads, by name."""
+        config = config_of(name, arch, max(self.D, self.E), self.q.dtype)
+        over_keys = name == "dkdv"
+        rows, starts = (self.k, self.starts_k) if over_keys else (self.q, self.starts_q)
+        length, heads = (self.len_k, self.kv_heads) if over_keys else (self.len_q, self.heads)
+        block_d, block_e = next_power_of_2(self.D), next_power_of_2(self.E)
+        blocks = {"q": block_d, "k": block_d, "v": block_e, "do": block_e}
+        tiles = {f"{x}_tiles": tiles_of(streamed[x], config.step, blocks[x]) if config.tma else None for x in streamed}
+        if block_d != self.D or block_e != self.E or None in tiles.values():
+            tiles = dict.fromkeys(tiles)  # a tile wider than a head would reach into the next one
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, **tensors, **tiles,
+            "starts_q": self.starts_q, "starts_k": self.starts_k,
+            "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
+            "v_stride": self.v.stride(0), "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
+            "left": self.left, "right": self.right, "num_sequences": self.num_sequences,
+            "group": self.heads // self.kv_heads, "D": self.D, "E": self.E, "BLOCK_D": block_d, "BLOCK_E": block_e,
+            "ROWS": config.rows, "STEP": config.step, "EDGE": config.edge, "PRECISION": precision(arch),
+        }  # fmt: skip
+        if starts is None:
+            grid = (num_tiles(length, config.rows), heads, self.num_sequences)
+        else:
+            grid = (len(rows) // config.rows + self.num_sequences + 1, heads, 1)
+        return Launch(kernel, grid, arguments, config.warps, config.stages)
+
+    def forward(self, arch: str, o: Tensor, lse: Tensor) -> Launch:
+        streamed = {"k": self.k, "v": self.v}
+        return self.launch("forward", attention_forward_kernel, arch, streamed, o=o, lse=lse)
+
+    def statistics(self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor, statistics: Tensor) -> Launch:
+        tensors = {"o": o, "do": do, "lse": lse, "dlse": dlse, "statistics": statistics}
+        sizes = {"total_q": len(o), "E": self.E, "BLOCK_E": next_power_of_2(self.E), "ROWS": STATISTICS_ROWS}
+        return Launch(
+            attention_statistics_kernel, (num_tiles(len(o), STATISTICS_ROWS), self.heads), tensors | sizes, 4, 1
+        )
+
+    def dkdv(self, arch: str, do: Tensor, statistics: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+        streamed = {"q": self.q, "do": do}
+        return self.launch("dkdv", attention_dkdv_kernel, arch, streamed, do=do, statistics=statistics, dk=dk, dv=dv)
+
+    def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor) -> Launch:
+        streamed = {"k": self.k, "v": self.v}
+        return self.launch("dq", attention_dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
+
+
+def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for o and lse, as `attention_op` returns them."""
+    rows = math.prod(q.shape[:-2])
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[-2], rows, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- inspection
+
+
+def aot_specs(arch: str) -> dict[str, Launch]:
+    """The launches of MODELS by name, on tensors without storage, as the operators make them on a GPU of this kind."""
+    specs: dict[str, Launch] = {}
+    for sizes in MODELS.values():
+        specs |= aot_launches(arch, sizes)
+    return specs | aot_launches(arch, LLAMA, packed=True)
+
+
+def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float | None = None) -> dict[str, Launch]:
+    """The launches of a model's attention: causal over 2 x 4096 tokens, or packed sequences with a window."""
+    dtype, heads, kv_heads, channels = sizes.torch_dtype, sizes.heads, sizes.kv_heads, sizes.head_dim
+    with torch.device("meta"):
+        shape = (8192,) if packed else (2, 4096)
+        q, k, v = (torch.empty(*shape, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+        starts = torch.empty(9, dtype=torch.int32) if packed else None
+        o, lse = outputs(q, v)
+        statistics = lse.new_empty(2, *lse.shape)
+    call = Call.of(q, k, v, starts, starts, channels**-0.5, 1024 if packed else UNLIMITED, 0, softcap)
+    do, o = matrix(o), matrix(o)
+    size = f"d{channels}" + ("_packed" if packed else "") + ("_softcap" if softcap else "")
+    launches = {
+        f"attention_fwd_{size}" + ("" if packed else "_causal"): call.forward(arch, o, lse),
+        f"attention_dkdv_{size}": call.dkdv(arch, do, statistics, matrix(k), matrix(v)),
+        f"attention_dq_{size}": call.dq(arch, do, statistics, matrix(q)),
+    }
+    if not packed:
+        launches[f"attention_statistics_{size}"] = call.statistics(arch, o, do, lse, lse, statistics)
+    return launches

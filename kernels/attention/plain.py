@@ -1,0 +1,82 @@
+"""Attention in plain differentiable torch, in any floating dtype: what the kernels are measured with."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float | None, return_lse: bool
+) -> Any:
+    """Attention in plain differentiable torch: q [B, S, N, D], k [B, L, K, D], v [B, L, K, E]."""
+    batch, length, heads, channels = q.shape
+    keys, groups, width = k.shape[1], k.shape[2], v.shape[3]
+    # One batched matmul per kv head: the query heads that share it are stacked along the rows.
+    q = q.view(batch, length, groups, heads // groups, channels).permute(0, 2, 3, 1, 4)
+    q = q.reshape(batch * groups, heads // groups * length, channels)
+    k = k.transpose(1, 2).reshape(batch * groups, keys, channels)
+    v = v.transpose(1, 2).reshape(batch * groups, keys, width)
+    scores = torch.bmm(q * scale, k.transpose(1, 2)).view(batch * groups, heads // groups, length, keys)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores.to(wide) / softcap)
+    hidden, empty = _hidden(length, keys, left, right, q.device)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    if empty is not None:  # softmax over no key would be NaN
+        scores = scores.masked_fill(empty, 0.0)
+    weights = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
+    if empty is not None:
+        weights = weights.masked_fill(empty, 0.0)
+    out = torch.bmm(weights.view(batch * groups, heads // groups * length, keys), v)
+    out = out.view(batch, groups, heads // groups, length, width)
+    out = out.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    if not return_lse:
+        return out
+    scores = scores.to(wide)  # over no key there is a sum, 0, and no largest
+    lse = torch.logsumexp(scores, -1, keepdim=True) if keys else scores.sum(-1, keepdim=True)
+    if empty is not None:
+        lse = lse.masked_fill(empty, -math.inf)
+    return out, lse.view(batch, heads, length).transpose(1, 2)
+
+
+def _hidden(length: int, keys: int, left: int, right: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(which keys a query does not see [S, L], which queries see none [S, 1]); None where there are no such."""
+    shift, hidden = keys - length, None
+    if keys == 0:
+        return None, torch.ones(length, 1, dtype=torch.bool, device=device)
+    if right < length - 1:
+        hidden = torch.ones(length, keys, dtype=torch.bool, device=device).triu(shift + right + 1)
+    if left < keys - 1:
+        before = torch.ones(length, keys, dtype=torch.bool, device=device).tril(shift - left - 1)
+        hidden = before if hidden is None else hidden | before
+    return hidden, hidden.all(-1, keepdim=True) if hidden is not None and shift + right < 0 else None
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+    return_lse: bool,
+) -> Any:
+    """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]."""
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    parts = [
+        dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, True)
+        for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
+    ]
+    outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts]
+    rest = len(q) - ends_q[-1]  # rows behind the last sequence
+    outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
+    lses.append(torch.full((rest, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device))
+    out = torch.cat(outs)
+    return (out, torch.cat(lses)) if return_lse else out
