@@ -4,12 +4,11 @@ Pure functions of a config (and of facts about the machine and the data passed a
 one line with the key, its value and the remedy.
 """
 
-from importlib.util import find_spec
 from math import prod
-from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 from megapar.config.errors import ConfigError
+from megapar.config.found import modules_of
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
@@ -300,13 +299,6 @@ def why_not(config: TrainConfig, layout: Layout) -> ConfigError | None:
 def feasible_layouts(config: TrainConfig, ranks: int = 8) -> list[Layout]:
     """Every layout of 2 to `ranks` ranks that divides the config."""
     return [layout for layout in layouts_up_to(ranks) if why_not(config, layout) is None]
-
-
-def modules_of(package: str) -> set[str]:
-    """Names of the modules in a package, without importing one."""
-    found = find_spec(package)
-    assert found is not None and found.submodule_search_locations is not None
-    return {module.name for module in iter_modules(found.submodule_search_locations)}
 
 
 def _near(value: int, step: int) -> str:

@@ -153,6 +153,11 @@ class DataConfig:
         empty="names no data; give a file, a folder, a PREFIX of token files, or stdlib",
         verbatim=True,
     )
+    source: str = option(
+        "tokens",
+        "where samples come from: a file of megapar/data/sources/, or NAME of experiments/NAME/data.py",
+        fixed=True,
+    )
     tokenizer: str = option(
         "bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file", verbatim=True
     )

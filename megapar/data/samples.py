@@ -1,58 +1,16 @@
-"""Samples: windows over the documents of one split, in an order that is a function of (seed, epoch, index) alone."""
+"""Samples of token files: windows over the documents of one split."""
 
-import math
 import os
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
-from hashlib import blake2b
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.data.indexed import IndexedTokens
+from megapar.data.order import SampleOrder
 from megapar.data.split import held_out, load_hashes, token_hashes
-
-ROUNDS = 6
-MASK64 = (1 << 64) - 1
-
-
-def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
-    """Where `position` of an epoch goes: a permutation of 0..count-1 that depends on (seed, epoch) alone.
-
-    A Feistel network on the grid of about sqrt(count) x sqrt(count) (Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains"), walked on while it lands outside. It needs no table, so the order of a corpus of any size costs
-    no memory, and unlike numpy's `permutation` it can't change with a library's version.
-    """
-    rows, columns = _grid(count)
-    keys = _round_keys(seed, epoch)
-    while True:
-        row, column = divmod(position, columns)
-        for turn in range(0, ROUNDS, 2):
-            row = (row + _mix(column ^ keys[turn])) % rows
-            column = (column + _mix(row ^ keys[turn + 1])) % columns
-        position = row * columns + column
-        if position < count:
-            return position
-
-
-@lru_cache(maxsize=64)
-def _grid(count: int) -> tuple[int, int]:
-    rows = max(1, math.isqrt(count - 1) + 1)
-    return rows, -(-count // rows)
-
-
-@lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
-    return tuple(int.from_bytes(digest[8 * turn : 8 * turn + 8], "little") for turn in range(ROUNDS))
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64 on a Python int."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-    return x ^ (x >> 31)
 
 
 class SampleSet:
@@ -78,7 +36,7 @@ class SampleSet:
             raise ValueError(f"split must be train or valid, got {split!r}")
         if seq_length < 1:
             raise ConfigError("train.seq_length", seq_length, "must be at least 1")
-        self.prefix, self.split, self.seq_length, self.seed = str(prefix), split, seq_length, seed
+        self.prefix, self.split, self.seq_length = str(prefix), split, seq_length
         corpus = IndexedTokens(prefix)
         self._tokens = corpus.tokens
         mask = self._documents_of_split(corpus, holdout)
@@ -88,6 +46,7 @@ class SampleSet:
         self.num_samples = max(0, (self.num_tokens - 1) // seq_length)
         if self.num_samples == 0:
             raise self._too_few(corpus, holdout)
+        self.order = SampleOrder(self.num_samples, seed, shuffle=split == "train")
 
     def sample(self, index: int) -> np.ndarray:
         """Sample `index`, counted from 0 over all epochs: int64 [seq_length + 1]."""
@@ -105,10 +64,7 @@ class SampleSet:
 
     def window(self, index: int) -> int:
         """Which window, 0..num_samples-1, sample `index` is."""
-        if index < 0:
-            raise ValueError(f"samples are counted from 0, got {index}")
-        epoch, position = divmod(int(index), self.num_samples)
-        return shuffled(position, self.num_samples, self.seed, epoch) if self.split == "train" else position
+        return self.order.item(index)
 
     @cached_property
     def char_counts(self) -> np.ndarray | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megapar.config.schema import TrainConfig
-from megapar.data.samples import SampleSet
+from megapar.data.source import Samples, Split, find_source
 from megapar.parallel.context import StageContext
 from megapar.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megapar.pipeline.stage import Batch, Stage
@@ -28,18 +28,12 @@ class LanguageModeling:
     """
 
     def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
-        assert config.data.prefix is not None and config.model.vocab_size is not None
         self.config, self.context, self.mesh = config, context, context.mesh
         head = getattr(last, "head", None)
         self.first_id = 0 if head is None else head.first_id
-        self._samples = {
-            split: SampleSet(
-                config.data.prefix,
-                split=split,
-                seq_length=config.train.seq_length,
-                seed=config.train.seed,
-                holdout=config.data.split,
-            )
+        source = find_source(config.data.source)
+        self._samples: dict[str, Samples] = {
+            split: source.open(config, split)
             for split in (("train", "valid") if config.train.eval_every else ("train",))
         }
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
@@ -76,10 +70,11 @@ class LanguageModeling:
         """Bits per character: compression of the held-out text, comparable between tokenizers; None for tokens of
         unknown origin."""
         held_out = self._samples["valid"]
-        if held_out.char_counts is None:
+        counts = getattr(held_out, "char_counts", None)
+        if counts is None:
             return {"val_bits_per_char": None}
         labels = held_out.batch(self._held_out_numbers())[:, 1:]
-        return {"val_bits_per_char": loss * labels.size / int(held_out.char_counts[labels].sum()) / math.log(2)}
+        return {"val_bits_per_char": loss * labels.size / int(counts[labels].sum()) / math.log(2)}
 
     def _held_out_numbers(self) -> np.ndarray:
         """The samples of an evaluation, spread evenly over the held-out documents."""
@@ -92,7 +87,7 @@ class LanguageModeling:
         size, peers = self.config.train.micro_batch_size, self.mesh.samples
         return list(np.arange(samples).reshape(-1, peers.size, size)[:, peers.index])
 
-    def _batch(self, split: str, numbers: np.ndarray, step: int, tokens: int) -> Batch:
+    def _batch(self, split: Split, numbers: np.ndarray, step: int, tokens: int) -> Batch:
         windows = torch.from_numpy(self._samples[split].batch(numbers)).to(self.mesh.device)
         return {
             "ids": windows[:, :-1].contiguous(),

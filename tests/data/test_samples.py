@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
 from megapar.data.indexed import write_indexed
+from megapar.data.order import shuffled
 from megapar.data.prepare import Prepared
-from megapar.data.samples import SampleSet, shuffled
+from megapar.data.samples import SampleSet
 from megapar.data.split import held_out, token_hashes
 
 END = 0
