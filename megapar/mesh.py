@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megapar.config.layout import AXES, RANK_ORDER, Layout
-from megapar.timeline import Timeline
+from megapar.trace.clock import Timeline
 
 DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
 

@@ -30,7 +30,8 @@ from megapar.parallel.overlap import (
     matmul_reduce_scatter,
 )
 from megapar.report.pieces import Walk
-from megapar.trace import FLIGHT, KINDS
+from megapar.trace.file import KINDS
+from megapar.trace.spans import FLIGHT
 from megapar.train.trainer import Trainer
 
 Times = list[tuple[float, float]]  # seconds of forward and of backward
@@ -153,8 +154,8 @@ def time_layer(rank: int, world_size: int, layer: Layer, pairs: int) -> tuple[di
                 spans = [(s.kind, s.name, s.start - begun, s.stop - begun) for s in mesh.timeline.take()]
                 walks[name].append(Walk(took[0], took[1], spans))
     mesh.close()
-    middle = {name: sorted(each, key=lambda walk: walk.forward + walk.backward) for name, each in walks.items()}
-    return times, {name: each[len(each) // 2] for name, each in middle.items()}
+    ordered = {name: sorted(each, key=lambda walk: walk.forward + walk.backward) for name, each in walks.items()}
+    return times, {name: each[len(each) // 2] for name, each in ordered.items()}
 
 
 STEP: dict[str, Any] = {

@@ -80,9 +80,9 @@ class Plan:
 
     def work(self, dtype: str) -> Work:
         """Bytes are those of the launches' own metadata, but for scratch and for what a later launch reads again."""
-        told = [launch.metadata() for launch in self.launches]
-        flops = sum(value for one in told for key, value in one.items() if key.startswith("flops"))
-        moved = sum(one["bytes"] for one in told) + sum(map(size, self.beside))
+        metadata = [launch.metadata() for launch in self.launches]
+        flops = sum(value for one in metadata for key, value in one.items() if key.startswith("flops"))
+        moved = sum(one["bytes"] for one in metadata) + sum(map(size, self.beside))
         known = {_place(x) for x in self.scratch}
         for launch in self.launches:
             tensors = {_place(x): x for x in launch.arguments.values() if isinstance(x, Tensor)}

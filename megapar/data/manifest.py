@@ -229,7 +229,7 @@ def _check_whole(path: Path, record: dict[str, Any]) -> None:
     if sha256 == record["sha256"] and running == record["running"]:
         return
     pairs = zip(running, record["running"], strict=False)
-    first = next((number for number, (found, told) in enumerate(pairs) if found != told), 0)
+    first = next((number for number, (found, expected) in enumerate(pairs) if found != expected), 0)
     end = min((first + 1) * section, record["size"])
     raise UserError(
         f"{path}: offset {first * section}: the first change lies between there and {end}: "

@@ -1,6 +1,6 @@
 """Where samples come from, by name: `data.source`.
 
-Each source is a file with one object, `SOURCE = Source(...)`: `megapar/data/sources/NAME.py`, or for one experiment alone
+Each source is a file with one object, `SOURCE = Source(...)`: `megapar/data/sources/NAME.py`, or for one experiment
 `experiments/NAME/data.py`.
 """
 

@@ -145,21 +145,17 @@ def _alone(spec: Spec) -> Figures:
 def compile_one(spec: Spec) -> Figures:
     """Compile one kernel, or take it from Triton's cache, which goes by content, and read its figures."""
     try:
-        compiled = _compile(spec)
+        found = compile_spec(spec)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Figures(spec.name, spec.target, error=f"{type(error).__name__}: {lines[-1] if lines else ''}")
     if spec.target.startswith("gfx"):
-        return Figures(spec.name, spec.target, warps=compiled.metadata.num_warps, **amdgcn.figures(compiled))
-    return Figures(spec.name, spec.target, **_nvidia(compiled, spec.target))
+        return Figures(spec.name, spec.target, warps=found.metadata.num_warps, **amdgcn.figures(found))
+    return Figures(spec.name, spec.target, **_nvidia(found, spec.target))
 
 
-def ptx_of(spec: Spec) -> str:
-    """The virtual machine code of one kernel for an NVIDIA target."""
-    return str(_compile(spec).asm["ptx"])
-
-
-def _compile(spec: Spec) -> Any:
+def compile_spec(spec: Spec) -> Any:
+    """What Triton's compiler makes of a kernel: code by kind in `.asm`, `.metadata`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -13,7 +13,7 @@ from megapar.models.layer import TransformerLayer
 from megapar.models.tokens import Tokens
 from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Batch, Tensors, TensorSpec
-from megapar.trace import LAYERS, layers_of
+from megapar.trace.spans import LAYERS, layers_of
 
 
 class TransformerStage(nn.Module):

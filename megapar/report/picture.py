@@ -10,7 +10,7 @@ from megapar.report.svg import COLOURS, GRID, LEFT, MUTED, PAPER, RIGHT, WIDTH, 
 from megapar.report.timeline import IDLE, Bar, Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Action
 from megapar.schedule.simulate import simulate
-from megapar.trace import RankTrace, Trace, read
+from megapar.trace.file import RankTrace, Trace, read
 
 MOST_LANES = 32  # of a run with more ranks one pipeline is drawn
 

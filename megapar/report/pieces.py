@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from megapar.report.svg import COLOURS, GRID, INK, LEFT, MUTED, PAPER, RIGHT, WAIT, WIDTH, document, legend, text, ticks
-from megapar.trace import FLIGHT
+from megapar.trace.spans import FLIGHT
 
 _MATMUL, _LINK = COLOURS["F"], COLOURS["B"]
 _ROW, _GAP = 26.0, 6.0

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from megapar.schedule.actions import Action, Row, Rows, Schedule, placement
-from megapar.schedule.simulate import simulate
 
 
 def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> Schedule:
@@ -44,36 +43,6 @@ def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> S
             add(Action(stage, "REDUCE"))
         lowered.append(tuple(actions))
     return Schedule(stages, microbatches, tuple(lowered))
-
-
-def pair_transfers(schedule: Schedule) -> Schedule:
-    """The same computation with its transfers where both ends come to them together: it runs with sends that wait.
-
-    Every transfer passes when its F, B or I is done in a replay with equal costs, so that one order in time holds for
-    all ranks. For backends and kernels without asynchronous sends; a receive may then stand before it is needed.
-    """
-    events: list[list[tuple[float, int, int, Action]]] = [[] for _ in schedule.rows]
-    transfers: list[tuple[float, Action, Action]] = []
-    for rank, spans in enumerate(simulate(schedule).spans):
-        for start, end, action in spans:
-            stage, kind, m = action
-            events[rank].append((start, 1, len(events[rank]), action))
-            step = {"F": 1, "W": 0}.get(kind, -1)
-            peer = stage + step
-            if step and 0 <= peer < schedule.stages and schedule.rank_of(peer) != rank:
-                way = "F" if kind == "F" else "B"
-                transfers.append((end, Action(stage, f"SEND_{way}", m), Action(peer, f"RECV_{way}", m)))
-    for number, (time, send, receive) in enumerate(sorted(transfers)):
-        # Before the computation that starts at the same time: that may need it.
-        events[schedule.rank_of(send.stage)].append((time, 0, number, send))
-        events[schedule.rank_of(receive.stage)].append((time, 0, number, receive))
-    rows = [[action for *_, action in sorted(row)] for row in events]
-    for row in rows:
-        for stage in {action.stage for action in row}:
-            last = max((at for at, a in enumerate(row) if a.stage == stage and a.kind in ("B", "W")), default=None)
-            if last is not None:
-                row.insert(last + 1, Action(stage, "REDUCE"))
-    return Schedule(schedule.stages, schedule.microbatches, tuple(map(tuple, rows)))
 
 
 def forward_only(ranks: Sequence[int], microbatches: int) -> Rows:

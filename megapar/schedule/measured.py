@@ -24,17 +24,17 @@ def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float
         action = Action.parse(what) if isinstance(what, str) else what
         seconds[action.stage, action.kind].append(took)
 
-    def middle(stage: int, kind: str) -> float:
+    def median_of(stage: int, kind: str) -> float:
         if not seconds[stage, kind]:
             raise ScheduleError(f"no {kind} of stage {stage} was measured; it takes a whole training step of all ranks")
         return median(seconds[stage, kind])
 
     stages = range(schedule.stages)
-    halves = {stage: middle(stage, "B") / 2 for stage in stages if not seconds[stage, "I"]}
+    halves = {stage: median_of(stage, "B") / 2 for stage in stages if not seconds[stage, "I"]}
     return Costs(
-        forward=tuple(middle(stage, "F") for stage in stages),
-        input_grad=tuple(halves[stage] if stage in halves else middle(stage, "I") for stage in stages),
-        weight_grad=tuple(halves[stage] if stage in halves else middle(stage, "W") for stage in stages),
+        forward=tuple(median_of(stage, "F") for stage in stages),
+        input_grad=tuple(halves[stage] if stage in halves else median_of(stage, "I") for stage in stages),
+        weight_grad=tuple(halves[stage] if stage in halves else median_of(stage, "W") for stage in stages),
         activation=(len(schedule.rows) / schedule.stages,) * schedule.stages,
         reduce=tuple(median(seconds[stage, "REDUCE"] or [0.0]) for stage in stages),
     )

@@ -15,7 +15,7 @@ from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
 from megapar.tasks import task_kind
-from megapar.trace import BUSY, Span
+from megapar.trace.spans import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
 _WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megapar.mesh import Mesh
 from megapar.schedule.actions import Action
 from megapar.schedule.partition import rebalanced
-from megapar.trace import LAYERS, Span, stage_of_layers
+from megapar.trace.spans import LAYERS, Span, stage_of_layers
 
 
 class StageTimes:
@@ -46,7 +46,7 @@ class StageTimes:
         """
         if (stage, "F") not in self._seconds:
             return 0.0, 0.0
-        middle = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", LAYERS)}
-        in_layers = middle[LAYERS] / middle["F"]
-        whole = middle["F"] + (middle["B"] or middle["I"] + middle["W"])
+        medians = {kind: median(self._seconds.get((stage, kind), [0.0])) for kind in ("F", "B", "I", "W", LAYERS)}
+        in_layers = medians[LAYERS] / medians["F"]
+        whole = medians["F"] + (medians["B"] or medians["I"] + medians["W"])
         return (whole * in_layers / layers, whole * (1 - in_layers)) if layers else (0.0, whole)

@@ -18,7 +18,7 @@ from megapar.pipeline.stage import Stage
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
 from megapar.tasks import task_kind
-from megapar.trace import Span
+from megapar.trace.spans import Span
 
 
 @dataclass(frozen=True)

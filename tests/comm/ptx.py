@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from megapar.inspect.compile import Spec, ptx_of
+from megapar.inspect.compile import Spec, compile_spec
 from megapar.kernels.comm import exchange, matmul, symmetric
 
 Edit = tuple[str, str, str, str]  # module, function, text in its source, what stands there instead
@@ -22,7 +22,7 @@ def compiled(spec: Spec, edits: tuple[Edit, ...] = ()) -> str:
             assert old in function.src, f"{name} has no {old}"
             function._unsafe_update_src(function.src.replace(old, new))
         _forget_hashes()
-        return ptx_of(spec)
+        return str(compile_spec(spec).asm["ptx"])
     finally:
         for function, source in zip(functions, sources, strict=True):
             function._unsafe_update_src(source)

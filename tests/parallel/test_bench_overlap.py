@@ -15,7 +15,7 @@ from megapar.bench.rows import COLUMNS
 from megapar.config import BenchOverlapConfig, ConfigError
 from megapar.config.keys import changed
 from megapar.report.pieces import Walk, draw_walks
-from megapar.trace import FLIGHT
+from megapar.trace.spans import FLIGHT
 
 Figures = dict[tuple[str, str, str, str], float]  # (kernel, provider, mode, metric)
 

@@ -24,7 +24,7 @@ from megapar.models.layer import TransformerLayer
 from megapar.parallel import collectives
 from megapar.parallel.grad_sync import GradSync
 from megapar.schedule.simulate import simulate
-from megapar.trace import FLIGHT, Span
+from megapar.trace.spans import FLIGHT, Span
 from megapar.train.metrics import gather_figures, local_figures, summarise
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config

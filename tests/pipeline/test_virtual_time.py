@@ -10,7 +10,7 @@ from megapar.schedule.build import build, generators
 from megapar.schedule.costs import Costs
 from megapar.schedule.measured import measured_costs
 from megapar.schedule.simulate import Span, simulate
-from megapar.trace import Span as Timed
+from megapar.trace.spans import Span as Timed
 from tests.pipeline.test_wall_clock import fewest_microbatches, sleep_through
 from tests.virtual_time import VirtualClock
 

@@ -28,7 +28,7 @@ from megapar.schedule.build import build, default_chunks, generators, refusal
 from megapar.schedule.costs import Costs
 from megapar.schedule.measured import measured_costs
 from megapar.schedule.simulate import simulate
-from megapar.trace import BUSY, Span
+from megapar.trace.spans import BUSY, Span
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config
 

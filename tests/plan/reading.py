@@ -120,5 +120,5 @@ def machine_code(targets: tuple[str, ...]) -> list[tuple[str, str, str]]:
 
 
 def _machine_code_of(spec: compile.Spec) -> str:
-    text, _ = compile._disassemble(compile._compile(spec).asm["cubin"])
+    text, _ = compile._disassemble(compile.compile_spec(spec).asm["cubin"])
     return text

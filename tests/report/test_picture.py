@@ -9,7 +9,8 @@ from megapar.config.layout import Layout
 from megapar.report.picture import draw
 from megapar.report.svg import COLOURS, GRID, LEFT, RIGHT, WAIT
 from megapar.schedule.build import build
-from megapar.trace import RankTrace, Span, Trace, read, write
+from megapar.trace.file import RankTrace, Trace, read, write
+from megapar.trace.spans import Span
 from tests.report.test_timeline import SVG, bars
 
 ONE_STAGE = [

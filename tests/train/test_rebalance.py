@@ -14,7 +14,7 @@ from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
 from megapar.models.layer import TransformerLayer
 from megapar.schedule.partition import rebalanced
-from megapar.trace import LAYERS, Span, layers_of
+from megapar.trace.spans import LAYERS, Span, layers_of
 from megapar.train.loop import Loop
 from megapar.train.rebalance import StageTimes
 from tests.tiny import tiny_config

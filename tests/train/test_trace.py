@@ -22,7 +22,8 @@ from megapar.schedule.actions import KINDS
 from megapar.schedule.build import build
 from megapar.schedule.costs import read_costs
 from megapar.schedule.simulate import simulate
-from megapar.trace import FLIGHT, RankTrace, Span, Trace, clock_shifts, read, write
+from megapar.trace.file import RankTrace, Trace, read, write
+from megapar.trace.spans import FLIGHT, Span, clock_shifts
 from megapar.train import loop
 from megapar.train.hooks.trace import Trace as Tracer
 from megapar.train.trainer import Step

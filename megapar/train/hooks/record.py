@@ -72,7 +72,7 @@ class Record(Hook):
         config, rows = self.loop.config, self.rows[1:] or self.rows
         train = config.train
 
-        def middle(key: str, part: str | None = None) -> float:
+        def median_of(key: str, part: str | None = None) -> float:
             return median(row[key] if part is None else row[key][part] for row in rows)
 
         return {
@@ -82,12 +82,12 @@ class Record(Hook):
             "layers_per_stage": stage_layers(config),
             "skipped_steps": self.skipped,
             "loss": self.rows[-1]["loss"],
-            "tokens_per_s": middle("tokens_per_s"),
-            "step_time_s": middle("step_time_s"),
-            "compute_s": middle("compute_s"),
-            "bubble": middle("bubble"),
+            "tokens_per_s": median_of("tokens_per_s"),
+            "step_time_s": median_of("step_time_s"),
+            "compute_s": median_of("compute_s"),
+            "bubble": median_of("bubble"),
             "bubble_ideal": self.rows[-1]["bubble_ideal"],
-            "exposed_comm_s": {axis: middle("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
+            "exposed_comm_s": {axis: median_of("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
             "cores_per_rank": self.cores_per_rank,
             "dp_bytes_per_step": self.loop.trainer.sync.sent // len(self.rows),
             "tp_overlap": engines,

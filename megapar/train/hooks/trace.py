@@ -10,8 +10,9 @@ from megapar.config.stages import stage_layers
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce
 from megapar.schedule.costs import write_costs
-from megapar.trace import RankTrace, Span, clock_shifts, write
-from megapar.trace import Trace as RunTrace
+from megapar.trace.file import RankTrace, write
+from megapar.trace.file import Trace as RunTrace
+from megapar.trace.spans import Span, clock_shifts
 from megapar.train.hooks.hook import Hook
 from megapar.train.trainer import Step
 

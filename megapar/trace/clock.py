@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megapar.trace import FLIGHT, Span
+from megapar.trace.spans import FLIGHT, Span
 
 
 class Timeline:
