@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from megapar.mesh import Axis
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.context import StageContext
+from megapar.parallel.initial import fill
 from megapar.parallel.plain import hook_plain_gradient
-from megapar.parallel.record import Given, fill
+from megapar.parallel.record import Given
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 _ALIGN = 16  # elements: a cache line of fp32
