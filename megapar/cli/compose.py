@@ -121,6 +121,7 @@ def register(overrides: Iterable[str]) -> None:
     texts = [*overrides, *experiments.texts()]
     for name in {name for text in texts for name in re.findall(r"[a-z0-9]+", text) if is_layout(name)}:
         store.store(group=LAYOUTS, name=name, node=dict(Layout.parse(name)), provider="megapar")
+    store.repo.pop(EXPERIMENT, None)  # of an earlier call in this process, maybe in another folder
     for name, node in experiments.outside(overrides).items():
         store.store(group=EXPERIMENT, name=name, node=node, package="_global_", provider="megapar")
     for command in commands().values():

@@ -92,6 +92,17 @@ def test_verbatim_keys_are_not_hydra_grammar() -> None:
     assert (config.prompt, config.run.dir) == (text, "a,b [c]")
 
 
+@pytest.mark.parametrize(
+    "words", ["RUN prompt=x", "run.dir=RUN prompt=x", "RUN prompt=x run.dir=RUN/", "RUN --info prompt=x"]
+)
+def test_a_folder_needs_no_key(words: str) -> None:
+    call = understand(["generate", *words.split(), "prompt=x"])
+    assert compose("generate", split(call.arguments)).run.dir in ("RUN", "RUN/")
+    assert understand(["generate", "RUN", "--help"]).info == "help"
+    text = understand(["generate", "a, {b}", "prompt=c"]).arguments
+    assert compose("generate", split(text)).run.dir == "a, {b}"
+
+
 def test_a_repeated_verbatim_key_takes_the_last_value() -> None:
     assert compose("train", split(["out=a=b", "run.dir=x", "out=c=d"])).out == "c=d"
 
