@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+from megapar.bench.config import BenchOverlapConfig
 from megapar.bench.links import Links
 from megapar.bench.overlap_jobs import (
     STEP,
@@ -28,7 +29,7 @@ from megapar.bench.overlap_jobs import (
 )
 from megapar.bench.rows import Row
 from megapar.bench.tables import Table
-from megapar.config import BenchOverlapConfig, ConfigError
+from megapar.config import ConfigError
 from megapar.launch.machine import cpu_model, package_version
 from megapar.launch.pool import WorkerPool
 from megapar.report.pieces import Walk

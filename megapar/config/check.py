@@ -254,6 +254,17 @@ def check_verify(config: VerifyConfig) -> None:
         raise ConfigError("pipeline.partition", partition, problem)
 
 
+def check_plan(config: TrainConfig, rank: int) -> None:
+    """Refuse what a layout of this model can't be, whatever machine it is for, and a rank that it has not."""
+    check_values(config)
+    check_model(config.model)
+    check_layout(config)
+    check_training(config)
+    world = config.parallel.layout.world
+    if rank >= world:
+        raise ConfigError("rank", rank, f"{config.parallel.layout} has ranks 0 to {world - 1}")
+
+
 def check_generate(
     config: GenerateConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
 ) -> None:

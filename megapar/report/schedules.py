@@ -8,7 +8,7 @@ from typing import Any
 from megapar.config.check import check_schedule_name
 from megapar.config.errors import ConfigError
 from megapar.config.keys import check_values
-from megapar.config.schema import CostsConfig, ScheduleConfig
+from megapar.report.config import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
 from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Schedule, ScheduleError

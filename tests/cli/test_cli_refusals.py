@@ -178,6 +178,13 @@ REFUSED = {
     "train logger.wandb.mode=online": ["logger.wandb.mode=online", "no key", "wandb login", "offline"],
     "generate prompt=x": ["run.dir", "run.dir=RUN"],
     "generate run.dir=/does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
+    # a folder in place of a key
+    "generate /does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
+    "generate one two prompt=x": ["two: ", "one folder", "one was given before it"],
+    "generate one run.dir=two prompt=x": ["run.dir=two: one before it is short for run.dir=one", "give one"],
+    "generate prompt=x one": ["one: not an override; write key=value"],
+    "train one": ["one: not an override; write key=value"],
+    "schedule one": ["one: not an override; write key=value"],
     # sweeps
     "train -m parallel=tp2,tp8": ["model.heads=4", "parallel.tp=8", "in the point parallel=tp8"],
     "train -m parallel=tp2,tpp9": ["parallel=tpp9", "no such file"],

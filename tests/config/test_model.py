@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from megapar.compose import CONF, compose, split
+from megapar.cli.compose import CONF, compose, split
 from megapar.config.derive import resolve
 from megapar.config.model import parts
 from megapar.mesh import Mesh

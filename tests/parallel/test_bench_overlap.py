@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megapar.bench import overlap
+from megapar.bench.config import BenchOverlapConfig
 from megapar.bench.overlap_jobs import Layer, covered
 from megapar.bench.rows import COLUMNS
-from megapar.config import BenchOverlapConfig, ConfigError
+from megapar.config import ConfigError
 from megapar.config.keys import changed
 from megapar.report.pieces import Walk, draw_walks
 from megapar.trace.spans import FLIGHT

@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megapar import commands
-from megapar.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register
+from megapar.cli.command import Call
+from megapar.cli.commands import train
+from megapar.cli.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register
+from megapar.cli.finish import check_early
+from megapar.cli.ledger import Ledger, State
+from megapar.cli.output import say
 from megapar.config import ConfigError, UserError
 from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
 from megapar.launch.local import launch
 from megapar.launch.machine import num_gpus
-from megapar.ledger import Ledger, State
 
 QUIET = {
     "hydra.output_subdir": "null",  # no .hydra folders: a point's run directory has all of it
@@ -57,7 +60,7 @@ class Point:
             try:
                 claims.enter_context(rundir.claimed(folder))
             except rundir.InUse:
-                commands.say(f"point {point}: running in another process, left to it")
+                say(f"point {point}: running in another process, left to it")
                 return float("nan")
             before = ledger.latest().get(point, {})
             if before.get("state") == "done":
@@ -76,16 +79,16 @@ class Point:
         """Run a point: its state, and what failed in one line or what interrupted it."""
         from omegaconf import OmegaConf
 
-        commands.say(f"point {folder.name}: {' '.join(overrides.as_list())}")
+        say(f"point {folder.name}: {' '.join(overrides.as_list())}")
         try:
             with one_line_errors():
                 plain: Any = OmegaConf.to_container(composed, resolve=True)
             config = read("train", plain, self.verbatim | {"run.dir": str(folder)})
-            job = commands.plan(config, overrides.as_list(), None, entry=self.entry)
+            job = train.plan(config, Call(overrides.as_list(), self.entry), None)
             launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
-            commands.draw(job)
+            train.draw(job)
         except (UserError, RankFailure) as error:
-            commands.say(str(error))
+            say(str(error))
             return "failed", str(error).splitlines()[-1]
         except (KeyboardInterrupt, SystemExit) as interruption:
             return "interrupted", interruption
@@ -107,7 +110,7 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
     check_points(Overrides(overrides.hydra, verbatim))
     folder = Path(parent).expanduser() if parent else rundir.default_folder(verbatim.get("run.name", "run") + "-sweep")
     _make(folder)
-    commands.say(f"sweep: {folder}")
+    say(f"sweep: {folder}")
     point = Point(str(folder), verbatim, uuid.uuid4().hex[:8], os.getpid(), entry)
     arguments = [
         f"{key}={value}" for key, value in QUIET.items() if not any(a.startswith(key) for a in overrides.hydra)
@@ -134,7 +137,7 @@ def check_points(overrides: Overrides) -> None:
     gpus = num_gpus()
     for point in _combinations([text for text in overrides.hydra if not text.startswith("hydra")]):
         try:
-            commands.check_early(compose("train", Overrides(point, overrides.verbatim)), gpus)
+            check_early(compose("train", Overrides(point, overrides.verbatim)), gpus)
         except UserError as error:
             raise UserError(f"{error} (in the point {' '.join(point)})") from None
 

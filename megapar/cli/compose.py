@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
-from megapar.config import COMMANDS, ConfigError, Layout, UserError, parse, to_dict
+from megapar.cli.command import Command, commands
+from megapar.cli.experiments import EXPERIMENT, Experiments
+from megapar.config import ConfigError, Layout, UserError, parse, to_dict
+from megapar.config.errors import show
 from megapar.config.keys import changed, groups, keys, value_of
 from megapar.config.parse import nearest, unknown_key
 
@@ -55,20 +58,16 @@ def split(arguments: Iterable[str]) -> Overrides:
 @cache
 def verbatim_keys() -> frozenset[str]:
     """The verbatim keys of all commands."""
-    return frozenset(key for kind in COMMANDS.values() for key, facts in keys(kind).items() if facts.verbatim)
+    kinds = (command.config for command in commands().values())
+    return frozenset(key for kind in kinds for key, facts in keys(kind).items() if facts.verbatim)
 
 
 def compose(command: str, overrides: Overrides) -> Any:
     """The config object of a command. Raises UserError, one line, for anything that can't be composed."""
     refuse_unknown(command, overrides)
-    import hydra
-    from omegaconf import OmegaConf
-
     register(overrides.hydra)
-    with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
-        composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=overrides.hydra), resolve=True)
-    assert isinstance(composed, dict)
-    return read(command, composed, overrides.verbatim)
+    hydra_overrides = [*_own(commands()[command], overrides.hydra), *overrides.hydra]
+    return read(command, _composed(command, hydra_overrides), overrides.verbatim)
 
 
 def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) -> Any:
@@ -79,9 +78,29 @@ def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) ->
         for part in path:
             node = node.setdefault(part, {})
         node[name] = value
-    config: Any = parse(COMMANDS[command], composed)
-    paths = {key: value_of(config, key) for key, facts in keys(COMMANDS[command]).items() if facts.path}
+    kind = commands()[command].config
+    config: Any = parse(kind, composed, command)
+    paths = {key: value_of(config, key) for key, facts in keys(kind).items() if facts.path}
     return changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
+
+
+def _composed(command: str, overrides: list[str]) -> dict[Any, Any]:
+    import hydra
+    from omegaconf import OmegaConf
+
+    with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=overrides), resolve=True)
+    assert isinstance(composed, dict)
+    return composed
+
+
+def _own(command: Command, overrides: list[str]) -> list[str]:
+    """Overrides that set the command's own keys to what they would be without an experiment."""
+    others = [text for text in overrides if not text.startswith(f"{EXPERIMENT}=")]
+    if not command.own or len(others) == len(overrides):
+        return []
+    without = _composed(command.name, others)
+    return [f"{key}={show(value_of(without, key))}" for key in command.own]
 
 
 def root_file(command: str) -> str:
@@ -90,22 +109,26 @@ def root_file(command: str) -> str:
 
 
 def register(overrides: Iterable[str]) -> None:
-    """Make available to Hydra what is in no file.
+    """Make available to Hydra what is in no file of conf/.
 
-    The dataclasses' defaults as `base/COMMAND`, the first of every root file's defaults; and as a choice of the group
-    `parallel` every layout that is named in the overrides or in a file of conf/experiment/.
+    The dataclasses' defaults as `base/COMMAND`, the first of every root file's defaults, and a root for each command
+    that has no such file; the experiments of experiments/ folders; and as a choice of the group `parallel` every
+    layout that is named in the overrides or in an experiment. Raises UserError for an experiment that can't be read.
     """
     from hydra.core.config_store import ConfigStore
 
-    texts = [*overrides, *(path.read_text(encoding="utf-8") for path in (CONF / "experiment").glob("*.yaml"))]
+    store, overrides, experiments = ConfigStore.instance(), list(overrides), Experiments.here(CONF)
+    texts = [*overrides, *experiments.texts()]
     for name in {name for text in texts for name in re.findall(r"[a-z0-9]+", text) if is_layout(name)}:
-        sizes = dict(Layout.parse(name))
-        ConfigStore.instance().store(group=LAYOUTS, name=name, node=sizes, provider="megapar")
-    for command, kind in COMMANDS.items():
-        node = to_dict(kind())
-        ConfigStore.instance().store(
-            group="base", name=root_file(command), node=node, package="_global_", provider="megapar"
-        )
+        store.store(group=LAYOUTS, name=name, node=dict(Layout.parse(name)), provider="megapar")
+    store.repo.pop(EXPERIMENT, None)  # of an earlier call in this process, maybe in another folder
+    for name, node in experiments.outside(overrides).items():
+        store.store(group=EXPERIMENT, name=name, node=node, package="_global_", provider="megapar")
+    for command in commands().values():
+        root, node = root_file(command.name), to_dict(command.config())
+        store.store(group="base", name=root, node=node, package="_global_", provider="megapar")
+        if not (CONF / f"{root}.yaml").exists():
+            store.store(name=root, node={"defaults": [f"base/{root}", "_self_"]}, provider="megapar")
 
 
 def is_layout(name: str) -> bool:
@@ -117,17 +140,23 @@ def is_layout(name: str) -> bool:
 
 def group_files(command: str) -> dict[str, list[str]]:
     """The groups of a command, in the order of its defaults list, and the files of each."""
-    root = yaml.safe_load((CONF / f"{root_file(command)}.yaml").read_text(encoding="utf-8"))
+    path = CONF / f"{root_file(command)}.yaml"
+    if not path.exists():
+        return {}
+    root = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = [next(iter(entry)) for entry in root["defaults"] if isinstance(entry, dict)]
-    return {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in names}
+    found = {name: sorted(path.stem for path in (CONF / name).glob("*.yaml")) for name in names}
+    if EXPERIMENT in found:
+        found[EXPERIMENT] = Experiments.here(CONF).names()
+    return found
 
 
 def refuse_unknown(command: str, overrides: Overrides, multirun: bool = False) -> None:
     """Refuse keys, groups and files that do not exist, and operators that can't do good here."""
-    kind = COMMANDS[command]
+    kind = commands()[command].config
     for key, value in overrides.verbatim.items():
         if key not in keys(kind):
-            raise unknown_key(kind, key, value)
+            raise unknown_key(kind, key, value, command)
     known_groups = group_files(command)
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
     for parsed in _parsed(overrides.hydra):
@@ -153,16 +182,17 @@ def refuse_unknown(command: str, overrides: Overrides, multirun: bool = False) -
                 raise ConfigError(
                     name, value, f"`megapar {command}` has no such group; it has {', '.join(known_groups)}"
                 )
-            raise _unknown(kind, name, value, list(known_groups))
+            raise _unknown(command, name, value, list(known_groups))
         if parsed.is_add():
             raise ConfigError("+" + name, value, f"{name} exists already; leave out the +")
 
 
-def _unknown(kind: type, name: str, value: str, known_groups: list[str]) -> ConfigError:
+def _unknown(command: str, name: str, value: str, known_groups: list[str]) -> ConfigError:
+    kind = commands()[command].config
     similar = [group for group in known_groups if _similar(name, group)]
     if similar and nearest(name, kind) is None:
         return ConfigError(name, value, f"unknown key; did you mean {similar[0]}?")
-    return unknown_key(kind, name, value)
+    return unknown_key(kind, name, value, command)
 
 
 def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
@@ -178,7 +208,8 @@ def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
         near = [f for f in known if _similar(str(name), f)]
         hint = f"did you mean {near[0]}? " if near else ""
         more = ", or write a layout such as tp2pp2dp2" if group == LAYOUTS else ""
-        raise ConfigError(group, name, f"no such file; {hint}conf/{group}/ has {', '.join(known)}{more}")
+        there = Experiments.here(CONF).listing() if group == EXPERIMENT else f"conf/{group}/ has {', '.join(known)}"
+        raise ConfigError(group, name, f"no such file; {hint}{there}{more}")
 
 
 def _parsed(overrides: list[str]) -> list[Any]:
