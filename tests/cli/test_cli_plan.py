@@ -32,7 +32,9 @@ def test_ranks_together_hold_the_model(capsys: pytest.CaptureFixture[str]) -> No
     """Without tensor parallelism, which repeats norms, pipeline ranks have every parameter once."""
     held = []
     for rank in range(4):
-        assert main(["plan", "model=tiny", "model.layers=8", "parallel=pp4", "model.vocab_size=100", f"rank={rank}"]) == 0
+        assert (
+            main(["plan", "model=tiny", "model.layers=8", "parallel=pp4", "model.vocab_size=100", f"rank={rank}"]) == 0
+        )
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters"))
         mine, whole = (int(number.replace(",", "")) for number in re.findall(r"[0-9,]*[0-9]", line))
         held.append(mine)

@@ -10,8 +10,8 @@ from megapar.kernels._common import tl
 from megapar.kernels.comm import exchange, symmetric
 from megapar.kernels.comm import matmul as fused
 from megapar.kernels.comm.symmetric import Channel
-from tests.comm.operations import Shape
-from tests.comm.skew import Place
+from tests.kernels.comm.operations import Shape
+from tests.kernels.comm.skew import Place
 
 SMALL: Shape = (5, 3, 4)
 LARGE: Shape = (40, 3, 4)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megapar.kernels.comm.symmetric import PeersDiffer, PeerTimeout, SymmetricMemory
 from megapar.launch.pool import WorkerPool
-from tests.comm.mutants import LARGE, MUTANTS, SMALL
-from tests.comm.operations import FORMS, Shape, is_exact, operands, small_tiles
-from tests.comm.skew import Once, Operation, Place, places_of
+from tests.kernels.comm.mutants import LARGE, MUTANTS, SMALL
+from tests.kernels.comm.operations import FORMS, Shape, is_exact, operands, small_tiles
+from tests.kernels.comm.skew import Once, Operation, Place, places_of
 
 SHAPES = (SMALL, (20, 3, 4), (5, 3, 20), (1, 3, 4))  # more tiles one way and the other; fewer rows than ranks
 CHANNELS = {

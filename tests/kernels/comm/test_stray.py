@@ -14,8 +14,8 @@ from torch import Tensor
 from megapar.kernels._common import Launch, TensorDescriptor
 from megapar.kernels.comm.symmetric import FLAG_BYTES, SymmetricMemory, Use, aligned
 from megapar.launch.pool import PoolError, WorkerPool
-from tests.comm.operations import FORMS, Shape, is_exact, small_tiles
 from tests.kernels.cases import guarded
+from tests.kernels.comm.operations import FORMS, Shape, is_exact, small_tiles
 from tests.kernels.test_guard_pages import extent
 
 LARGE: Shape = (70, 40, 60)  # what makes the segments

@@ -17,7 +17,17 @@ from megapar.inspect.compile import Spec, spec_of
 from megapar.kernels import matmul as plain
 from megapar.kernels._common import Launch
 from megapar.kernels.comm import exchange, matmul
-from tests.comm.ptx import Block, blocks_of, compiled, count, innermost_loop, is_mma, is_tma_load, marks, starts_with
+from tests.kernels.comm.ptx import (
+    Block,
+    blocks_of,
+    compiled,
+    count,
+    innermost_loop,
+    is_mma,
+    is_tma_load,
+    marks,
+    starts_with,
+)
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 LAUNCHES = {

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import jobs
 import pytest
 import torch
 
 from megapar.launch.pool import PoolError, WorkerPool
+from tests.launch import jobs
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What the compiler makes of the kernels, for GPUs that are not here.
 
 compiled.json holds the figures of the last accepted compilation. After a change that is meant to change them:
-`megapar kernels out=tests/kernels/compiled.json`, and look at the difference before it is committed.
+`megapar kernels out=tests/inspect/compiled.json`, and look at the difference before it is committed.
 """
 
 import json

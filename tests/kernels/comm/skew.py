@@ -19,7 +19,7 @@ from unittest import mock
 from megapar.kernels._common import Launch
 from megapar.kernels.comm import exchange
 from megapar.kernels.comm import matmul as fused
-from tests.comm.operations import LAUNCHES
+from tests.kernels.comm.operations import LAUNCHES
 
 Place = tuple[int, str]
 PRIMITIVES = ("begin", "await_flag", "post")

@@ -22,10 +22,10 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_three_steps(style: str, recompute: str, prefix: str) -> None:
+def test_three_steps(style: str, recompute: str, tokens: str) -> None:
     """Bounds: verify's for fp64 (gradients 1e-11 and loss 1e-13 relative, values 1e-8 of the learning rate)."""
     loop = {"train.steps": 3, "train.recompute": recompute, "optim.clip_grad": 0.3, "optim.warmup_steps": 1}
-    config = tiny_config(prefix, **STYLES[style] | loop)
+    config = tiny_config(tokens, **STYLES[style] | loop)
     trainer = Trainer(config, 0)
     model = asdict(config.model)
     sizes = {key: model[key] for key in ("hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "layers")}

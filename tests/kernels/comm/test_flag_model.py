@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.comm.flag_model import OPERATIONS, Protocol, explore
+from tests.kernels.comm.flag_model import OPERATIONS, Protocol, explore
 
 EPOCHS = 4  # a half is used again in the third, and the other one in the fourth
 PARTS = ("begin tells", "begin waits", "push tells", "reduce tells", "reduce waits", "collect waits", "product waits")
