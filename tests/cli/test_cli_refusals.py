@@ -124,7 +124,7 @@ REFUSED = {
         "5 is not divisible",
     ],
     "train parallel.pp=2 pipeline.partition=[3,2]": ["pipeline.partition=[3,2]", "model.layers=4"],
-    "train parallel.pp=2 pipeline.partition=[4,0]": ["pipeline.partition=[4,0]", "at least 1"],
+    "train parallel.pp=3 pipeline.partition=[2,0,2]": ["pipeline.partition=[2,0,2]", "only the ends may be 0"],
     "train parallel.pp=2 pipeline.partition=[4]": ["pipeline.partition=[4]", "2 numbers"],
     "train parallel.pp=2 pipeline.partition=even": ["pipeline.partition=even", "uniform"],
     "train pipeline.chunks=2": ["pipeline.chunks=2", "use 1"],
