@@ -49,7 +49,7 @@ def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
 
 
 def refuse_without_wandb_key(config: TrainConfig) -> None:
-    """Raise ConfigError where wandb shall upload and finds no key, nor a place to ask for one."""
+    """Raise ConfigError if wandb is to upload and finds no key."""
     if config.logger.wandb.mode != "online":
         return
     import wandb

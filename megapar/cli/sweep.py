@@ -130,7 +130,7 @@ def point_id(overrides: Overrides) -> str:
 def check_points(overrides: Overrides) -> None:
     """Refuse the sweep when one of its points can't run, before the first starts.
 
-    Only for Hydra's own sweeper, which runs every combination; what another sweeper will choose nobody knows yet.
+    Only for Hydra's own sweeper, which runs every combination; what another sweeper will choose is not known yet.
     """
     if any(text.startswith("hydra/sweeper=") for text in overrides.hydra):
         return

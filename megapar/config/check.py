@@ -122,7 +122,7 @@ def check_pipeline(config: TrainConfig) -> None:
 
 
 def check_devices(config: TrainConfig) -> None:
-    """Refuse figures of devices that are not one per pipeline rank, and keys that nothing would look at."""
+    """Refuse figures of devices that are not one per pipeline rank, and keys without effect."""
     pipeline, pp = config.pipeline, config.parallel.pp
     balanced, auto = pipeline.partition == "balanced", pipeline.schedule == "auto"
     for name, used, goes_with in (
@@ -134,7 +134,7 @@ def check_devices(config: TrainConfig) -> None:
         if value is None or pp == 1:
             continue
         if not used:
-            raise ConfigError(key, value, f"nothing would look at it; it goes with {goes_with}")
+            raise ConfigError(key, value, f"has no effect here; it is used only with {goes_with}")
         if isinstance(value, list) and len(value) != pp:
             raise ConfigError(key, value, f"needs {pp} numbers, one per pipeline rank")
         if isinstance(value, list) and min(value) <= 0:

@@ -148,7 +148,7 @@ def load_named(name: str) -> Any:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says no more than that another rank has gone."""
+    """Whether the error only reports a lost peer."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | OSError):
         return False
     return bool(LOST_PEER.search(str(error)))
@@ -193,7 +193,7 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
     line = str(error) if kind == "user" else one_line(error)
     report = Report(rank, kind, line, text, time.time())
     shown = failure_text(report, job) if kind != "victim" else f"rank {rank} lost its peer; log: {job.log(rank)}"
-    # Started by torchrun or srun, nobody else will show it.
+    # Started by torchrun or srun, nothing else will show it.
     silent = _reported(job, report) if job.reports is not None else kind == "user" and _said(store, shown)
     try:
         print(text, file=sys.stderr, flush=True)

@@ -109,7 +109,7 @@ class Comparison:
 
 _LEGEND = (
     "bubble: idle share of the step, mean over ranks; own: between a rank's own first and last action, the worst rank",
-    "memory: activations, 1 = one micro-batch on a whole rank; exposed: time a rank stands still for transfers alone",
+    "memory: activations, 1 = one micro-batch on a whole rank; exposed: time a rank waits for transfers alone",
 )
 
 

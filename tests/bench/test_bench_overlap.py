@@ -59,7 +59,7 @@ def test_a_layer_over_a_slow_link(tmp_path: Path) -> None:
     assert found["tp layer", "serial", "full", "time"] > found["tp layer", "compute", "full", "time"]
     picture = ElementTree.parse(tmp_path / "layer_1.svg").getroot()
     assert picture.tag.endswith("svg")
-    assert "standing still" in (tmp_path / "layer_1.svg").read_text()
+    assert "waiting for it" in (tmp_path / "layer_1.svg").read_text()
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ REFUSED = {
     "train pipeline.schedule=csv:": ["pipeline.schedule=csv:", "no such schedule", "1f1b"],
     "train pipeline.schedule=csv:/no/where.csv": ["pipeline.schedule=csv:/no/where.csv", "No such file"],
     "train parallel.pp=2 pipeline.costs=/no/where.json": ["pipeline.costs=/no/where.json", "No such file"],
-    "train parallel.pp=2 pipeline.speed=[1,2]": ["pipeline.speed=[1.0,2.0]", "nothing would look", "balanced"],
+    "train parallel.pp=2 pipeline.speed=[1,2]": ["pipeline.speed=[1.0,2.0]", "has no effect here", "balanced"],
     "train parallel.pp=2 pipeline.partition=balanced pipeline.speed=[1]": ["pipeline.speed=[1.0]", "2 numbers"],
     "train parallel.pp=2 pipeline.memory_limit=2": ["pipeline.memory_limit=2", "pipeline.schedule=auto"],
     "train parallel.pp=2 pipeline.schedule=auto pipeline.memory_limit=0.5": ["memory_limit=0.5", "one micro-batch"],

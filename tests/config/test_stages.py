@@ -143,9 +143,9 @@ def test_auto_is_written_for_the_stages_costs(tmp_path: Path) -> None:
     [
         ({"pipeline.speed": [1.0, 2.0]}, "speed=.*4 numbers"),
         ({"pipeline.speed": [1.0, 2.0, 0.0, 1.0]}, "more than 0"),
-        ({"pipeline.device_memory": [1.0] * 4, "pipeline.partition": "uniform"}, "nothing would look at it"),
-        ({"pipeline.speed": [1.0] * 4, "pipeline.partition": "uniform"}, "nothing would look at it"),
-        ({"pipeline.memory_limit": 3.0}, "nothing would look at it; it goes with pipeline.schedule=auto"),
+        ({"pipeline.device_memory": [1.0] * 4, "pipeline.partition": "uniform"}, "has no effect here"),
+        ({"pipeline.speed": [1.0] * 4, "pipeline.partition": "uniform"}, "has no effect here"),
+        ({"pipeline.memory_limit": 3.0}, "has no effect here; it is used only with pipeline.schedule=auto"),
         ({"pipeline.rebalance": -1}, "at least 0"),
         ({"pipeline.partition": "even"}, "uniform, balanced, or"),
     ],
