@@ -141,9 +141,7 @@ def test_a_late_rank_and_another_shape(ranks: WorkerPool) -> None:
 @pytest.fixture(scope="module")
 def verdicts(ranks: WorkerPool, more_ranks: WorkerPool) -> dict[str, list[str]]:
     """What each mutant's ranks say; "" : the protocol as it is, under the same limit."""
-    jobs = [
-        (2, Late(one.form, one.late, (one.place,), (0.8,), one.shapes, 4.0, name)) for name, one in MUTANTS.items()
-    ]
+    jobs = [(2, Late(one.form, one.late, (one.place,), (0.8,), one.shapes, 4.0, name)) for name, one in MUTANTS.items()]
     return dict(zip(MUTANTS, run_beside((ranks, more_ranks), jobs), strict=True))
 
 
