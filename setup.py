@@ -11,6 +11,8 @@ setup(
     version="0.1.0",
     description="Research framework for 3D-parallel Transformer training",
     python_requires=">=3.11",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=sorted(PACKAGES),
     package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
     package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"], "megapar.bench": ["pace.c"]},
@@ -27,7 +29,7 @@ setup(
     ],
     extras_require={
         "sweep": ["hydra-joblib-launcher>=1.2"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "hydra-joblib-launcher>=1.2"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "pre-commit", "hydra-joblib-launcher>=1.2"],
     },
     entry_points={"console_scripts": ["megapar=megapar.cli:main"]},
 )

@@ -310,5 +310,5 @@ def num_tiles(length: int, rows: int) -> int:
 
 
 def next_power_of_2(number: int) -> int:
-    """The block that holds so many channels: at least 16, the least that a tensor core multiplies."""
+    """The block that holds this many channels: at least 16, the least that a tensor core multiplies."""
     return max(16, 1 << (number - 1).bit_length())

@@ -30,7 +30,7 @@ class Axis:
     timeline: Timeline
 
     def blocked(self, operation: str) -> AbstractContextManager[None]:
-        """Time an operation over this axis for which computation stands still."""
+        """Time an operation over this axis that computation waits for."""
         return self.timeline.span(self.name, operation, f" over {self.name} of ranks {', '.join(map(str, self.ranks))}")
 
 

@@ -2,7 +2,7 @@
 
 The one-process run writes every gradient and updated weight of its first steps, in logical coordinates. Every rank of
 every layout then compares all that it holds with its place in there: replicas and tied copies too, so a copy that
-drifts is seen even where nobody reads it.
+drifts is detected even if nothing reads it.
 """
 
 import json

@@ -47,7 +47,7 @@ def attention(
     q [B, S, N, D], k [B, L, K, D], v [B, L, K, E] in one floating dtype; N is a multiple of K, and query head n reads
     kv head n // (N / K). Query i stands at key i + L - S: the last query beside the last key.
     causal: a query sees no key behind its place
-    window: (left, right): it sees so many keys before its place and so many behind it, None: any number
+    window: (left, right): it sees `left` keys before its place and `right` behind it, None: any number
     cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], where each of the packed sequences in q [T, N, D] and in
         k, v [T', K, .] begins, and the end of the last: 0 first, then never less, at most T. Sequences may be empty.
         Give both or neither. On a GPU nothing checks the numbers: the kernels cut each to 0 and T, so that wrong ones

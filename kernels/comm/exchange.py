@@ -46,7 +46,7 @@ TO_ALL_BELOW = {2: 1 << 62, 4: 512 << 10, 8: 256 << 10}
 
 
 def is_small(size: int, ranks: int) -> bool:
-    """Whether every rank should sum all of a matrix of so many bytes."""
+    """Whether every rank should sum all of a matrix of this many bytes."""
     return size < TO_ALL_BELOW[min((known for known in TO_ALL_BELOW if known >= ranks), default=8)]
 
 

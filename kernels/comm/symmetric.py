@@ -334,7 +334,7 @@ class SymmetricMemory:
         return PROCESSORS[target_arch()]
 
     def use(self, operation: str, num_flags: int, half: int, call: str) -> Use:
-        """Begin the next epoch of an operation that needs so many flags and bytes of data.
+        """Begin the next epoch of an operation that needs this many flags and bytes of data.
 
         call: what all ranks' calls have to have in common, as text.
 

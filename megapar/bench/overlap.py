@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+from megapar.bench.config import BenchOverlapConfig
 from megapar.bench.links import Links
 from megapar.bench.overlap_jobs import (
     STEP,
@@ -28,7 +29,7 @@ from megapar.bench.overlap_jobs import (
 )
 from megapar.bench.rows import Row
 from megapar.bench.tables import Table
-from megapar.config import BenchOverlapConfig, ConfigError
+from megapar.config import ConfigError
 from megapar.launch.machine import cpu_model, package_version
 from megapar.launch.pool import WorkerPool
 from megapar.report.pieces import Walk
@@ -143,7 +144,7 @@ MODES: dict[str, Callable[[tuple[float, float]], float]] = {
 
 
 def step_rows(times: dict[str, list[tuple[float, float]]], ranks: int, where: str) -> Iterator[Row]:
-    """From (seconds of a step, of them standing still for tp) by engine."""
+    """From (seconds of a step, of them waiting for tp) by engine."""
     shape = f"{ranks} ranks, tp{ranks}, 2 layers of {WIDE['model.hidden']}"
     about = {"shape": shape, "note": where}
     for engine, samples in times.items():
@@ -202,8 +203,8 @@ def tables(rows: list[Row]) -> list[Table]:
 HIDDEN = (
     "hidden: of the shorter of computation and communication alone, less one piece, what chunked does not take;\n"
     "over 1 where the first piece is hidden too, behind a rank's own rows or the weight gradient.\n"
-    "Of a step: of the whole shorter one; what serial stands still for is all communication, the rest computation.\n"
-    "Of gradient reduction: what no rank stood still for."
+    "Of a step: of the whole shorter one; what serial waits for is all communication, the rest computation.\n"
+    "Of gradient reduction: what was hidden behind computation."
 )
 
 

@@ -188,7 +188,7 @@ def step_config(prefix: str, **values: Any) -> TrainConfig:
 
 
 def time_step(rank: int, world_size: int, prefix: str, pairs: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds of a step, of them standing still for tp) of alternating steps, by engine.
+    """(seconds of a step, of them waiting for tp) of alternating steps, by engine.
 
     At 1 Gbit/s the step communicates about as long as it computes, on a core of these years. Narrower matmuls hide less
     of their transfers: their time goes with the square of the width.
@@ -216,7 +216,7 @@ def time_step(rank: int, world_size: int, prefix: str, pairs: int) -> dict[str, 
 
 
 def time_reduction(rank: int, world_size: int, prefix: str, pairs: int) -> list[tuple[float, float, float]]:
-    """Of steps with dp: seconds that reductions were in flight, that a rank stood still for them, and of its B's.
+    """Of steps with dp: seconds that reductions were in flight, that a rank waited for them, and of its B's.
 
     The last bucket is never hidden; of several layers it is a small part.
     """

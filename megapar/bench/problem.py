@@ -1,6 +1,6 @@
 """A kernel at one shape: what each provider runs there, and what our own kernels would launch.
 
-Shapes are those of one layer of a model, on one sample of so many tokens.
+Shapes are those of one layer of a model, on one sample.
 """
 
 from collections.abc import Callable, Mapping, Sequence

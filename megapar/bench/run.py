@@ -12,11 +12,12 @@ from itertools import product
 import torch
 
 from megapar.bench import kernels as problems
+from megapar.bench.config import BenchKernelsConfig
 from megapar.bench.problem import MODES, Maker, Problem, Runner, Work
 from megapar.bench.roofline import GPUS, least
 from megapar.bench.rows import Kind, Row
 from megapar.bench.timing import Quantiles, peak_mb, time_ms
-from megapar.config import BenchKernelsConfig, ConfigError, UserError
+from megapar.config import ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect.compile import TARGETS, Figures, Spec, choose, compile_all, spec_of
 from megapar.kernels import INTERPRET, has_triton, interprets, use_backend

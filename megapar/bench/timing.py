@@ -25,7 +25,7 @@ class Quantiles:
 
 
 def time_ms(call: Callable[[], Any], device: str, seconds: float) -> Quantiles:
-    """Milliseconds of one call, from so many seconds of repetitions behind a warm-up.
+    """Milliseconds of one call, from `seconds` of repetitions behind a warm-up.
 
     On a GPU by Triton's do_bench, which empties the L2 cache before each. On a CPU by torch's timer, with all threads
     of this process and caches as they are; a call of microseconds is timed in blocks, a long one three times.

@@ -5,28 +5,12 @@ from megapar.config.derive import resolve, resolve_generate
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
-from megapar.config.schema import (
-    COMMANDS,
-    BenchKernelsConfig,
-    BenchOverlapConfig,
-    GenerateConfig,
-    InspectConfig,
-    PrepareConfig,
-    ScheduleConfig,
-    TrainConfig,
-    VerifyConfig,
-)
+from megapar.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 
 __all__ = [
-    "COMMANDS",
-    "BenchKernelsConfig",
-    "BenchOverlapConfig",
     "ConfigError",
     "GenerateConfig",
-    "InspectConfig",
     "Layout",
-    "PrepareConfig",
-    "ScheduleConfig",
     "TrainConfig",
     "UserError",
     "VerifyConfig",

@@ -122,7 +122,7 @@ def check_pipeline(config: TrainConfig) -> None:
 
 
 def check_devices(config: TrainConfig) -> None:
-    """Refuse figures of devices that are not one per pipeline rank, and keys that nothing would look at."""
+    """Refuse figures of devices that are not one per pipeline rank, and keys without effect."""
     pipeline, pp = config.pipeline, config.parallel.pp
     balanced, auto = pipeline.partition == "balanced", pipeline.schedule == "auto"
     for name, used, goes_with in (
@@ -134,7 +134,7 @@ def check_devices(config: TrainConfig) -> None:
         if value is None or pp == 1:
             continue
         if not used:
-            raise ConfigError(key, value, f"nothing would look at it; it goes with {goes_with}")
+            raise ConfigError(key, value, f"has no effect here; it is used only with {goes_with}")
         if isinstance(value, list) and len(value) != pp:
             raise ConfigError(key, value, f"needs {pp} numbers, one per pipeline rank")
         if isinstance(value, list) and min(value) <= 0:
@@ -252,6 +252,17 @@ def check_verify(config: VerifyConfig) -> None:
     if isinstance(partition, list) and len(partition) not in stages:
         problem = f"no layout with {len(partition)} stages takes it; name one in layouts, or use uniform"
         raise ConfigError("pipeline.partition", partition, problem)
+
+
+def check_plan(config: TrainConfig, rank: int) -> None:
+    """Refuse what a layout of this model can't be, whatever machine it is for, and a rank that it has not."""
+    check_values(config)
+    check_model(config.model)
+    check_layout(config)
+    check_training(config)
+    world = config.parallel.layout.world
+    if rank >= world:
+        raise ConfigError("rank", rank, f"{config.parallel.layout} has ranks 0 to {world - 1}")
 
 
 def check_generate(

@@ -118,7 +118,7 @@ def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | Non
 
 
 def _derive_sizes(config: C, ranks: int) -> C:
-    """With the derived axis taking what the others leave of so many ranks, unless it has a number of its own."""
+    """The derived axis takes what the others leave of `ranks`, unless it has a size of its own."""
     [derived] = [name for name, kind in AXES.items() if kind.derived]
     if getattr(config.parallel, derived) is not None:
         return config
@@ -128,7 +128,7 @@ def _derive_sizes(config: C, ranks: int) -> C:
 def _auto(config: T, ranks: int) -> Layout:
     """The layout that `parallel=auto` picks: as much dp as the batch allows (it talks least), then tp, then pp.
 
-    Raises ConfigError when no layout of so many ranks is feasible, with the largest number that is.
+    Raises ConfigError if no layout of `ranks` ranks is feasible, naming the largest number that is.
     """
     if any(getattr(config.parallel, name) != (None if kind.derived else 1) for name, kind in AXES.items()):
         *others, last = AXES

@@ -5,16 +5,19 @@ from pathlib import Path
 import megapar
 
 
-def experiment_folders() -> list[Path]:
-    """The folders `experiments/` that there are, the current folder's first."""
-    folders = [Path("experiments"), Path(megapar.__file__).resolve().parent.parent / "experiments"]
-    return [folder for folder in folders if folder.is_dir()]
+def experiment_folders() -> dict[str, Path]:
+    """Where experiments may be, by what a message calls that folder."""
+    folders = {"experiments/": Path("experiments")}
+    checkout = Path(megapar.__file__).parents[1]
+    if (checkout / "pyproject.toml").exists() and checkout != Path.cwd().resolve():
+        folders[f"{checkout}/experiments/"] = checkout / "experiments"
+    return folders
 
 
-def experiment_files(name: str) -> dict[str, Path]:
-    """The file of that name in each experiment that has one, by the experiment; the current folder's come first."""
-    found: dict[str, Path] = {}
-    for folder in experiment_folders():
+def experiment_files(name: str) -> dict[str, list[Path]]:
+    """The files of that name in the folders of experiments, by the experiment."""
+    found: dict[str, list[Path]] = {}
+    for folder in experiment_folders().values():
         for path in sorted(folder.glob(f"*/{name}")):
-            found.setdefault(path.parent.name, path)
+            found.setdefault(path.parent.name, []).append(path)
     return found

@@ -111,3 +111,10 @@ def state_bytes(config: TrainConfig) -> float:
     optimizer = 2 * wide + (wide if weight < wide else 0)
     owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
     return weight + wide + optimizer / owners
+
+
+def model_weights(config: TrainConfig) -> int:
+    """Elements of all parameters of a model, a tied one once."""
+    whole = parts(config)
+    copies = sum(part.tied for part in whole) - max((part.tied for part in whole), default=0)
+    return sum(part.weights for part in whole) - copies

@@ -6,25 +6,24 @@ Every refusal is a ConfigError of one line: the dotted key, the value, what is a
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megapar.config.errors import ConfigError
 from megapar.config.keys import groups, keys, known_fields
-from megapar.config.schema import COMMANDS
 
 T = TypeVar("T")
 
 
-def parse(kind: type[T], data: Mapping[str, Any]) -> T:
-    """`kind` filled from a nested dict; keys left out keep their default.
+def parse(kind: type[T], data: Mapping[str, Any], command: str = "train") -> T:
+    """`kind` filled from a nested dict; keys left out keep their default. command: whose keys a refusal refers to
 
     Raises ConfigError for an unknown key or a value of another type. An integer counts as a float, text such as
     "1e-3" (what YAML 1.1 makes of it) too; a bool counts as nothing else.
     """
-    return _parse(kind, data, "", kind)
+    return _parse(kind, data, "", lambda key, value: unknown_key(kind, key, value, command))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -32,9 +31,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def unknown_key(kind: type, key: str, value: object) -> ConfigError:
-    """The refusal of a key that `kind` does not have, with the nearest one that it has."""
-    command = next((name for name, other in COMMANDS.items() if other is kind), "train")
+def unknown_key(kind: type, key: str, value: object, command: str = "train") -> ConfigError:
+    """The refusal of a key that a command's `kind` does not have, with the nearest one that it has."""
     near = nearest(key, kind)
     hint = f"did you mean {near}?" if near else f"`megapar {command} --info config` lists the keys"
     return ConfigError(key, value, f"unknown key; {hint}")
@@ -57,7 +55,7 @@ def nearest(key: str, kind: type) -> str | None:
     return near[0] if near else None
 
 
-def _parse(kind: Any, data: object, prefix: str, root: type) -> Any:
+def _parse(kind: Any, data: object, prefix: str, refuse: Callable[[str, object], ConfigError]) -> Any:
     known = known_fields(kind)
     if not isinstance(data, Mapping):
         example = f"{prefix}{next(iter(known))}"
@@ -66,9 +64,9 @@ def _parse(kind: Any, data: object, prefix: str, root: type) -> Any:
     for name, value in data.items():
         key = f"{prefix}{name}"
         if name not in known:
-            raise unknown_key(root, key, value)
+            raise refuse(key, value)
         hint: Any = known[name][1]
-        values[name] = _parse(hint, value, key + ".", root) if is_dataclass(hint) else _convert(key, value, hint)
+        values[name] = _parse(hint, value, key + ".", refuse) if is_dataclass(hint) else _convert(key, value, hint)
     return kind(**values)
 
 

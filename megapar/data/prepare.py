@@ -162,7 +162,7 @@ def _publish(temporary: Path, folder: Path, key: str) -> None:
         except OSError:
             if _reusable(folder / "tokens", key, lambda line: None):
                 return
-            # Moved aside in one step, so that nobody ever sees half a folder.
+            # Moved aside in one step, so that half a folder is never seen.
             with _new_folder(folder.parent, "broken") as aside:
                 try:
                     os.rename(folder, aside / "old")

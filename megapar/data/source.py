@@ -70,10 +70,13 @@ def find_source(name: str) -> Source:
     if name not in files:
         there = ", ".join(sorted(known | files.keys()))
         raise ConfigError("data.source", name, f"no such source; there are {there}, or write experiments/{name}/{FILE}")
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}_data", files[name])
+    path, *others = files[name]
+    if differ := [other for other in others if other.read_bytes() != path.read_bytes()]:
+        raise ConfigError("data.source", name, f"{path} and {differ[0]} differ; rename one of the folders")
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}_data", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not isinstance(found := getattr(module, "SOURCE", None), Source):
-        raise UserError(f"{files[name]}: declares no source; write SOURCE = Source(...)")
+        raise UserError(f"{path}: declares no source; write SOURCE = Source(...)")
     return found

@@ -56,7 +56,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
 
 
 def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
-    """A run's config with the layout, precision and device that it shall write in; forwards need no schedule."""
+    """A run's config with the layout, precision and device to write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
         "kernels": config.kernels,

@@ -25,7 +25,7 @@ def num_gpus() -> int:
 
 
 def threads_per_rank(local_ranks: int) -> int:
-    """Threads of one rank where so many share this machine's cores."""
+    """Threads of one rank if this many share the machine's cores."""
     return max(1, num_cores() // local_ranks)
 
 

@@ -13,7 +13,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 # torch._dynamo: torch.optim imports it when the first optimizer is made, in every rank at once.
 for _name in ("torch", "torch.distributed", "torch._dynamo", "numpy", "yaml", "megapar.train.loop"):
-    # A broken module must fail in the rank, with its traceback, and not here, where nobody sees it.
+    # A broken module must fail in the rank, with its traceback, and not here, unseen.
     with suppress(Exception):
         importlib.import_module(_name)
 

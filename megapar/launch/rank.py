@@ -20,13 +20,9 @@ from typing import Any, TextIO
 
 from megapar.config.errors import UserError
 from megapar.config.file import loads
-from megapar.config.schema import COMMANDS
 from megapar.console import set_console
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
-
-TRAIN = "megapar.train.loop:run"
-GENERATE = "megapar.generate.run:run_rank"
 
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(
@@ -42,7 +38,7 @@ VICTIM_DELAY_S = 1.0  # a victim waits before it exits, so that the launcher see
 class Job:
     """What each rank of a run needs to know; goes to the ranks by pickle or as JSON."""
 
-    command: str  # whose configuration it is: train, generate
+    kind: str  # "module:Class" of the configuration
     config: str  # the resolved configuration as YAML
     entry: str  # "module:function", called as function(config, rank, world_size)
     folder: str  # the run directory; logs go to its logs/
@@ -140,14 +136,19 @@ def redirect_output(log: Path) -> TextIO:
     return terminal
 
 
-def load_entry(name: str) -> Callable[..., Any]:
-    """The function named by "module:function"."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+def name_of(thing: type) -> str:
+    """The "module:name" that `load_named` turns back into a class."""
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def load_named(name: str) -> Any:
+    """The function or class named by "module:name"."""
+    module, _, member = name.partition(":")
+    return getattr(importlib.import_module(module), member)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says no more than that another rank has gone."""
+    """Whether the error only reports a lost peer."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | OSError):
         return False
     return bool(LOST_PEER.search(str(error)))
@@ -164,10 +165,10 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(job.threads)
-    config: Any = loads(COMMANDS[job.command], job.config)
+    config: Any = loads(load_named(job.kind), job.config)
     if job.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    entry = load_entry(job.entry)
+    entry: Callable[..., Any] = load_named(job.entry)
     spare_garbage_collector()
     if world_size == 1:
         entry(config, rank, world_size)
@@ -192,7 +193,7 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
     line = str(error) if kind == "user" else one_line(error)
     report = Report(rank, kind, line, text, time.time())
     shown = failure_text(report, job) if kind != "victim" else f"rank {rank} lost its peer; log: {job.log(rank)}"
-    # Started by torchrun or srun, nobody else will show it.
+    # Started by torchrun or srun, nothing else will show it.
     silent = _reported(job, report) if job.reports is not None else kind == "user" and _said(store, shown)
     try:
         print(text, file=sys.stderr, flush=True)

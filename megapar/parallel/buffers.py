@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from megapar.mesh import Axis
 from megapar.parallel.collectives import all_gather
 from megapar.parallel.context import StageContext
+from megapar.parallel.initial import fill
 from megapar.parallel.plain import hook_plain_gradient
-from megapar.parallel.record import Given, fill
+from megapar.parallel.record import Given
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
 _ALIGN = 16  # elements: a cache line of fp32
@@ -117,7 +118,7 @@ class StageBuffers:
             tied = self.context.holders(parameter) is not None
             # Cut by `widest`, so that tensor-parallel peers cut at the same parameters however uneven their shards are:
             # a bucket's partial sums over tp are one collective. A tied parameter waits for other stages, so it gets a
-            # bucket of its own and holds nobody up.
+            # bucket of its own and delays no other.
             if offsets and (size + parameter.widest > bucket_size or tied or stage != parameter.stage):
                 close()
             stage = parameter.stage

@@ -25,7 +25,7 @@ from megapar.mesh import Axis
 
 @dataclass(frozen=True)
 class Started:
-    """A collective in flight. `wait` is timed as standing still; `finish` is what is left to compute after it."""
+    """A collective in flight. `wait` is timed as waiting; `finish` is what is left to compute after it."""
 
     name: str
     axis: Axis

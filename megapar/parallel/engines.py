@@ -149,7 +149,7 @@ class Symmetric:
     """Triton kernels that write to their peers' memory, tile by tile (`kernels/comm`).
 
     Sums are in fp32 in the order of ranks, so all ranks have the same bits, in every run. With two ranks they are those
-    of `Serial` where that multiplies with the same kernel. Waits are inside kernels: what is timed as standing still is
+    of `Serial` where that multiplies with the same kernel. Waits are inside kernels: what is timed as waiting is
     from the end of the product and of `meanwhile` to that of the sums; an all-gather's waits count as its matmul.
     """
 

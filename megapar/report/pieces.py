@@ -34,7 +34,7 @@ def draw_walks(title: str, walks: Mapping[str, Walk]) -> str:
     longest = max(walk.forward + walk.backward for walk in walks.values())
     scale = (WIDTH - LEFT - RIGHT) / longest
     body = [text(LEFT, 24, title, weight="600")]
-    names = {"matmul": _MATMUL, "collective in flight": _LINK, "standing still for it": WAIT}
+    names = {"matmul": _MATMUL, "collective in flight": _LINK, "waiting for it": WAIT}
     body += legend([(colour, name) for name, colour in names.items()], WIDTH - RIGHT, 46)
     top = 62.0
     for engine, walk in walks.items():

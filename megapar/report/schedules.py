@@ -8,7 +8,7 @@ from typing import Any
 from megapar.config.check import check_schedule_name
 from megapar.config.errors import ConfigError
 from megapar.config.keys import check_values
-from megapar.config.schema import CostsConfig, ScheduleConfig
+from megapar.report.config import CostsConfig, ScheduleConfig
 from megapar.report.svg import WIDTH, document
 from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Schedule, ScheduleError
@@ -109,7 +109,7 @@ class Comparison:
 
 _LEGEND = (
     "bubble: idle share of the step, mean over ranks; own: between a rank's own first and last action, the worst rank",
-    "memory: activations, 1 = one micro-batch on a whole rank; exposed: time a rank stands still for transfers alone",
+    "memory: activations, 1 = one micro-batch on a whole rank; exposed: time a rank waits for transfers alone",
 )
 
 

@@ -30,7 +30,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lane:
-    """stop: where the shade of what nobody did, the bubble, ends; default: with the picture"""
+    """stop: where the shaded bubble ends; default: with the picture"""
 
     name: str
     bars: list[Bar] = field(default_factory=list)

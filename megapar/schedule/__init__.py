@@ -13,6 +13,7 @@ class _Callable(ModuleType):
     """A package that can be called. The function is above this floor, so it is imported when it is called."""
 
     def __call__(self, name: str, *, ranks: int, microbatches: int, chunks: int | None = None, **costs: Any) -> Any:
+        """A schedule to look at, see `megapar.library.schedules.schedule`."""
         made_by = import_module("megapar.library.schedules").schedule
         return made_by(name, ranks=ranks, microbatches=microbatches, chunks=chunks, **costs)
 

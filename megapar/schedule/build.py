@@ -51,7 +51,7 @@ def default_chunks(name: str) -> int:
 
 
 def refuse_chunks(name: str, chunks: int) -> str | None:
-    """Why a schedule does not take so many stages per rank; None if it does. A table's are checked by `refusal`."""
+    """Why a schedule does not take this many stages per rank; None if it does. A table's are checked by `refusal`."""
     if name.startswith(CSV) or chunks in (takes := generators()[name].chunks):
         return None
     number = "one stage" if len(takes) == 1 and takes.start == 1 else f"{takes.start} stages"
@@ -59,7 +59,7 @@ def refuse_chunks(name: str, chunks: int) -> str | None:
 
 
 def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None:
-    """Why a schedule can't be had for so many ranks, micro-batches and stages per rank; None if it can.
+    """Why a schedule can't be built for these ranks, micro-batches and stages per rank; None if it can.
 
     Raises ScheduleError for a table that can't be read.
     """

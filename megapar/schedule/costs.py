@@ -85,7 +85,7 @@ class Costs:
         )
 
     def refuse(self, stages: int) -> str | None:
-        """Why these can't be the costs of so many stages; None if they can."""
+        """Why these can't be the costs of this many stages; None if they can."""
         return f"costs of {self.stages} parts of the model can't fill {stages} stages" if stages > self.stages else None
 
     def merged(self, stages: int) -> "Costs":
@@ -117,7 +117,7 @@ class Costs:
         return replace(self, **{name: apart(name) for name in BY_STAGE}, embedding=NOTHING, head=NOTHING)  # type: ignore[arg-type]
 
     def cut(self, counts: Sequence[int], speed: Sequence[float] | None = None) -> "Costs":
-        """Stages of so many parts each, such as layers; times are divided by the speed of each stage's device."""
+        """Stages of counts[s] parts each, such as layers; times are divided by the speed of each stage's device."""
         assert sum(counts) == self.stages, f"{counts} of {self.stages} parts"
         ends = list(accumulate(counts))
         speed = speed or [1.0] * len(counts)

@@ -41,7 +41,7 @@ def measured_costs(schedule: Schedule, spans: Iterable[tuple[Action | str, float
 
 
 def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> Costs:
-    """Costs of every layer from those of stages with so many layers each.
+    """Costs of every layer from those of stages with counts[s] layers each.
 
     in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and is
     part of the first layer's costs, or the head's, and part of those of the last one of the model; of a single stage it

@@ -17,7 +17,7 @@ class Simulation:
     bubble[r]: share of the step in none of them
     own_bubble[r]: the same between the rank's own first and last action: what is left where ranks need not wait for
         each other between steps
-    exposed[r]: time in which the rank stood still for a transfer alone: its message had been sent and was on its way
+    exposed[r]: time in which the rank waited for a transfer alone: its message had been sent and was on its way
     peak[r]: most memory of activations, in the costs' unit
     """
 

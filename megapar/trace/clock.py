@@ -1,4 +1,4 @@
-"""A rank's clock: spans of computation and of standing still for communication."""
+"""A rank's clock: spans of computation and of waiting for communication."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ def stage_of_layers(name: str) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: standing still for it), LAYERS (their part
+    """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: waiting for it), LAYERS (their part
     of an F), `phase` (the schedule's walk), OPTIMIZER, `matmul` (a piece of one) or FLIGHT (an asynchronous collective,
     from its start until it is over).
 

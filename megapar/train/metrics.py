@@ -46,7 +46,7 @@ def summarise(figures: Tensor) -> dict[str, Any]:
 
     compute_s: seconds in F, B, I, W and reduction less the waits for communication in them, mean over ranks.
 
-    exposed_comm_s of an axis: seconds that even the last of a group to arrive stood still, so that waiting for a late
+    exposed_comm_s of an axis: seconds that even the last of a group to arrive waited, so that waiting for a late
     peer counts where it was late; of all groups of the axis the slowest.
     bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks. A pipeline's phase lasts
     until its last rank is done, as in the schedule's ideal.

@@ -9,14 +9,16 @@ import pytest
 import yaml
 
 from megapar.cli import main
-from megapar.compose import CONF, compose, group_files, split
-from megapar.config import COMMANDS, ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
+from megapar.cli.command import commands
+from megapar.cli.compose import CONF, compose, group_files, split
+from megapar.cli.main import understand
+from megapar.config import ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
 from megapar.config.keys import groups, keys
-from megapar.helptext import ABOUT, EXAMPLES, MOST_USED
 from megapar.schedule.build import build
 from megapar.schedule.table import write
 
+COMMANDS = {name: command.config for name, command in commands().items()}
 # A group's file on its own may need more than the defaults of the others.
 COMPANIONS = {
     "data/text": ["data.path=folder"],
@@ -90,6 +92,17 @@ def test_verbatim_keys_are_not_hydra_grammar() -> None:
     assert (config.prompt, config.run.dir) == (text, "a,b [c]")
 
 
+@pytest.mark.parametrize(
+    "words", ["RUN prompt=x", "run.dir=RUN prompt=x", "RUN prompt=x run.dir=RUN/", "RUN --info prompt=x"]
+)
+def test_a_folder_needs_no_key(words: str) -> None:
+    call = understand(["generate", *words.split(), "prompt=x"])
+    assert compose("generate", split(call.arguments)).run.dir in ("RUN", "RUN/")
+    assert understand(["generate", "RUN", "--help"]).info == "help"
+    text = understand(["generate", "a, {b}", "prompt=c"]).arguments
+    assert compose("generate", split(text)).run.dir == "a, {b}"
+
+
 def test_a_repeated_verbatim_key_takes_the_last_value() -> None:
     assert compose("train", split(["out=a=b", "run.dir=x", "out=c=d"])).out == "c=d"
 
@@ -142,12 +155,12 @@ def test_info_keys_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
-    assert ABOUT[command] in shown
-    for line, _ in EXAMPLES[command]:
+    assert commands()[command].about in shown
+    for line, _ in commands()[command].examples:
         assert line in shown
     for group in group_files(command):
         assert f"  {group} " in shown
-    assert set(MOST_USED[command]) <= set(keys(COMMANDS[command]))
+    assert set(commands()[command].most_used) <= set(keys(COMMANDS[command]))
 
 
 def test_help_of_a_command_with_subjects(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,13 +173,13 @@ def test_examples_are_understood() -> None:
     """An example in the help that is refused would be worse than none."""
     import shlex
 
-    for command, examples in EXAMPLES.items():
-        for line, _ in examples:
+    for name, command in commands().items():
+        for line, _ in command.examples:
             words = shlex.split(line)
-            words = words[words.index(command.split()[-1]) + 1 :]
-            if "-m" in words:
-                continue
-            compose(command, split(words))
+            call = understand(words[words.index(name.split()[0]) :])
+            assert call.command is command
+            if not call.multirun:
+                compose(name, split(call.arguments))
 
 
 def test_every_field_is_described() -> None:

@@ -178,7 +178,7 @@ def test_a_full_disk_does_not_hide_the_cause(
     reports: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = None if reports is None else str(tmp_path / ("missing" if reports == "full" else ""))
-    job = Job("train", "", "", str(tmp_path), "cpu", 1.0, 1, reports=folder)
+    job = Job("", "", "", str(tmp_path), "cpu", 1.0, 1, reports=folder)
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", Full())
     assert _fail(job, 0, ValueError("the cause"), terminal, None) == 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megapar.cli import main
-from megapar.commands import refuse_bad_out
+from megapar.cli.output import refuse_bad_out
 from megapar.config import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.launch import rundir

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megapar.compose import split
+from megapar.cli.compose import split
+from megapar.cli.ledger import Ledger
+from megapar.cli.sweep import check_points, point_id, table
 from megapar.launch.rundir import InUse, claimed
-from megapar.ledger import Ledger
-from megapar.sweep import check_points, point_id, table
 
 SWEEP = ["-m", "run.dir=sweep", "train.steps=1", "optim.lr=1,2,3"]
 

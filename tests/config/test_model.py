@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from megapar.compose import CONF, compose, split
+from megapar.cli.compose import CONF, compose, split
 from megapar.config.derive import resolve
 from megapar.config.model import parts
 from megapar.mesh import Mesh
@@ -22,6 +22,8 @@ def test_records_hold_what_parts_say(name: str, changes: list[str]) -> None:
     assert len({part.name for part in whole}) == len(whole)
     for part in [*whole[:2], whole[-1]]:
         context = StageContext(Mesh())
+        for tie in part.ties:
+            context.tie(tie, [0])
         TransformerStage(context, config, [part])
         records = [piece.record for parameter in context.parameters for piece in parameter.pieces]
         assert sum(prod(record.shape) for record in records) == part.weights

@@ -76,6 +76,20 @@ def test_what_is_missing_or_faulty_is_named(experiments: Path) -> None:
         find_source("counting")
 
 
+def test_two_sources_of_one_name_are_refused(experiments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they say the same."""
+    other = experiments.parent / "checkout" / "experiments"
+    (other / "counting").mkdir(parents=True)
+    for folder in (experiments, other):
+        (folder / "counting" / "data.py").write_text(COUNTING)
+    folders = {"experiments/": experiments, "checkout/experiments/": other}
+    monkeypatch.setattr("megapar.config.experiments.experiment_folders", lambda: folders)
+    assert find_source("counting").name == "counting"
+    (other / "counting" / "data.py").write_text(COUNTING.replace("% 50", "% 49"))
+    with pytest.raises(ConfigError, match=r"data.source=counting: .*differ; rename one of the folders"):
+        find_source("counting")
+
+
 def test_the_order_is_apart_from_what_is_ordered() -> None:
     order = SampleOrder(10, seed=3, shuffle=True)
     epoch = [order.item(index) for index in range(10)]

@@ -1,6 +1,6 @@
 """Every kernel on tensors that end, and then begin, at a page that can't be touched: a stray access ends the process.
 
-The calls are those of the benchmarks, of which every kernel has one (`tests/kernels/test_bench.py`), and for what those
+The calls are those of the benchmarks, of which every kernel has one (`tests/bench/test_bench.py`), and for what those
 leave out, OPTIONAL. Every launch that forward and backward make is moved to guarded memory, whatever its arguments are.
 What is seen is an access before the first element of a tensor, or after its last: not one between its rows.
 """

@@ -127,6 +127,19 @@ def test_frozen_parameters_keep_out() -> None:
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
 
 
+def test_a_gradient_from_before_a_freeze_stays() -> None:
+    """Of a LayerNorm's weight, whose op has the gradient of its bias to add, too."""
+    model = ours("gpt2")
+    weight, bias = (model.get_parameter(f"layers.0.norm1.{name}") for name in ("weight", "bias"))
+    loss_of(model, *batch()).backward()
+    assert weight.grad is not None and bias.grad is not None
+    before = weight.grad.clone(), bias.grad.clone()
+    weight.requires_grad_(False)
+    loss_of(model, *batch()).backward()
+    assert torch.equal(weight.grad, before[0]) and not torch.equal(bias.grad, before[1])
+    assert not copy.deepcopy(model).get_parameter("layers.0.norm1.weight").requires_grad
+
+
 def test_a_copy_is_a_model_of_its_own() -> None:
     model = ours()
     loss_of(model, *batch()).backward()
@@ -232,10 +245,14 @@ def test_dropout_differs_from_pass_to_pass_and_ends_with_eval() -> None:
     model = ours(dropout=0.2)
     ids, labels = batch()
     assert not torch.equal(model(ids), model(ids))
-    model.eval()
-    assert torch.equal(model(ids), model(ids))
-    model.forward_backward(ids, labels)
-    assert not model.training and torch.equal(model(ids), model(ids))
+    first, second = model(ids[:1].repeat(2, 1))
+    assert not torch.equal(first, second)
+    without = model.eval()(ids)
+    assert distance({"": without}, {"": plain(model)(ids)}) < RELATIVE
+    model.forward_backward(ids, labels)  # trains, with dropout, and leaves the mode as it was
+    assert not model.training and torch.equal(model(ids), without)
+    model.train().evaluate(ids, labels)
+    assert model.training and not torch.equal(model(ids), model(ids))
 
 
 def test_hidden_states() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megapar.config.layout import Layout
-from megapar.parallel.record import Constant, Copies, Normal, ParameterRecord, Shard, Split, fill
+from megapar.parallel.initial import fill
+from megapar.parallel.record import Constant, Copies, Normal, ParameterRecord, Shard, Split
 
 
 def on(record: ParameterRecord, ranks: int, rank: int) -> Shard:

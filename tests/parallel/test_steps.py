@@ -186,8 +186,8 @@ class Special(nn.Module):
         self.gain = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("scale", torch.full((hidden,), 0.5))
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        x = self.embedding(batch)
+    def forward(self, ids: torch.Tensor, tokens: Any) -> torch.Tensor:
+        x = self.embedding(ids, tokens)
         return x + self.frozen(self.other(torch.tanh(self.one(x)))) * self.scale * self.gain
 
 

@@ -1,0 +1,71 @@
+"""From a composed configuration to one that ranks can read, before a process is started: for `train` and `verify`."""
+
+from typing import TypeVar
+
+from megapar.cli.output import refuse_bad_out, say
+from megapar.config import ConfigError, TrainConfig, VerifyConfig, check, resolve
+from megapar.config.keys import changed
+from megapar.kernels import INTERPRET
+from megapar.launch.machine import num_gpus
+
+T = TypeVar("T", TrainConfig, VerifyConfig)
+
+
+def finish(config: T, world_size: int | None = None) -> T:
+    """The config as the ranks get it: everything derived and checked, the data prepared.
+
+    world_size: ranks that are running already. Raises UserError before anything was started or written but data files.
+    """
+    gpus = num_gpus()
+    draft = check_early(config, gpus, world_size)
+    if world_size is None and config.kernels.backend != "interpret":
+        from megapar.launch.local import start_fork_server
+
+        start_fork_server(draft.parallel.layout.world)  # imports torch while we prepare the data
+    from megapar.data.source import find_source
+
+    source = find_source(config.data.source)
+    prepared = source.prepare(config.data, say)
+    sizes = {"vocab_size": prepared.vocab_size, "max_token": prepared.max_token}
+    config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
+    check(config, num_gpus=gpus, world_size=world_size)
+    if config.task.sample_tokens and prepared.tokenizer_path is None:
+        problem = "these token files came without a tokenizer, so nothing can be written; use 0"
+        raise ConfigError("task.sample_tokens", config.task.sample_tokens, problem)
+    config = changed(config, {"data.prefix": str(prepared.prefix)})
+    source.open(config, "train")  # refuses too few samples
+    if config.train.eval_every:
+        source.open(config, "valid")
+    return config
+
+
+def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
+    """Derive and check what can be without the data: refuses in a moment. Returns the config so far."""
+    draft = resolve(config, num_gpus=gpus, world_size=world_size)
+    check(draft, num_gpus=gpus, world_size=world_size)
+    refuse_bad_out(config.out, config.run.dir)
+    refuse_without_wandb_key(config)
+    return draft
+
+
+def refuse_without_wandb_key(config: TrainConfig) -> None:
+    """Raise ConfigError if wandb is to upload and finds no key."""
+    if config.logger.wandb.mode != "online":
+        return
+    import wandb
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    host = wandb_setup.singleton().settings.base_url
+    remedy = "set WANDB_API_KEY or run `wandb login`, or use offline or disabled"
+    try:
+        key = wbauth.authenticate_session(host=host, source="megapar", prompt=False, update_session=False)
+    except wandb.errors.Error as error:
+        raise ConfigError("logger.wandb.mode", "online", f"{str(error).splitlines()[0]}; {remedy}") from None
+    if key is None:
+        raise ConfigError("logger.wandb.mode", "online", f"there is no key for {host}; {remedy}")
+
+
+def rank_environment(backend: str) -> dict[str, str]:
+    """What a rank's environment must say before it imports the kernels."""
+    return {INTERPRET: "1"} if backend == "interpret" else {}
