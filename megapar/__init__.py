@@ -1,3 +1,44 @@
-"""megapar: 3D-parallel Transformer training for research. Importing it imports neither torch nor Hydra."""
+"""megapar: 3D-parallel Transformer training for research.
+
+In a notebook or a script of your own (docs/library.md):
+
+    model = megapar.build("tiny", layers=2)       a model, `megapar.Model`
+    optimizer = megapar.AdamW(model, lr=1e-3)     or torch's own
+    megapar.schedule("zbv", ranks=4, microbatches=16).draw()
+
+Importing megapar imports neither torch nor Hydra: these names are fetched when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megapar.config.errors import ConfigError, UserError
+    from megapar.config.schema import ModelConfig
+    from megapar.library.model import Model, build
+    from megapar.library.optimizer import AdamW
 
 __version__ = "0.1.0"
+__all__ = ["AdamW", "ConfigError", "Model", "ModelConfig", "UserError", "build", "schedule"]
+
+_WHERE = {
+    "AdamW": "megapar.library.optimizer",
+    "ConfigError": "megapar.config.errors",
+    "Model": "megapar.library.model",
+    "ModelConfig": "megapar.config.schema",
+    "UserError": "megapar.config.errors",
+    "build": "megapar.library.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedule":  # the room of schedules, which can be called
+        return import_module("megapar.schedule")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'megapar' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

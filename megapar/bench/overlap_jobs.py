@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.build import make_mesh
 from megapar.config.derive import resolve
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
@@ -29,6 +28,7 @@ from megapar.parallel.overlap import (
     matmul_all_reduce,
     matmul_reduce_scatter,
 )
+from megapar.part import make_mesh
 from megapar.report.pieces import Walk
 from megapar.trace.file import KINDS
 from megapar.trace.spans import FLIGHT

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from megapar.build import ModelPart
 from megapar.checkpoint import Manifest, load_weights
 from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError
@@ -17,6 +16,7 @@ from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import TextStream, run_tokenizer
 from megapar.generate.tokens import generate_tokens
 from megapar.parallel.agreement import all_or_none
+from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
 
 

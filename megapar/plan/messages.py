@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megapar.build import DTYPES, ModelPart
 from megapar.config.model import WIDTHS, Part
 from megapar.config.policy import Linear, head_linear, layer_linears
 from megapar.config.schema import TrainConfig
@@ -19,6 +18,7 @@ from megapar.config.stages import stage_parts
 from megapar.parallel.compression import BLOCK, Matrix, gaps, matrices_of
 from megapar.parallel.engines import Chunked, Operation, choose
 from megapar.parallel.grad_sync import GradSync
+from megapar.part import DTYPES, ModelPart
 
 STATISTICS = 3  # numbers per token that tensor-parallel ranks exchange for the loss
 

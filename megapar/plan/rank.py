@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from megapar.build import ModelPart
 from megapar.config.layout import RANK_ORDER
 from megapar.config.model import Part
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.mesh import Mesh
+from megapar.part import ModelPart
 from megapar.plan.messages import Messages, messages
 
 

@@ -5,6 +5,7 @@ micro-batch; an empty cell is a slot in which the rank idles. Its `(0F5;1B3)OVER
 """
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ class Table:
 def write(schedule: Schedule, path: str) -> None:
     """Write the compute actions of a schedule."""
     with Path(path).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([action for action in row if action.kind in COMPUTE] for row in schedule.rows)
+        file.write(as_text(schedule))
+
+
+def as_text(schedule: Schedule) -> str:
+    """The table of a schedule's compute actions."""
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([action for action in row if action.kind in COMPUTE] for row in schedule.rows)
+    return file.getvalue()
 
 
 def read(path: str) -> Table:

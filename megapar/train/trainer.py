@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megapar.build import ModelPart
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
 from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
+from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.stage import Stage
 from megapar.schedule.check import check

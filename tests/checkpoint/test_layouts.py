@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megapar.build import DTYPES
 from megapar.checkpoint import read_manifest
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
+from megapar.part import DTYPES
 from megapar.verify import BOUNDS
 from tests.checkpoint import jobs
 from tests.tiny import GPT2, tiny_config

@@ -6,11 +6,11 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from megapar.build import DTYPES
 from megapar.config.stages import stage_layers
 from megapar.cores import num_cores
 from megapar.kernels import backend_of, backends
 from megapar.parallel.agreement import gather_texts
+from megapar.part import DTYPES
 from megapar.schedule.simulate import simulate
 from megapar.train.hooks.hook import Hook
 from megapar.train.metrics import gather_figures, local_figures, summarise

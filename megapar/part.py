@@ -18,6 +18,7 @@ from megapar.models.stage import build_stage
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.context import StageContext
 from megapar.parallel.plain import adopt
+from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.stage import Stage
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +35,7 @@ class ModelPart:
     build_stage: makes a stage from (config, context); the default is the configured Transformer.
     mesh: one of this very layout that is there already: torch can't make the groups of a closed one a second time.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
+    weight_grads: what adds weight gradients, if not the plain one of training.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ModelPart:
         *,
         mesh: Mesh | None = None,
         weights_only: bool = False,
+        weight_grads: WeightGrads | None = None,
     ) -> None:
         train, parallel = config.train, config.parallel
         try:
@@ -62,6 +65,7 @@ class ModelPart:
             tp_overlap=parallel.tp_overlap,
             seed=train.seed,
             placement=self.schedule.placement,
+            weight_grads=weight_grads or WeightGrads(),
         )
         for name, stages in ties(config).items():
             self.context.tie(name, stages)

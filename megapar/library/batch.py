@@ -1,0 +1,59 @@
+"""A batch of token ids as the stages read it: checked, and dealt out to data-parallel ranks and micro-batches."""
+
+import torch
+from torch import Tensor
+
+from megapar.config.schema import TrainConfig
+from megapar.mesh import Axis
+from megapar.pipeline.stage import Batch
+
+IGNORED = -100  # the label of a token that does not count, as in torch
+
+
+def check_ids(ids: Tensor, config: TrainConfig, device: torch.device, name: str = "ids") -> None:
+    """Raise ValueError, one line, unless ids [B, S] can be read by the model. Labels may be IGNORED."""
+    model, length = config.model, config.train.seq_length
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2 or not ids.numel():
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{name}: expects int64 [B, S] with at least one token, got {got}")
+    if ids.device.type != device.type:
+        raise ValueError(f"{name}: are on {ids.device}, and the model is on {device}; move them there")
+    if model.position == "learned" and ids.shape[1] > length:
+        problem = f"{ids.shape[1]} tokens per sample, and the model has learned {length} positions"
+        raise ValueError(f"{name}: {problem}; build it with seq_length={ids.shape[1]}")
+    assert model.vocab_size is not None
+    real = ids[ids != IGNORED] if name == "labels" else ids
+    if real.numel() and not 0 <= (low := int(real.min())) <= (high := int(real.max())) < model.vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"{name}: hold {bad}, and the model has vocab_size={model.vocab_size}; ids are 0 to {model.vocab_size - 1}"
+        )
+
+
+def whole(ids: Tensor, step: int) -> Batch:
+    """All samples as one micro-batch. step: the number of the pass, which dropout goes by, 0 without it."""
+    samples = torch.arange(len(ids), device=ids.device)
+    return {"ids": ids.long().contiguous(), "samples": samples, "step": torch.tensor(step)}
+
+
+def deal(ids: Tensor, labels: Tensor, step: int, peers: Axis, microbatches: int) -> list[Batch]:
+    """This rank's micro-batches of a global batch: samples go out micro-batch by micro-batch, rank after rank.
+
+    ids, labels [B, S], the same on every rank. Raises ValueError unless B divides.
+    """
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels: {list(labels.shape)}, and ids are {list(ids.shape)}; give a label for every token")
+    if microbatches < 1 or len(ids) % (microbatches * peers.size):
+        product = f"{microbatches} micro-batches" + (f" on each of {peers.size} dp ranks" if peers.size > 1 else "")
+        raise ValueError(f"ids: {len(ids)} samples don't divide into {product}; change one of the numbers")
+    size = len(ids) // (microbatches * peers.size)
+    counted = (labels != IGNORED).sum().double()
+    if not counted:
+        raise ValueError(f"labels: all are {IGNORED}, so there is nothing to learn")
+    batch = whole(ids, step) | {"labels": labels.long().contiguous()}
+    dealt = []
+    for m in range(microbatches):
+        first = (m * peers.size + peers.index) * size
+        part = {name: batch[name][first : first + size] for name in ("ids", "samples", "labels")}
+        dealt.append(part | {"step": batch["step"], "tokens": counted})
+    return dealt
