@@ -7,7 +7,7 @@ from typing import Any
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed
 from megapar.config.parse import parse
-from megapar.config.schema import CostsConfig, ScheduleConfig
+from megapar.report.config import CostsConfig, ScheduleConfig
 from megapar.report.schedules import Candidate, compare, draw
 from megapar.schedule.actions import COMPUTE
 from megapar.schedule.table import as_text, write

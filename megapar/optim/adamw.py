@@ -34,8 +34,8 @@ def sum_of_squares(runs: Sequence[Tensor], device: torch.device) -> Tensor:
     """[1] fp64: of all elements, accumulated in fp64.
 
     In fp32 a sum's error grows with its length: `torch._foreach_norm` was 1e-5 off at a million elements. On a CPU a
-    piece at a time is widened into one buffer: 7 to 10 ms for 10 million elements, where torch's own fp64 norm takes 44.
-    The sum of a piece is torch's and not BLAS's dot, whose bits depend on the number of threads.
+    piece at a time is widened into one buffer: 10 ms for 10 million elements, where torch's own fp64 norm takes 44. The
+    sum of a piece is torch's and not BLAS's dot, whose bits depend on the number of threads.
     """
     total = torch.zeros(1, dtype=torch.float64, device=device)
     if device.type != "cpu":

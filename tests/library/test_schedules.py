@@ -8,7 +8,7 @@ import pytest
 
 import megapar
 from megapar.config.parse import parse
-from megapar.config.schema import ScheduleConfig
+from megapar.report.config import ScheduleConfig
 from megapar.report.schedules import compare
 
 schedule: Any = megapar.schedule  # type checkers see the package alone
