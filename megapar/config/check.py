@@ -78,7 +78,7 @@ def check_layout(config: TrainConfig) -> None:
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
-    """Refuse a tp that does not divide the model. A vocabulary need not divide: its last shards are padded."""
+    """Refuse a tp that does not divide the model. A vocabulary need not divide: its shards differ by a row."""
     for key, size in (("model.heads", model.heads), ("model.ffn", model.ffn)):
         if size is not None and size % tp:
             raise ConfigError(key, size, f"not divisible by parallel.tp={tp}; use {_near(size, tp)}, or another tp")

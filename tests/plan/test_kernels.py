@@ -1,6 +1,6 @@
 """The compiled kernels' instructions are those whose hashes are in `kernels.json`.
 
-A change that is meant to change them: `make replay-kernels`. `tests/kernels/test_compiled.py` says whether it is good.
+A change that is meant to change them: `make replay-kernels`. `tests/inspect/test_compiled.py` says whether it is good.
 """
 
 import json
