@@ -79,6 +79,10 @@ class Mesh:
         """Global rank at this rank's coordinates with some of them replaced."""
         return self.layout.rank_at(self.place | coordinates)
 
+    def first_rank(self, **coordinates: int) -> int:
+        """The rank with these coordinates and 0 along every other axis: the same one for whoever asks."""
+        return self.layout.rank_at(dict.fromkeys(self.layout, 0) | coordinates)
+
     def first_along(self, *splits: str | None) -> bool:
         """Whether this rank is the first along every axis that splits one of these."""
         return all(index == 0 for name, index in self.place.items() if AXES[name].splits in splits)

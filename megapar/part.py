@@ -29,11 +29,20 @@ def make_mesh(config: TrainConfig, rank: int) -> Mesh:
     return Mesh(config.parallel.layout, rank, device, timedelta(seconds=config.train.timeout_s))
 
 
+def _choose_kernels(backend: str) -> None:
+    try:
+        use_backend(backend)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if interprets():
+        check_overflow(False)
+
+
 class ModelPart:
     """A rank's part of the model: its stages by number and the flat buffers of their parameters.
 
     build_stage: makes a stage from (config, context); the default is the configured Transformer.
-    mesh: one of this very layout that is there already: torch can't make the groups of a closed one a second time.
+    mesh: reuse an existing mesh of the same layout; torch cannot recreate destroyed groups.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     weight_grads: what adds weight gradients, if not the plain one of training.
     """
@@ -49,14 +58,10 @@ class ModelPart:
         weight_grads: WeightGrads | None = None,
     ) -> None:
         train, parallel = config.train, config.parallel
-        try:
-            use_backend(config.kernels.backend)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if interprets():
-            check_overflow(False)
         self.config = config
         self.mesh = mesh or make_mesh(config, rank)
+        if self.mesh.groups:  # a plan runs no kernel
+            _choose_kernels(config.kernels.backend)
         self.schedule = make_schedule(config)
         self.context = StageContext(
             self.mesh,

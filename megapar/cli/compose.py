@@ -21,7 +21,7 @@ from megapar.cli.command import Command, commands
 from megapar.cli.experiments import EXPERIMENT, Experiments
 from megapar.config import ConfigError, Layout, UserError, parse, to_dict
 from megapar.config.errors import show
-from megapar.config.keys import changed, groups, keys, value_of
+from megapar.config.keys import changed, check_values, groups, keys, value_of
 from megapar.config.parse import nearest, unknown_key
 
 CONF = Path(str(files("megapar.conf")))
@@ -71,7 +71,10 @@ def compose(command: str, overrides: Overrides) -> Any:
 
 
 def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) -> Any:
-    """The config object from what Hydra composed and the verbatim values; `~` in paths becomes the home folder."""
+    """The config object from what Hydra composed and the verbatim values; `~` in paths becomes the home folder.
+
+    Raises ConfigError for unknown keys, and for values of another type or out of their key's bounds.
+    """
     for key, value in verbatim.items():
         *path, name = key.split(".")
         node = composed
@@ -81,7 +84,9 @@ def read(command: str, composed: dict[Any, Any], verbatim: Mapping[str, str]) ->
     kind = commands()[command].config
     config: Any = parse(kind, composed, command)
     paths = {key: value_of(config, key) for key, facts in keys(kind).items() if facts.path}
-    return changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
+    config = changed(config, {key: expanduser(path) for key, path in paths.items() if path is not None})
+    check_values(config)
+    return config
 
 
 def _composed(command: str, overrides: list[str]) -> dict[Any, Any]:

@@ -52,6 +52,10 @@ def check_model(model: ModelConfig) -> None:
 
 def check_layout(config: TrainConfig) -> None:
     """Refuse a layout that does not divide the model, the stages or the batch."""
+    for name, kind in AXES.items():
+        if kind.splits == "tokens" and config.parallel.layout[name] > 1:
+            problem = "no layer and no task splits tokens over this axis yet; use 1 (docs/howto/add-an-axis.md)"
+            raise ConfigError(f"parallel.{name}", config.parallel.layout[name], problem)
     check_tensor_parallel(config.model, config.parallel.tp)
     check_pipeline(config)
     train, parallel, layout = config.train, config.parallel, config.parallel.layout
@@ -261,6 +265,8 @@ def check_plan(config: TrainConfig, rank: int) -> None:
     check_layout(config)
     check_training(config)
     world = config.parallel.layout.world
+    if config.devices not in (None, world):
+        raise ConfigError("devices", config.devices, f"the layout {config.parallel.layout} has {world} ranks")
     if rank >= world:
         raise ConfigError("rank", rank, f"{config.parallel.layout} has ranks 0 to {world - 1}")
 

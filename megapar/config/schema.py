@@ -156,6 +156,7 @@ class DataConfig:
     source: str = option(
         "tokens",
         "where samples come from: a file of megapar/data/sources/, or NAME of experiments/NAME/data.py",
+        empty="names no source; leave it out for tokens",
         fixed=True,
     )
     tokenizer: str = option(

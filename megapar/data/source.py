@@ -76,7 +76,11 @@ def find_source(name: str) -> Source:
     spec = importlib.util.spec_from_file_location(f"experiment_{name}_data", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a file of the user's own may raise
+        line = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: can't be used as a source ({type(error).__name__}: {line})") from error
     if not isinstance(found := getattr(module, "SOURCE", None), Source):
         raise UserError(f"{path}: declares no source; write SOURCE = Source(...)")
     return found

@@ -100,7 +100,7 @@ def _next_token(
     logits = executor.run(schedule, [_batch(seen, context)], head)
     mesh.timeline.take()
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
-    source = mesh.rank_at(pp=placement[-1], dp=0, tp=0)
+    source = mesh.first_rank(pp=placement[-1])
     if mesh.rank == source:
         values = logits[0][:vocab_size].cpu().numpy()
         chosen[0] = choose(values, sample, len(tokens)) if np.isfinite(values).all() else _NOT_FINITE

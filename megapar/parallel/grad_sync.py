@@ -157,12 +157,13 @@ class GradSync:
     def _sum_axes(self, piece: Piece) -> list[Axis]:
         """The ranks that hold this piece too and whose gradients of it are parts of a sum.
 
-        Copies of a block saw different heads; a parameter that an axis does not divide saw different tokens if the axis
-        divides those.
+        Copies of a block saw different heads; a parameter that tp does not divide saw different tokens under sequence
+        parallelism.
         """
         axes = []
         for name, copies in piece.shard.copies.items():
-            partial = piece.record.split(name) is not None or self.buffers.context.splits_tokens
+            context = self.buffers.context
+            partial = piece.record.split(name) is not None or (name == context.tp.name and context.splits_tokens)
             if copies.count > 1 and partial:
                 axes.append(self.mesh.part_of(name, copies.count))
         return axes

@@ -45,7 +45,7 @@ def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> C
 
     in_layers[s]: the share of stage s's times that its layers take, all equally. The rest is the embedding's, and is
     part of the first layer's costs, or the head's, and part of those of the last one of the model; of a single stage it
-    is the head's, and of a stage in the middle it is spread.
+    is the head's, and of a stage in the middle it is spread. A stage without layers has nothing else.
     """
     last = len(counts) - 1
     ends: dict[str, list[float]] = {"embedding": [], "head": []}
@@ -55,8 +55,8 @@ def spread(costs: Costs, counts: Sequence[int], in_layers: Sequence[float]) -> C
         rest = {"embedding": 0.0, "head": 0.0}
         for stage, (cost, count) in enumerate(zip(getattr(costs, name), counts, strict=True)):
             end = None if name == "activation" else "head" if stage == last else "embedding" if stage == 0 else None
-            layers = cost if end is None else cost * in_layers[stage] if count else 0.0
-            values += [layers / count] * count
+            layers = 0.0 if not count else cost if end is None else cost * in_layers[stage]
+            values += [layers / max(1, count)] * count
             if end is not None:
                 rest[end] = cost - layers
         values[0] += rest["embedding"]

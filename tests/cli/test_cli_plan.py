@@ -45,6 +45,7 @@ def test_ranks_together_hold_the_model(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "words"),
     [
         (["rank=8"], "rank=8: tp2pp2dp2 has ranks 0 to 7"),
+        (["devices=4"], "devices=4: the layout tp2pp2dp2 has 8 ranks"),
         (["rank=-1"], "rank=-1: must be at least 0"),
         (["parallel.tp=3"], "not divisible by parallel.tp=3"),
         (["pipeline.schedule=zb"], "no such schedule"),
@@ -61,7 +62,12 @@ def test_no_data_and_no_gpu_is_needed(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "dp: 64 ranks, 0 to 63" in shown.out
-    assert "model.vocab_size=1024: that of the tokenizer" in shown.err
+    assert "counted with data.vocab_size=1024" in shown.err
+
+
+def test_kernels_that_this_process_could_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["kernels.backend=interpret", "parallel.tp_overlap=symmetric"]
+    assert main([*LAYOUT, *arguments]) == 0
 
 
 def test_parts_and_sizes_are_short() -> None:

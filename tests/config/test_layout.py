@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from megapar.config.errors import ConfigError
 from megapar.config.layout import AXES, RANK_ORDER, Layout, layouts_up_to
+from megapar.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +34,7 @@ def test_ranks_have_coordinates() -> None:
     assert layout.coordinates(0) == {"pp": 0, "dp": 0, "tp": 0}
     assert layout.coordinates(1)["tp"] == 1  # tensor-parallel peers are neighbours
     assert [layout.rank_at(layout.coordinates(rank)) for rank in range(layout.world)] == list(range(24))
+    assert {Mesh(layout, rank, groups=False).first_rank(pp=2) for rank in range(24)} == {16}
     assert layout.replicas == 4
     assert layout.replica(layout.coordinates(23)) == 3
 

@@ -76,6 +76,14 @@ def test_what_is_missing_or_faulty_is_named(experiments: Path) -> None:
         find_source("counting")
 
 
+@pytest.mark.parametrize("text", ["x = 1 +", "raise RuntimeError('no data today')"])
+def test_a_file_that_can_not_be_imported_is_one_line(text: str, experiments: Path) -> None:
+    (experiments / "counting" / "data.py").write_text(text)
+    with pytest.raises(UserError, match=r"counting/data.py: can't be used as a source") as refused:
+        find_source("counting")
+    assert "\n" not in str(refused.value)
+
+
 def test_two_sources_of_one_name_are_refused(experiments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless they say the same."""
     other = experiments.parent / "checkout" / "experiments"

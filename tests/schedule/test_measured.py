@@ -78,6 +78,9 @@ def test_a_stages_costs_are_its_layers_and_what_stands_at_the_ends() -> None:
     assert layers.weight_grad == (2.25, 0.75, 0.375, 0.375, 0.375, 4.875)
     assert layers.activation == (0.5, 0.5, 0.25, 0.25, 0.25, 0.25)
     assert layers.cut([2, 4]) == costs
+    alone = spread(costs, [2, 0], [0.5, 1.0])  # the head alone
+    assert alone.forward == (0.75, 0.25 + costs.forward[1]) and alone.head[0] == costs.forward[1]
+    assert alone.cut([2, 0]).forward == (1.0 + costs.forward[1], 0.0)
     middle = spread(
         measured_costs(build("1f1b", 3, 1), [(f"{s}{k}0", 6.0) for s in range(3) for k in "FB"]), [1, 3, 1], [0.5] * 3
     )

@@ -1,11 +1,15 @@
 """Hooks: found by themselves, in a fixed order, nested around a step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from megapar.schedule.costs import read_costs
 from megapar.train import loop
 from megapar.train.hooks import Hook, hook_kinds
 from megapar.train.trainer import Step
@@ -36,6 +40,23 @@ class Outer(Hook):
 
 class Inner(Outer):
     order = 1
+
+
+def run_loop(rank: int, world_size: int, config: TrainConfig) -> None:
+    loop.Loop(config, rank).run()
+
+
+@pytest.mark.parametrize("partition", [[0, 2], [2, 0]])
+def test_a_run_with_an_empty_stage_leaves_everything(
+    partition: list[int], pool: WorkerPool, tokens: str, tmp_path: Path
+) -> None:
+    """A stage with the embedding or the head alone: trace, costs by layer and summary are there, too."""
+    values: dict[str, Any] = {"pipeline.partition": partition, "run.dir": str(tmp_path), "train.steps": 2}
+    pool.run(run_loop, 2, tiny_config(tokens, "pp2", **values, **{"logger.wandb.mode": "disabled"}))
+    costs = read_costs(str(tmp_path / "costs.json"), 2)
+    assert costs.stages == 2 and min(costs.forward) > 0
+    assert (tmp_path / "trace.json").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["layers_per_stage"] == partition
 
 
 def test_every_hook_is_found_and_has_its_own_place() -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from megapar.cli.command import Call, Command
-from megapar.config.keys import check_values, group, option
+from megapar.config.errors import ConfigError
+from megapar.config.keys import group, option
 from megapar.config.schema import DataConfig
 
 
@@ -27,7 +28,8 @@ def run(config: PrepareConfig, call: Call) -> int:
     from megapar.data.prepare import check as check_data
     from megapar.data.prepare import prepare
 
-    check_values(config)
+    if config.data.source != "tokens":
+        raise ConfigError("data.source", config.data.source, "this command makes token files alone; leave it out")
     prepared = prepare(config.data, prefix=config.out, log=say)
     check_data(prepared.prefix, config.data.verify)
     vocabulary = "unknown" if prepared.vocab_size is None else f"{prepared.vocab_size:,}"

@@ -29,7 +29,7 @@ def run(config: PlanConfig, call: Call) -> int:
 
     refuse_bad_out(config.out, None)
     if config.model.vocab_size is None:
-        say(f"model.vocab_size={config.data.vocab_size}: that of the tokenizer that would be trained")
+        say(f"model.vocab_size is not given: counted with data.vocab_size={config.data.vocab_size}")
     resolved = resolve(config, vocab_size=config.model.vocab_size or config.data.vocab_size)
     check_plan(resolved, config.rank)
     from megapar.plan.rank import plan_rank
