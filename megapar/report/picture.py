@@ -53,7 +53,7 @@ def _loss_panel(
     for value in ticks(low, high, 6):
         body.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end", MUTED))
-    for step in ticks(0, last, 10):
+    for step in (step for step in ticks(0, last, 10) if step == int(step)):
         body.append(text(x(step), top + height + 38, f"{step:g}", "middle", MUTED))
     body.append(text(LEFT - 8, top + height + 38, "step", "end", MUTED))
     points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in losses)
