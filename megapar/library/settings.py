@@ -35,13 +35,13 @@ def settings(
     model: str | Path | ModelConfig,
     overrides: Mapping[str, Any],
     *,
-    layout: str = "single",
-    dtype: str = "fp32",
-    device: str | None = None,
-    seq_length: int | None = None,
-    seed: int | None = None,
-    schedule: str = "1f1b",
-    chunks: int | None = None,
+    layout: str,
+    dtype: str,
+    device: str | None,
+    seq_length: int | None,
+    seed: int | None,
+    schedule: str,
+    chunks: int | None,
 ) -> TrainConfig:
     """The resolved and checked configuration of `megapar.build`. Raises ConfigError, one line."""
     values = {**base(model), **_known(overrides)}
