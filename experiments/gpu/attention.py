@@ -68,7 +68,9 @@ def check(run: Run, case: Case) -> None:
         flat = run.randn(rows * heads * channels + case.offset, dtype=DTYPES[case.dtype])
         return flat[case.offset :].view(rows, heads, channels)
 
-    q, k, v, do = (make(*x) for x in ((rows, case.N, case.D), (keys, case.K, case.D), (keys, case.K, E), (rows, case.N, E)))
+    q, k, v, do = (
+        make(*x) for x in ((rows, case.N, case.D), (keys, case.K, case.D), (keys, case.K, E), (rows, case.N, E))
+    )
     dlse = torch.zeros(rows, case.N, device=run.device) if case.is_plain else run.randn(rows, case.N)
     cu = [torch.tensor(x, dtype=torch.int32, device=run.device) if packed else None for x in begins]
 

@@ -1,23 +1,26 @@
 """Sections as processes: side by side, each with a deadline, and nothing of them left when they are over."""
 
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from experiments.gpu.rows import Row, row_of, skipped
+from experiments.gpu.child import Task, child
 from experiments.gpu.section import Section
+from experiments.gpu.table import Row, row_of, skipped
 
 GRACE_S = 12.0  # that a section gets beyond its own seconds before it is killed
+PATIENCE_S = 2.0  # from being asked to end to being made to
 LEAST_S = 10.0  # with less than this a section is not begun
 MARK = "MEGAPAR_ACCEPTANCE"  # in the environment of all that a section starts: whose it is
-SCRIPT = Path(__file__).with_name("accept.py")
+INTERPRET = "TRITON_INTERPRET"
 
 
 @dataclass(frozen=True)
@@ -31,66 +34,83 @@ class Plan:
     end: float  # of the whole run, by time.monotonic()
     width: int  # sections at a time
 
-    def environment(self, section: Section) -> dict[str, str]:
-        found = os.environ | section.environment | {"PYTHONUNBUFFERED": "1", MARK: mark_of(section)}
-        found.pop("TRITON_INTERPRET", None)
-        if self.device == "cpu":  # sections share cores, and their tensors are small
-            found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            found |= {"TRITON_INTERPRET": "1"} if section.interpret else {}
-        return found
+    @property
+    def kind(self) -> str:
+        return "measured" if self.device == "cuda" else "rehearsed"
+
+    def context(self, section: Section) -> BaseContext:
+        """Sections are forked from a process that has imported what they need, but has no CUDA context. Its kernels are
+        interpreted in a rehearsal, so who compiles them there has to begin anew."""
+        forked = section.interpret or self.device == "cuda"
+        return multiprocessing.get_context("forkserver" if forked else "spawn")
+
+
+def start_server(device: str) -> None:
+    """Let the fork server begin with its imports. In a rehearsal sections share cores, and their tensors are small."""
+    os.environ.pop(INTERPRET, None)
+    if device == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", INTERPRET: "1"}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["experiments.gpu.preload"])
+    forkserver.ensure_running()
 
 
 class Child:
-    """A section's process, the head of a session of its own. Its rows come over a pipe, all else it says in a log.
-
-    It ends with its standard input, so that it can't outlive the process that holds the other end.
-    """
+    """A section's process. Its rows come over a pipe, all else it says goes to a log. It can't outlive this process."""
 
     def __init__(self, file: str, section: Section, seconds: float, plan: Plan) -> None:
         self.section, self.begun, self.limit = section, time.monotonic(), time.monotonic() + seconds + GRACE_S
         self.cut_short = seconds < section.seconds
-        given = {
-            "file": file, "out": str(plan.out), "seconds": seconds, "device": plan.device, "seed": plan.seed,
-            "versions": plan.versions,
-        }  # fmt: skip
-        self.pipe, write = os.pipe()
-        os.set_blocking(self.pipe, False)
         self.log = plan.out / "logs" / f"{section.name}.txt"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), "--child", json.dumps(given | {"pipe": write})],
-                env=plan.environment(section), start_new_session=True, pass_fds=[write],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        os.close(write)
-        self.rest = b""
+        environment = {**section.environment, MARK: mark_of(section)}
+        removed = {} if section.interpret else {INTERPRET: None}
+        task = Task(
+            file, plan.out, self.log, seconds, plan.device, plan.seed, plan.versions, {**environment, **removed}
+        )
+        context = plan.context(section)
+        self.pipe, rows = context.Pipe(duplex=False)
+        end, self.alive = context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(target=child, args=(task, rows, end))  # type: ignore[attr-defined]
+        self.process.start()
+        rows.close()
+        end.close()
 
     def rows(self) -> list[Row]:
         """Those that came since the last call."""
-        with suppress(BlockingIOError):
-            while got := os.read(self.pipe, 1 << 16):
-                self.rest += got
-        *lines, self.rest = self.rest.split(b"\n")
-        return [json.loads(line) for line in lines]
+        found: list[Row] = []
+        with suppress(EOFError, OSError):
+            while self.pipe.poll():
+                found.append(self.pipe.recv())
+        return found
 
     def is_over(self) -> bool:
-        return self.process.poll() is not None or time.monotonic() > self.limit
+        return not self.process.is_alive() or time.monotonic() > self.limit
 
     def end(self, plan: Plan) -> list[Row]:
         """End what is left of it; its last rows, and one that says how it ended where that was not as it should."""
-        late = self.process.poll() is None
-        end_group(self.process)
-        end_strays(self.section)
-        rows, code, seconds = self.rows(), self.process.wait(), time.monotonic() - self.begun
-        os.close(self.pipe)
+        late = self.process.is_alive()
+        self.kill()
+        rows, code, seconds = self.rows(), self.process.exitcode, time.monotonic() - self.begun
         name, same = self.section.name, {"device": plan.device, "versions": plan.versions}
         if late and self.cut_short:  # card-only
             rows.append(skipped(name, "section", f"the run's seconds were over after {seconds:.0f} of its own", **same))
-        elif late or code not in (0, 3):
+        elif late or code not in (0, 3):  # card-only
             note = f"killed after {seconds:.0f} s" if late else f"ended with {code}"
-            kind = "measured" if plan.device == "cuda" else "rehearsed"
-            rows.append(row_of(name, "section", False, kind, note=f"{note}; see {self.log}", **same))
+            rows.append(row_of(name, "section", False, plan.kind, note=f"{note}; see {self.log}", **same))
         return rows
+
+    def kill(self) -> None:
+        """End its session: first asked to, so that multiprocessing can give back its semaphores."""
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            last = time.monotonic() + PATIENCE_S
+            while time.monotonic() < last:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.01)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join(PATIENCE_S)
+        self.alive.close()
+        end_strays(self.section)
 
 
 def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[[Row], None]) -> dict[str, float]:
@@ -115,25 +135,8 @@ def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[
             time.sleep(0.02)
     finally:
         for child in running:  # card-only: the run was interrupted
-            end_group(child.process)
-            end_strays(child.section)
+            child.kill()
     return seconds
-
-
-def end_group(process: subprocess.Popen[bytes], patience_s: float = 2.0) -> None:
-    """End a process and its session: first asked to, so that multiprocessing can give back its semaphores."""
-    assert process.stdin is not None
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        last = time.monotonic() + patience_s
-        while time.monotonic() < last:
-            process.poll()
-            os.killpg(process.pid, 0)
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    process.wait()
 
 
 def mark_of(section: Section) -> str:

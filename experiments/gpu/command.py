@@ -14,9 +14,8 @@ from types import FrameType
 
 import torch
 
-from experiments.gpu.child import child
-from experiments.gpu.children import Plan, run_wave
-from experiments.gpu.rows import KINDS, RowFile, row_of, summary
+from experiments.gpu.children import Plan, run_wave, start_server
+from experiments.gpu.table import RowFile, row_of, summary
 from experiments.gpu.section import Section, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +31,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="sections, with commas between them; default: all")
     parser.add_argument("--device", default="", choices=("", "cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=None, help="of the random inputs; default: a new one")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args.child)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return refuse("--device cuda: torch finds no GPU here; use --device cpu")
+    start_server(device)
     sections, broken = find()
     chosen = [name for name in args.only.split(",") if name] or [*sections, *broken]
     unknown = [name for name in chosen if name not in sections and name not in broken]
@@ -48,9 +48,6 @@ def main() -> int:
         prepare(out)
     except OSError as error:
         return refuse(f"--out {args.out}: {error.strerror or error}; choose another folder")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        return refuse("--device cuda: torch finds no GPU here; use --device cpu")
     signal.signal(signal.SIGTERM, interrupted)
     return run_all(args, out, device, chosen, sections, broken)
 
@@ -62,13 +59,12 @@ def run_all(
     begun, seed = time.monotonic(), args.seed
     seed = int.from_bytes(os.urandom(3), "little") if seed is None else seed
     file, same = RowFile(out / "accept.json"), {"device": device, "versions": versions()}
-    kind = KINDS[device == "cpu"]
-    file.add(row_of("accept", "seed", True, kind, value=seed, note=" ".join(sys.argv[1:]), **same))
-    for name in chosen:
-        if name in broken:  # card-only: a name that moved
-            file.add(row_of(name, "section", False, kind, note=f"can't be read: {broken[name]}", **same))
     width = max(2, min(6, (os.cpu_count() or 2) // 2))
     plan = Plan(out, device, seed, same["versions"], begun + args.seconds, width)
+    file.add(row_of("accept", "seed", True, plan.kind, value=seed, note=" ".join(sys.argv[1:]), **same))
+    for name in chosen:
+        if name in broken:  # card-only: a name that moved
+            file.add(row_of(name, "section", False, plan.kind, note=f"can't be read: {broken[name]}", **same))
     mine = [sections[name] for name in sections if name in with_needs(chosen, sections)]
     seconds: dict[str, float] = {}
     try:

@@ -84,9 +84,7 @@ def judge(
     run.within(check, worst[1], *worst[2], note=note)
 
 
-def beside_torch(
-    run: Run, check: str, errors: dict[str, float], truth: Outputs, plain: Callable[[], Outputs]
-) -> str:
+def beside_torch(run: Run, check: str, errors: dict[str, float], truth: Outputs, plain: Callable[[], Outputs]) -> str:
     """What torch's own outputs are from fp64, as a note; a row where ours are half as much again."""
     try:
         others = {name: distance(x, truth[name]) for name, x in plain().items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.gpu.rows import Row, read_rows, row_of, skipped
+from experiments.gpu.table import Row, read_rows, row_of, skipped
 
 OURS = ("megapar", "experiments", "tests")  # a module of these that isn't there has moved, and is no missing package
 

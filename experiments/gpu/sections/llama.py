@@ -6,7 +6,7 @@ import torch
 
 from experiments.gpu.models import model_rates, sizes_of, timed_steps
 from experiments.gpu.plain import update
-from experiments.gpu.rows import read_rows
+from experiments.gpu.table import read_rows
 from experiments.gpu.run import Run
 from experiments.gpu.section import Section
 

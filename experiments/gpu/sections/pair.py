@@ -22,7 +22,7 @@ WAIT_S = 20.0  # of one rank for the other
 
 
 def pair(run: Run) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if run.cuda else "fork")  # a CUDA context can't be forked
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
     arguments = str(run.out / "work"), run.device
     ranks = [context.Process(target=pair_rank, args=(rank, *arguments, pipes[rank][1])) for rank in range(RANKS)]
@@ -84,6 +84,4 @@ def forms_of_rank(rank: int, work: Path, device: str, sends: Connection) -> None
     dist.destroy_process_group()
 
 
-SECTION = Section(
-    "pair", wave=6, seconds=40, run=pair, environment={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
-)
+SECTION = Section("pair", wave=6, seconds=40, run=pair, environment={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"})

@@ -29,7 +29,11 @@ ATTENTION: dict[str, tuple[tuple[int, ...], Least, Least]] = {
 }
 TINY_ATTENTION: dict[str, tuple[tuple[int, ...], Least, Least]] = {"tiny": ((1, 16, 2, 1, 16), {}, {})}
 # Rows, inner length, columns, beside those of the models.
-HEADS = {"1.1B's head 8192": (8192, 2048, 32768), "GPT-2's head 8192": (8192, 768, 50257), "8B 4096": (4096, 4096, 14336)}
+HEADS = {
+    "1.1B's head 8192": (8192, 2048, 32768),
+    "GPT-2's head 8192": (8192, 768, 50257),
+    "8B 4096": (4096, 4096, 14336),
+}
 TINY_HEADS = {"tiny head": (16, 32, 61)}
 
 

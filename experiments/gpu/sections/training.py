@@ -101,11 +101,15 @@ def with_dropout(run: Run, truth: Any) -> None:
 
 
 def recomputed(run: Run, kind: str) -> None:
-    steps = 3 if run.cuda else 1
-    one, two = (
-        trained(config_of(run, "demo", "bf16", {"train.recompute": recompute}), steps) for recompute in ("none", kind)
-    )
+    one, two = (trained(quick(run, {"train.recompute": choice}), 3 if run.cuda else 1) for choice in ("none", kind))
     same(run, f"recompute {kind}, to the bit", one, two)
+
+
+def quick(run: Run, values: Values | None = None) -> TrainConfig:
+    """The demo in bf16, in a rehearsal with one micro-batch a step."""
+    base = recipes(run.cuda)["demo"][0]
+    batch = {} if run.cuda else {"train.global_batch_size": base["train.micro_batch_size"]}
+    return config_of(run, "demo", "bf16", batch | (values or {}))
 
 
 def in_torch(run: Run, truth: Any) -> None:
@@ -120,7 +124,7 @@ def in_torch(run: Run, truth: Any) -> None:
 def resumed(run: Run, truth: Any) -> None:
     from megapar.checkpoint import load, save
 
-    config = config_of(run, "demo", "bf16")
+    config = quick(run)
     trainer, last = trained(config, 1).trainer, 3 if run.cuda else 2
     saved = save(run.out / "work" / "checkpoints", trainer.optimizer, config, 1)
     straight = trained(config, last, trainer, 2)
