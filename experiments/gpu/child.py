@@ -13,7 +13,7 @@ from pathlib import Path
 from experiments.gpu.run import Run
 from experiments.gpu.section import read
 
-HANGING_S = 5.0  # after its deadline a section that still runs says where
+HANGING_S = 3.0  # after its deadline a section that still runs says where
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def child(task: Task, rows: Connection, parent: Connection) -> None:
         section = read(task.file).SECTION
         run.section = section.name
         section.run(run)
-    except Exception as error:
+    except Exception as error:  # card-only
         traceback.print_exc()
         run.failed("section", error)
 

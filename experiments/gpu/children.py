@@ -16,11 +16,12 @@ from experiments.gpu.child import Task, child
 from experiments.gpu.section import Section
 from experiments.gpu.table import Row, row_of, skipped
 
-GRACE_S = 12.0  # that a section gets beyond its own seconds before it is killed
+GRACE_S = 5.0  # that a section gets beyond its own seconds before it is killed
 PATIENCE_S = 2.0  # from being asked to end to being made to
 LEAST_S = 10.0  # with less than this a section is not begun
 MARK = "MEGAPAR_ACCEPTANCE"  # in the environment of all that a section starts: whose it is
 INTERPRET = "TRITON_INTERPRET"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ def start_server(device: str) -> None:
     os.environ.pop(INTERPRET, None)
     if device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", INTERPRET: "1"}
+    # The server has no sys.path of ours, and would look into the current folder first, which may be another checkout.
+    os.environ |= {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     multiprocessing.get_context("forkserver").set_forkserver_preload(["experiments.gpu.preload"])
     forkserver.ensure_running()
 
@@ -103,11 +109,11 @@ class Child:
         assert self.process.pid is not None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
-            last = time.monotonic() + PATIENCE_S
-            while time.monotonic() < last:
+            last = time.monotonic() + PATIENCE_S  # card-only
+            while time.monotonic() < last:  # card-only: something is left, as by a crash
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.01)
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # card-only
         self.process.join(PATIENCE_S)
         self.alive.close()
         end_strays(self.section)
@@ -121,10 +127,11 @@ def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[
             while waiting and len(running) < plan.width:
                 file, section = waiting.pop(0)
                 left = min(section.seconds, plan.end - time.monotonic())
-                if left >= LEAST_S:
+                if left >= min(LEAST_S, section.seconds):
                     running.append(Child(file, section, left, plan))
                 else:
-                    add(skipped(section.name, "section", "no time left", device=plan.device, versions=plan.versions))
+                    same = {"device": plan.device, "versions": plan.versions}  # card-only
+                    add(skipped(section.name, "section", "no time left", **same))  # card-only
             for child in list(running):
                 over = child.is_over()
                 for row in child.rows() + (child.end(plan) if over else []):

@@ -11,14 +11,14 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
-from experiments.gpu.children import Plan, run_wave, start_server
-from experiments.gpu.table import RowFile, row_of, summary
+from experiments.gpu.children import ROOT, Plan, run_wave, start_server
 from experiments.gpu.section import Section, find
+from experiments.gpu.table import RowFile, row_of, summary
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 470.0
 WORK, LOGS = "work", "logs"  # folders of DIR: what sections leave for each other; what they print
 
@@ -34,20 +34,20 @@ def main() -> int:
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        return refuse("--device cuda: torch finds no GPU here; use --device cpu")
+        return refuse("--device cuda: torch finds no GPU here; use --device cpu")  # card-only
     start_server(device)
     sections, broken = find()
     chosen = [name for name in args.only.split(",") if name] or [*sections, *broken]
     unknown = [name for name in chosen if name not in sections and name not in broken]
-    if unknown:
+    if unknown:  # card-only
         return refuse(f"--only {','.join(unknown)}: no such section; there are {', '.join([*sections, *broken])}")
     if not args.out:
-        return refuse("--out DIR: say which folder accept.json goes to")
+        return refuse("--out DIR: say which folder accept.json goes to")  # card-only
     out = Path(args.out).resolve()
     try:
         prepare(out)
     except OSError as error:
-        return refuse(f"--out {args.out}: {error.strerror or error}; choose another folder")
+        return refuse(f"--out {args.out}: {error.strerror or error}; choose another folder")  # card-only
     signal.signal(signal.SIGTERM, interrupted)
     return run_all(args, out, device, chosen, sections, broken)
 
@@ -58,9 +58,10 @@ def run_all(
 ) -> int:  # fmt: skip
     begun, seed = time.monotonic(), args.seed
     seed = int.from_bytes(os.urandom(3), "little") if seed is None else seed
-    file, same = RowFile(out / "accept.json"), {"device": device, "versions": versions()}
+    file, found = RowFile(out / "accept.json"), versions()
+    same: dict[str, Any] = {"device": device, "versions": found}
     width = max(2, min(6, (os.cpu_count() or 2) // 2))
-    plan = Plan(out, device, seed, same["versions"], begun + args.seconds, width)
+    plan = Plan(out, device, seed, found, begun + args.seconds, width)
     file.add(row_of("accept", "seed", True, plan.kind, value=seed, note=" ".join(sys.argv[1:]), **same))
     for name in chosen:
         if name in broken:  # card-only: a name that moved

@@ -11,8 +11,8 @@ from experiments.gpu.run import Run, last_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# (wrong beyond, expected at most) of ||out - ref|| / ||ref||. One tf32 product in place of three would make 3e-4; tensor
-# cores cut their sums off, so fp32 sums over thousands may pass 2e-6 and still be right.
+# (wrong beyond, expected at most) of ||out - ref|| / ||ref||. One tf32 product in place of three would make 3e-4;
+# tensor cores cut their sums off, so fp32 sums over thousands may pass 2e-6 and still be right.
 Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {"fp32": (3e-5, 2e-6), "bf16": (4e-3, 4e-3), "fp16": (6e-4, 6e-4)}
 SUMS: Bound = (1e-5, 2e-6)  # what is in fp32 whatever the inputs are: losses, statistics, gradients of weights

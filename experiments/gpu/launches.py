@@ -1,10 +1,4 @@
-"""One small launch of each kernel, for the memory checker: `python launches.py cuda`. Judges nothing."""
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+"""One small launch of each kernel, for the memory checker. Judges nothing."""
 
 import torch
 
@@ -47,7 +41,3 @@ def launches(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()  # card-only
     print(DONE, flush=True)
-
-
-if __name__ == "__main__":
-    launches(sys.argv[1])

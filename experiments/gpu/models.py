@@ -57,7 +57,7 @@ def configuration(run: Run, values: Values, tokens: int = 60_000) -> TrainConfig
         folder.mkdir(parents=True, exist_ok=True)
         words = np.random.Philox(key=7).random_raw(tokens) >> np.uint64(11)  # of a counter: the same in every numpy
         ids = (vocabulary * (words / 2.0**53) ** 3).astype(np.uint16)  # rare ones and frequent ones
-        write_indexed(prefix, np.array_split(ids, 40), np.uint16)  # type: ignore[arg-type]
+        write_indexed(prefix, np.array_split(ids, 40), np.uint16)
     given = {"data.path": prefix, "data.prefix": prefix, "train.device": run.device}
     config = resolve(changed(TrainConfig(), given | values), num_gpus=int(run.cuda))
     check(config)

@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that sections forked from it start at once. Only imports: no threads, no CUDA."""
+"""What the fork server imports once, so that sections forked from it start at once: no threads, no CUDA."""
 
 import gc
 import importlib

@@ -62,7 +62,8 @@ class Run:
         """Something that was timed, of which more is better. On a CPU there is no figure."""
         floor = None if floor is None or math.isnan(floor) else floor
         if self.cuda:
-            self.row(check, math.isfinite(value), value, unit, floor, floor is None or value >= floor, note=note)
+            met = floor is None or value >= floor  # card-only
+            self.row(check, math.isfinite(value), value, unit, floor, met, note=note)  # card-only
         else:
             self.row(check, True, None, unit, floor)
 
@@ -107,8 +108,7 @@ class Run:
 
     def poison(self) -> None:
         """From here on new memory holds NaN, so that what a kernel leaves out is seen."""
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        deterministic(fill=True)
         assert bool(torch.zeros(1, device=self.device).new_empty(9).isnan().all()), "new memory holds no NaN"
 
     def noise(self) -> None:
@@ -135,6 +135,12 @@ class Run:
         from triton.testing import do_bench  # card-only
 
         return float(do_bench(call, warmup=10, rep=50, return_mode="median"))  # card-only
+
+
+def deterministic(fill: bool = False) -> None:
+    """As a rank asks for it. fill: new memory with NaN, which a rank does not."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def last_line(error: BaseException) -> str:

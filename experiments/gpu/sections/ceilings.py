@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from experiments.gpu.run import Run
+from experiments.gpu.run import Run, deterministic
 from experiments.gpu.section import Section
 
 ROOM = 1 << 30, 1 << 12  # elements of the copy, on a card and in a rehearsal
@@ -25,7 +25,7 @@ def ceilings(run: Run) -> None:
     run.attempt(PRODUCT, product, run, PRODUCT, size, torch.bfloat16, 600.0)
     run.attempt(FP32, product, run, FP32, size // 2, torch.float32)
     run.attempt("the fork server leaves CUDA alone", untouched, run)
-    run.attempt("torch.mm under deterministic algorithms", deterministic, run)
+    run.attempt("torch.mm under deterministic algorithms", products, run)
 
 
 def copy(run: Run) -> None:
@@ -44,17 +44,14 @@ def product(run: Run, check: str, size: int, dtype: torch.dtype, floor: float | 
 
 def untouched(run: Run) -> None:
     """A process that forks ranks must not have made a CUDA context: they could not use theirs."""
-    root = str(sys.path[0])
-    code = f"import sys; sys.path[0] = {root!r}; import megapar.launch.preload, torch; "
-    code += "print(torch.cuda.is_initialized())"
+    code = "import megapar.launch.preload, torch; print(torch.cuda.is_initialized())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     run.row("the fork server leaves CUDA alone", said.stdout.split()[-1:] == ["False"], note=said.stderr[-200:])
 
 
-def deterministic(run: Run) -> None:
-    """As a rank asks for it, and without CUBLAS_WORKSPACE_CONFIG."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+def products(run: Run) -> None:
+    """Without CUBLAS_WORKSPACE_CONFIG."""
+    deterministic()
     for dtype in (torch.bfloat16, torch.float64):
         w = run.randn(64, 64, dtype=dtype)
         (w @ w).sum().item()

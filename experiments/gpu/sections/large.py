@@ -1,6 +1,7 @@
 """More than 2^31 elements in one tensor: packed attention, cross entropy, SwiGLU, a product's output."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def losses(run: Run) -> None:
         return references.cross_entropy(logits[first:last], targets[first:last], share[first:last])[which]
 
     for which, (name, out, bound) in enumerate((("loss", loss, SUMS[0]), ("gradient", gradient, BOUND))):
-        away = distance(out, lambda first, last, which=which: exact(which, first, last), piece)
+        away = distance(out, partial(exact, which), piece)
         run.within(f"cross entropy {T}x{V}, {name}", away, bound)
 
 
@@ -74,9 +75,9 @@ def packed(run: Run) -> None:
     worst = 0.0
     for one in sorted({0, 1, count // 2, count - 2, count - 1}):
         here = slice(one * length, (one + 1) * length)
-        part = [x.detach()[here] for x in (q, k, v, do)]
+        a, b, c, d = (x.detach()[here] for x in (q, k, v, do))
         zero = torch.zeros(length, N, device=run.device)
-        exact = references.attention(*part, zero, [(0, length, 0, length)], True, None, None)
+        exact = references.attention(a, b, c, d, zero, [(0, length, 0, length)], True, None, None)
         away = [distance(x[here], exact[name]) for name, x in found.items()]
         worst = max(worst, *(x if math.isfinite(x) else math.inf for x in away))
     finite = all(bool(torch.isfinite(x.sum(dtype=torch.float32))) for x in found.values())

@@ -6,9 +6,9 @@ import torch
 
 from experiments.gpu.models import model_rates, sizes_of, timed_steps
 from experiments.gpu.plain import update
-from experiments.gpu.table import read_rows
 from experiments.gpu.run import Run
 from experiments.gpu.section import Section
+from experiments.gpu.table import read_rows
 
 BESIDE = 1.05
 RECOMPILES = 64  # each layer is a module of its own

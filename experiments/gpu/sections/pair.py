@@ -4,6 +4,7 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,21 +23,23 @@ WAIT_S = 20.0  # of one rank for the other
 
 
 def pair(run: Run) -> None:
-    context = multiprocessing.get_context("spawn" if run.cuda else "fork")  # a CUDA context can't be forked
+    context: Any = multiprocessing.get_context("spawn" if run.cuda else "fork")  # a CUDA context can't be forked
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
     arguments = str(run.out / "work"), run.device
     ranks = [context.Process(target=pair_rank, args=(rank, *arguments, pipes[rank][1])) for rank in range(RANKS)]
     for process, (_, sends) in zip(ranks, pipes, strict=True):
         process.start()
         sends.close()
-    readers, failed = [reads for reads, _ in pipes], set[str]()
+    readers: list[Connection] = [reads for reads, _ in pipes]
+    failed = set[str]()
     right: dict[str, list[bool]] = {}
     while readers and run.left() > 0:
-        for reads in wait(readers, timeout=run.left()):
+        ready = wait(readers, timeout=run.left())
+        for reads in [one for one in readers if one in ready]:
             try:
-                form, said = reads.recv()  # type: ignore[union-attr]
+                form, said = reads.recv()
             except EOFError:
-                readers.remove(reads)  # type: ignore[arg-type]
+                readers.remove(reads)
                 continue
             if form:
                 right.setdefault(form, []).append(said)

@@ -11,7 +11,7 @@ from torch import Tensor
 from experiments.gpu.models import Values, configuration, model_rates, sizes_of, timed_steps
 from experiments.gpu.plain import PlainStep
 from experiments.gpu.profiled import Kernels, busy_of, by_name, kernels_of
-from experiments.gpu.run import Run
+from experiments.gpu.run import Run, deterministic
 from experiments.gpu.section import Section
 from megapar.parallel import buffers
 from megapar.parallel.record import Normal, ParameterRecord, Shard
@@ -46,9 +46,7 @@ def memory(run: Run, name: str) -> None:
 
 
 def trainer_of(run: Run, one: SimpleNamespace, micro: int, count: int) -> Trainer:
-    if run.cuda:
-        torch.use_deterministic_algorithms(True)  # card-only: as a rank does
-        torch.utils.deterministic.fill_uninitialized_memory = False  # card-only
+    deterministic()
     values: Values = {f"model.{name}": getattr(one, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn")}
     values |= {"model.vocab_size": one.vocab, "train.seq_length": one.length, "train.micro_batch_size": micro}
     values |= {"train.global_batch_size": micro * count, "train.dtype": "bf16", "train.steps": 50}

@@ -81,7 +81,7 @@ def rope(run: Run, dtype: str, size: tuple[int, ...], interleaved: bool, with_of
 
     def ours() -> dict[str, Tensor]:
         given = [x.detach().requires_grad_() for x in (q, k)]
-        outs = turn(*given, table, offsets=offsets, interleaved=interleaved)
+        outs = turn(given[0], given[1], table, offsets=offsets, interleaved=interleaved)
         grads = torch.autograd.grad(outs, given, [dq, dk])
         return dict(zip(("q", "k", "dq", "dk"), (*outs, *grads), strict=True))
 

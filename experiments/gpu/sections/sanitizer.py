@@ -15,7 +15,8 @@ CLEAN = "========= ERROR SUMMARY: 0 errors\n"  # what it says of a program witho
 
 
 def sanitizer(run: Run) -> None:
-    program = [sys.executable, launches.__file__, run.device]
+    code = f"from {launches.__name__} import launches; launches({run.device!r})"
+    program = [sys.executable, "-c", code]
     tool = shutil.which("compute-sanitizer") or (ELSEWHERE if os.path.exists(ELSEWHERE) else None)
     checked = run.cuda and tool is not None
     if not checked:

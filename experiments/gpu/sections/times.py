@@ -72,7 +72,7 @@ def attended(run: Run, label: str, sizes: tuple[int, ...], forward: Least, backw
 
         def forward_of(backend: SDPBackend = backend) -> torch.Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*theirs, is_causal=True)
+                return F.scaled_dot_product_attention(theirs[0], theirs[1], theirs[2], is_causal=True)
 
         try:
             out = forward_of()

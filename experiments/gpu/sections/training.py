@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.gpu.compare import distance, same_bits
 from experiments.gpu.models import Values, configuration, recipes
-from experiments.gpu.run import Run
+from experiments.gpu.run import Run, deterministic
 from experiments.gpu.section import Section
 from megapar.config.schema import TrainConfig
 from megapar.kernels import use_backend
@@ -48,9 +48,7 @@ def trained(config: TrainConfig, steps: int, trainer: Trainer | None = None, fir
 
 
 def training(run: Run) -> None:
-    if run.cuda:
-        torch.use_deterministic_algorithms(True)  # card-only: as a rank does
-        torch.utils.deterministic.fill_uninitialized_memory = False  # card-only
+    deterministic()
     truth = torch.load(run.out / "work" / "reference.pt", weights_only=True)
     for check in (repeated, bf16, with_dropout, resumed, in_torch):
         run.attempt(check.__name__, check, run, truth)
