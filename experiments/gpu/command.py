@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from experiments.gpu.children import ROOT, Plan, run_wave, start_server
+from experiments.gpu.run import missing_package
 from experiments.gpu.section import Section, find
-from experiments.gpu.table import RowFile, row_of, summary
+from experiments.gpu.table import RowFile, row_of, skipped, summary
 
 SECONDS = 470.0
 WORK, LOGS = "work", "logs"  # folders of DIR: what sections leave for each other; what they print
@@ -64,8 +65,10 @@ def run_all(
     plan = Plan(out, device, seed, found, begun + args.seconds, width)
     file.add(row_of("accept", "seed", True, plan.kind, value=seed, note=" ".join(sys.argv[1:]), **same))
     for name in chosen:
-        if name in broken:  # card-only: a name that moved
-            file.add(row_of(name, "section", False, plan.kind, note=f"can't be read: {broken[name]}", **same))
+        if name in broken:  # card-only: a name that moved, or a package that isn't there
+            reason = missing_package(broken[name])
+            wrong = row_of(name, "section", False, plan.kind, note=f"can't be read: {broken[name]}", **same)
+            file.add(skipped(name, "section", reason, **same) if reason else wrong)
     mine = [sections[name] for name in sections if name in with_needs(chosen, sections)]
     seconds: dict[str, float] = {}
     try:
@@ -74,10 +77,10 @@ def run_all(
     finally:
         clean(out)
     print(summary(file.rows, seconds))
-    wrong = sum(row["ok"] is False for row in file.rows)
-    said = f"{len(file.rows)} rows, {wrong} wrong, {time.monotonic() - begun:.0f} s, device {device}"
+    count = sum(row["ok"] is False for row in file.rows)
+    said = f"{len(file.rows)} rows, {count} wrong, {time.monotonic() - begun:.0f} s, device {device}"
     print(f"{said}: {file.path}")
-    return 1 if wrong else 0
+    return 1 if count else 0
 
 
 def wave_of(section: Section, device: str) -> int:

@@ -89,9 +89,9 @@ class Run:
 
     def failed(self, check: str, error: BaseException) -> None:
         """A row of what a check or the section raised. A package that isn't installed is no error."""
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing and missing.partition(".")[0] not in OURS:
-            self.skip(check, f"needs the package {missing.partition('.')[0]}, which is not installed")
+        missing = missing_package(error)
+        if missing:
+            self.skip(check, missing)
         else:
             self.row(check, False, note=last_line(error))
 
@@ -135,6 +135,13 @@ class Run:
         from triton.testing import do_bench  # card-only
 
         return float(do_bench(call, warmup=10, rep=50, return_mode="median"))  # card-only
+
+
+def missing_package(error: BaseException) -> str:
+    """What to say of an error that comes of a package that isn't installed; nothing of another."""
+    name = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    package = name.partition(".")[0]
+    return f"needs the package {package}, which is not installed" if package and package not in OURS else ""
 
 
 def deterministic(fill: bool = False) -> None:

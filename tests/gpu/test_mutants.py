@@ -54,12 +54,15 @@ def workers() -> Iterator[WorkerPool]:
 
 @pytest.mark.more
 @pytest.mark.parametrize("kernel", [kernel for kernel in mutants.SECTIONS if kernel not in BY_COMMAND])
-def test_every_kernel(kernel: str, workers: WorkerPool) -> None:
-    [found] = workers.run(wrong_checks, 1, kernel, mutants.SECTIONS[kernel], timeout=300)
-    assert found
+def test_every_kernel(kernel: str, workers: WorkerPool, accept: Accept) -> None:
+    section = mutants.SECTIONS[kernel]
+    if section == "pair":  # has processes of its own, which a worker can't
+        test_the_command_is_red_and_names_the_check(kernel, accept)
+    else:
+        assert workers.run(wrong_checks, 1, kernel, section, timeout=300) != [[]]
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("section", sorted(set(mutants.SECTIONS.values())))
+@pytest.mark.parametrize("section", sorted({*mutants.SECTIONS.values()} - {"pair"}))
 def test_unchanged_kernels_are_right(section: str, workers: WorkerPool) -> None:
     assert workers.run(wrong_checks, 1, None, section, timeout=300) == [[]]

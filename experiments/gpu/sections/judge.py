@@ -39,7 +39,11 @@ def told(run: Run, outs: list[Tensor], exact: Tensor, plain: Tensor | None = Non
     """The words of the rows that these outputs of a call make."""
     rows = list[Row]()
     scratch = Run("judge", Path(run.out), 60, run.device, run.seed, {}, rows.append)
-    torch_s = None if plain is None else lambda: {"y": plain}
+
+    def torch_s() -> dict[str, Tensor]:
+        assert plain is not None, "torch can't do it"
+        return {"y": plain}
+
     judge(scratch, "known", [{"y": out} for out in outs], {"y": exact}, BOUNDS["fp32"], torch_s)
     return [word_of(row) for row in rows]
 
