@@ -18,7 +18,7 @@ from megapar.trace.spans import BUSY, Span
 from megapar.train.wandb_log import WandbLog
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from tqdm import tqdm as Bar
 
 _WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step
 _COLUMNS = ("loss", "phase", "busy", *_WAITS)
@@ -87,7 +87,7 @@ class MetricsWriter:
         self._task = task_kind(config.task.name)
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._console = console
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
         self._wandb = WandbLog(config, self.say) if config.logger.wandb.mode != "disabled" else None
         interactive = console.isatty()
         if config.logger.progress and interactive:
