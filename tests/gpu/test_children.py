@@ -85,6 +85,7 @@ def test_a_section_that_fails_stops_no_other(checkout: Path, accept: Accept, tmp
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_process(checkout: Path, tmp_path: Path, number: signal.Signals) -> None:
     script, out = checkout / "experiments" / "gpu" / "accept.py", ["--out", str(tmp_path), "--device", "cpu"]
@@ -128,9 +129,10 @@ REFUSED = {
     ("--out", "/proc/nothing"): "--out /proc/nothing: ",
     ("--device", "cuda"): "--device cuda: torch finds no GPU here",
 }
+FIRST, *OTHERS = REFUSED
 
 
-@pytest.mark.parametrize("arguments", REFUSED)
+@pytest.mark.parametrize("arguments", [FIRST, *(pytest.param(one, marks=pytest.mark.more) for one in OTHERS)])
 def test_a_mistake_is_one_line(arguments: tuple[str, str], accept: Accept) -> None:
     outcome = accept(*arguments)
     assert outcome.code == 2 and outcome.said.count("\n") == 1 and REFUSED[arguments] in outcome.said
