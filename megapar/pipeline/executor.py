@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megapar.mesh import Axis, Mesh
+from megapar.mesh import Mesh
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
@@ -56,7 +56,6 @@ class Executor:
         reduce: Callable[[int], None] = lambda stage: None,
     ) -> None:
         self.stages, self.mesh, self.weight_grads, self.loss, self.reduce = stages, mesh, weight_grads, loss, reduce
-        self.axes: dict[str, Axis] = {"F": mesh["pp"], "B": mesh["pp_backward"]} if mesh["pp"].size > 1 else {}
 
     def run(
         self,
@@ -68,6 +67,7 @@ class Executor:
 
         head(outputs, batch): what to return instead of the loss, in a schedule without backward.
         """
+        self.mesh.connect(schedule.transfers)
         row = schedule.rows[self.mesh["pp"].index]
         training = any(action.kind in ("B", "I") for action in row)
         for stage in self.stages.values():
@@ -118,7 +118,7 @@ class _Phase:
         }
         self._unposted = {
             (source, kind): deque(schedule.channel_order(source, self.index, kind))
-            for kind in executor.axes
+            for kind in ("F", "B")
             for source in range(len(schedule.rows))
             if source != self.index
         }
@@ -185,11 +185,12 @@ class _Phase:
     def _send(self, action: Action) -> None:
         kind = action.kind[-1]
         self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
-        target = self._rank(self.schedule.rank_of(self._neighbour(action.stage, kind)))
+        target = self.schedule.rank_of(self._neighbour(action.stage, kind))
+        group = self.mesh.channel(kind, self.index, target).group
         for name, tensor in sorted(self._outgoing.pop(action).items()):
             tensor = tensor.contiguous()
             with self.mesh["pp"].blocked(f"{action} of {name}"):
-                work = dist.isend(tensor, target, group=self.executor.axes[kind].group)
+                work = dist.isend(tensor, self._rank(target), group=group)
             assert work is not None
             self._sends.append((work, tensor))
 
@@ -203,6 +204,7 @@ class _Phase:
         source, kind = channel
         action = self._unposted[channel].popleft()
         stage, batch = self.stages[action.stage], self.batches[action.microbatch]
+        group = self.mesh.channel(kind, source, self.index).group
         specs = stage.received(batch) if kind == "F" else stage.sent(batch)
         receive = _Receive({})
         for name, spec in sorted(specs.items()):  # the order of sends
@@ -210,7 +212,7 @@ class _Phase:
                 continue
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.mesh.device)
             receive.tensors[name] = tensor
-            work = dist.irecv(tensor, self._rank(source), group=self.executor.axes[kind].group)
+            work = dist.irecv(tensor, self._rank(source), group=group)
             assert work is not None
             receive.works.append(work)
         self._posted[action] = receive
