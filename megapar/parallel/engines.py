@@ -58,14 +58,14 @@ class Serial:
         return "serial"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul", fine=True):
             y = matmul(x, w)
         all_reduce(y, axis)
         meanwhile()
         return y
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul", fine=True):
             summands = matmul(x, w)
         y = reduce_scatter(summands, axis)
         meanwhile()
@@ -73,7 +73,7 @@ class Serial:
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         gathered = all_gather(x, axis)
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul", fine=True):
             return matmul(gathered, w), gathered
 
 
@@ -95,7 +95,7 @@ class Chunked:
         y = x.new_empty(len(x), w.shape[1])
         started = []
         for name, rows in self.cut(len(x)):
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 matmul(x[rows], w, out=y[rows])
             started.append(start_all_reduce(f"all_reduce {name}", y[rows], axis))
         meanwhile()
@@ -109,7 +109,7 @@ class Chunked:
         for name, rows in self.cut(t):
             # every rank's rows of this piece, one rank's after another's: what reduce-scatter takes
             part = summands[axis.size * rows.start : axis.size * rows.stop]
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 for block, into in zip(x.split(t), part.split(rows.stop - rows.start), strict=True):
                     matmul(block[rows], w, out=into)
             started.append(start_reduce_scatter(f"reduce_scatter {name}", y[rows], part, axis))
@@ -125,12 +125,12 @@ class Chunked:
             start_all_gather(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
             for name, rows in pieces
         ]
-        with axis.timeline.span("matmul", "matmul of this rank's rows"):
+        with axis.timeline.span("matmul", "matmul of this rank's rows", fine=True):
             matmul(x, w, out=results[axis.index])
         peers = [rank for rank in range(axis.size) if rank != axis.index]
         for (name, rows), piece in zip(pieces, started, strict=True):
             piece.wait()
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 for rank in peers:
                     matmul(blocks[rank][rows], w, out=results[rank][rows])
         return y, gathered
@@ -160,21 +160,21 @@ class Symmetric:
         return "symmetric"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul", fine=True), sharing_memory():
             finish = fused.start_matmul_all_reduce(x, w, self.memory)
         meanwhile()
         with axis.blocked("all_reduce"):
             return finish()
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul", fine=True), sharing_memory():
             finish = fused.start_matmul_reduce_scatter(x, w, self.memory)
         meanwhile()
         with axis.blocked("reduce_scatter"):
             return finish()
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}", fine=True), sharing_memory():
             return fused.all_gather_matmul(x, w, self.memory)
 
 

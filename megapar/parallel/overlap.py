@@ -143,7 +143,7 @@ class _WeightGradient:
             self.value = self._timed(lambda: matmul(dy.t(), x))
 
     def _timed(self, multiply: Callable[[], T]) -> T:
-        with self.overlap.axis.timeline.span("matmul", "weight gradient"):
+        with self.overlap.axis.timeline.span("matmul", "weight gradient", fine=True):
             return multiply()
 
 
