@@ -195,7 +195,7 @@ def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iter
                 with_layout(config, layout),
                 folder,
                 timeout=JOB_TIMEOUT_S,
-                operation_timeout=config.train.timeout_s,
+                operation_timeout=config.train.timeout.total_seconds(),
             )
             verdict = judge(str(layout), config, record, reference, ranks)
         except PoolError as error:

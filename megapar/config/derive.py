@@ -48,12 +48,13 @@ def resolve(
             config = changed(config, {"train.device": "cpu"})
         if config.parallel.auto:
             raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
-        config = _derive_sizes(config, 1)
+        config = _for_device(_derive_sizes(config, 1))
         if config.layouts is None:
             config = changed(config, {"layouts": [str(layout) for layout in feasible_layouts(config)]})
         return config
     if config.train.device == "auto":
         config = changed(config, {"train.device": "cuda" if num_gpus else "cpu"})
+    config = _for_device(config)
     gpus = num_gpus if config.train.device == "cuda" else 0
     ranks = world_size or config.devices or gpus or 1
     if config.parallel.auto:
@@ -70,6 +71,20 @@ def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: i
     if config.device == "auto":
         config = changed(config, {"device": "cuda" if num_gpus else "cpu"})
     return config
+
+
+# NCCL counts the time of a receive from when it is posted, ahead of the phase that it may wait for; gloo from its wait.
+# A bucket of 1M is a collective of 4 MB, a third of what NVLink can do, and 60 us of Python: too small for a GPU.
+_DEFAULTS = {
+    "cpu": {"parallel.bucket_size": 1_000_000, "train.timeout_s": 300.0},
+    "cuda": {"parallel.bucket_size": 40_000_000, "train.timeout_s": 1800.0},
+}
+
+
+def _for_device(config: T) -> T:
+    """What is left open and depends on the device."""
+    given = {"parallel.bucket_size": config.parallel.bucket_size, "train.timeout_s": config.train.timeout_s}
+    return changed(config, {key: value for key, value in _DEFAULTS[config.train.device].items() if given[key] is None})
 
 
 def _model_sizes(model: ModelConfig) -> dict[str, Any]:

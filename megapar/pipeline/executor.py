@@ -80,6 +80,33 @@ class Executor:
             phase.wait_for_sends()
         return [phase.losses[m] for m in sorted(phase.losses)]
 
+    def rehearse(self, schedule: Schedule, batch: Batch) -> None:
+        """Run each of this rank's stages once, forward and backward, on zeros in place of what others send.
+
+        On a GPU that compiles the kernels: in a phase, others would wait for it with receives whose time runs. It adds
+        to the main gradients, and nothing else of it stays.
+        """
+        assert self.loss is not None
+        weight_grads = self.weight_grads
+        on_added, weight_grads.on_added = weight_grads.on_added, lambda parameter: None
+        try:
+            for number, stage in self.stages.items():
+                stage.train(True)
+                received = {
+                    name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.mesh.device)
+                    for name, spec in (stage.received(batch) if number else {}).items()
+                }
+                for tensor in received.values():
+                    tensor.requires_grad_(tensor.is_floating_point())
+                outputs = stage(received, batch)
+                if number == schedule.stages - 1:
+                    outputs = {"loss": self.loss(outputs, batch)}
+                of_weights = [tensor for tensor in outputs.values() if tensor.requires_grad]
+                torch.autograd.backward(of_weights, [torch.zeros_like(tensor) for tensor in of_weights])
+        finally:
+            weight_grads.on_added = on_added
+            self.mesh.timeline.forget()
+
 
 class _Phase:
     """One pass through a row: what has arrived, what waits for its backward, what is on its way.

@@ -60,6 +60,12 @@ class Trainer(ModelPart):
         self.executor = Executor(
             self.stages, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
         )
+        if self.mesh.device.type == "cuda":
+            self.rehearse()
+
+    def rehearse(self) -> None:
+        """Have every kernel of a step compiled. A step afterwards is the same, bit for bit."""
+        self.executor.rehearse(self.schedule, self.task.batches(1)[0])
 
     def step(self, step: int, on_reduced: Callable[[], None] = lambda: None) -> Step:
         """Optimizer step number 1, 2, ... on_reduced: called with the gradients reduced and not yet clipped."""

@@ -138,7 +138,8 @@ def test_a_device_that_waits_for_a_message_is_not_idle(device: Device) -> None:
 def test_what_is_fine_is_timed_in_detail_only(kind: str, device: Device) -> None:
     clock = Timeline(torch.device(kind))
     future = SimpleNamespace(add_done_callback=lambda call: call(None))
-    work: Any = SimpleNamespace(wait=mock.Mock(), get_future=lambda: future)
+    wait = mock.Mock()
+    work: Any = SimpleNamespace(wait=wait, get_future=lambda: future)
     for detailed in (False, True):
         clock.detailed = detailed
         with clock.span("matmul", "matmul 1/2", fine=True):
@@ -146,7 +147,7 @@ def test_what_is_fine_is_timed_in_detail_only(kind: str, device: Device) -> None
         assert clock.in_flight("sum", lambda: work) is work
         found = {span.kind for span in clock.take()}
         assert found - {IDLE} == ({"matmul", FLIGHT} if detailed else set())
-        assert work.wait.call_count == (detailed and kind == "cuda")
+        assert wait.call_count == (detailed and kind == "cuda")
 
 
 def test_an_error_in_a_fine_span_is_named_all_the_same() -> None:
