@@ -54,8 +54,13 @@ def start_all_reduce(name: str, x: Tensor, axis: Axis) -> Started:
     return _start(name, axis, dist.all_reduce, x)
 
 
-def start_all_gather(name: str, into: list[Tensor], x: Tensor, axis: Axis) -> Started:
-    """Begin to write every rank's x, contiguous, to `into[rank]`."""
+def start_all_gather(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
+    """Begin to write every rank's x [n, ...] to `into` [R*n, ...], rank after rank; both are contiguous."""
+    return _start(name, axis, dist.all_gather_single, into, x)
+
+
+def start_all_gather_list(name: str, into: list[Tensor], x: Tensor, axis: Axis) -> Started:
+    """Begin to write every rank's x, contiguous, to `into[rank]`, wherever that lies. NCCL gathers first and copies."""
     return _start(name, axis, dist.all_gather, into, x)
 
 

@@ -30,7 +30,7 @@ from megapar.parallel.collectives import (
     all_gather,
     all_reduce,
     reduce_scatter,
-    start_all_gather,
+    start_all_gather_list,
     start_all_reduce,
     start_reduce_scatter,
     wait_for,
@@ -122,7 +122,7 @@ class Chunked:
         gathered, y = x.new_empty(axis.size * t, x.shape[1]), x.new_empty(axis.size * t, w.shape[1])
         blocks, results = gathered.unflatten(0, (axis.size, t)), y.unflatten(0, (axis.size, t))
         started = [
-            start_all_gather(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
+            start_all_gather_list(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
             for name, rows in pieces
         ]
         with axis.timeline.span("matmul", "matmul of this rank's rows", fine=True):
@@ -191,10 +191,10 @@ def sharing_memory() -> Iterator[None]:
 # `Serial`. The bytes follow from the collective and the ranks (`bytes_sent`).
 # cpu: `megapar bench overlap subject=[layer] rate=[0]` on two cores, where a transfer takes a core too: at 0.5 MB
 # chunked took 1.25 times as long as serial, at 4 MB 0.97 to 1.03 times. A slow network gains from less, but a table
-# does not know it. cuda: not measured; pipelined all-gather + matmul lost by 2 to 4 times at 1024 rows (kraken, pull
-# request 19), fused reduce-scatter by 2.6 to 3.3 times up to 384 rows (pytorch issue 179770). `Symmetric` is taken by
-# name only: no GPU has run it yet.
-PIECES = {"cpu": ((0, 1), (2 << 20, 4)), "cuda": ((0, 1), (4 << 20, 2), (16 << 20, 4))}
+# does not know it. cuda: serial until a GPU has measured it; others' pipelined all-gather + matmul lost by 2 to 4 times
+# at 1024 rows (kraken, pull request 19), fused reduce-scatter by 2.6 to 3.3 times up to 384 rows (pytorch issue
+# 179770). `Symmetric` is taken by name only: no GPU has run it yet.
+PIECES = {"cpu": ((0, 1), (2 << 20, 4)), "cuda": ((0, 1),)}
 
 
 def bytes_sent(operation: Operation, x: Tensor, w: Tensor, ranks: int) -> float:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,7 +14,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megapar.mesh import Axis
-from megapar.parallel.collectives import start_all_gather, start_all_reduce, start_all_to_all, start_reduce_scatter
+from megapar.parallel.collectives import (
+    start_all_gather,
+    start_all_gather_list,
+    start_all_reduce,
+    start_all_to_all,
+    start_reduce_scatter,
+)
 from megapar.parallel.compression import Matrix, Waiting, reduction
 from megapar.trace.clock import Timeline
 
@@ -43,7 +50,8 @@ def fresh() -> Tensor:
 
 STARTS: dict[str, Callable[[], Waiting]] = {
     "all_reduce": lambda: start_all_reduce("sum", fresh(), axis()),
-    "all_gather": lambda: start_all_gather("gather", [fresh(), fresh()], fresh(), axis()),
+    "all_gather": lambda: start_all_gather("gather", fresh(), fresh()[: SIZE // RANKS], axis()),
+    "all_gather_list": lambda: start_all_gather_list("gather", [fresh(), fresh()], fresh(), axis()),
     "reduce_scatter": lambda: start_reduce_scatter("scatter", fresh()[: SIZE // RANKS], fresh(), axis()),
     "all_to_all": lambda: start_all_to_all("exchange", fresh(), fresh(), axis()),
     "bf16": lambda: compressed("bf16"),
@@ -63,7 +71,10 @@ def test_operands_keep_their_memory_until_the_wait(name: str) -> None:
     """And tensors made meanwhile lie elsewhere."""
     flight = Flight()
     start: Any = flight.start
-    with mock.patch.multiple(dist, all_reduce=start, all_gather=start, all_to_all_single=start):
+    names = ("all_reduce", "all_gather", "all_gather_single", "all_to_all_single")
+    with ExitStack() as patches:
+        for name_of_function in names:
+            patches.enter_context(mock.patch.object(dist, name_of_function, start))
         started = STARTS[name]()
     gc.collect()
     later = [torch.empty(SIZE) for _ in range(20)]
