@@ -159,6 +159,7 @@ class Launch:
     """One launch of a kernel, ready to run, or to be compiled for a machine that is not here.
 
     arguments: every parameter of the kernel by name. A parameter that is None is a constant of the compilation.
+    registers: the most that a thread may have, on NVIDIA's; None: what the hardware allows
     """
 
     kernel: Any  # triton.jit's
@@ -166,11 +167,13 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         # Fusing multiply and add is Triton's default, and announced to change: said here, it can't change by itself.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def run(self) -> None:
         """Run it on the device of its tensors."""

@@ -341,7 +341,7 @@ class VerifyConfig(TrainConfig):
     """`megapar verify`: compare layouts with the one-process run."""
 
     layouts: list[str] | None = option(
-        None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks"
+        None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks, or as many as there are GPUs"
     )
     out: str | None = option(
         None, "file for the comparison as JSON; default: run.dir/verify.json", verbatim=True, path=True, identity=False

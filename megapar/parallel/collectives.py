@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
+from megapar.torch_compat import all_gather_single, reduce_scatter_single
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def start_all_reduce(name: str, x: Tensor, axis: Axis) -> Started:
 
 def start_all_gather(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
     """Begin to write every rank's x [n, ...] to `into` [R*n, ...], rank after rank; both are contiguous."""
-    return _start(name, axis, dist.all_gather_single, into, x)
+    return _start(name, axis, all_gather_single, into, x)
 
 
 def start_all_gather_list(name: str, into: list[Tensor], x: Tensor, axis: Axis) -> Started:
@@ -71,7 +72,7 @@ def start_reduce_scatter(name: str, into: Tensor, x: Tensor, axis: Axis) -> Star
     takes 1.4 to 5 times as long (2 and 4 ranks, 64 KB to 16 MB, medians), and does a part of it before it returns.
     """
     if x.is_cuda:
-        return _start(name, axis, dist.reduce_scatter_single, into, x)
+        return _start(name, axis, reduce_scatter_single, into, x)
     blocks = x.new_empty(axis.size, *into.shape)
     started = start_all_to_all(name, blocks, x.view(blocks.shape), axis)
     return replace(started, finish=lambda: torch.sum(blocks, 0, out=into))
@@ -101,7 +102,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     with axis.blocked("all_gather"):
-        dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
+        all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
 from megapar.tasks import task_kind
+from megapar.torch_compat import all_gather_single
 from megapar.trace.spans import BUSY, IDLE, Span
 from megapar.train.wandb_log import WandbLog
 
@@ -37,7 +37,7 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
     rows = mine
     if mesh.world_size > 1:
         rows = mine.new_empty(mesh.world_size, len(figures))
-        dist.all_gather_single(rows, mine, group=mesh["world"].group)
+        all_gather_single(rows, mine, group=mesh["world"].group)
     return rows.cpu().view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
