@@ -245,6 +245,31 @@ def overlaps_itself(x: Tensor) -> bool:
     return any(length > 1 and stride == 0 for length, stride in zip(x.shape, x.stride(), strict=True))
 
 
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have memory in common. Columns beside each other in the same rows have not."""
+    if x.data_ptr() > y.data_ptr():
+        x, y = y, x
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    distance = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    if distance >= reach:
+        return False
+    step, column = x.stride(0), distance % max(1, x.stride(0))
+    same_rows = x.dim() == y.dim() == 2 and x.stride() == y.stride() == (step, 1) and x.dtype == y.dtype
+    return not (same_rows and x.shape[1] <= column and column + y.shape[1] <= step)
+
+
+def aligned_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised matrix [rows, columns] on the device and in the dtype of x, whose rows TMA can read.
+
+    That needs rows that begin at a multiple of 16 bytes. Where they would not, as GPT-2's 50257 logits in 16 bits, they
+    lie apart, at a multiple of 128 bytes.
+    """
+    if columns * x.element_size() % 16 == 0:
+        return x.new_empty(rows, columns)
+    line = 128 // x.element_size()
+    return x.new_empty(rows, num_tiles(columns, line) * line)[:, :columns]
+
+
 def matrix(x: Tensor) -> Tensor:
     """x [..., heads, channels] as [rows, heads * channels]: a view where a row's channels lie together, else a copy."""
     rows = rows_of(x.reshape(math.prod(x.shape[:-2]), math.prod(x.shape[-2:])))

@@ -24,7 +24,7 @@ from megapar.config.errors import UserError
 from megapar.kernels import NEEDS_TRITON, backend_of
 from megapar.kernels.comm import matmul as fused
 from megapar.kernels.comm.symmetric import NoSharedMemory, SymmetricMemory
-from megapar.kernels.matmul import matmul
+from megapar.kernels.matmul import empty_matrix, matmul
 from megapar.mesh import Axis
 from megapar.parallel.collectives import (
     all_gather,
@@ -74,7 +74,7 @@ class Serial:
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         gathered = all_gather(x, axis)
         with axis.timeline.span("matmul", "matmul", fine=True):
-            return matmul(gathered, w), gathered
+            return matmul(gathered, w, aligned=True), gathered
 
 
 class Chunked:
@@ -119,7 +119,7 @@ class Chunked:
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         x, t, pieces = x.contiguous(), len(x), self.cut(len(x))
-        gathered, y = x.new_empty(axis.size * t, x.shape[1]), x.new_empty(axis.size * t, w.shape[1])
+        gathered, y = x.new_empty(axis.size * t, x.shape[1]), empty_matrix(x, axis.size * t, w.shape[1])
         blocks, results = gathered.unflatten(0, (axis.size, t)), y.unflatten(0, (axis.size, t))
         started = [
             start_all_gather_list(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
