@@ -17,8 +17,8 @@ setup(
     package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
     package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"], "megapar.bench": ["pace.c"]},
     install_requires=[
-        "torch>=2.13",
-        "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "numpy",
         "sentencepiece",
         "wandb",

@@ -92,6 +92,8 @@ def select_backends(requested: str, device: str = "cpu", dtype: str = "fp32") ->
             raise ValueError("the Triton kernels take fp32, bf16 and fp16; use another dtype, or torch")
         if requested == "triton" and not any(device in kernel.devices for kernel in forms):
             raise ValueError("compiled Triton kernels need a GPU; use torch, or auto")
+        if requested == "interpret" and device != "cpu":
+            raise ValueError(f"Triton's interpreter runs on a CPU, not on {device}; use cpu, or another backend")
     if requested == "auto":
         return {function: _automatic(kernel, device, kernel.takes(dtype)) for function, kernel in _functions().items()}
     return {

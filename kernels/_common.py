@@ -159,6 +159,7 @@ class Launch:
     """One launch of a kernel, ready to run, or to be compiled for a machine that is not here.
 
     arguments: every parameter of the kernel by name. A parameter that is None is a constant of the compilation.
+    registers: the most that a thread may have, on NVIDIA's; None: what the hardware allows
     """
 
     kernel: Any  # triton.jit's
@@ -166,11 +167,13 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         # Fusing multiply and add is Triton's default, and announced to change: said here, it can't change by itself.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def run(self) -> None:
         """Run it on the device of its tensors."""
@@ -240,6 +243,31 @@ def precision(arch: str) -> str:
 def overlaps_itself(x: Tensor) -> bool:
     """Whether several elements lie in one place, as after `expand`: nothing can be written there."""
     return any(length > 1 and stride == 0 for length, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have memory in common. Columns beside each other in the same rows have not."""
+    if x.data_ptr() > y.data_ptr():
+        x, y = y, x
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    distance = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    if distance >= reach:
+        return False
+    step, column = x.stride(0), distance % max(1, x.stride(0))
+    same_rows = x.dim() == y.dim() == 2 and x.stride() == y.stride() == (step, 1) and x.dtype == y.dtype
+    return not (same_rows and x.shape[1] <= column and column + y.shape[1] <= step)
+
+
+def aligned_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised matrix [rows, columns] on the device and in the dtype of x, whose rows TMA can read.
+
+    That needs rows that begin at a multiple of 16 bytes. Where they would not, as GPT-2's 50257 logits in 16 bits, they
+    lie apart, at a multiple of 128 bytes.
+    """
+    if columns * x.element_size() % 16 == 0:
+        return x.new_empty(rows, columns)
+    line = 128 // x.element_size()
+    return x.new_empty(rows, num_tiles(columns, line) * line)[:, :columns]
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor
 from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
+    aligned_matrix,
     cast,
+    device_function,
     floating,
     next_power_of_2,
     num_tiles,
@@ -26,7 +28,7 @@ from megapar.kernels._common import (
     wide_dtype,
 )
 from megapar.kernels.registry import Kernel
-from megapar.kernels.shapes import DEMO, LLAMA
+from megapar.kernels.shapes import DEMO, GPT2, LLAMA
 
 COLUMNS, WARP = 4096, 512  # of a program's tile, and of a warp: 128 bits for each thread and load
 
@@ -147,33 +149,63 @@ def _metadata(passes: int, flops: float) -> Any:
     return describe
 
 
+@device_function
+def _fold(x, largest, sums):
+    """(largest, sum of exponentials) of every lane with another vector of logits x [lanes, vector].
+
+    A vector is a thread's own, and lanes meet only at the end: nothing is exchanged between threads before.
+    """
+    higher = tl.maximum(largest, tl.max(x, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # all may be hidden so far: -inf minus -inf
+    sums = sums * tl.exp(largest - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+    return higher, sums
+
+
 @triton.jit(launch_metadata=_metadata(1, 4.0), do_not_specialize=["first"])
 def cross_entropy_statistics_kernel(
-    logits, targets, statistics, first, num_columns, stride, TOTAL: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """statistics [T, 3], or [T, 4] with TOTAL. Grid: a program per token, which goes over its row once."""
+    logits, targets, statistics, first, num_columns, stride,
+    TOTAL: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """statistics [T, 3], or [T, 4] with TOTAL. Grid: a program per token, which goes over its row once.
+
+    Tiles that exist as a whole are read without a mask, which would cut a thread's loads into single logits.
+    """
     row = tl.cast(tl.program_id(0), tl.int64)
     logits += row * stride
-    columns = tl.arange(0, COLUMNS)
-    largest, sums, total = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
-    for start in tl.range(0, num_columns, COLUMNS):
-        exists = start + columns < num_columns
-        x = tl.load(logits + start + columns, mask=exists, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(largest, tl.max(x, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # all may be hidden so far: -inf minus -inf
-        sums = sums * tl.exp(largest - base) + tl.sum(tl.exp(x - base), 0)
-        largest = higher
+    lanes = tl.arange(0, COLUMNS // VECTOR)
+    columns = lanes[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    largest = tl.full([COLUMNS // VECTOR], float("-inf"), tl.float32)
+    sums, total = tl.zeros([COLUMNS // VECTOR], tl.float32), tl.zeros([COLUMNS // VECTOR], tl.float32)
+    whole = num_columns // COLUMNS * COLUMNS
+    for start in tl.range(0, whole, COLUMNS):
+        x = tl.load(logits + start + columns).to(tl.float32)
+        largest, sums = _fold(x, largest, sums)
         if TOTAL:
-            total += tl.sum(tl.where(exists, x, 0.0), 0)
+            total += tl.sum(x, 1)
+    if whole < num_columns:
+        exists = whole + columns < num_columns
+        x = tl.load(logits + whole + columns, mask=exists, other=float("-inf")).to(tl.float32)
+        largest, sums = _fold(x, largest, sums)
+        if TOTAL:
+            total += tl.sum(tl.where(exists, x, 0.0), 1)
+    highest = tl.max(largest, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
     place = tl.load(targets + row) - first
     inside = (place >= 0) & (place < num_columns)
     target = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
     statistics += row * (4 if TOTAL else 3)
-    tl.store(statistics, largest)
-    tl.store(statistics + 1, sums)
+    tl.store(statistics, highest)
+    tl.store(statistics + 1, tl.sum(sums * tl.exp(largest - base), 0))
     tl.store(statistics + 2, target)
     if TOTAL:
-        tl.store(statistics + 3, total)
+        tl.store(statistics + 3, tl.sum(total, 0))
+
+
+@device_function
+def _gradient(x, columns, place, log_sum, grad, smoothing, z, spread):
+    gradient = tl.exp(x - log_sum) * (1.0 + 2.0 * z * log_sum) - spread
+    gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient) * grad
+    return tl.where(grad == 0.0, 0.0, gradient)  # a token without a gradient may have any logits
 
 
 @triton.jit(launch_metadata=_metadata(2, 3.0), do_not_specialize=["first"])
@@ -183,14 +215,17 @@ def cross_entropy_gradient_kernel(
     """Overwrites logits. Grid: tokens, tiles of columns. spread: what smoothing takes from every probability."""
     row = tl.cast(tl.program_id(0), tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns < num_columns
     place, log_sum, grad = tl.load(targets + row) - first, tl.load(log_sums + row), tl.load(grads + row)
-    # A token without a gradient may have any logits: they are not looked at.
-    log_sum, seen = tl.where(grad == 0.0, 0.0, log_sum), tl.where(grad == 0.0, 0, num_columns)
-    x = tl.load(logits + row * stride + columns, mask=columns < seen, other=float("-inf")).to(tl.float32)
-    gradient = tl.exp(x - log_sum) * (1.0 + 2.0 * z * log_sum) - spread
-    gradient = tl.where(columns == place, gradient - (1.0 - smoothing), gradient) * grad
-    tl.store(logits + row * stride + columns, cast(gradient, logits.dtype.element_ty), mask=exists)
+    logits += row * stride + columns
+    if (tl.program_id(1) + 1) * COLUMNS <= num_columns:  # without a mask of columns, see above
+        x = tl.load(logits).to(tl.float32)
+        gradient = _gradient(x, columns, place, log_sum, grad, smoothing, z, spread)
+        tl.store(logits, cast(gradient, logits.dtype.element_ty))
+    else:
+        exists = columns < num_columns
+        x = tl.load(logits, mask=exists, other=float("-inf")).to(tl.float32)
+        gradient = _gradient(x, columns, place, log_sum, grad, smoothing, z, spread)
+        tl.store(logits, cast(gradient, logits.dtype.element_ty), mask=exists)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -198,9 +233,8 @@ def cross_entropy_gradient_kernel(
 
 def launch_statistics(logits: Tensor, targets: Tensor, statistics: Tensor, first: int) -> Launch:
     tensors = {"logits": logits, "targets": targets, "statistics": statistics}
-    return _launch(
-        cross_entropy_statistics_kernel, (len(logits),), tensors, first=first, TOTAL=statistics.shape[1] == 4
-    )
+    numbers = {"first": first, "TOTAL": statistics.shape[1] == 4, "VECTOR": 16 // logits.element_size()}
+    return _launch(cross_entropy_statistics_kernel, (len(logits),), tensors, **numbers)
 
 
 def launch_gradient(
@@ -277,10 +311,11 @@ def _(logits, targets, first, log_sum, grad, smoothing, z, vocabulary):
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for Llama-8B's and the demo's vocabularies, on tensors without storage."""
     specs = {}
-    for sizes in (LLAMA, DEMO):
+    for sizes in (LLAMA, GPT2, DEMO):
         width, dtype = sizes.vocab, sizes.torch_dtype
         with torch.device("meta"):
-            logits, targets = torch.empty(4096, width, dtype=dtype), torch.empty(4096, dtype=torch.int64)
+            logits = aligned_matrix(torch.empty(0, dtype=dtype), 4096, width)
+            targets = torch.empty(4096, dtype=torch.int64)
             statistics, column = torch.empty(4096, 3), torch.empty(4096)
         specs[f"cross_entropy_statistics_{width}"] = launch_statistics(logits, targets, statistics, 0)
         objective = Objective(0.1, 1e-4, width)

@@ -18,6 +18,7 @@ from megapar.kernels import backend_of
 from megapar.kernels._common import (
     Launch,
     TensorDescriptor,
+    aligned_matrix,
     cast,
     cdiv,
     device_function,
@@ -27,6 +28,7 @@ from megapar.kernels._common import (
     precision,
     relative,
     rows_of,
+    share_memory,
     target_arch,
     tiles_of,
     tl,
@@ -45,15 +47,16 @@ ACTIVATIONS = {
 
 def matmul(
     a: Tensor, b: Tensor, *, bias: Tensor | None = None, activation: str | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None,
+    residual: Tensor | None = None, out: Tensor | None = None, aligned: bool = False,
 ) -> Tensor:  # fmt: skip
     """activation(a @ b + bias) + residual: a [M, K], b [K, N], bias [N], residual [M, N] -> [M, N].
 
     One floating dtype; a and b may be transposed views. Sums and the epilogue are in fp32 (fp64 for fp64), rounded
     once in Triton; torch rounds after each operation. out: where the result is written, in the same dtype, its rows
-    together in memory; it is returned then. It shares none with the inputs, but it may be the residual. activation:
-    gelu (tanh form), relu or silu. Not differentiable: gradients are products too, `matmul(dy, b.t())` and
-    `add_matmul(into, a.t(), dy)`. Raises ValueError for other shapes and dtypes.
+    together in memory; it is returned then. It shares none with the inputs, but it may be the residual. aligned: in
+    Triton's form a result's rows may lie apart, see `aligned_matrix`. activation: gelu (tanh form), relu or silu. Not
+    differentiable: gradients are products too, `matmul(dy, b.t())` and `add_matmul(into, a.t(), dy)`. Raises ValueError
+    for other shapes and dtypes.
     """
     _check(a, b, bias=bias, residual=residual, out=out)
     if out is not None and out.numel() and 1 not in (out.stride(1), out.shape[1]):
@@ -64,7 +67,7 @@ def matmul(
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         if out is None:
-            return matmul_op(a, b, bias, activation, residual)
+            return matmul_op(a, b, bias, activation, residual, aligned)
         matmul_into_op(out, a, b, bias, activation, residual)
         return out
     if bias is None and activation is None and residual is None:
@@ -74,6 +77,14 @@ def matmul(
         y = ACTIVATIONS[activation](y)
     y = y if residual is None else y + residual
     return y if out is None else out.copy_(y)
+
+
+def empty_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised result [rows, columns] of a product of matrices like x, which no collective is to take: where
+    Triton's form runs, its rows may lie apart, see `aligned_matrix`."""
+    if backend_of("matmul", x.device.type, x.dtype) == "torch":
+        return x.new_empty(rows, columns)
+    return aligned_matrix(x, rows, columns)
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
@@ -122,21 +133,8 @@ def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
         if x is None or not (x.numel() and out.numel()):
             continue
         in_place = other == "residual" and (x.data_ptr(), x.stride()) == (out.data_ptr(), out.stride())
-        if not in_place and _overlap(out, x):
+        if not in_place and share_memory(out, x):
             raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
-
-
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have memory in common. Columns beside each other in the same rows have not."""
-    if x.data_ptr() > y.data_ptr():
-        x, y = y, x
-    reach = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
-    distance = (y.data_ptr() - x.data_ptr()) // x.element_size()
-    if distance >= reach:
-        return False
-    step, column = x.stride(0), distance % max(1, x.stride(0))
-    same_rows = x.dim() == y.dim() == 2 and x.stride() == y.stride() == (step, 1) and x.dtype == y.dtype
-    return not (same_rows and x.shape[1] <= column and column + y.shape[1] <= step)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -382,9 +380,11 @@ def tma_tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDesc
 
 
 @torch.library.custom_op("megapar::matmul", mutates_args=())
-def matmul_op(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+def matmul_op(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, aligned: bool
+) -> Tensor:
     """activation(a @ b + bias) + residual; arguments checked by `matmul`."""
-    out = a.new_empty(len(a), b.shape[1])
+    out = _result(a, b, aligned)
     _run(out, a, b, bias, activation, residual)
     return out
 
@@ -395,6 +395,10 @@ def matmul_into_op(
 ) -> None:
     """The same, written to `out`."""
     _run(out, a, b, bias, activation, residual)
+
+
+def _result(a: Tensor, b: Tensor, aligned: bool) -> Tensor:
+    return aligned_matrix(a, len(a), b.shape[1]) if aligned else a.new_empty(len(a), b.shape[1])
 
 
 def _run(
@@ -417,19 +421,26 @@ def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @matmul_op.register_fake
-def _(a, b, bias, activation, residual):
-    return a.new_empty(len(a), b.shape[1])
+def _(a, b, bias, activation, residual, aligned):
+    return _result(a, b, aligned)
 
 
 # ----------------------------------------------------------------------------------------------------------- inspection
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
-    """The launches by name for 4096 tokens in the MLP of Llama-8B, GPT-2 and the demo, on tensors without storage.
+    """The launches by name for 4096 tokens in GPT-2's head and the MLP of Llama-8B, GPT-2 and the demo, on tensors
+    without storage.
 
     The last, of GPT-2's output projection, has so few outputs that it takes the smallest tile.
     """
     specs = {}
+    with torch.device("meta"):
+        x, w = (torch.empty(rows, GPT2.hidden, dtype=GPT2.torch_dtype) for rows in (4096, GPT2.vocab))
+        grad, logits = torch.empty(w.shape), aligned_matrix(x, len(x), len(w))
+    specs[f"matmul_logits_{GPT2.vocab}"] = launch(arch, x, w.t(), logits)
+    specs[f"matmul_logits_input_grad_{GPT2.vocab}"] = launch(arch, logits, w, x)
+    specs[f"matmul_logits_weight_grad_{GPT2.vocab}"] = launch(arch, logits.t(), x, grad, residual=grad)
     for sizes in MODELS.values():
         hidden, width, dtype = sizes.hidden, sizes.ffn, sizes.torch_dtype
         with torch.device("meta"):

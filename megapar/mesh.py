@@ -17,6 +17,11 @@ from megapar.trace.clock import Timeline
 
 DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
 
+# What a pipeline sends: (forward or backward, whether to a higher pipeline rank). Each has a group of its own: NCCL
+# runs the transfers of two ranks over one group one after another, and a receive posted ahead would hold up the sends
+# behind it. 1F1B needs the first two; a schedule that goes round or back needs the others too.
+CHANNELS = (("F", True), ("B", False), ("F", False), ("B", True))
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -39,7 +44,8 @@ class Mesh:
     """A grid of ranks with one process group per axis and set of axes asked for.
 
     Building a mesh of more than one rank needs an initialised default process group of exactly `layout.world` ranks and
-    is collective: every rank asks for the same axes in the same order.
+    is collective: every rank asks for the same axes in the same order. On NCCL a group of an axis is used once when it
+    is made, so that no first use waits in the middle of a step; the pairs of a pipeline follow in `connect`.
     timeout: after which an operation over any of its groups fails; torch would give a new group half an hour.
     groups: without them nothing can be communicated, and the mesh only says who is where.
 
@@ -58,11 +64,12 @@ class Mesh:
         assert 0 <= self.rank < self.world_size
         self.timeline = Timeline(self.device)
         self.place = self.layout.coordinates(self.rank)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._connected: set[tuple[str, int, int]] = set()
         self._axes = {name: self._join(name, (name,)) for name in RANK_ORDER}
         self._axes["world"] = self._join("world", RANK_ORDER)
-        # A second group along pp: on NCCL transfers in opposite directions over one communicator wait for each other.
-        self._axes["pp_backward"] = self._join("pp", ("pp",), key=(-1,))
+        for kind, up in CHANNELS[1:]:
+            self._axes[_channel(kind, up)] = self._join("pp", ("pp",), purpose=_channel(kind, up))
         self.samples = self._splitting("samples")
         self.data = self._splitting("samples", "tokens")
         self.distinct = self._join("world", [name for name in RANK_ORDER if AXES[name].splits])
@@ -123,6 +130,36 @@ class Mesh:
             self._axes[key] = self._axis("pp", ranks if self.rank in ranks else [self.rank], alone=chosen)
         return self._axes[key]
 
+    def channel(self, kind: str, source: int, target: int) -> Axis:
+        """The axis over which pipeline rank `source` sends to `target` in a forward (F) or backward (B) pass."""
+        return self._axes[_channel(kind, source < target)]
+
+    def connect(self, transfers: Iterable[tuple[str, int, int]]) -> None:
+        """Make the first use of what these transfers (kind, source, target) of pipeline ranks go over.
+
+        Collective over pp: every rank names all transfers of all ranks. On NCCL a first use blocks the host until the
+        peer's, so two ranks that begin with different peers or channels may wait for each other forever; here all come
+        in one order. Pairs that share no rank are neighbours in it, so they connect at the same time.
+        """
+        new, me = set(transfers) - self._connected, self.place["pp"]
+        self._connected |= new
+        if not new or not _connects_late():
+            return
+        for kind, source, target in sorted(new, key=_order_of_connecting):
+            if me in (source, target):
+                operation, peer = (dist.isend, target) if me == source else (dist.irecv, source)
+                work = operation(self._token(), self["pp"].ranks[peer], group=self.channel(kind, source, target).group)
+                assert work is not None
+                work.wait()
+                self._synchronize()
+
+    def _token(self) -> torch.Tensor:
+        return torch.zeros(1, device=self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def close(self) -> None:
         """Destroy the groups. The default group belongs to whoever made it."""
         for group in self._groups.values():
@@ -136,13 +173,13 @@ class Mesh:
         names = [name for name in RANK_ORDER if AXES[name].splits in what]
         return self._join(names[0], names)
 
-    def _join(self, name: str, along: Sequence[str], key: tuple[int, ...] = ()) -> Axis:
+    def _join(self, name: str, along: Sequence[str], purpose: str = "") -> Axis:
         ranges = [range(self.layout[axis]) for axis in along]
         ranks = [self.rank_at(**dict(zip(along, place, strict=True))) for place in product(*ranges)]
-        return self._axis(name, ranks, key)
+        return self._axis(name, ranks, purpose)
 
-    def _axis(self, name: str, ranks: Sequence[int], key: tuple[int, ...] = (), *, alone: tuple[int, ...] = ()) -> Axis:
-        """The axis with a group of its own, or one that has these very ranks and the same `key` already.
+    def _axis(self, name: str, ranks: Sequence[int], purpose: str = "", *, alone: tuple[int, ...] = ()) -> Axis:
+        """The axis with a group of its own, or one of these very ranks that was made for the same purpose.
 
         Only members take part in making a group. torch names such a group by its ranks and by how many groups this
         process has, so every rank must make as many as its peers: one that is alone while others make a group of the
@@ -150,13 +187,32 @@ class Mesh:
         """
         group = None
         if self.groups and (len(ranks) > 1 or len(alone) > 1):
-            place = (*key, *ranks) if len(ranks) > 1 else (-2, *alone, *ranks)
+            place = (purpose if len(ranks) > 1 else f"alone {alone}", tuple(ranks))
             if place not in self._groups:
-                whole = len(ranks) == self.world_size and not key
+                whole = len(ranks) == self.world_size and not purpose
                 made = dist.group.WORLD
                 if not whole:
                     made = dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True)
                 assert made is not None, "initialise the default process group first"
                 self._groups[place] = made
+                if len(ranks) > 1 and not purpose and _connects_late():  # a channel's pairs follow in `connect`
+                    dist.all_reduce(self._token(), group=made)
+                    self._synchronize()
             group = self._groups[place]
         return Axis(name, len(ranks), ranks.index(self.rank), tuple(ranks), group, self.timeline)
+
+
+def _channel(kind: str, up: bool) -> str:
+    """The name of a channel's axis; the first of all is the pp axis itself."""
+    return "pp" if (kind, up) == CHANNELS[0] else f"pp {kind} {'up' if up else 'down'}"
+
+
+def _order_of_connecting(transfer: tuple[str, int, int]) -> tuple[int, ...]:
+    kind, source, target = transfer
+    low, high = sorted((source, target))
+    return CHANNELS.index((kind, source < target)), low % 2, low, high
+
+
+def _connects_late() -> bool:
+    """Whether ranks connect at the first use of a group, or of a pair of ranks in it, and the host waits for that."""
+    return dist.get_backend() == "nccl"

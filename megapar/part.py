@@ -4,7 +4,6 @@ What trains, generates, verifies or plans begins with a `ModelPart`.
 """
 
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 
@@ -26,7 +25,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 def make_mesh(config: TrainConfig, rank: int) -> Mesh:
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
-    return Mesh(config.parallel.layout, rank, device, timedelta(seconds=config.train.timeout_s))
+    return Mesh(config.parallel.layout, rank, device, config.train.timeout)
 
 
 def _choose_kernels(backend: str) -> None:
@@ -58,6 +57,7 @@ class ModelPart:
         weight_grads: WeightGrads | None = None,
     ) -> None:
         train, parallel = config.train, config.parallel
+        assert parallel.bucket_size is not None
         self.config = config
         self.mesh = mesh or make_mesh(config, rank)
         if self.mesh.groups:  # a plan runs no kernel

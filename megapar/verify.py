@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from megapar.config.check import with_layout
+from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.launch.pool import PoolError, WorkerPool
@@ -99,7 +100,7 @@ def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) 
     def write(step: int, kind: str, buckets: Sequence[Tensor]) -> None:
         array = record.array(step, kind, "w+")
         for held in trainer.buffers.held():
-            record.part(array, held.piece.record.name)[...] = held.view(buckets).double().numpy()
+            record.part(array, held.piece.record.name)[...] = held.view(buckets).double().cpu().numpy()
 
     history = []
     for step in range(1, config.train.steps + 1):
@@ -121,7 +122,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> 
         for held in trainer.buffers.held():
             name, values = held.piece.record.name, held.view(buckets)
             expected = record.part(array, name)[held.piece.shard.box]
-            error = float(np.abs(values.double().numpy() - expected).max(initial=0.0))
+            error = float(np.abs(values.double().cpu().numpy() - expected).max(initial=0.0))
             errors = found.errors.setdefault(name, [0.0, 0.0])
             column = 0 if kind == "gradient" else 1
             errors[column] = error if math.isnan(error) else max(errors[column], error)
@@ -181,10 +182,18 @@ def judge(
     return verdict
 
 
+def reference_of(config: VerifyConfig) -> VerifyConfig:
+    """The configuration of the one-process run. Of layouts on GPUs it is on the CPU, in torch's form of the kernels:
+    another device and other code, so that one rank on a GPU is a layout like any other."""
+    one = with_layout(config, Layout())
+    if config.train.device == "cpu":
+        return one
+    return changed(one, {"train.device": "cpu", "kernels.backend": "torch"})
+
+
 def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iterator[Verdict]:
     """Run the reference and every layout of a resolved configuration; verdicts come as they are found."""
-    one = with_layout(config, Layout())
-    reference = pool.run(run_reference, 1, one, folder, timeout=JOB_TIMEOUT_S)[0]
+    reference = pool.run(run_reference, 1, reference_of(config), folder, timeout=JOB_TIMEOUT_S)[0]
     record = RunRecord.open(Path(folder))
     for text in config.layouts or []:
         layout, start = Layout.parse(text), time.perf_counter()
@@ -195,7 +204,8 @@ def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iter
                 with_layout(config, layout),
                 folder,
                 timeout=JOB_TIMEOUT_S,
-                operation_timeout=config.train.timeout_s,
+                operation_timeout=config.train.timeout.total_seconds(),
+                device=config.train.device,
             )
             verdict = judge(str(layout), config, record, reference, ranks)
         except PoolError as error:
@@ -215,8 +225,9 @@ def run(config: VerifyConfig) -> int:
     bounds = BOUNDS[config.train.dtype]
     layouts = [Layout.parse(text) for text in config.layouts or []]
     width = max([len(str(layout)) for layout in layouts] + [len("layout")])
+    where = "" if config.train.device == "cpu" else " on the CPU"
     print(
-        f"{config.train.steps} steps in {config.train.dtype} against one process; bounds: "
+        f"{config.train.steps} steps in {config.train.dtype} against one process{where}; bounds: "
         + ", ".join(f"{kind} {bound:.0e}" for kind, bound in bounds.items())
     )
     print(f"{'layout':<{width}}  gradient  grad norm   update      loss   time")

@@ -106,7 +106,7 @@ def is_possible(row: TableRow, config: Any) -> bool:
     owned, streamed = config.rows * (1 if forward else 2), 2 * (config.step * config.stages + forward * config.edge)
     fits = row.size * width * (owned + streamed) <= SHARED
     registers = config.warps == 8 or row.size == 4 or config.rows <= 64
-    masked = config.step == 0 and forward
+    masked = config.step == 0 and forward and not config.tma  # a TMA tile of no rows is none
     sizes = 16 <= config.rows <= 128 and config.edge >= 16 and config.step <= 128 and config.stages >= 1
     return fits and registers and sizes and (masked or config.step >= config.edge)
 

@@ -38,6 +38,8 @@ from megapar.kernels.shapes import LLAMA
 # Programs that move data beside a matmul on a GPU, each on a processor that the matmul leaves free: enough to fill
 # NVLink, from published kernels (Triton-distributed: 16); not measured.
 MOVERS = 16
+# Registers of a thread of `push`, at most, and its warps: see `comm.matmul.room_beside_push`.
+PUSH_REGISTERS, PUSH_WARPS = 80, 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what is added in fp32
 # Bytes of a matrix below which every rank sums all of it: one pass over the links and R - 1 times the bytes, instead of
 # two passes and 2 (R - 1) / R times. By ranks of one host, up to 2 (which send the same either way), 4 and 8. From
@@ -215,7 +217,8 @@ def push(use: Use, x: Tensor, cut: Cut, width: int | None = None, programs: int 
         "x": x, "data_at": use.data_at, "M": cut.M, "N": cut.N, "x_stride": x.stride(0), "block": cut.block,
         "width": width, "TO_ALL": cut.to_all, "ROWS": cut.rows, "COLUMNS": cut.columns,
     }  # fmt: skip
-    return Launch(push_kernel, (min(programs, tiles),), arguments, 4, 2)
+    registers = PUSH_REGISTERS if use.memory.arch.startswith("sm_") else None
+    return Launch(push_kernel, (min(programs, tiles),), arguments, PUSH_WARPS, 2, registers)
 
 
 def reduce(use: Use, out: Tensor | None, dtype: torch.dtype, cut: Cut, programs: int = MOVERS) -> Launch:
@@ -240,7 +243,8 @@ def collect(use: Use, out: Tensor, cut: Cut, programs: int = MOVERS) -> Launch:
 def start_sums(use: Use, out: Tensor, cut: Cut, programs: int = MOVERS) -> Callable[[], Tensor]:
     """Begin to add up what all ranks push in this use; the result, called when `out` is needed, waits for it.
 
-    out: of this rank's block [rows, N], or, if the tiles went to owners and it has M rows, of the whole matrix.
+    out: of this rank's block [rows, N], or, if the tiles went to owners and it has M rows, of the whole matrix. It was
+    allocated before the use began.
     """
     memory, whole = use.memory, not cut.to_all and len(out) == cut.M
 
@@ -279,10 +283,11 @@ def all_reduce(x: Tensor, memory: SymmetricMemory, to_all: bool | None = None) -
     x = x.contiguous()
     to_all = is_small(x.numel() * x.element_size(), memory.ranks) if to_all is None else to_all
     cut = Cut(len(x), x.shape[1], memory.ranks, 16, 256, to_all)
+    out = torch.empty_like(x)
     use = memory.use("all_reduce", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     programs = memory.processors
     push(use, x, cut, programs=programs).run()
-    return start_sums(use, torch.empty_like(x), cut, programs)()
+    return start_sums(use, out, cut, programs)()
 
 
 # ----------------------------------------------------------------------------------------------------------- inspection

@@ -21,8 +21,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.kernels._common import INTERPRETED, Launch, cast, cdiv, device_function, num_tiles, precision, tl, triton
-from megapar.kernels.comm.exchange import DTYPES, MOVERS, Cut, is_small, push, start_sums, store_to
+from megapar.kernels._common import (
+    INTERPRETED,
+    Launch,
+    cast,
+    cdiv,
+    device_function,
+    next_power_of_2,
+    num_tiles,
+    precision,
+    relative,
+    tl,
+    triton,
+)
+from megapar.kernels.comm.exchange import (
+    DTYPES,
+    MOVERS,
+    PUSH_REGISTERS,
+    PUSH_WARPS,
+    Cut,
+    is_small,
+    push,
+    start_sums,
+    store_to,
+)
 from megapar.kernels.comm.symmetric import SymmetricMemory, Use, await_flag, begin, described_use, post, unless
 from megapar.kernels.matmul import (
     CONFIGS,
@@ -38,6 +60,12 @@ from megapar.kernels.matmul import (
 )
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, LLAMA
+
+# Of one of NVIDIA's processors: registers, and bytes of shared memory by architecture (of sm_80's smallest relatives),
+# of which every program takes some for the system (CUDA C++ Programming Guide, "Compute Capabilities").
+REGISTERS, SHARED, RESERVED = 1 << 16, {"sm_80": 100 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}, 1 << 10
+# Bytes of a tile that `push_rows` has in registers: 64 of each thread. The interpreter pays for every tile.
+PUSHED = 1 << 17 if INTERPRETED else 1 << 13
 
 
 def _flops_and_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +187,23 @@ def config_for(arch: str, dtype: torch.dtype, M: int, N: int, processors: int) -
     return CONFIGS["sm_80", 2][1] if config == CONFIGS["sm_80", 2][0] else config
 
 
+def room_beside_push(arch: str, config: Config, dtype: torch.dtype) -> int | None:
+    """The most registers that a thread of a gathered product may have; None: no limit of ours.
+
+    Its programs wait on their processors for flags that only `push` posts, which is launched beside them. They must
+    leave room for it on the processor, or nobody gets on. Raises ValueError where shared memory does not suffice.
+    """
+    if not arch.startswith("sm_"):
+        return None
+    shared = config.stages * config.step * (config.rows + config.columns) * dtype.itemsize
+    if shared + 2 * RESERVED > SHARED[relative(arch) if arch not in SHARED else arch]:
+        raise ValueError(
+            f"{config} of {dtype} takes {shared >> 10} KB of shared memory on {arch} and leaves no room for the kernel "
+            "that it waits for; use fewer stages"
+        )
+    return min(255, (REGISTERS - 32 * PUSH_WARPS * PUSH_REGISTERS) // (32 * config.warps) // 8 * 8)
+
+
 def push_product(use: Use, a: Tensor, b: Tensor, cut: Cut, config: Config, processors: int) -> Launch:
     """Tiles of a @ b to all or to the owners."""
     a, b = with_lines_together(a), with_lines_together(b)
@@ -179,6 +224,12 @@ def push_product(use: Use, a: Tensor, b: Tensor, cut: Cut, config: Config, proce
     )
 
 
+def push_rows(use: Use, x: Tensor, config: Config) -> Launch:
+    """x [t, K] to all, a flag for as many rows as a tile of the product has."""
+    columns = min(next_power_of_2(x.shape[1]), max(16, PUSHED // (config.rows * x.element_size())))
+    return push(use, x, Cut(len(x), x.shape[1], use.memory.ranks, config.rows, columns, True), width=x.shape[1])
+
+
 def gathered_product(use: Use, gathered: Tensor, b: Tensor, out: Tensor, config: Config, processors: int) -> Launch:
     """out = gathered @ b, from this rank's half, as the rows come."""
     b, ranks = with_lines_together(b), use.memory.ranks
@@ -194,7 +245,8 @@ def gathered_product(use: Use, gathered: Tensor, b: Tensor, out: Tensor, config:
     }  # fmt: skip
     tiles = ranks * num_tiles(t, config.rows) * num_tiles(b.shape[1], config.columns)
     programs = max(1, min(tiles, processors - MOVERS))
-    return Launch(gathered_product_kernel, (programs,), arguments, config.warps, config.stages)
+    registers = room_beside_push(use.memory.arch, config, b.dtype)
+    return Launch(gathered_product_kernel, (programs,), arguments, config.warps, config.stages, registers)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations
@@ -224,9 +276,10 @@ def start_matmul_all_reduce(
     to_all = is_small(T * N * x.element_size(), memory.ranks) if to_all is None else to_all
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, to_all)
+    out = x.new_empty(T, N)
     use = memory.use("matmul_all_reduce", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     push_product(use, x, w, cut, config, memory.processors).run()
-    return start_sums(use, x.new_empty(T, N), cut)
+    return start_sums(use, out, cut)
 
 
 def start_matmul_reduce_scatter(x: Tensor, w: Tensor, memory: SymmetricMemory) -> Callable[[], Tensor]:
@@ -243,9 +296,10 @@ def start_matmul_reduce_scatter(x: Tensor, w: Tensor, memory: SymmetricMemory) -
         return lambda: x.new_empty(T // memory.ranks, N)
     config = config_for(memory.arch, x.dtype, T, N, memory.processors)
     cut = Cut(T, N, memory.ranks, config.rows, config.columns, False)
+    out = x.new_empty(T // memory.ranks, N)
     use = memory.use("matmul_reduce_scatter", cut.flags, cut.half(x.dtype), cut.call(x.dtype))
     push_product(use, x, w, cut, config, memory.processors).run()
-    return start_sums(use, x.new_empty(T // memory.ranks, N), cut)
+    return start_sums(use, out, cut)
 
 
 def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Tensor, Tensor]:
@@ -261,11 +315,10 @@ def all_gather_matmul(x: Tensor, w: Tensor, memory: SymmetricMemory) -> tuple[Te
         return x.new_zeros(ranks * t, N), x.new_empty(ranks * t, K)
     x = x.contiguous()
     config = config_for(memory.arch, x.dtype, ranks * t, K, memory.processors)  # K, not N: the same on all ranks
-    cut = Cut(t, K, ranks, config.rows, min(config.columns, 256), True)
     stripes = Cut(t, K, ranks, config.rows, K, True)
     use = memory.use("all_gather_matmul", stripes.flags, stripes.half(x.dtype), stripes.call(x.dtype))
     with memory.aside():
-        push(use, x, cut, width=K).run()
+        push_rows(use, x, config).run()
     half = use.own_data(x.dtype, stripes.elements).view(ranks * t, K)
     out = x.new_empty(ranks * t, N)
     gathered = x.new_zeros(1, 1).expand(ranks * t, K)
@@ -292,6 +345,7 @@ def aot_specs(arch: str) -> dict[str, Launch]:
             cut = Cut(tokens, hidden, ranks, config.rows, config.columns, to_all)
             use = described_use(arch, ranks, cut.flags, cut.half(dtype))
             specs[f"product_push_{way}_{width}"] = push_product(use, y, down.t(), cut, config, PROCESSORS[arch])
+        specs[f"push_rows_{width}"] = push_rows(use, x[: tokens // ranks], config)
         specs[f"gathered_product_{width}"] = gathered_product(use, x, up.t(), y, config, PROCESSORS[arch])
     return specs
 

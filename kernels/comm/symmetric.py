@@ -217,11 +217,25 @@ class TorchSegments:
         from torch.distributed import _symmetric_memory as symmetric
 
         torch.cuda.synchronize(device)  # peers may still be in the memory that this replaces
-        self.own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)
-        self._handle = symmetric.rendezvous(self.own, group)
-        dist.barrier(group)
+        problem = ""
+        try:
+            self.own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
+            torch.cuda.synchronize(device)
+            self._handle = symmetric.rendezvous(self.own, group)
+        except RuntimeError as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+        self._refuse(problem, group)
         self.table = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def _refuse(problem: str, group: dist.ProcessGroup) -> None:
+        """Raise NoSharedMemory, on every rank alike, unless all reached their peers' memory."""
+        problems = [""] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+        for rank, said in zip(dist.get_process_group_ranks(group), problems, strict=True):
+            if said:
+                needs = "parallel.tp_overlap=symmetric needs GPUs of one host that reach each other's memory"
+                raise NoSharedMemory(f"{needs}, and rank {rank} says: {said}; use parallel.tp_overlap=auto")
 
 
 @dataclass
@@ -319,7 +333,8 @@ class SymmetricMemory:
                 f"parallel.tp_overlap=symmetric: rank {self.peers[self.rank]} runs on {mine[0]}, rank "
                 f"{self.peers[0]} on {self.arch}; tensor-parallel ranks need equal devices"
             )
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # What waits on a product's processors is posted from here: its programs are to come before those that queue.
+        self._side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     @property
     def has_aside(self) -> bool:
@@ -339,7 +354,8 @@ class SymmetricMemory:
         call: what all ranks' calls have to have in common, as text.
 
         Collective where the operation never needed as much before; raises NoSharedMemory there. What is launched aside
-        in this use comes after what was launched before it, and beside what is launched next.
+        in this use comes after what was launched before it, and beside what is launched next. So what is written aside
+        is allocated before: memory that is allocated later may be read by what was launched in between.
         """
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))

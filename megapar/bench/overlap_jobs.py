@@ -130,6 +130,7 @@ def time_layer(rank: int, world_size: int, layer: Layer, pairs: int) -> tuple[di
     """(times by engine, and of computation and communication alone; rank 0's median passes as walks, by engine)"""
     keep_freed_memory()
     mesh = Mesh(Layout(tp=world_size), rank)
+    mesh.timeline.detailed = True
     mlp = Mlp(layer, mesh["tp"])
     chunked = Chunked(layer.engine_pieces(world_size))
     ways: dict[str, Callable[[], tuple[float, float]]] = {
@@ -232,6 +233,7 @@ def time_reduction(rank: int, world_size: int, prefix: str, pairs: int) -> list[
         },
     )
     trainer = Trainer(config, rank)
+    trainer.mesh.timeline.detailed = True
     found = []
     for step in range(pairs + 1):
         dist.barrier()

@@ -24,13 +24,17 @@ class Runner:
 
     forward: once, keeping what a backward needs
     backward: once, from what a forward returned, as often as one likes
+    note: which of several ways of the provider's it is
     """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any]
+    note: str = ""
 
 
-def differentiable(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Runner:
+def differentiable(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor], note: str = ""
+) -> Runner:
     """A runner by autograd. grads: of what the function returns, a tensor or several."""
     leaves = [x.requires_grad_() for x in inputs]
 
@@ -41,7 +45,7 @@ def differentiable(function: Callable[..., Any], inputs: Sequence[Tensor], grads
     def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
-    return Runner(forward, backward)
+    return Runner(forward, backward, note)
 
 
 @dataclass(frozen=True)

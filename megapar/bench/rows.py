@@ -15,7 +15,8 @@ class Row:
 
     kind: measured: a clock or an allocator said so, on `device`. interpreted: Triton's interpreter ran the kernel,
     which says nothing about its speed. static: counted or computed, nothing ran.
-    note: what bounds a least time, or which Triton kernel's machine code a figure is of.
+    note: what bounds a least time, which Triton kernel's machine code a figure is of, or which of a provider's ways was
+    timed.
     """
 
     kernel: str

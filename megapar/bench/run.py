@@ -26,7 +26,9 @@ from megapar.kernels.shapes import MODELS
 from megapar.launch.machine import cpu_model, package_version
 
 # provider -> the package to install, for those that megapar does without
-PROVIDERS = {"megapar": None, "torch": None, "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
+OWN_AND_TORCH = ("megapar", "torch", "torch_flash", "torch_cudnn", "torch_fp32")
+PROVIDERS = dict.fromkeys(OWN_AND_TORCH) | {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
+ANYWHERE = ("megapar", "torch")  # the others need a GPU, and are left out where they can't take a shape
 # (where, sweep) -> shapes and tokens. On a CPU the short one takes a minute.
 SWEEPS = {
     ("cpu", "short"): (["gpt2"], [128, 256, 512, 1024]),
@@ -102,7 +104,7 @@ def understand(config: BenchKernelsConfig, gpus: int, log: Log) -> Bench:
     names, tokens = SWEEPS[where, config.sweep]
     lists: dict[str, list[str] | None] = {
         "kernel": config.kernel,
-        "provider": config.provider,
+        "provider": config.provider or [name for name in OWN_AND_TORCH if name in ANYWHERE or device == "cuda"],
         "mode": config.mode,
         "shape": config.shape or names,
         "targets": config.targets,
@@ -152,7 +154,7 @@ def _usable(providers: list[str], device: str, log: Log) -> list[str]:
         package = PROVIDERS[provider]
         if package is not None and find_spec(provider) is None:
             missing.append(f"{provider}: not installed, left out; pip install {package}")
-        elif package is not None and device != "cuda":
+        elif provider not in ANYWHERE and device != "cuda":
             missing.append(f"{provider}: needs a GPU, left out")
         else:
             found.append(provider)
@@ -232,7 +234,7 @@ def _figures(figures: Figures) -> Iterator[tuple[str, str, float]]:
 
 def _measure(bench: Bench, point: Point, provider: str, log: Log) -> list[Row]:
     """One provider at one shape, in every mode."""
-    optional = PROVIDERS[provider] is not None
+    optional = provider not in ANYWHERE
     torch.manual_seed(0)
     try:
         problem = point.problem(bench.device)  # its own tensors: some kernels overwrite their inputs
@@ -260,7 +262,7 @@ def _measure_mode(bench: Bench, point: Point, provider: str, mode: str, runner: 
         call = lambda: runner.backward(runner.forward())  # noqa: E731
     interpreted = bench.interpret and provider == "megapar"
     kind: Kind = "interpreted" if interpreted else "measured"
-    row = partial(_row, point, provider, mode, kind=kind, device=device_name(bench.device))
+    row = partial(_row, point, provider, mode, kind=kind, device=device_name(bench.device), note=runner.note)
     times = time_ms(call, bench.device, 1e-3 if interpreted else SECONDS)
     yield row("time", "ms", times)
     if interpreted:

@@ -66,7 +66,8 @@ def timings(rows: Iterable[Row]) -> list[Table]:
         header += [gpu.name for gpu in GPUS] + (["of least"] if gpu else [])
         cells = [header]
         for row in sorted(times, key=lambda r: (r.x or 0, list(MODES_SHOWN).index(r.mode))):
-            line = [str(row.x), row.mode, row.provider, *(number(v or 0.0) for v in (row.p50, row.p20, row.p80))]
+            name = f"{row.provider}: {row.note}" if row.note else row.provider
+            line = [str(row.x), row.mode, name, *(number(v or 0.0) for v in (row.p50, row.p20, row.p80))]
             if kind == "measured":
                 line += [number(shown[row.x, row.mode, row.provider, m].p50) for m in (rate, "memory")]
             line += [_least(floor[row.x, row.mode, each.name]) for each in GPUS]

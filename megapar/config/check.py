@@ -14,7 +14,7 @@ from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
-from megapar.kernels import NEEDS_TRITON, select_backends
+from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
@@ -34,7 +34,7 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
     check_training(config)
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
     if isinstance(config, VerifyConfig):
-        check_verify(config)
+        check_verify(config, num_gpus=num_gpus)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -199,6 +199,9 @@ def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None)
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     if config.parallel.tp_overlap == "symmetric" and backends["matmul"] == "torch":
         raise ConfigError("parallel.tp_overlap", "symmetric", NEEDS_TRITON)
+    if config.parallel.tp_overlap == "symmetric" and (config.train.device, backends["matmul"]) == ("cuda", "interpret"):
+        problem = f"{INTERPRET} is set, and Triton's interpreter can't reach a GPU's memory; unset it"
+        raise ConfigError("parallel.tp_overlap", "symmetric", problem)
     if isinstance(config, VerifyConfig):
         return
     layout = config.parallel.layout
@@ -231,10 +234,9 @@ def check_backend(backend: str, device: str, dtype: str) -> None:
         raise ConfigError("kernels.backend", backend, str(error)) from None
 
 
-def check_verify(config: VerifyConfig) -> None:
-    """Refuse layouts that the config can't take, and a device or dtype that the bounds are not made for."""
-    if config.train.device == "cuda":
-        raise ConfigError("train.device", "cuda", "verify compares on the CPU in this version; use cpu")
+def check_verify(config: VerifyConfig, *, num_gpus: int) -> None:
+    """Refuse layouts that the config or the machine can't take, and a dtype that the bounds are not made for."""
+    check_ranks(Layout(), config.train.device, "train.device", num_gpus=num_gpus, world_size=None)
     if config.train.dtype == "bf16":
         raise ConfigError("train.dtype", "bf16", "verify compares in fp64 or fp32; use one of them")
     if config.checkpoint.load is not None:
@@ -248,6 +250,11 @@ def check_verify(config: VerifyConfig) -> None:
         refusal = why_not(config, Layout.parse(name))
         if refusal:
             raise ConfigError("layouts", name, str(refusal))
+        if config.train.device == "cuda" and Layout.parse(name).world > num_gpus:
+            problem = (
+                f"needs {Layout.parse(name).world} GPUs, {num_gpus} visible; use train.device=cpu, or leave it out"
+            )
+            raise ConfigError("layouts", name, problem)
     layouts = [with_layout(config, Layout.parse(name)) for name in config.layouts or []]
     if (ranks := table_ranks(config.pipeline.schedule)) not in (None, *(layout.parallel.pp for layout in layouts)):
         problem = f"the table has {ranks} rows; name a layout with pp{ranks} in layouts"

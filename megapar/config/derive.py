@@ -48,12 +48,13 @@ def resolve(
             config = changed(config, {"train.device": "cpu"})
         if config.parallel.auto:
             raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
-        config = _derive_sizes(config, 1)
+        config = _for_device(_derive_sizes(config, 1))
         if config.layouts is None:
-            config = changed(config, {"layouts": [str(layout) for layout in feasible_layouts(config)]})
+            config = changed(config, {"layouts": [str(layout) for layout in _layouts_to_verify(config, num_gpus)]})
         return config
     if config.train.device == "auto":
-        config = changed(config, {"train.device": "cuda" if num_gpus else "cpu"})
+        config = changed(config, {"train.device": _device(config.kernels.backend, num_gpus)})
+    config = _for_device(config)
     gpus = num_gpus if config.train.device == "cuda" else 0
     ranks = world_size or config.devices or gpus or 1
     if config.parallel.auto:
@@ -64,12 +65,39 @@ def resolve(
 def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: int | None = None) -> GenerateConfig:
     """The same for generation. One replica writes, so dp is 1; `parallel=auto` takes tp, as the answer comes sooner."""
     check_values(config)
-    if config.parallel.auto:
-        config = changed(config, {"parallel.auto": False, "parallel.tp": world_size or config.devices or num_gpus or 1})
-    config = _derive_sizes(config, 1)
     if config.device == "auto":
-        config = changed(config, {"device": "cuda" if num_gpus else "cpu"})
-    return config
+        config = changed(config, {"device": _device(config.kernels.backend, num_gpus)})
+    if config.parallel.auto:
+        gpus = num_gpus if config.device == "cuda" else 0
+        config = changed(config, {"parallel.auto": False, "parallel.tp": world_size or config.devices or gpus or 1})
+    return _derive_sizes(config, 1)
+
+
+def _layouts_to_verify(config: VerifyConfig, num_gpus: int) -> list[Layout]:
+    """Every feasible one of up to 8 ranks. On GPUs of no more than there are, and one rank first: the reference is the
+    CPU's there."""
+    if config.train.device == "cpu":
+        return feasible_layouts(config)
+    return [Layout(), *feasible_layouts(config, min(8, num_gpus))]
+
+
+def _device(backend: str, num_gpus: int) -> str:
+    """What device=auto is: a GPU if one is visible, but kernels are interpreted on a CPU."""
+    return "cuda" if num_gpus and backend != "interpret" else "cpu"
+
+
+# NCCL counts the time of a receive from when it is posted, ahead of the phase that it may wait for; gloo from its wait.
+# A bucket of 1M is a collective of 4 MB, a third of what NVLink can do, and 60 us of Python: too small for a GPU.
+_DEFAULTS = {
+    "cpu": {"parallel.bucket_size": 1_000_000, "train.timeout_s": 300.0},
+    "cuda": {"parallel.bucket_size": 40_000_000, "train.timeout_s": 1800.0},
+}
+
+
+def _for_device(config: T) -> T:
+    """What is left open and depends on the device."""
+    given = {"parallel.bucket_size": config.parallel.bucket_size, "train.timeout_s": config.train.timeout_s}
+    return changed(config, {key: value for key, value in _DEFAULTS[config.train.device].items() if given[key] is None})
 
 
 def _model_sizes(model: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass, make_dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 from megapar.config.keys import group, option
@@ -100,8 +101,10 @@ class ParallelConfig(AxisSizes):
     check_gradients: bool = option(
         False, "refuse a parameter that some micro-batch did not use, by name; else its gradient is zero there"
     )
-    bucket_size: int = option(
-        1_000_000, "elements of a gradient bucket, reduced over dp as soon as it is complete", at_least=1
+    bucket_size: int | None = option(
+        None,
+        "elements of a gradient bucket, reduced over dp as soon as it is complete; default: 1M, 40M on GPUs",
+        at_least=1,
     )
 
     @property
@@ -243,9 +246,18 @@ class TrainSection:
         "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M",
         identity=False,
     )
-    timeout_s: float = option(
-        300.0, "seconds after which a stuck collective or transfer ends the run", at_least=1, at_most=30 * 24 * 3600
+    timeout_s: float | None = option(
+        None,
+        "seconds after which a stuck collective or transfer ends the run; default: 300, 1800 on GPUs",
+        at_least=1,
+        at_most=30 * 24 * 3600,
     )
+
+    @property
+    def timeout(self) -> timedelta:
+        """`timeout_s` of a resolved config."""
+        assert self.timeout_s is not None
+        return timedelta(seconds=self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -329,7 +341,7 @@ class VerifyConfig(TrainConfig):
     """`megapar verify`: compare layouts with the one-process run."""
 
     layouts: list[str] | None = option(
-        None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks"
+        None, "layouts such as [tp2pp2dp2,tp4]; default: every feasible one up to 8 ranks, or as many as there are GPUs"
     )
     out: str | None = option(
         None, "file for the comparison as JSON; default: run.dir/verify.json", verbatim=True, path=True, identity=False

@@ -98,7 +98,7 @@ def _next_token(
 
     schedule = lower(forward_only(placement, 1), len(placement), 1)
     logits = executor.run(schedule, [_batch(seen, context)], head)
-    mesh.timeline.take()
+    mesh.timeline.forget()
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
     source = mesh.first_rank(pp=placement[-1])
     if mesh.rank == source:

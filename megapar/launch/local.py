@@ -76,9 +76,10 @@ def launch(job: Job, quiet: bool = False) -> None:
 
 def _settings(ranks: int, scratch: str, start_method: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig
 
-    return LaunchConfig(
+    from megapar.torch_compat import launch_config
+
+    return launch_config(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,

@@ -58,12 +58,14 @@ class WorkerPool:
         *args: Any,
         timeout: float = 120.0,
         operation_timeout: float | None = None,
+        device: str = "cpu",
     ) -> list[Any]:
         """`fn(rank, world_size, *args)` in ranks 0..world_size-1; returns their results by rank.
 
-        fn and args travel by pickle, so fn is a function at the top level of a module. For more than one rank a gloo
-        default process group of exactly these ranks is there, and gone afterwards with every group made from it.
+        fn and args travel by pickle, so fn is a function at the top level of a module. For more than one rank a default
+        process group of exactly these ranks is there, and gone afterwards with every group made from it.
         timeout: seconds for the whole job; operation_timeout: for one operation of the group, by default the same.
+        device: cpu: gloo; cuda: NCCL, and every rank has the GPU of its number.
         Raises PoolError when a rank fails, dies or is not done by then; the pool
         has replaced the processes that were part of it and can be used again.
         """
@@ -71,8 +73,8 @@ class WorkerPool:
             raise ValueError(f"world_size={world_size}: the pool has {self.size} processes")
         self._jobs += 1
         for rank in range(world_size):
-            job = (fn, rank, world_size, args, f"{self._folder.name}/store-{self._jobs}", operation_timeout or timeout)
-            self._workers[rank].send(job)
+            meeting = f"{self._folder.name}/store-{self._jobs}"
+            self._workers[rank].send((fn, rank, world_size, args, meeting, operation_timeout or timeout, device))
         answers, timed_out = self._collect(world_size, time.monotonic() + timeout)
         if len(answers) == world_size and all(answer[0] == "done" for answer in answers.values()):
             return [answers[rank][1] for rank in range(world_size)]
@@ -188,8 +190,7 @@ def _serve(pipe: Any, stack_file: str) -> None:
 def _answer(received: bytes) -> tuple[Any, ...]:
     """("done", result), or ("failed", exception or None, traceback, line, whether only a peer was lost, time)"""
     try:
-        fn, rank, world_size, args, meeting, timeout = pickle.loads(received)
-        result = _run(fn, rank, world_size, args, meeting, timeout)
+        result = _run(*pickle.loads(received))
         pickle.dumps(result)
         return "done", result
     except BaseException as error:
@@ -203,15 +204,21 @@ def _answer(received: bytes) -> tuple[Any, ...]:
         return "failed", kept, text, line, is_lost_peer(error), time.time()
 
 
-def _run(fn: Callable[..., Any], rank: int, world_size: int, args: Any, meeting: str, timeout: float) -> Any:
+def _run(
+    fn: Callable[..., Any], rank: int, world_size: int, args: Any, meeting: str, timeout: float, device: str
+) -> Any:
+    import torch
     import torch.distributed as dist
 
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     if world_size == 1:
         return fn(rank, world_size, *args)
     limit = timedelta(seconds=timeout)
     # A file: connecting to a TCPStore stood still for 5 s in one of ten jobs where this was written.
     store = dist.FileStore(meeting, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     result = fn(rank, world_size, *args)
     # Not in a `finally`: after a failure the process ends, and destroying a group whose peers hang may never return.
     _wait_for_peers()

@@ -174,7 +174,7 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
         entry(config, rank, world_size)
         return
     # No device_id: bound to a device, NCCL would run a group's transfers to all peers one after another, and a receive
-    # posted ahead would hold up the sends behind it.
+    # posted ahead would hold up the sends behind it. (What it does to those of one pair: `megapar.mesh.CHANNELS`.)
     backend = "nccl" if job.device == "cuda" else "gloo"
     meet: dict[str, Any] = {"rank": rank, "world_size": world_size, "store": store} if store is not None else {}
     dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s), **meet)

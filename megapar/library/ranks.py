@@ -1,7 +1,6 @@
 """Joining the ranks that torchrun has started."""
 
 import os
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ def join(config: TrainConfig) -> tuple[int, bool]:
         cuda = config.train.device == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.train.timeout_s))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=config.train.timeout)
         started = True
     _refuse_size(config, dist.get_world_size())
     return dist.get_rank(), started

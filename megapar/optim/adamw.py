@@ -130,8 +130,7 @@ class Optimizer:
         params = self.buffers.params
         if self.buffers.zero:
             narrow = [masters.to(own.dtype) for masters, own in zip(self.masters, params, strict=True)]
-            for own, whole in zip(params, self.buffers.gather(narrow), strict=True):
-                own.copy_(whole)
+            self.buffers.gather(narrow, into=params)
             return
         for own, masters in zip(params, self.masters, strict=True):
             if masters.data_ptr() != own.data_ptr():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.mesh import Axis
-from megapar.parallel.collectives import all_gather
+from megapar.parallel.collectives import start_all_gather, wait_for
 from megapar.parallel.context import StageContext
 from megapar.parallel.initial import fill
 from megapar.parallel.plain import hook_plain_gradient
@@ -187,11 +187,20 @@ class StageBuffers:
             group.append((held.bucket, run))
         return runs
 
-    def gather(self, owned: Sequence[Tensor]) -> list[Tensor]:
-        """From the owned part of every bucket to the whole. Collective over the buckets' axes."""
+    def gather(self, owned: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """From the owned part of every bucket to the whole. Collective over the buckets' axes.
+
+        into: where the whole goes; default: fresh memory. Without ZeRO-1 it is `owned` itself.
+        """
         if not self.zero:
             return list(owned)
-        return [all_gather(part, bucket.axis) for bucket, part in zip(self.buckets, owned, strict=True)]
+        if into is None:
+            into = [part.new_empty(bucket.size) for bucket, part in zip(self.buckets, owned, strict=True)]
+        of_buckets = enumerate(zip(self.buckets, owned, into, strict=True))
+        wait_for(
+            [start_all_gather(f"gather of bucket {n}", one, part, bucket.axis) for n, (bucket, part, one) in of_buckets]
+        )
+        return list(into)
 
     def take_owned(self, whole: Sequence[Tensor]) -> list[Tensor]:
         """The owned part of every bucket, as views."""

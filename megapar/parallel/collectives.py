@@ -21,20 +21,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
+from megapar.torch_compat import all_gather_single, reduce_scatter_single
 
 
 @dataclass(frozen=True)
 class Started:
-    """A collective in flight. `wait` is timed as waiting; `finish` is what is left to compute after it."""
+    """A collective in flight. `wait` is timed as waiting; `finish` is what is left to compute after it.
+
+    operands: kept until then. NCCL works on them on a stream of its own, which the allocator knows nothing of, and lets
+    go of them at the first wait for the work, which may be an observer's.
+    """
 
     name: str
     axis: Axis
     work: dist.Work
+    operands: list[object]
     finish: Callable[[], object] = lambda: None
 
     def wait(self) -> None:
         with self.axis.blocked(self.name):
             self.work.wait()
+        self.operands.clear()
         self.finish()
 
 
@@ -45,12 +52,17 @@ def wait_for(started: Iterable[Started]) -> None:
 
 def start_all_reduce(name: str, x: Tensor, axis: Axis) -> Started:
     """Begin to sum x over the axis, in place. `x` is contiguous."""
-    return _start(name, axis, partial(dist.all_reduce, x))
+    return _start(name, axis, dist.all_reduce, x)
 
 
-def start_all_gather(name: str, into: list[Tensor], x: Tensor, axis: Axis) -> Started:
-    """Begin to write every rank's x, contiguous, to `into[rank]`."""
-    return _start(name, axis, partial(dist.all_gather, into, x))
+def start_all_gather(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
+    """Begin to write every rank's x [n, ...] to `into` [R*n, ...], rank after rank; both are contiguous."""
+    return _start(name, axis, all_gather_single, into, x)
+
+
+def start_all_gather_list(name: str, into: list[Tensor], x: Tensor, axis: Axis) -> Started:
+    """Begin to write every rank's x, contiguous, to `into[rank]`, wherever that lies. NCCL gathers first and copies."""
+    return _start(name, axis, dist.all_gather, into, x)
 
 
 def start_reduce_scatter(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
@@ -60,7 +72,7 @@ def start_reduce_scatter(name: str, into: Tensor, x: Tensor, axis: Axis) -> Star
     takes 1.4 to 5 times as long (2 and 4 ranks, 64 KB to 16 MB, medians), and does a part of it before it returns.
     """
     if x.is_cuda:
-        return _start(name, axis, partial(dist.reduce_scatter_single, into, x))
+        return _start(name, axis, reduce_scatter_single, into, x)
     blocks = x.new_empty(axis.size, *into.shape)
     started = start_all_to_all(name, blocks, x.view(blocks.shape), axis)
     return replace(started, finish=lambda: torch.sum(blocks, 0, out=into))
@@ -68,11 +80,12 @@ def start_reduce_scatter(name: str, into: Tensor, x: Tensor, axis: Axis) -> Star
 
 def start_all_to_all(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
     """Begin to send block r of x [R, ...] to rank r and to write what rank r sends to block r of `into`."""
-    return _start(name, axis, partial(dist.all_to_all_single, into, x))
+    return _start(name, axis, dist.all_to_all_single, into, x)
 
 
-def _start(name: str, axis: Axis, collective: Callable[..., dist.Work]) -> Started:
-    return Started(name, axis, axis.timeline.in_flight(name, partial(collective, group=axis.group, async_op=True)))
+def _start(name: str, axis: Axis, collective: Callable[..., dist.Work], *operands: object) -> Started:
+    start = partial(collective, *operands, group=axis.group, async_op=True)
+    return Started(name, axis, axis.timeline.in_flight(name, start), list(operands))
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -89,7 +102,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     with axis.blocked("all_gather"):
-        dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
+        all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
 

@@ -119,14 +119,14 @@ class StageContext:
 
     def seeded(self, name: str):
         """torch's generators fixed by (seed, name): a plain module built inside starts the same on every rank."""
-        return _Seeded(self.seed, name)
+        return _Seeded(self.seed, name, self.device)
 
 
 class _Seeded:
-    def __init__(self, seed: int, name: str) -> None:
+    def __init__(self, seed: int, name: str, device: torch.device) -> None:
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         self.seed = int.from_bytes(digest, "little") >> 1
-        self.fork = torch.random.fork_rng()
+        self.fork = torch.random.fork_rng([device.index] if device.type == "cuda" else [])
 
     def __enter__(self) -> None:
         self.fork.__enter__()

@@ -24,13 +24,13 @@ from megapar.config.errors import UserError
 from megapar.kernels import NEEDS_TRITON, backend_of
 from megapar.kernels.comm import matmul as fused
 from megapar.kernels.comm.symmetric import NoSharedMemory, SymmetricMemory
-from megapar.kernels.matmul import matmul
+from megapar.kernels.matmul import empty_matrix, matmul
 from megapar.mesh import Axis
 from megapar.parallel.collectives import (
     all_gather,
     all_reduce,
     reduce_scatter,
-    start_all_gather,
+    start_all_gather_list,
     start_all_reduce,
     start_reduce_scatter,
     wait_for,
@@ -58,14 +58,14 @@ class Serial:
         return "serial"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul", fine=True):
             y = matmul(x, w)
         all_reduce(y, axis)
         meanwhile()
         return y
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"):
+        with axis.timeline.span("matmul", "matmul", fine=True):
             summands = matmul(x, w)
         y = reduce_scatter(summands, axis)
         meanwhile()
@@ -73,8 +73,8 @@ class Serial:
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         gathered = all_gather(x, axis)
-        with axis.timeline.span("matmul", "matmul"):
-            return matmul(gathered, w), gathered
+        with axis.timeline.span("matmul", "matmul", fine=True):
+            return matmul(gathered, w, aligned=True), gathered
 
 
 class Chunked:
@@ -95,7 +95,7 @@ class Chunked:
         y = x.new_empty(len(x), w.shape[1])
         started = []
         for name, rows in self.cut(len(x)):
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 matmul(x[rows], w, out=y[rows])
             started.append(start_all_reduce(f"all_reduce {name}", y[rows], axis))
         meanwhile()
@@ -109,7 +109,7 @@ class Chunked:
         for name, rows in self.cut(t):
             # every rank's rows of this piece, one rank's after another's: what reduce-scatter takes
             part = summands[axis.size * rows.start : axis.size * rows.stop]
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 for block, into in zip(x.split(t), part.split(rows.stop - rows.start), strict=True):
                     matmul(block[rows], w, out=into)
             started.append(start_reduce_scatter(f"reduce_scatter {name}", y[rows], part, axis))
@@ -119,18 +119,18 @@ class Chunked:
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         x, t, pieces = x.contiguous(), len(x), self.cut(len(x))
-        gathered, y = x.new_empty(axis.size * t, x.shape[1]), x.new_empty(axis.size * t, w.shape[1])
+        gathered, y = x.new_empty(axis.size * t, x.shape[1]), empty_matrix(x, axis.size * t, w.shape[1])
         blocks, results = gathered.unflatten(0, (axis.size, t)), y.unflatten(0, (axis.size, t))
         started = [
-            start_all_gather(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
+            start_all_gather_list(f"all_gather {name}", [block[rows] for block in blocks], x[rows], axis)
             for name, rows in pieces
         ]
-        with axis.timeline.span("matmul", "matmul of this rank's rows"):
+        with axis.timeline.span("matmul", "matmul of this rank's rows", fine=True):
             matmul(x, w, out=results[axis.index])
         peers = [rank for rank in range(axis.size) if rank != axis.index]
         for (name, rows), piece in zip(pieces, started, strict=True):
             piece.wait()
-            with axis.timeline.span("matmul", f"matmul {name}"):
+            with axis.timeline.span("matmul", f"matmul {name}", fine=True):
                 for rank in peers:
                     matmul(blocks[rank][rows], w, out=results[rank][rows])
         return y, gathered
@@ -160,21 +160,21 @@ class Symmetric:
         return "symmetric"
 
     def matmul_all_reduce(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul", fine=True), sharing_memory():
             finish = fused.start_matmul_all_reduce(x, w, self.memory)
         meanwhile()
         with axis.blocked("all_reduce"):
             return finish()
 
     def matmul_reduce_scatter(self, x: Tensor, w: Tensor, axis: Axis, meanwhile: Meanwhile) -> Tensor:
-        with axis.timeline.span("matmul", "matmul"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul", fine=True), sharing_memory():
             finish = fused.start_matmul_reduce_scatter(x, w, self.memory)
         meanwhile()
         with axis.blocked("reduce_scatter"):
             return finish()
 
     def all_gather_matmul(self, x: Tensor, w: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}"), sharing_memory():
+        with axis.timeline.span("matmul", "matmul of gathered rows", f" over {axis.name}", fine=True), sharing_memory():
             return fused.all_gather_matmul(x, w, self.memory)
 
 
@@ -191,10 +191,10 @@ def sharing_memory() -> Iterator[None]:
 # `Serial`. The bytes follow from the collective and the ranks (`bytes_sent`).
 # cpu: `megapar bench overlap subject=[layer] rate=[0]` on two cores, where a transfer takes a core too: at 0.5 MB
 # chunked took 1.25 times as long as serial, at 4 MB 0.97 to 1.03 times. A slow network gains from less, but a table
-# does not know it. cuda: not measured; pipelined all-gather + matmul lost by 2 to 4 times at 1024 rows (kraken, pull
-# request 19), fused reduce-scatter by 2.6 to 3.3 times up to 384 rows (pytorch issue 179770). `Symmetric` is taken by
-# name only: no GPU has run it yet.
-PIECES = {"cpu": ((0, 1), (2 << 20, 4)), "cuda": ((0, 1), (4 << 20, 2), (16 << 20, 4))}
+# does not know it. cuda: serial until a GPU has measured it; others' pipelined all-gather + matmul lost by 2 to 4 times
+# at 1024 rows (kraken, pull request 19), fused reduce-scatter by 2.6 to 3.3 times up to 384 rows (pytorch issue
+# 179770). `Symmetric` is taken by name only: no GPU has run it yet.
+PIECES = {"cpu": ((0, 1), (2 << 20, 4)), "cuda": ((0, 1),)}
 
 
 def bytes_sent(operation: Operation, x: Tensor, w: Tensor, ranks: int) -> float:

@@ -1,6 +1,9 @@
 """Initial values: a function of (seed, name, element) alone, so that any rank makes its own shard."""
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from math import prod
 
@@ -10,7 +13,10 @@ from torch import Tensor
 
 from megapar.parallel.record import Constant, Given, Normal, ParameterRecord, Shard
 
-_CHUNK = 1 << 18
+# Values that are made together: their buffers of 256 KB stay in a core's cache, and torch, which converts them, starts no
+# threads of its own for so few.
+_CHUNK = 1 << 15
+_WORTH_THREADS = 1 << 20  # values
 
 
 def normal_values(seed: int, name: str, start: int, stop: int) -> np.ndarray:
@@ -23,8 +29,15 @@ def normal_values(seed: int, name: str, start: int, stop: int) -> np.ndarray:
     generator = np.random.Philox(key=int.from_bytes(digest, "little"))
     generator.advance(start // 4)  # four words per counter value
     words = generator.random_raw(stop - start // 4 * 4)[start % 4 :]
-    radius = np.sqrt(-2.0 * np.log(((words >> np.uint64(32)) + 1.0) * 2.0**-32))
-    return radius * np.cos((words & np.uint64(0xFFFFFFFF)) * (2.0 * np.pi * 2.0**-32))
+    radius = (words >> np.uint64(32)) + 1.0
+    radius *= 2.0**-32
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    words &= np.uint64(0xFFFFFFFF)
+    angle = words * (2.0 * np.pi * 2.0**-32)
+    radius *= np.cos(angle, out=angle)
+    return radius
 
 
 def fill(record: ParameterRecord, shard: Shard, seed: int, out: Tensor) -> None:
@@ -32,7 +45,8 @@ def fill(record: ParameterRecord, shard: Shard, seed: int, out: Tensor) -> None:
 
     Value number i belongs to element i of the logical tensor with the divided dims moved to the front. These are a
     property of the record and not of the layout, so every shard is a few runs of that order, made without the rest, and
-    the union over any number of ranks is bit for bit the one-process tensor. Memory: a few MiB, at least one row.
+    the union over any number of ranks is bit for bit the one-process tensor. Memory: a few MiB a thread, at least one
+    row; for another device than the CPU one tensor more on the host.
     """
     if out.is_meta:
         return
@@ -46,6 +60,28 @@ def fill(record: ParameterRecord, shard: Shard, seed: int, out: Tensor) -> None:
 
 
 def _fill_normal(record: ParameterRecord, shard: Shard, seed: int, std: float, out: Tensor) -> None:
+    on_host = out if out.device.type == "cpu" else torch.empty_like(out, device="cpu")
+    write = partial(_write, seed, record.name, std)
+    threads = torch.get_num_threads()
+    if threads == 1 or out.numel() < _WORTH_THREADS:
+        for run in _runs(record, shard, on_host):
+            write(run)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # numpy computes without the interpreter's lock
+            list(pool.map(write, _runs(record, shard, on_host)))
+    if on_host is not out:
+        out.copy_(on_host)
+
+
+def _write(seed: int, name: str, std: float, run: tuple[int, Tensor]) -> None:
+    start, part = run
+    values = normal_values(seed, name, start, start + part.numel())
+    values *= std
+    part.copy_(torch.from_numpy(values).view(part.shape))
+
+
+def _runs(record: ParameterRecord, shard: Shard, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first value, the part of `out` that it and those behind it go to), which make up all of `out`."""
     front = [split.dim for split in record.splits] or [0]
     order = [*front, *(dim for dim in range(len(record.shape)) if dim not in front)]
     shape, box = [record.shape[dim] for dim in order], [shard.box[dim] for dim in order]
@@ -60,7 +96,5 @@ def _fill_normal(record: ParameterRecord, shard: Shard, seed: int, std: float, o
         into = moved[tuple(index - place.start for index, place in zip(outer, box, strict=False))]
         for first in range(box[last].start, box[last].stop, rows):
             stop = min(box[last].stop, first + rows)
-            start = before * shape[last]
-            values = normal_values(seed, record.name, (start + first) * row, (start + stop) * row) * std
-            part = into[first - box[last].start : stop - box[last].start]
-            part.copy_(torch.from_numpy(values).view(part.shape))
+            start = before * shape[last] + first
+            yield start * row, into[first - box[last].start : stop - box[last].start]

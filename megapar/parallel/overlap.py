@@ -143,7 +143,7 @@ class _WeightGradient:
             self.value = self._timed(lambda: matmul(dy.t(), x))
 
     def _timed(self, multiply: Callable[[], T]) -> T:
-        with self.overlap.axis.timeline.span("matmul", "weight gradient"):
+        with self.overlap.axis.timeline.span("matmul", "weight gradient", fine=True):
             return multiply()
 
 
@@ -152,7 +152,7 @@ class _CopyMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.overlap = overlap
-        return matmul(x, w.t())
+        return matmul(x, w.t(), aligned=True)  # no collective takes it
 
     @staticmethod
     @once_differentiable

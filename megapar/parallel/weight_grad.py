@@ -155,8 +155,8 @@ class Lookup:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        inside = (x >= 0) & (x < weight.shape[0])
-        return weight[x.where(inside, 0)] * inside.unsqueeze(1)
+        outside = (x < 0) | (x >= weight.shape[0])
+        return weight[x.masked_fill(outside, 0)].masked_fill_(outside.unsqueeze(1), 0.0)
 
     @staticmethod
     def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -164,5 +164,6 @@ class Lookup:
 
     @staticmethod
     def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
-        inside = (x >= 0) & (x < into.shape[0])
-        into.index_add_(0, x[inside], grad[inside].to(into.dtype))
+        # To choose the rows inside would have the host wait until the device has counted them.
+        outside = (x < 0) | (x >= into.shape[0])
+        into.index_add_(0, x.masked_fill(outside, 0), grad.to(into.dtype).masked_fill(outside.unsqueeze(1), 0.0))

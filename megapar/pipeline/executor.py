@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megapar.mesh import Axis, Mesh
+from megapar.mesh import Mesh
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
@@ -56,7 +56,6 @@ class Executor:
         reduce: Callable[[int], None] = lambda stage: None,
     ) -> None:
         self.stages, self.mesh, self.weight_grads, self.loss, self.reduce = stages, mesh, weight_grads, loss, reduce
-        self.axes: dict[str, Axis] = {"F": mesh["pp"], "B": mesh["pp_backward"]} if mesh["pp"].size > 1 else {}
 
     def run(
         self,
@@ -68,6 +67,7 @@ class Executor:
 
         head(outputs, batch): what to return instead of the loss, in a schedule without backward.
         """
+        self.mesh.connect(schedule.transfers)
         row = schedule.rows[self.mesh["pp"].index]
         training = any(action.kind in ("B", "I") for action in row)
         for stage in self.stages.values():
@@ -79,6 +79,33 @@ class Executor:
                     phase.actions[action.kind](action)
             phase.wait_for_sends()
         return [phase.losses[m] for m in sorted(phase.losses)]
+
+    def rehearse(self, schedule: Schedule, batch: Batch) -> None:
+        """Run each of this rank's stages once, forward and backward, on zeros in place of what others send.
+
+        On a GPU that compiles the kernels: in a phase, others would wait for it with receives whose time runs. It adds
+        to the main gradients, and nothing else of it stays.
+        """
+        assert self.loss is not None
+        weight_grads = self.weight_grads
+        on_added, weight_grads.on_added = weight_grads.on_added, lambda parameter: None
+        try:
+            for number, stage in self.stages.items():
+                stage.train(True)
+                received = {
+                    name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.mesh.device)
+                    for name, spec in (stage.received(batch) if number else {}).items()
+                }
+                for tensor in received.values():
+                    tensor.requires_grad_(tensor.is_floating_point())
+                outputs = stage(received, batch)
+                if number == schedule.stages - 1:
+                    outputs = {"loss": self.loss(outputs, batch)}
+                of_weights = [tensor for tensor in outputs.values() if tensor.requires_grad]
+                torch.autograd.backward(of_weights, [torch.zeros_like(tensor) for tensor in of_weights])
+        finally:
+            weight_grads.on_added = on_added
+            self.mesh.timeline.forget()
 
 
 class _Phase:
@@ -118,7 +145,7 @@ class _Phase:
         }
         self._unposted = {
             (source, kind): deque(schedule.channel_order(source, self.index, kind))
-            for kind in executor.axes
+            for kind in ("F", "B")
             for source in range(len(schedule.rows))
             if source != self.index
         }
@@ -185,11 +212,12 @@ class _Phase:
     def _send(self, action: Action) -> None:
         kind = action.kind[-1]
         self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
-        target = self._rank(self.schedule.rank_of(self._neighbour(action.stage, kind)))
+        target = self.schedule.rank_of(self._neighbour(action.stage, kind))
+        group = self.mesh.channel(kind, self.index, target).group
         for name, tensor in sorted(self._outgoing.pop(action).items()):
             tensor = tensor.contiguous()
             with self.mesh["pp"].blocked(f"{action} of {name}"):
-                work = dist.isend(tensor, target, group=self.executor.axes[kind].group)
+                work = dist.isend(tensor, self._rank(target), group=group)
             assert work is not None
             self._sends.append((work, tensor))
 
@@ -203,6 +231,7 @@ class _Phase:
         source, kind = channel
         action = self._unposted[channel].popleft()
         stage, batch = self.stages[action.stage], self.batches[action.microbatch]
+        group = self.mesh.channel(kind, source, self.index).group
         specs = stage.received(batch) if kind == "F" else stage.sent(batch)
         receive = _Receive({})
         for name, spec in sorted(specs.items()):  # the order of sends
@@ -210,7 +239,7 @@ class _Phase:
                 continue
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.mesh.device)
             receive.tensors[name] = tensor
-            work = dist.irecv(tensor, self._rank(source), group=self.executor.axes[kind].group)
+            work = dist.irecv(tensor, self._rank(source), group=group)
             assert work is not None
             receive.works.append(work)
         self._posted[action] = receive

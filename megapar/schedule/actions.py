@@ -69,6 +69,17 @@ class Schedule:
         """The stages of a rank in order."""
         return [stage for stage, owner in enumerate(self.placement) if owner == rank]
 
+    @cached_property
+    def transfers(self) -> frozenset[tuple[str, int, int]]:
+        """(F or B, source, target) of every pair of ranks that one sends to the other."""
+        step = {"SEND_F": 1, "SEND_B": -1}
+        return frozenset(
+            (action.kind[-1], source, self.placement[action.stage + step[action.kind]])
+            for source, row in enumerate(self.rows)
+            for action in row
+            if action.kind in step
+        )
+
     def channel_order(self, source: int, target: int, kind: str) -> list[Action]:
         """The receives of rank `target` in the order in which rank `source` sends, for kind F or B.
 

@@ -16,6 +16,7 @@ from megapar.parallel.context import StageContext
 from megapar.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megapar.pipeline.stage import Batch, Stage
 from megapar.tasks.kind import Figure, TaskKind
+from megapar.tasks.send import send
 
 _IGNORED = -1  # label of a token that does not count
 
@@ -41,8 +42,8 @@ class LanguageModeling:
     def batches(self, step: int) -> list[Batch]:
         """This data-parallel rank's micro-batches of step 1, 2, ...: its share of a run of global sample numbers."""
         first = (step - 1) * self.config.train.global_batch_size
-        numbers = self._share(self.config.train.global_batch_size)
-        return [self._batch("train", first + part, step, self.tokens_per_step) for part in numbers]
+        numbers = first + self._share(self.config.train.global_batch_size)
+        return self._batches("train", numbers, step, self.tokens_per_step)
 
     def loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """This micro-batch's part of the mean loss over the global batch."""
@@ -58,13 +59,10 @@ class LanguageModeling:
         """
         numbers = self._held_out_numbers()
         granule = self.config.train.micro_batch_size * self.mesh.samples.size
+        share = self._share(-(-len(numbers) // granule) * granule)
         tokens = len(numbers) * self.config.train.seq_length
-        batches = []
-        for part in self._share(-(-len(numbers) // granule) * granule):
-            batch = self._batch("valid", numbers[np.minimum(part, len(numbers) - 1)], 0, tokens)
-            batch["labels"][torch.from_numpy(part >= len(numbers))] = _IGNORED
-            batches.append(batch)
-        return batches
+        counted = share < len(numbers)
+        return self._batches("valid", numbers[np.minimum(share, len(numbers) - 1)], 0, tokens, counted)
 
     def figures(self, loss: float) -> dict[str, float | None]:
         """Bits per character: compression of the held-out text, comparable between tokenizers; None for tokens of
@@ -82,20 +80,21 @@ class LanguageModeling:
         count = min(self.config.train.eval_samples, available)
         return np.arange(count) * available // count
 
-    def _share(self, samples: int) -> list[np.ndarray]:
-        """This rank's micro-batches of sample numbers 0..samples-1: dealt out micro-batch by micro-batch."""
+    def _share(self, samples: int) -> np.ndarray:
+        """[M, B]: of sample numbers 0..samples-1 this rank's micro-batches, dealt out micro-batch by micro-batch."""
         size, peers = self.config.train.micro_batch_size, self.mesh.samples
-        return list(np.arange(samples).reshape(-1, peers.size, size)[:, peers.index])
+        return np.arange(samples).reshape(-1, peers.size, size)[:, peers.index]
 
-    def _batch(self, split: Split, numbers: np.ndarray, step: int, tokens: int) -> Batch:
-        windows = torch.from_numpy(self._samples[split].batch(numbers)).to(self.mesh.device)
-        return {
-            "ids": windows[:, :-1].contiguous(),
-            "labels": windows[:, 1:].contiguous(),
-            "samples": torch.from_numpy(numbers).to(self.mesh.device),
-            "step": torch.tensor(step),
-            "tokens": torch.tensor(float(tokens), dtype=torch.float64, device=self.mesh.device),
-        }
+    def _batches(
+        self, split: Split, numbers: np.ndarray, step: int, tokens: int, counted: np.ndarray | None = None
+    ) -> list[Batch]:
+        """Of sample numbers [M, B]. tokens: of the whole batch; counted [M, B]: samples that are part of the loss."""
+        windows = self._samples[split].batch(numbers.reshape(-1)).reshape(*numbers.shape, -1)
+        labels = windows[..., 1:] if counted is None else np.where(counted[..., None], windows[..., 1:], _IGNORED)
+        arrays = {"ids": windows[..., :-1], "labels": labels, "samples": numbers}
+        # Numbers of the host, which no kernel waits for.
+        scalars = {"step": torch.tensor(step), "tokens": torch.tensor(float(tokens), dtype=torch.float64)}
+        return [batch | scalars for batch in send(arrays, self.mesh.device)]
 
 
 TASK = TaskKind(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 BUSY = ("F", "B", "I", "W", "REDUCE")
 LAYERS = "layers"
 FLIGHT = "in flight"
+IDLE = "idle"
 
 
 def layers_of(stage: int) -> str:
@@ -20,8 +21,9 @@ def stage_of_layers(name: str) -> int:
 @dataclass(frozen=True)
 class Span:
     """kind: an action (F, B, I, W, REDUCE, ...), an axis (`tp`, `dp`, `pp`: waiting for it), LAYERS (their part
-    of an F), `phase` (the schedule's walk), OPTIMIZER, `matmul` (a piece of one) or FLIGHT (an asynchronous collective,
-    from its start until it is over).
+    of an F), `phase` (the schedule's walk), OPTIMIZER, `matmul` (a piece of one), FLIGHT (an asynchronous collective,
+    from its start until it is over) or IDLE (of a GPU: between two marks of the host, at the second of which it had no
+    more work; how long it was idle in there is not known, at most all of it). Matmuls and FLIGHT in detail only.
 
     start and stop in seconds on this rank's clock. Spans nest: an F holds the tp waits inside it.
     """

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
 from megapar.tasks import task_kind
-from megapar.trace.spans import BUSY, Span
+from megapar.torch_compat import all_gather_single
+from megapar.trace.spans import BUSY, IDLE, Span
 from megapar.train.wandb_log import WandbLog
 
 if TYPE_CHECKING:
     from tqdm import tqdm as Bar
 
 _WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step
-_COLUMNS = ("loss", "phase", "busy", *_WAITS)
+_COLUMNS = ("loss", "phase", "busy", "idle", *_WAITS)
 
 
 def local_figures(loss: float, spans: list[Span]) -> list[float]:
@@ -30,7 +30,7 @@ def local_figures(loss: float, spans: list[Span]) -> list[float]:
     for span in spans:
         seconds[span.kind] = seconds.get(span.kind, 0.0) + span.seconds
     busy = sum(seconds.get(kind, 0.0) for kind in BUSY)
-    return [loss, seconds.get("phase", 0.0), busy, *(seconds.get(axis, 0.0) for axis in _WAITS)]
+    return [loss, seconds.get("phase", 0.0), busy, seconds.get(IDLE, 0.0), *(seconds.get(axis, 0.0) for axis in _WAITS)]
 
 
 def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
@@ -39,15 +39,16 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
     rows = mine
     if mesh.world_size > 1:
         rows = mine.new_empty(mesh.world_size, len(figures))
-        dist.all_gather_single(rows, mine, group=mesh["world"].group)
+        all_gather_single(rows, mine, group=mesh["world"].group)
     return rows.cpu().view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
 def summarise(figures: Tensor) -> dict[str, Any]:
-    """loss, compute_s, bubble and exposed_comm_s of a step from all ranks' figures.
+    """loss, compute_s, idle_s, bubble and exposed_comm_s of a step from all ranks' figures.
 
-    compute_s: seconds in F, B, I, W and reduction less the waits for communication in them, mean over ranks.
-
+    compute_s: seconds in F, B, I, W and reduction less the waits for communication in them, mean over ranks. On a GPU
+    that is the stream's time: where the host is late, it holds gaps between kernels.
+    idle_s: seconds in which a GPU may have had no work, at most; mean over ranks.
     exposed_comm_s of an axis: seconds that even the last of a group to arrive waited, so that waiting for a late
     peer counts where it was late; of all groups of the axis the slowest.
     bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks. A pipeline's phase lasts
@@ -63,6 +64,7 @@ def summarise(figures: Tensor) -> dict[str, Any]:
     return {
         "loss": total_loss(figures),
         "compute_s": float(compute.mean()),
+        "idle_s": float(column["idle"].mean()),
         "bubble": float((1.0 - column["busy"] / phase).mean()),
         "exposed_comm_s": exposed,
     }

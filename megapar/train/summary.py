@@ -87,6 +87,8 @@ def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
     parts = [f"{axis} {seconds / step:.0%}" for axis, seconds in exposed.items() if summary["layout"].get(axis, 1) > 1]
     time = f"time        of a step: compute {summary['compute_s'] / step:.0%}"
     lines = [time + (f", exposed communication {', '.join(parts)}" if parts else "")]
+    if "gpu_idle" in summary:
+        lines.append(f"idle        {summary['gpu_idle']:.0%} of a step at most: GPUs without work from the host")
     if summary["layout"]["pp"] > 1:
         lines.append(
             f"bubble      {summary['bubble']:.1%} of the pipeline phase; the {config.pipeline.schedule} schedule's "

@@ -60,10 +60,16 @@ class Trainer(ModelPart):
         self.executor = Executor(
             self.stages, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
         )
+        if self.mesh.device.type == "cuda":
+            self.rehearse()
+
+    def rehearse(self) -> None:
+        """Have every kernel of a step compiled. A step afterwards is the same, bit for bit."""
+        self.executor.rehearse(self.schedule, self.task.batches(1)[0])
 
     def step(self, step: int, on_reduced: Callable[[], None] = lambda: None) -> Step:
         """Optimizer step number 1, 2, ... on_reduced: called with the gradients reduced and not yet clipped."""
-        self.mesh.timeline.take()  # what was waited for between two steps, as for a checkpoint, is no part of this one
+        self.mesh.timeline.forget()  # what was waited for between two steps, as for a checkpoint, is none of it
         start = time.perf_counter()
         self.sync.start(self.schedule)
         losses = self.executor.run(self.schedule, self.task.batches(step))
@@ -83,7 +89,7 @@ class Trainer(ModelPart):
         placement = self.schedule.placement
         schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
         loss = self._part(self.executor.run(schedule, batches))
-        self.mesh.timeline.take()
+        self.mesh.timeline.forget()
         return loss
 
     def _part(self, losses: list[Tensor]) -> float:

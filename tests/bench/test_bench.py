@@ -11,9 +11,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import triton.testing
 
 from megapar.bench import run, timing
+from megapar.bench.config import BenchKernelsConfig
 from megapar.bench.plots import plots
 from megapar.bench.problem import Work
 from megapar.bench.roofline import GPUS, gpu_named, least
@@ -325,6 +327,57 @@ def test_a_library_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert said == ["liger_kernel: rope, demo, 8 tokens left out: RuntimeError: no such head"]
     with pytest.raises(RuntimeError):
         run._measure(bench, Point("rope", "demo", "fp32", 8), "torch", said.append)
+
+
+def test_the_way_of_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU the one that torch picks; what is forced by name on a GPU is not offered."""
+    monkeypatch.setattr(run, "SECONDS", 0.001)
+    command = ["bench", "kernels", "kernel=[attention,matmul,rope]", "device=cpu", "provider=[torch]"]
+    assert main([*command, "shape=[demo]", "tokens=[16]", "mode=[full]", f"out={tmp_path}"]) == 0
+    notes = {row["kernel"]: row["note"] for row in read(tmp_path) if row["metric"] == "time"}
+    assert notes == {"attention": "FLASH_ATTENTION", "matmul": "main_grad.add_(mm)", "rope": ""}
+    assert "torch: FLASH_ATTENTION" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "more"), [("cpu", []), ("cuda", ["torch_flash", "torch_cudnn", "torch_fp32"])])
+def test_torch_has_more_ways_on_a_gpu(device: str, more: list[str]) -> None:
+    config = BenchKernelsConfig(device=device)  # type: ignore[arg-type]
+    assert run.understand(config, 1, lambda line: None).providers == ["megapar", "torch", *more]
+
+
+@pytest.mark.parametrize("kernel, dtype, ways", [
+    ("attention", "bf16", {"torch_flash": "FLASH_ATTENTION", "torch_cudnn": "CUDNN_ATTENTION"}),
+    ("attention", "fp32", {}),
+    ("matmul", "bf16", {"torch_fp32": "main_grad.add_(mm(out_dtype=fp32))"}),
+    ("matmul", "fp32", {}),
+])  # fmt: skip
+def test_every_way_is_of_the_dtypes_that_it_takes(kernel: str, dtype: str, ways: dict[str, str]) -> None:
+    providers = Point(kernel, "demo", dtype, 16).problem("cpu").providers
+    assert {name: providers[name]().note for name in providers if name.startswith("torch_")} == ways
+
+
+def test_flash_attention_by_name_computes_the_same() -> None:
+    """Forced in torch's CPU form, on keys and values with a head for each query head; either rounds to bf16."""
+    problem = Point("attention", "llama-8b", "bf16", 37).problem("cpu")
+    picked, forced = (problem.providers[name]() for name in ("torch", "torch_flash"))
+    kept = picked.forward(), forced.forward()
+    assert torch.equal(kept[0][0], kept[1][0].transpose(1, 2))
+    gradients = [x.float() for x in picked.backward(kept[0])]
+    by_name = [x.float().transpose(1, 2) for x in forced.backward(kept[1])]
+    by_name[1:] = [x.unflatten(2, (-1, 4)).sum(3) for x in by_name[1:]]  # of llama's groups
+    for found, expected in zip(by_name, gradients, strict=True):
+        assert (found - expected).norm() <= 2 * 2**-8 * expected.norm()
+
+
+@pytest.mark.parametrize("provider", ["megapar", "torch"])
+def test_products_do_the_same_work(provider: str) -> None:
+    """Both add their weight gradient to one in fp32, call after call."""
+    runner = Point("matmul", "demo", "bf16", 37).problem("cpu").providers[provider]()
+    once = runner.backward(runner.forward())[1].clone()
+    assert once.dtype == torch.float32 and once.abs().max() > 0
+    assert torch.equal(runner.backward(runner.forward())[1], 2 * once)
 
 
 # ------------------------------------------------------------------------------------------------------- interpreted

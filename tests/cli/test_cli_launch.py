@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from torch.distributed.launcher import api
 
 from megapar.cli import main
 from megapar.config import TrainConfig
 from megapar.config.file import load
 from megapar.launch.rank import Job, _fail, read_reports
+from megapar.torch_compat import launch_config
 
 FOLDER = "run.dir=run"
 HANG_S = 100  # stubs sleep for 120 s, and collectives wait for 300 s
@@ -202,3 +206,29 @@ def test_data_command_prints_a_table(
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_launcher_of_a_torch_without_shutdown_timeout(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Older(api.LaunchConfig):
+        """torch 2.11's: without the field, and refusing it."""
+
+        __dataclass_fields__: ClassVar = {
+            one.name: one for one in fields(api.LaunchConfig) if one.name != "shutdown_timeout"
+        }
+
+        def __init__(self, **settings: Any) -> None:
+            given.append(settings)
+            super().__init__(**settings)
+
+    assert (
+        getattr(launch_config(shutdown_timeout=5, min_nodes=1, max_nodes=1, nproc_per_node=1), "shutdown_timeout", 5)
+        == 5
+    )
+    monkeypatch.setattr(api, "LaunchConfig", Older)
+    assert run("ok", "train", "parallel=dp2", FOLDER).code == 0
+    assert [one["sum"] for one in seen(tmp_path / "run")] == [1.0, 1.0]
+    assert len(given) == 1 and "local_addr" in given[0] and "shutdown_timeout" not in given[0]

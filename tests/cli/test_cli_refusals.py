@@ -159,6 +159,13 @@ REFUSED = {
     "bench kernels targets=[sm_99]": ["targets=sm_99", "unknown", "sm_90"],
     "bench kernels kernels.backend=torch": ["kernels.backend=torch", "provider=[torch]"],
     "bench kernels kernels.backend=triton": ["kernels.backend=triton", "need a GPU"],
+    "train kernels.backend=interpret train.device=cuda": [
+        "kernels.backend=interpret",
+        "on a CPU, not on cuda",
+        "use cpu",
+    ],
+    "verify kernels.backend=interpret train.device=cuda": ["kernels.backend=interpret", "fp32"],
+    "verify train.device=cuda": ["train.device=cuda", "no GPU is visible", "use cpu"],
     "bench kernels device=cuda": ["device=cuda", "no GPU is visible", "use cpu"],
     "bench kernels out=/dev/null/x": ["out=/dev/null/x", "can't be written", "another folder"],
     "bench kernels out=/proc/x": ["out=/proc/x", "can't be written", "another folder"],
@@ -227,7 +234,6 @@ def test_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []  # no run directory for a refused run
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_cuda_without_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "train.device=cuda"]) == 2
     assert "train.device=cuda: no GPU is visible; use cpu" in capsys.readouterr().err

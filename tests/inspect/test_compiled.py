@@ -5,14 +5,19 @@ compiled.json holds the figures of the last accepted compilation. After a change
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megapar.inspect.compile import TARGETS as COMPILED_FOR
-from megapar.inspect.compile import Figures, compile_all, specs_of
+from megapar.inspect.compile import Figures, compile_all, spec_of, specs_of
 from megapar.kernels import matmul
+from megapar.kernels._common import Launch
+from megapar.kernels.comm import matmul as fused
+from megapar.kernels.comm.symmetric import described_use
 
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("compiled.json").read_text())
 TARGETS = [
@@ -37,7 +42,10 @@ FLOORS = {
     "attention_dq_d64": (0.20, 0.65),
 }
 # sm_90: instructions of the loop over K, at most, at the full rate of the tensor cores
-LONGEST = {f"matmul{kind}_14336": 110 for kind in ("", "_bias_gelu", "_input_grad", "_weight_grad")} | {
+LONGEST = {
+    **{f"matmul{kind}_14336": 110 for kind in ("", "_bias_gelu", "_input_grad", "_weight_grad")},
+    **{f"matmul_logits{kind}_50257": 112 for kind in ("", "_input_grad", "_weight_grad")},
+} | {
     f"{kind}_{width}": 101
     for kind in ("product_push_to_all", "product_push_to_owner", "gathered_product")
     for width in (1792, 7168)
@@ -78,6 +86,48 @@ def test_compiled(figures: list[Figures]) -> None:
                 assert found is not None and found >= floor, where
 
 
+def of_a_processor(one: Figures) -> tuple[int, int]:
+    """(registers, bytes of shared memory) that a program takes of one of NVIDIA's: registers by eights of a thread."""
+    return -(-one.registers // 8) * 8 * 32 * one.warps, one.shared_bytes + fused.RESERVED
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", TARGETS[2]])
+def test_a_gathered_product_leaves_room_for_what_it_waits_for(target: str) -> None:
+    """In every tile: a program of `push_rows` fits on a processor where one of the product's waits for its flag."""
+    launches: dict[str, Launch] = {}
+    for (arch, size), configs in matmul.CONFIGS.items():
+        dtype = {2: torch.bfloat16, 4: torch.float32}[size]
+        for config in configs if arch == target else ():
+            with torch.device("meta"):
+                x, w, y = (
+                    torch.empty(4096, 4096, dtype=dtype),
+                    torch.empty(4096, 512, dtype=dtype),
+                    torch.empty(4096, 512),
+                )
+            use = described_use(target, 8, 1, 1)
+            launches[f"push {config}"] = fused.push_rows(use, x[:512], config)
+            launches[f"product {config}"] = fused.gathered_product(use, x, w, y.to(dtype), config, 132)
+    found = compile_all([spec_of(name, launch, target) for name, launch in launches.items()])
+    assert all(one.error is None and one.spill_bytes == 0 for one in found), found
+    pushes, products = found[::2], found[1::2]
+    assert len(products) == sum(len(configs) for (arch, _), configs in matmul.CONFIGS.items() if arch == target)
+    for push, product in zip(pushes, products, strict=True):
+        registers, shared = map(sum, zip(of_a_processor(push), of_a_processor(product), strict=True))
+        assert registers <= fused.REGISTERS and shared <= fused.SHARED[target], (push, product)
+
+
+def test_a_tile_that_leaves_no_room_is_refused() -> None:
+    config = matmul.Config(128, 256, 64, 8, 5, tma=True)
+    with pytest.raises(
+        ValueError, match=r"^Config\(.*\) of torch.bfloat16 takes 240 KB .* sm_90 .*; use fewer stages$"
+    ):
+        fused.room_beside_push("sm_90", config, torch.bfloat16)
+    assert fused.room_beside_push("sm_90", replace(config, stages=3), torch.bfloat16) == 216
+    assert fused.room_beside_push("sm_86", matmul.CONFIGS["sm_80", 2][0], torch.bfloat16) == 216
+    assert fused.room_beside_push("gfx942", config, torch.bfloat16) is None
+
+
 def test_every_tile_of_a_matrix_product_is_compiled() -> None:
     for (arch, size), configs in matmul.CONFIGS.items():
         if arch in COMPILED_FOR:
@@ -89,4 +139,4 @@ def test_every_tile_of_a_matrix_product_is_compiled() -> None:
 def test_16_bit_tiles_are_read_by_tma() -> None:
     tiles = [one for one in GOLDEN if one["target"] in ("sm_90", "sm_100") and one["mma"]]
     wide = [one for one in tiles if not one["name"].endswith(("_d32", "_d32_causal", "_384", "_192"))]  # those are fp32
-    assert len(wide) == 2 * (9 + 9 + 6) and all(one["widest_load"] == 1024 for one in wide)
+    assert len(wide) == 2 * (9 + 12 + 6) and all(one["widest_load"] == 1024 for one in wide)

@@ -1,17 +1,34 @@
 """The matrix product and its epilogue: both backends against fp64, and torch's own checks of the operators."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapar.config.layout import Layout
+from megapar.config.schema import TrainConfig
 from megapar.kernels import use_backend
-from megapar.kernels.matmul import add_matmul, add_matmul_op, config_of, matmul, matmul_into_op, matmul_op
+from megapar.kernels._common import Launch
+from megapar.kernels.matmul import (
+    add_matmul,
+    add_matmul_op,
+    aot_specs,
+    config_of,
+    empty_matrix,
+    launch,
+    matmul,
+    matmul_into_op,
+    matmul_op,
+)
 from megapar.launch.pool import WorkerPool
+from megapar.parallel import cross_entropy
+from megapar.train.trainer import Trainer
 from tests.kernels.cases import DTYPES, distance, poisoned_memory
 from tests.pairwise import pairwise
+from tests.tiny import tiny_config
 
 Case = dict[str, Any]
 # one element; less than a tile, odd; a tile exactly; several tiles and steps, with more tiles than programs; rows that
@@ -89,7 +106,8 @@ def test_against_fp64(backend: str, interpreter: WorkerPool) -> None:
 def check_operators(rank: int, world_size: int) -> None:
     use_backend("interpret")
     a, b, bias, residual = torch.randn(3, 5), torch.randn(5, 4), torch.randn(4), torch.randn(3, 4)
-    torch.library.opcheck(matmul_op, (a, b, bias, "gelu", residual))
+    torch.library.opcheck(matmul_op, (a, b, bias, "gelu", residual, False))
+    torch.library.opcheck(matmul_op, (a, torch.randn(5, 7), None, None, None, True))
     torch.library.opcheck(add_matmul_op, (residual, a, b))
     torch.library.opcheck(matmul_into_op, (torch.empty(3, 4), a, b, bias, "gelu", residual))
     compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True)
@@ -105,6 +123,93 @@ def check_operators(rank: int, world_size: int) -> None:
 
 def test_operators_pass_torchs_checks(interpreter: WorkerPool) -> None:
     interpreter.run(check_operators, 1, timeout=300)
+
+
+def products_of_logits(rank: int, world_size: int) -> list[tuple[int, str, tuple[int, ...], float]]:
+    """(columns, what, strides, error in roundings of bf16) of a product and of both gradients made from it."""
+    use_backend("interpret")
+    found = []
+    for columns in (1, 8, 57, 64, 300):
+        generator = torch.Generator().manual_seed(columns)
+        x, w, dy = (
+            torch.randn(n, m, generator=generator).bfloat16() for n, m in ((20, 48), (columns, 48), (20, columns))
+        )
+        with poisoned_memory():
+            y = matmul(x, w.t(), aligned=True)
+            found.append((columns, "y", y.stride(), rounded(y, x.double() @ w.double().t())))
+            y.copy_(dy)  # its gradient takes its place
+            found.append((columns, "dx", y.stride(), rounded(matmul(y, w), dy.double() @ w.double())))
+            into = torch.zeros(w.shape)
+            add_matmul(into, y.t(), x)
+            exact = dy.double().t() @ x.double()
+            found.append(
+                (columns, "dw", y.stride(), float((into - exact).abs().max() / exact.abs().max()) * 2**-8 / 1e-6)
+            )
+    return found
+
+
+def rounded(y: Tensor, exact: Tensor) -> float:
+    return float(((y.double() - exact).abs() / (exact.abs() + 1e-3)).max()) / 2**-8
+
+
+def test_a_result_whose_rows_lie_apart(interpreter: WorkerPool) -> None:
+    """It is the product, and so are those that are made from it. Rows that TMA takes as they are stay together."""
+    for columns, what, strides, error in interpreter.run(products_of_logits, 1)[0]:
+        wide = {1: 64, 8: 8, 57: 64, 64: 64, 300: 320}[columns]
+        assert strides == (wide, 1) and error <= 1, (columns, what, strides, error)
+
+
+def test_in_torch_rows_stay_together() -> None:
+    assert matmul(torch.ones(3, 4), torch.ones(4, 5), aligned=True).is_contiguous()
+    assert empty_matrix(torch.ones(3, 4), 3, 5).is_contiguous()
+
+
+def test_gpt2s_logits_pass_by_tma() -> None:
+    """Written and read as tiles; of rows that are not aligned through addresses."""
+    launches = aot_specs("sm_90")
+    forward, input_grad, weight_grad = (
+        launches[f"matmul_logits{kind}_50257"] for kind in ("", "_input_grad", "_weight_grad")
+    )
+    assert forward.arguments["out_tiles"] and input_grad.arguments["a_tiles"] and weight_grad.arguments["a_tiles"]
+    together = torch.empty(4096, 50257, dtype=torch.bfloat16, device="meta")
+    x, w = (torch.empty(n, 768, dtype=torch.bfloat16, device="meta") for n in (4096, 50257))
+    assert launch("sm_90", x, w.t(), together).arguments["out_tiles"] is None
+    assert launch("sm_90", together, w, x).arguments["a_tiles"] is None
+
+
+def logits_of_a_step(rank: int, world_size: int, config: TrainConfig) -> list[str]:
+    """How the logits lie where their loss is computed, and which products of a step met what TMA can't take."""
+    found: set[str] = set()
+    statistics, run = cross_entropy.cross_entropy_statistics, Launch.run
+
+    def seen(logits: Tensor, *rest: Any, **options: Any) -> Tensor:
+        found.add(f"logits {list(logits.shape)}, {logits.stride()}")
+        return statistics(logits, *rest, **options)
+
+    def launched(one: Launch) -> None:
+        given = one.arguments
+        if one.kernel.fn.__name__ == "matmul_kernel":
+            found.update(
+                f"{name} {list(given[name].shape)}" for name in ("a", "b", "out") if given[f"{name}_tiles"] is None
+            )
+        run(one)
+
+    with mock.patch.object(cross_entropy, "cross_entropy_statistics", seen), mock.patch.object(Launch, "run", launched):
+        trainer = Trainer(config, rank)
+        trainer.step(1)
+        trainer.close()
+    return sorted(found)
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2"])
+def test_a_models_logits_pass_by_tma(layout: str, interpreter: WorkerPool, tokens: str) -> None:
+    """A vocabulary of 61: no shard of it has rows of a multiple of 16 bytes."""
+    values = {"kernels.backend": "interpret", "train.dtype": "bf16", "train.global_batch_size": 2, "model.layers": 1}
+    for rank, found in enumerate(
+        interpreter.run(logits_of_a_step, Layout.parse(layout).world, tiny_config(tokens, layout, **values))
+    ):
+        columns = 61 if layout == "single" else (30, 31)[rank]
+        assert found == [f"logits [16, {columns}], (64, 1)"]
 
 
 def test_a_tile_for_every_processor() -> None:

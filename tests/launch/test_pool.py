@@ -1,11 +1,14 @@
 """The pool of processes: results, groups, and that it stays usable after a failure, a death and a hang."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megapar.launch.pool import PoolError, WorkerPool
+from megapar.launch.pool import PoolError, WorkerPool, _run
 from tests.launch import jobs
 
 
@@ -76,3 +79,17 @@ def test_a_result_that_can_not_travel_is_an_error(pool: WorkerPool) -> None:
 def test_more_ranks_than_processes(pool: WorkerPool) -> None:
     with pytest.raises(ValueError, match="the pool has 4"):
         pool.run(jobs.pids, 5)
+
+
+def test_ranks_on_gpus_have_one_each_and_nccl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: called.append((backend, options["rank"]))
+    )
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for device in ("cuda", "cpu"):
+        result = _run(lambda *given: given, 1, 2, ("x",), str(tmp_path / device), 9.0, device)
+        assert result == (1, 2, "x")
+    assert called == [1, ("nccl", 1), ("gloo", 1)]

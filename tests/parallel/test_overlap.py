@@ -196,6 +196,7 @@ def sleeping_layers(rank: int, world_size: int, config: TrainConfig, transfer_s:
 
     with VirtualClock(transfer_s).running(), mock.patch.object(TransformerLayer, "forward", slow):
         trainer = Trainer(config, rank)
+        trainer.mesh.timeline.detailed = True
         done = trainer.step(1)
         figures = gather_figures(local_figures(done.loss, done.spans), trainer.mesh)
         trainer.close()

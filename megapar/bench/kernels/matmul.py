@@ -1,9 +1,15 @@
-"""The up projection of a model's MLP. Its backward has both gradients; the weight's is added to one in fp32."""
+"""The up projection of a model's MLP. Its backward has both gradients; the weight's is added to one in fp32.
+
+`torch` rounds a 16-bit weight gradient before it is added, `torch_fp32` makes it in fp32: ours does neither, and has no
+pass of its own for the sum.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megapar.bench.problem import Plan, Problem, Runner, differentiable, normal
+from megapar.bench.problem import Plan, Problem, Runner, normal
 from megapar.kernels import matmul as matmul_kernel
 from megapar.kernels.shapes import DTYPES, Sizes
 
@@ -14,12 +20,24 @@ def matmul(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
     w = normal(sizes.ffn, sizes.hidden, dtype=kind, device=device) * sizes.hidden**-0.5
     main_grad = torch.zeros(sizes.ffn, sizes.hidden, device=device)
 
-    def ours() -> Runner:
+    def runner(
+        multiply: Callable[[Tensor, Tensor], Tensor], add_weight_grad: Callable[[], object], note: str = ""
+    ) -> Runner:
         def backward(kept: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-            matmul_kernel.add_matmul(main_grad, dy.t(), x)
-            return matmul_kernel.matmul(dy, w), main_grad
+            add_weight_grad()
+            return multiply(dy, w), main_grad
 
-        return Runner(lambda: (matmul_kernel.matmul(x, w.t()),), backward)
+        return Runner(lambda: (multiply(x, w.t()),), backward, note)
+
+    def ours() -> Runner:
+        return runner(matmul_kernel.matmul, lambda: matmul_kernel.add_matmul(main_grad, dy.t(), x))
+
+    def plain() -> Runner:
+        return runner(torch.mm, lambda: main_grad.add_(torch.mm(dy.t(), x)), "main_grad.add_(mm)")
+
+    def plain_fp32() -> Runner:
+        made = lambda: torch.mm(dy.t(), x, out_dtype=torch.float32)  # noqa: E731
+        return runner(torch.mm, lambda: main_grad.add_(made()), "main_grad.add_(mm(out_dtype=fp32))")
 
     def plans(arch: str) -> dict[str, Plan]:
         y, dx = torch.empty_like(dy), torch.empty_like(x)
@@ -32,8 +50,7 @@ def matmul(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
             "backward": Plan(backward, tensor_cores=True),
         }
 
-    # torch's gradient of the weight is a tensor of its own, in the weight's dtype
-    providers = {"megapar": ours, "torch": lambda: differentiable(lambda x, w: x @ w.t(), (x, w), [dy])}
+    providers = {"megapar": ours, "torch": plain} | ({} if dtype == "fp32" else {"torch_fp32": plain_fp32})
     return Problem(providers, plans)
 
 

@@ -49,7 +49,7 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
         entry=call.entry or ENTRY,
         folder=str(config.run.dir),
         device=config.device,
-        timeout_s=trained.train.timeout_s,
+        timeout_s=trained.train.timeout.total_seconds(),
         ranks=config.parallel.layout.world,
         log_name="generate-rank",
         env=rank_environment(config.kernels.backend),

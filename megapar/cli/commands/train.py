@@ -47,7 +47,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         entry=call.entry or ENTRY,
         folder=str(config.run.dir),
         device=config.train.device,
-        timeout_s=config.train.timeout_s,
+        timeout_s=config.train.timeout.total_seconds(),
         ranks=layout.world,
         env=rank_environment(config.kernels.backend),
     )

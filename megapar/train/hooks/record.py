@@ -30,6 +30,7 @@ class Record(Hook):
         self.rows: list[dict[str, Any]] = []
         self.skipped = 0
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
+        self.on_gpu = loop.config.train.device == "cuda"
         self.moved()
 
     def moved(self) -> None:
@@ -57,6 +58,7 @@ class Record(Hook):
             "tokens_per_s": tokens / seconds,
             "step_time_s": seconds,
             "compute_s": summary["compute_s"],
+            **({"gpu_idle": summary["idle_s"] / seconds} if self.on_gpu else {}),
             "bubble": summary["bubble"],
             "bubble_ideal": self.bubble_ideal,
             "cores_per_rank": self.cores_per_rank,
@@ -85,6 +87,7 @@ class Record(Hook):
             "tokens_per_s": median_of("tokens_per_s"),
             "step_time_s": median_of("step_time_s"),
             "compute_s": median_of("compute_s"),
+            **({"gpu_idle": median_of("gpu_idle")} if self.on_gpu else {}),
             "bubble": median_of("bubble"),
             "bubble_ideal": self.rows[-1]["bubble_ideal"],
             "exposed_comm_s": {axis: median_of("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},

@@ -39,11 +39,12 @@ class Trace(Hook):
         self._spans: dict[int, list[Span]] = {}
 
     def before(self, step: int) -> None:
-        """Set the clocks before the first traced step."""
+        """Set the clocks before the first traced step, and time traced ones in detail."""
+        mesh = self.loop.trainer.mesh
+        mesh.timeline.detailed = step in self.steps
         if not self.steps or step != self.steps[0]:
             return
-        mesh = self.loop.trainer.mesh
-        mesh.timeline.take()  # what came before is no meeting
+        mesh.timeline.forget()  # what came before is no meeting
         for _ in range(MEETINGS):
             all_reduce(torch.zeros(1, device=mesh.device), mesh["world"])
         self._meetings = [(span.start, span.stop) for span in mesh.timeline.take()]
