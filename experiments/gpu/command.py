@@ -1,6 +1,7 @@
 """The command line of the acceptance: which sections, in which order, and what comes out."""
 
 import argparse
+import importlib
 import os
 import platform
 import shutil
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,8 +84,8 @@ def run_all(
 
 
 def wave_of(section: Section, device: str) -> int:
-    """In a rehearsal nothing is timed: sections wait only for those that others need."""
-    return section.wave if device == "cuda" else min(section.wave, 2)
+    """In a rehearsal nothing is timed: sections wait for those that they need alone."""
+    return section.wave if device == "cuda" else 1 + bool(section.needs)
 
 
 def with_needs(chosen: list[str], sections: dict[str, tuple[str, Section]]) -> set[str]:
@@ -96,8 +96,8 @@ def versions() -> dict[str, str]:
     """Of what a number depends on. megapar: the commit, where there is git."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:  # card-only
+        found["triton"] = importlib.import_module("triton").__version__
+    except ImportError:  # card-only
         found["triton"] = "none"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:

@@ -11,9 +11,22 @@ from torch import Tensor
 
 from megapar.kernels._common import target_arch
 from megapar.kernels.comm import matmul as fused
+from megapar.kernels.comm.exchange import all_reduce
 from megapar.kernels.comm.symmetric import Channel, SymmetricMemory, aligned
-from tests.kernels.comm.operations import FORMS, Shape, operands
 
+Shape = tuple[int, int, int]  # rows (of a rank where an operation gathers or scatters them), inner, columns
+
+# The operations of kernels/comm, in the forms that differ in who waits for whom. all_reduce takes x alone.
+FORMS: dict[str, Callable[[Tensor, Tensor, SymmetricMemory], Tensor]] = {
+    "all_reduce to all": lambda x, w, memory: all_reduce(x, memory, True),
+    "all_reduce to owner": lambda x, w, memory: all_reduce(x, memory, False),
+    "matmul_all_reduce to all": lambda x, w, memory: fused.start_matmul_all_reduce(x, w, memory, True)(),
+    "matmul_all_reduce to owner": lambda x, w, memory: fused.start_matmul_all_reduce(x, w, memory, False)(),
+    "matmul_reduce_scatter": lambda x, w, memory: fused.start_matmul_reduce_scatter(x, w, memory)(),
+    "all_gather_matmul": lambda x, w, memory: torch.cat(fused.all_gather_matmul(x, w, memory), 1),
+    # The last rank has no columns, and so waits for nothing but the handshake.
+    "all_gather_matmul, idle": lambda x, w, memory: torch.cat(fused.all_gather_matmul(x, w, memory), 1),
+}
 # Interpreted, a launch ends before the next begins: only these can run, as in them no rank waits for a later launch.
 IN_TURN = ("matmul_all_reduce to all", "matmul_reduce_scatter")
 
@@ -61,10 +74,16 @@ def begin(form: str, x: Tensor, w: Tensor, memory: SymmetricMemory) -> Callable[
 def operands_of(
     form: str, shape: Shape, epoch: int, ranks: int, dtype: torch.dtype, device: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of every rank: whole numbers, so small that the dtype holds every sum."""
-    every = [operands(form, shape, epoch, rank, ranks) for rank in range(ranks)]
-    small = dtype != torch.float32
-    return [tuple((t.sign() if small else t).to(device, dtype) for t in pair) for pair in every]  # type: ignore[misc]
+    """x and w of every rank: whole numbers, so small that the dtype holds every sum, and others in every epoch."""
+    rows, inner, columns = shape
+    rows *= ranks if form == "matmul_reduce_scatter" else 1
+    most, found = 8 if dtype == torch.float32 else 1, []
+    for rank in range(ranks):
+        numbers = torch.Generator().manual_seed(1000 * epoch + rank)
+        width = 0 if form.endswith("idle") and rank == ranks - 1 else columns
+        x, w = (torch.randint(-most, most + 1, size, generator=numbers) for size in ((rows, inner), (inner, width)))
+        found.append((x.to(device, dtype), w.to(device, dtype)))
+    return found
 
 
 def expected(form: str, every: list[tuple[Tensor, Tensor]], rank: int) -> Tensor:

@@ -27,4 +27,4 @@ def compile_all_launches(run: Run) -> None:
     run.row("largest shared memory", largest <= limit, largest, "B", kind="static", note=f"of {limit}")
 
 
-SECTION = Section("compile", wave=1, seconds=75, run=compile_all_launches, interpret=False)
+SECTION = Section("compile", wave=1, seconds=80, run=compile_all_launches, interpret=False)

@@ -30,7 +30,7 @@ def nccl(run: Run) -> None:
     size = (1 << 20) if run.cuda else 64
     starts: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "all_reduce": lambda x, into: collectives.start_all_reduce("a", into.copy_(x), axis),
-        "all_gather": lambda x, into: collectives.start_all_gather("g", [into], x, axis),
+        "all_gather": lambda x, into: collectives.start_all_gather("g", into, x, axis),
         "all_to_all": lambda x, into: collectives.start_all_to_all("t", into, x, axis),
         "reduce_scatter": lambda x, into: collectives.start_reduce_scatter("s", into, x, axis),
     }

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from experiments.gpu.one_process import expected, operands_of
+from experiments.gpu.one_process import FORMS, expected, operands_of
 from experiments.gpu.run import Run, last_line
 from experiments.gpu.section import Section
 from megapar.kernels import use_backend
 from megapar.kernels._common import check_overflow
 from megapar.kernels.comm import symmetric
 from megapar.kernels.comm.symmetric import SymmetricMemory
-from tests.kernels.comm.operations import FORMS
 
 RANKS = 2
 WAIT_S = 20.0  # of one rank for the other

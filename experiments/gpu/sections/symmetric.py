@@ -6,14 +6,13 @@ import time
 import torch
 from torch import Tensor
 
-from experiments.gpu.one_process import IN_TURN, OneProcess, begin, expected, operands_of
+from experiments.gpu.one_process import FORMS, IN_TURN, OneProcess, begin, expected, operands_of
 from experiments.gpu.run import Run
 from experiments.gpu.section import Section
 from megapar.kernels import use_backend
 from megapar.kernels._common import check_overflow
 from megapar.kernels.comm.symmetric import PeerTimeout
 from megapar.kernels.matmul import PROCESSORS
-from tests.kernels.comm.operations import FORMS
 
 SECONDS_EACH, EPOCHS = 1.5, 200  # of a form
 POLLS = 2_000_000  # of a wait: two seconds

@@ -136,6 +136,6 @@ def resumed(run: Run, truth: Any) -> None:
 
 
 SECTION = Section(
-    "training", wave=2, seconds=100, run=training, needs=("reference",),
+    "training", wave=2, seconds=110, run=training, needs=("reference",),
     environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
 )  # fmt: skip
