@@ -6,11 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "gpu"
-ELSEWHERE = (
-    "accept.py",
-    "report.py",
-    "tune.py",
-)  # a script, of which each line runs or none; others have their own tests
+# A script, of which each line runs or none; other commands, which have their own tests.
+ELSEWHERE = ("accept.py", "report.py", "tune.py", "pin.py", "alternatives.py")
 CARD_ONLY = "# card-only"
 
 
