@@ -124,8 +124,9 @@ def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[
     waiting, running, seconds = list(sections), list[Child](), dict[str, float]()
     try:
         while waiting or running:
-            while waiting and len(running) < plan.width:
-                file, section = waiting.pop(0)
+            while len(running) < plan.width and (one := ready(waiting, running)):
+                waiting.remove(one)
+                file, section = one
                 left = min(section.seconds, plan.end - time.monotonic())
                 if left >= min(LEAST_S, section.seconds):
                     running.append(Child(file, section, left, plan))
@@ -144,6 +145,12 @@ def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[
         for child in running:  # card-only: the run was interrupted
             child.kill()
     return seconds
+
+
+def ready(waiting: list[tuple[str, Section]], running: list[Child]) -> tuple[str, Section] | None:
+    """The first of those that wait for no other one."""
+    open_ones = {section.name for _, section in waiting} | {child.section.name for child in running}
+    return next((one for one in waiting if not open_ones & {*one[1].needs}), None)
 
 
 def mark_of(section: Section) -> str:

@@ -84,8 +84,8 @@ def run_all(
 
 
 def wave_of(section: Section, device: str) -> int:
-    """In a rehearsal nothing is timed: sections wait for those that they need alone."""
-    return section.wave if device == "cuda" else 1 + bool(section.needs)
+    """In a rehearsal nothing is timed, and sections wait for those alone that they need."""
+    return section.wave if device == "cuda" else 1
 
 
 def with_needs(chosen: list[str], sections: dict[str, tuple[str, Section]]) -> set[str]:
