@@ -87,9 +87,9 @@ def empty_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
     return aligned_matrix(x, rows, columns)
 
 
-def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(into: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = True) -> None:
     """into += a @ b, in place: into [M, N] in the inputs' dtype or in fp32, its rows or its columns together in memory
-    and apart from the inputs. Raises ValueError for others.
+    and apart from the inputs. Raises ValueError for others. accumulate: False writes a @ b, and nothing is read.
 
     Into fp32 Triton rounds nothing on the way. torch rounds the product of 16-bit matrices to their dtype before it is
     added: on a CPU with instructions for bf16 their product in fp32 takes twice the time.
@@ -101,11 +101,16 @@ def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
         )
     _refuse_overlap("into", into, a=a, b=b)
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
-        add_matmul_op(into, a, b)
+        add_matmul_op(into, a, b, accumulate)
     elif into.dtype == a.dtype:
-        into.addmm_(a, b)
-    else:
+        if accumulate:
+            into.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=into)
+    elif accumulate:
         into.add_(a @ b)
+    else:
+        into.copy_(a @ b)
 
 
 def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
@@ -412,12 +417,12 @@ def _run(
 
 
 @torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
-def add_matmul_op(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b; arguments checked by `add_matmul`."""
+def add_matmul_op(into: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """into += a @ b, or = where it does not accumulate; arguments checked by `add_matmul`."""
     if 1 in (into.stride(1), into.shape[1]):
-        _run(into, a, b, None, None, into)
+        _run(into, a, b, None, None, into if accumulate else None)
     else:
-        _run(into.t(), b.t(), a.t(), None, None, into.t())
+        _run(into.t(), b.t(), a.t(), None, None, into.t() if accumulate else None)
 
 
 @matmul_op.register_fake

@@ -5,14 +5,14 @@ it. Here that view becomes the parameter's `.grad`. What `.grad` says holds: Non
 the next one starts from zero, whatever is left in the buffer; a tensor that somebody has put there is added to.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from megapar.config.errors import UserError
-from megapar.parallel.weight_grad import LocalParameter, WeightGrads
+from megapar.parallel.weight_grad import LocalParameter, Submitted, WeightGrads
 
 
 class VisibleGrads(WeightGrads):
@@ -75,11 +75,12 @@ class VisibleGrads(WeightGrads):
             self._queued.clear()
             self.defer(None)
 
-    def _run(self, add_to: Callable[..., None], parameters: tuple[LocalParameter, ...]) -> None:
+    def _run(self, submitted: Submitted) -> None:
         if self._stepping:
-            super()._run(add_to, parameters)
+            super()._run(submitted)
             return
         self._refuse()
+        add_to, parameters = submitted.add_to, submitted.parameters
         wanted = [parameter.tensor.requires_grad for parameter in parameters]
         if not any(wanted):
             return

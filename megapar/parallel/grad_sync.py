@@ -73,9 +73,8 @@ class GradSync:
         buffers.context.weight_grads.on_added = self._on_added
 
     def start(self, schedule: Schedule) -> None:
-        """Begin a step: zero the main gradients; every use of a parameter adds once per micro-batch."""
-        if self.buffers.buckets:
-            torch._foreach_zero_(self.buffers.grads)
+        """Begin a step: main gradients count as empty; every use of a parameter adds once per micro-batch."""
+        self.buffers.context.weight_grads.begin(self._of)
         self._expected = schedule.microbatches
         self._added.clear()
         row = schedule.rows[self.mesh["pp"].index]
@@ -127,6 +126,7 @@ class GradSync:
 
     def _reduce(self, pending: _Pending) -> None:
         bucket = pending.bucket
+        self.buffers.context.weight_grads.clear_unused(bucket.offsets)
         for axis, views in pending.partial:
             _sum_together(views, axis)
         if (holders := self._holders(pending)) is not None:

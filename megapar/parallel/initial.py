@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megapar.parallel.record import Constant, Given, Normal, ParameterRecord, Shard
 
-# Values that are made together: their buffers of 256 KB stay in a core's cache, and torch, which converts them, starts no
-# threads of its own for so few.
+# Values that are made together: their buffers of 256 KB stay in a core's cache, and torch, which converts them, starts
+# no threads of its own for so few.
 _CHUNK = 1 << 15
 _WORTH_THREADS = 1 << 20  # values
 

@@ -17,6 +17,7 @@ Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -138,9 +139,13 @@ class _WeightGradient:
         dy, x, owner = self.dy, self.x, self.overlap.owner
         if owner is not None:
             assert self.overlap.weight_grads is not None
-            self.overlap.weight_grads.submit(lambda into: self._timed(lambda: add_matmul(into, dy.t(), x)), owner)
+            add_to, write = (partial(self._into, accumulate=accumulate) for accumulate in (True, False))
+            self.overlap.weight_grads.submit(add_to, owner, write=write)
         elif self.wanted:
             self.value = self._timed(lambda: matmul(dy.t(), x))
+
+    def _into(self, into: Tensor, accumulate: bool) -> None:
+        self._timed(lambda: add_matmul(into, self.dy.t(), self.x, accumulate=accumulate))
 
     def _timed(self, multiply: Callable[[], T]) -> T:
         with self.overlap.axis.timeline.span("matmul", "weight gradient", fine=True):

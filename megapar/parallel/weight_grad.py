@@ -6,7 +6,7 @@ is added to the parameter's main gradient, a view of one flat buffer, and nowher
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,41 +61,78 @@ class LocalParameter:
         return "+".join(piece.record.name for piece in self.pieces)
 
 
-_Submitted = tuple[Callable[..., None], tuple[LocalParameter, ...]]
+@dataclass(frozen=True)
+class Submitted:
+    """A computation of weight gradients: add_to(*main_grads) adds them in place; write(*main_grads), if there is one,
+    puts them in the place of what is there."""
+
+    add_to: Callable[..., None]
+    write: Callable[..., None] | None
+    parameters: tuple[LocalParameter, ...]
 
 
 class WeightGrads:
-    """Runs or queues the weight-gradient computations of a rank's stages."""
+    """Runs or queues the weight-gradient computations of a rank's stages.
+
+    The first of a step takes the place of what is left in a main gradient: it is written, which spares clearing and
+    reading, or added to zeros.
+    """
 
     def __init__(self) -> None:
+        self._left_over: set[LocalParameter] = set()  # main gradients of the step before
         self.on_added: Callable[[LocalParameter], None] = lambda parameter: None
-        self._queued: dict[tuple[int, int], list[_Submitted]] = defaultdict(list)
+        self._queued: dict[tuple[int, int], list[Submitted]] = defaultdict(list)
         self._defer_to: tuple[int, int] | None = None
+
+    def begin(self, parameters: Iterable[LocalParameter]) -> None:
+        """From now on what the main gradients of these hold counts as nothing."""
+        self._left_over = set(parameters)
+
+    def clear_unused(self, parameters: Iterable[LocalParameter]) -> None:
+        """Set the main gradients of those to zero that nothing has been added to since `begin`."""
+        for parameter in self._left_over.intersection(parameters):
+            parameter.grad.zero_()
+        self._left_over.difference_update(parameters)
 
     def defer(self, work: tuple[int, int] | None) -> None:
         """From now on queue under this (stage, micro-batch), or with None run at once."""
         self._defer_to = work
 
-    def submit(self, add_to: Callable[..., None], *parameters: LocalParameter) -> None:
-        """`add_to(*main_grads)` adds this use's gradients to the parameters' main gradients, in place."""
+    def submit(
+        self,
+        add_to: Callable[..., None],
+        *parameters: LocalParameter,
+        write: Callable[..., None] | None = None,
+    ) -> None:
+        """`add_to(*main_grads)` adds this use's gradients to the parameters' main gradients, in place.
+
+        write: the same where they hold nothing yet, if that is cheaper than to add to zeros
+        """
+        submitted = Submitted(add_to, write, parameters)
         if self._defer_to is None:
-            self._run(add_to, parameters)
+            self._run(submitted)
         else:
-            self._queued[self._defer_to].append((add_to, parameters))
+            self._queued[self._defer_to].append(submitted)
 
     def add(self, parameter: LocalParameter, grad: Tensor) -> None:
         """Add a gradient that autograd has computed already."""
+        self.clear_unused([parameter])
         parameter.grad.add_(grad.view(parameter.shape))
         self.on_added(parameter)
 
     def run(self, stage: int, microbatch: int) -> None:
         """W: run what the I of this stage and micro-batch has queued."""
         with torch.no_grad():
-            for add_to, parameters in self._queued.pop((stage, microbatch), ()):
-                self._run(add_to, parameters)
+            for submitted in self._queued.pop((stage, microbatch), ()):
+                self._run(submitted)
 
-    def _run(self, add_to: Callable[..., None], parameters: tuple[LocalParameter, ...]) -> None:
-        add_to(*(parameter.grad for parameter in parameters))
+    def _run(self, submitted: Submitted) -> None:
+        parameters, compute = submitted.parameters, submitted.add_to
+        if submitted.write is not None and self._left_over.issuperset(parameters):
+            self._left_over.difference_update(parameters)
+            compute = submitted.write
+        self.clear_unused(parameters)
+        compute(*(parameter.grad for parameter in parameters))
         for parameter in parameters:
             self.on_added(parameter)
 

@@ -90,7 +90,7 @@ class Executor:
         weight_grads = self.weight_grads
         on_added, weight_grads.on_added = weight_grads.on_added, lambda parameter: None
         try:
-            for number, stage in self.stages.items():
+            for number, stage in sorted(self.stages.items(), reverse=True):  # as backward comes to them
                 stage.train(True)
                 received = {
                     name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.mesh.device)

@@ -65,7 +65,9 @@ class Trainer(ModelPart):
 
     def rehearse(self) -> None:
         """Have every kernel of a step compiled. A step afterwards is the same, bit for bit."""
-        self.executor.rehearse(self.schedule, self.task.batches(1)[0])
+        self.context.weight_grads.begin(self.context.parameters)
+        for batch in self.task.batches(1)[:2]:  # the first writes main gradients, those behind it add to them
+            self.executor.rehearse(self.schedule, batch)
 
     def step(self, step: int, on_reduced: Callable[[], None] = lambda: None) -> Step:
         """Optimizer step number 1, 2, ... on_reduced: called with the gradients reduced and not yet clipped."""

@@ -67,7 +67,8 @@ def by_torch(case: Case, values: dict[str, Tensor]) -> list[Tensor]:
     product = values["a"] @ values["b"]
     y = FUNCTIONS[case["activation"]](product + values["bias"] if case["bias"] else product)
     y = y + values["residual"] if case["residual"] else y
-    return [y, values["into"] + product.to(values["into"].dtype)]
+    widened = product.to(values["into"].dtype)
+    return [y, values["into"] + widened, widened]
 
 
 def errors(rank: int, world_size: int, backend: str, cases: list[Case]) -> list[tuple[Case, str, float, float, float]]:
@@ -77,7 +78,7 @@ def errors(rank: int, world_size: int, backend: str, cases: list[Case]) -> list[
     for case in cases[rank::world_size]:
         values = given(case)
         with poisoned_memory():
-            into = values["into"].clone()
+            into, written = values["into"].clone(), torch.full_like(values["into"], torch.nan)
             wide = torch.full((case["sizes"][0], case["sizes"][2] + 5), torch.nan, dtype=DTYPES[case["dtype"]])
             out = wide[:, : case["sizes"][2]] if case["slices"] else None
             y = matmul(
@@ -86,10 +87,11 @@ def errors(rank: int, world_size: int, backend: str, cases: list[Case]) -> list[
                 residual=values["residual"] if case["residual"] else None,
             )  # fmt: skip
             add_matmul(into, values["a"], values["b"])
+            add_matmul(written, values["a"], values["b"], accumulate=False)
         assert y.dtype == DTYPES[case["dtype"]] and (y is out or (out is None and y.is_contiguous()))
         assert wide[:, case["sizes"][2] :].isnan().all()  # beside a slice nothing is written
         plain, exact = by_torch(case, values), by_torch(case, {name: x.double() for name, x in values.items()})
-        for name, ours, b, c in zip(("y", "into"), (y, into), plain, exact, strict=True):
+        for name, ours, b, c in zip(("y", "into", "written"), (y, into, written), plain, exact, strict=True):
             found.append((case, name, distance(ours.double(), c), distance(b.double(), c), float(c.abs().max())))
     return found
 
@@ -98,7 +100,7 @@ def errors(rank: int, world_size: int, backend: str, cases: list[Case]) -> list[
 def test_against_fp64(backend: str, interpreter: WorkerPool) -> None:
     """An error is at most twice torch's in the same dtype, or the rounding of a sum of 300 in fp32: 32 last bits."""
     found = [row for part in interpreter.run(errors, 2, backend, CASES) for row in part]
-    assert len(found) == 2 * len(CASES)
+    assert len(found) == 3 * len(CASES)
     for case, output, error, plain, size in found:
         assert error <= 2 * plain + 32 * torch.finfo(torch.float32).eps * max(1.0, size), (case, output)
 
@@ -108,7 +110,8 @@ def check_operators(rank: int, world_size: int) -> None:
     a, b, bias, residual = torch.randn(3, 5), torch.randn(5, 4), torch.randn(4), torch.randn(3, 4)
     torch.library.opcheck(matmul_op, (a, b, bias, "gelu", residual, False))
     torch.library.opcheck(matmul_op, (a, torch.randn(5, 7), None, None, None, True))
-    torch.library.opcheck(add_matmul_op, (residual, a, b))
+    for accumulate in (True, False):
+        torch.library.opcheck(add_matmul_op, (residual, a, b, accumulate))
     torch.library.opcheck(matmul_into_op, (torch.empty(3, 4), a, b, bias, "gelu", residual))
     compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(a, b, bias=bias), matmul(a, b, bias=bias))
