@@ -49,6 +49,7 @@ class Plan:
 def start_server(device: str) -> None:
     """Let the fork server begin with its imports. In a rehearsal sections share cores, and their tensors are small."""
     os.environ.pop(INTERPRET, None)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # what is imported may ask for GPUs, and must make no context
     if device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", INTERPRET: "1"}
     # The server has no sys.path of ours, and would look into the current folder first, which may be another checkout.

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.gpu.run import Run
 from experiments.gpu.section import Section, find
-from experiments.gpu.sections import times
+from experiments.gpu.sections import sanitizer, times
 from experiments.gpu.table import RowFile, read_rows, summary, word_of
 from experiments.gpu.timing import Timed, measure
 
@@ -85,3 +85,16 @@ def test_what_is_timed_is_alone() -> None:
     for name in ("times", "profile", "llama"):
         assert [section.name for section in sections if section.wave == waves[name]] == [name]
     assert all(isinstance(section, Section) for section in sections)
+
+
+SAID = {
+    "ERROR SUMMARY: 2 errors": "WRONG",
+    "ERROR SUMMARY: 0 errors": "ok",
+    "Device not supported": "skip",
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_what_memcheck_says(card: Run, text: str) -> None:
+    sanitizer.checked(card, ["echo", f"launches done\n{text}"])
+    assert word_of(rows_of(card)["memcheck"]) == SAID[text]

@@ -1,5 +1,6 @@
 """The runs of `training` on a CPU in fp64, beside what else needs no GPU."""
 
+import math
 import os
 
 import torch
@@ -20,7 +21,8 @@ def reference(run: Run) -> None:
     for name, (values, steps) in chosen.items():
         done = trained(configuration(run, values | {"train.dtype": "fp64", "kernels.backend": "torch"}), steps)
         found[name] = {"losses": done.losses, "norms": done.norms, "weights": done.weights}
-        run.row(f"{name} in fp64 on a CPU", True, note=f"loss {done.losses[0]:.4f} -> {done.losses[-1]:.4f}")
+        note = f"loss {done.losses[0]:.4f} -> {done.losses[-1]:.4f}"
+        run.row(f"{name} in fp64 on a CPU", all(map(math.isfinite, done.losses)), kind="static", note=note)
     beside = run.out / "work" / "reference.tmp"
     torch.save(found, beside)
     beside.rename(beside.with_suffix(".pt"))
