@@ -18,6 +18,7 @@ from experiments.gpu.table import Row, row_of, skipped
 
 GRACE_S = 5.0  # that a section gets beyond its own seconds before it is killed
 PATIENCE_S = 2.0  # from being asked to end to being made to
+REHEARSED = 4  # times its seconds that a section gets in a rehearsal
 LEAST_S = 10.0  # with less than this a section is not begun
 MARK = "MEGAPAR_ACCEPTANCE"  # in the environment of all that a section starts: whose it is
 INTERPRET = "TRITON_INTERPRET"
@@ -38,6 +39,10 @@ class Plan:
     @property
     def kind(self) -> str:
         return "measured" if self.device == "cuda" else "rehearsed"
+
+    def allowed(self, section: Section) -> float:
+        """Its seconds. In a rehearsal, on whatever machine beside whatever else, they only catch a hang."""
+        return section.seconds * (1 if self.device == "cuda" else REHEARSED)
 
     def context(self, section: Section) -> BaseContext:
         """Sections are forked from a process that has imported what they need, but has no CUDA context. Its kernels are
@@ -66,7 +71,7 @@ class Child:
 
     def __init__(self, file: str, section: Section, seconds: float, plan: Plan) -> None:
         self.section, self.begun, self.limit = section, time.monotonic(), time.monotonic() + seconds + GRACE_S
-        self.cut_short = seconds < section.seconds
+        self.cut_short = seconds < plan.allowed(section)
         self.log = plan.out / "logs" / f"{section.name}.txt"
         environment = {**section.environment, MARK: mark_of(section)}
         removed = {} if section.interpret else {INTERPRET: None}
@@ -128,7 +133,7 @@ def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[
             while len(running) < plan.width and (one := ready(waiting, running)):
                 waiting.remove(one)
                 file, section = one
-                left = min(section.seconds, plan.end - time.monotonic())
+                left = min(plan.allowed(section), plan.end - time.monotonic())
                 if left >= min(LEAST_S, section.seconds):
                     running.append(Child(file, section, left, plan))
                 else:
