@@ -36,8 +36,8 @@ _WORD = 1 << 64
 # The same for the kernel, whose numbers have no sign.
 A, B, CHANNEL = tl.constexpr(_A % _WORD), tl.constexpr(_B % _WORD), tl.constexpr(_CHANNEL)
 
-# As of the activations, see `kernels/swiglu.py`.
-ROWS, COLUMNS, WARP = 64 if INTERPRETED else 1, 2048, 512
+# Elements of a program's tile, of whole rows or of one, and of a warp: as of the activations, see `kernels/swiglu.py`.
+TILE, WARP = 1 << 17 if INTERPRETED else 2048, 512
 
 
 def _shift(x: Tensor) -> Tensor:
@@ -150,14 +150,15 @@ def launch(
 ) -> Launch:
     """x, residual: rows may lie apart, columns together."""
     num_rows, num_columns = x.shape
-    columns = min(COLUMNS, next_power_of_2(num_columns))
+    columns = min(TILE, next_power_of_2(num_columns))
+    rows = max(1, (TILE if INTERPRETED else WARP) // columns)
     arguments = {
         "x": x, "residual": residual, "out": out, "samples": samples, "positions": positions, "key": key,
         "threshold": int((1.0 - rate) * (1 << 53)), "scale": 1.0 / (1.0 - rate), "num_rows": num_rows,
         "num_columns": num_columns, "x_stride": x.stride(0),
-        "residual_stride": None if residual is None else residual.stride(0), "ROWS": ROWS, "COLUMNS": columns,
+        "residual_stride": None if residual is None else residual.stride(0), "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    grid = (num_tiles(num_rows, ROWS), num_tiles(num_columns, columns))
+    grid = (num_tiles(num_rows, rows), num_tiles(num_columns, columns))
     return Launch(dropout_kernel, grid, arguments, warps=num_tiles(columns, WARP), stages=1)
 
 
