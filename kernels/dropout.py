@@ -27,6 +27,7 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import GPT2, GPT2_TINY
 
@@ -91,7 +92,7 @@ def dropout(
     """
     _check(x, rate, samples, positions, residual)
     if backend_of("dropout", x.device.type, x.dtype) != "torch":
-        return dropout_op(x, residual, samples, positions, list(site), rate)
+        return call(dropout_op, x, residual, samples, positions, list(site), rate)
     y = x * keep_mask(1.0 - rate, token_keys(samples, positions, *site), x.shape[1]) * (1.0 / (1.0 - rate))
     return y if residual is None else residual + y
 
@@ -165,7 +166,7 @@ def launch(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::dropout", mutates_args=())
+@custom_op("megapar::dropout")
 def dropout_op(
     x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, site: Sequence[int], rate: float
 ) -> Tensor:
@@ -190,7 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    dx = dropout_op(dout, None, *ctx.saved_tensors, ctx.site, ctx.rate) if ctx.needs_input_grad[0] else None
+    dx = call(dropout_op, dout, None, *ctx.saved_tensors, ctx.site, ctx.rate) if ctx.needs_input_grad[0] else None
     return dx, dout if ctx.adds else None, None, None, None, None
 
 

@@ -26,6 +26,7 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
 
@@ -57,7 +58,7 @@ def _gated(name: str, function: str, gate: Tensor, up: Tensor | None) -> Tensor:
     _check(first, second)
     if backend_of(name, gate.device.type, gate.dtype) == "torch":
         return (F.silu(first) if function == "silu" else F.gelu(first, approximate="tanh")) * second
-    return fused_op(gate, function) if up is None else gated_op(gate, up, function)
+    return call(fused_op, gate, function) if up is None else call(gated_op, gate, up, function)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def gelu(x: Tensor) -> Tensor:
     _check(x, x)
     if backend_of("gelu", x.device.type, x.dtype) == "torch":
         return F.gelu(x, approximate="tanh")
-    return gelu_op(x)
+    return call(gelu_op, x)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -155,7 +156,7 @@ def launch(kernel: Any, function: str, gate: Tensor, up: Tensor | None, **tensor
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::gated", mutates_args=())
+@custom_op("megapar::gated")
 def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
     """function(gate) * up, contiguous; arguments checked by `swiglu`."""
     out = gate.new_empty(gate.shape)
@@ -164,7 +165,7 @@ def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megapar::gated_backward", mutates_args=())
+@custom_op("megapar::gated_backward")
 def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """(dgate, dup), contiguous."""
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
@@ -174,7 +175,7 @@ def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> 
     return dgate, dup
 
 
-@torch.library.custom_op("megapar::gated_fused", mutates_args=())
+@custom_op("megapar::gated_fused")
 def fused_op(x: Tensor, function: str) -> Tensor:
     """The same of x [T, 2F], gate beside up."""
     gate, up = rows_of(x).chunk(2, 1)
@@ -184,7 +185,7 @@ def fused_op(x: Tensor, function: str) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megapar::gated_fused_backward", mutates_args=())
+@custom_op("megapar::gated_fused_backward")
 def fused_backward_op(dout: Tensor, x: Tensor, function: str) -> Tensor:
     """dx [T, 2F], contiguous."""
     dx = x.new_empty(x.shape)
@@ -195,7 +196,7 @@ def fused_backward_op(dout: Tensor, x: Tensor, function: str) -> Tensor:
     return dx
 
 
-@torch.library.custom_op("megapar::gelu", mutates_args=())
+@custom_op("megapar::gelu")
 def gelu_op(x: Tensor) -> Tensor:
     """gelu(x), contiguous."""
     out = x.new_empty(x.shape)
@@ -204,7 +205,7 @@ def gelu_op(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megapar::gelu_backward", mutates_args=())
+@custom_op("megapar::gelu_backward")
 def gelu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
@@ -249,7 +250,7 @@ def _save_gated(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) ->
 
 
 def _gated_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *gated_backward_op(dout, *ctx.saved_tensors, ctx.function), None
+    return *call(gated_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
 def _save_fused(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -258,7 +259,7 @@ def _save_fused(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _fused_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-    return fused_backward_op(dout, *ctx.saved_tensors, ctx.function), None
+    return call(fused_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
 def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -266,7 +267,7 @@ def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _gelu_backward(ctx: Any, dout: Tensor) -> Tensor:
-    return gelu_backward_op(dout, *ctx.saved_tensors)
+    return call(gelu_backward_op, dout, *ctx.saved_tensors)
 
 
 gated_op.register_autograd(_gated_backward, setup_context=_save_gated)
