@@ -16,6 +16,10 @@ test-more: $(STAMP)  ## what a change must pass, too
 test-slow: $(STAMP)  ## what takes longer, and all that judges wall-clock time
 	$(VENV)/bin/python -m pytest -m slow
 
+# Needs nothing but this repository, torch and numpy: a GPU machine without a network has no .venv.
+gpu:  ## acceptance on one GPU, eight minutes, no network; a rehearsal without a GPU
+	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) experiments/gpu/accept.py --out runs/gpu
+
 # Formatter, linter, type checker, and the floors of docs/architecture.md.
 check: $(STAMP)  ## formatter, linter, type checker, floors
 	$(VENV)/bin/ruff format --check
@@ -38,4 +42,4 @@ $(STAMP): setup.py constraints.txt
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
 
-.PHONY: help demo test test-more test-slow check replay replay-kernels
+.PHONY: help demo test test-more test-slow gpu check replay replay-kernels

@@ -7,7 +7,7 @@ order of K: the same bits every time.
 Shape letters: M rows, K summed, N columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -292,6 +292,7 @@ class Config:
 
     quarters: the epilogue goes over a quarter of a tile's columns at a time, which saves shared memory on NVIDIA's
     and costs it on AMD's.
+    source: whose clock chose it; "": nobody's, but what the compiler makes of it. experiments/gpu/tune.py writes it
     """
 
     rows: int
@@ -301,6 +302,7 @@ class Config:
     stages: int
     tma: bool = False
     quarters: bool = True
+    source: str = field(default="", compare=False)
 
 
 # (architecture, bytes of an element) -> from the largest tile to the smallest; docs/kernels.md has the figures that

@@ -1,7 +1,7 @@
 """Attention's launches: block sizes by architecture, each kernel's arguments, and what is compiled without a GPU."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Config:
     """Block sizes of one kernel: rows that a program owns, full and boundary tiles of its loop; warps, stages, TMA.
 
     step: 0, in the forward only: all tiles are masked as the boundary's. One loop needs fewer registers than two.
+    source: whose clock chose it; "": nobody's, but what the compiler makes of it. experiments/gpu/tune.py writes it
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Config:
     warps: int
     stages: int
     tma: bool = False
+    source: str = field(default="", compare=False)
 
 
 # (kernel, architecture, widest head) -> Config for 16-bit tensors, chosen by what the compiler makes of them:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
 from megapar.config.errors import UserError
 from megapar.config.parse import parse, to_dict
 from megapar.config.schema import TrainConfig
@@ -14,16 +12,22 @@ T = TypeVar("T")
 
 def dump(config: object) -> str:
     """The YAML text that `loads` turns back into an equal config."""
+    import yaml  # here: who makes a configuration in Python needs no package for it
+
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=1 << 30)
 
 
 def loads(kind: type[T], text: str) -> T:
     """Config from YAML text. Raises ConfigError for keys or values that `kind` refuses."""
+    import yaml
+
     return parse(kind, yaml.safe_load(text))
 
 
 def load(kind: type[T], path: str | Path) -> T:
     """Config from a YAML file, such as a run's `config.yaml`. Raises UserError naming the file."""
+    import yaml
+
     try:
         return loads(kind, Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
         q, k, v = (
-            rearrange(part, "(b s) (n d) -> b s n d", s=tokens.length, d=self.channels)
+            part.unflatten(0, (-1, tokens.length)).unflatten(2, (-1, self.channels))  # [B, S, N, D]
             for part in self.qkv(x_tH).split(self.qkv.sizes, 1)
         )
         if self.rotates:
@@ -39,4 +38,4 @@ class Attention(nn.Module):
             y = checkpoint(attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             y = attention(q, k, v)
-        return self.out(rearrange(y, "b s n d -> (b s) (n d)"))
+        return self.out(y.flatten(2).flatten(0, 1))

@@ -4,11 +4,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
@@ -17,6 +16,9 @@ from megapar.tasks import task_kind
 from megapar.torch_compat import all_gather_single
 from megapar.trace.spans import BUSY, IDLE, Span
 from megapar.train.wandb_log import WandbLog
+
+if TYPE_CHECKING:
+    from tqdm import tqdm as Bar
 
 _WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step
 _COLUMNS = ("loss", "phase", "busy", "idle", *_WAITS)
@@ -90,10 +92,12 @@ class MetricsWriter:
         self._task = task_kind(config.task.name)
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._console = console
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
         self._wandb = WandbLog(config, self.say) if config.logger.wandb.mode != "disabled" else None
         interactive = console.isatty()
         if config.logger.progress and interactive:
+            from tqdm import tqdm  # here: without a terminal nobody needs it
+
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=first_step - 1,
@@ -128,7 +132,7 @@ class MetricsWriter:
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""
         if self._bar is not None:
-            tqdm.write(text, file=self._console)
+            self._bar.write(text, file=self._console)
         else:
             print(text, file=self._console, flush=True)
 

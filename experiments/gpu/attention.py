@@ -1,0 +1,110 @@
+"""One case of attention against fp64: forward, log-sum-exp and three gradients. Its sections are lists of cases."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experiments.gpu import references
+from experiments.gpu.compare import BOUNDS, DTYPES, SUMS, trial
+from experiments.gpu.run import Run
+from megapar.kernels import use_backend
+from megapar.kernels.attention import attention as ours_of
+
+BATCH = 2
+PACKED = (1, 17, 300, 1000, 0, 64)
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+NAMES = ("o", "lse", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """D channels, N heads, K kv heads; S and L, queries and keys: lengths, or tuples of those of packed sequences.
+
+    E: channels of v, if not D. offset: elements by which tensors are off their alignment.
+    """
+
+    dtype: str
+    D: int
+    N: int
+    K: int
+    S: int | tuple[int, ...]
+    L: int | tuple[int, ...] | None = None
+    causal: bool = True
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    E: int | None = None
+    offset: int = 0
+
+    def __str__(self) -> str:
+        width = f"D{self.D}" + (f"/{self.E}" if self.E else "")
+        lengths = f"{len(self.S)} packed" if isinstance(self.S, tuple) else f"{self.S}x{self.L or self.S}"
+        words = [self.dtype, width, f"{self.N}/{self.K} heads", lengths, "causal" * self.causal]
+        words += [f"window {self.window}" * bool(self.window), f"cap {self.softcap}" * bool(self.softcap)]
+        return " ".join(filter(None, [*words, "misaligned" * bool(self.offset)]))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention can do it in one call."""
+        odd = self.window or self.softcap or self.E or isinstance(self.S, tuple) or self.L not in (None, self.S)
+        return self.causal and not odd and self.dtype != "fp32"
+
+
+def attention_section(run: Run, cases: list[Case], rehearsed: list[Case]) -> None:
+    use_backend(run.backend)
+    run.poison()
+    for case in cases if run.cuda else rehearsed:
+        run.attempt(str(case), check, run, case)
+
+
+def check(run: Run, case: Case) -> None:
+    packed, E = isinstance(case.S, tuple), case.E or case.D
+    begins = [begins_of(case.S), begins_of(case.S if case.L is None else case.L)]
+    rows, keys = (x[-1] for x in begins)
+    spans = [(*a, *b) for a, b in zip(*(itertools.pairwise(x) for x in begins), strict=True)]
+
+    def make(rows: int, heads: int, channels: int) -> Tensor:
+        flat = run.randn(rows * heads * channels + case.offset, dtype=DTYPES[case.dtype])
+        return flat[case.offset :].view(rows, heads, channels)
+
+    q, k, v, do = (
+        make(*x) for x in ((rows, case.N, case.D), (keys, case.K, case.D), (keys, case.K, E), (rows, case.N, E))
+    )
+    dlse = torch.zeros(rows, case.N, device=run.device) if case.is_plain else run.randn(rows, case.N)
+    cu = [torch.tensor(x, dtype=torch.int32, device=run.device) if packed else None for x in begins]
+
+    def shape(x: Tensor) -> Tensor:
+        return x if packed else x.unflatten(0, (BATCH, -1))
+
+    def ours() -> dict[str, Tensor]:
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        o, lse = ours_of(
+            *map(shape, given), causal=case.causal, window=case.window, softcap=case.softcap,
+            cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], return_lse=True,
+        )  # fmt: skip
+        grads = torch.autograd.grad([o, lse], given, [shape(do), shape(dlse)])
+        o, lse = (o, lse) if packed else (o.flatten(0, 1), lse.flatten(0, 1))
+        return dict(zip(NAMES, (o, lse, *grads), strict=True))
+
+    def plain() -> dict[str, Tensor]:
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        x, y, z = (shape(x).transpose(1, 2) for x in given)
+        y, z = (t.repeat_interleave(case.N // case.K, 1) for t in (y, z))
+        o = torch.nn.functional.scaled_dot_product_attention(x, y, z, is_causal=True).transpose(1, 2)
+        grads = torch.autograd.grad(o, given, shape(do))
+        return dict(zip(("o", *NAMES[2:]), (o.flatten(0, 1), *grads), strict=True))
+
+    def exact() -> dict[str, Tensor]:
+        return references.attention(q, k, v, do, dlse, spans, case.causal, case.window, case.softcap)
+
+    wrong, expected = BOUNDS[case.dtype]
+    gradient = (wrong, expected) if case.dtype == "fp32" else (2.5 * wrong, expected)
+    bounds = {"o": (wrong, expected), "lse": (3 * SUMS[0], SUMS[1]), **dict.fromkeys(NAMES[2:], gradient)}
+    trial(run, str(case), ours, exact, bounds, plain if case.is_plain else None)
+
+
+def begins_of(lengths: int | tuple[int, ...]) -> list[int]:
+    """Where each sequence begins, and where the last one ends."""
+    every = lengths if isinstance(lengths, tuple) else (lengths,) * BATCH
+    return [0, *itertools.accumulate(every)]

@@ -1,0 +1,84 @@
+"""One kernel's output scaled by 1.001: what a rehearsal must see, whichever it is."""
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+FACTOR = 1.001
+# A kernel that writes to memory of other ranks has its input scaled, of which the output is a multiple.
+INPUTS = {"push_kernel": "x", "product_push_kernel": "a"}
+DROPOUT = "dropout"  # has no form in Triton
+# The kernels (functions of triton.jit) and the section that checks each.
+SECTIONS = {
+    "attention_forward_kernel": "attention32",
+    "attention_statistics_kernel": "attention32",
+    "attention_dkdv_kernel": "attention32",
+    "attention_dq_kernel": "attention32",
+    "rmsnorm_forward_kernel": "rows",
+    "rmsnorm_input_grad_kernel": "rows",
+    "rmsnorm_weight_grad_kernel": "rows",
+    "layernorm_forward_kernel": "rows",
+    "layernorm_input_grad_kernel": "rows",
+    "layernorm_weight_grad_kernel": "rows",
+    "rope_kernel": "rows",
+    "activation_forward_kernel": "rows",
+    "activation_backward_kernel": "rows",
+    "cross_entropy_statistics_kernel": "rows",
+    "cross_entropy_gradient_kernel": "rows",
+    DROPOUT: "rows",
+    "matmul_kernel": "matmul",
+    "push_kernel": "pair",
+    "reduce_kernel": "pair",
+    "collect_kernel": "pair",
+    "product_push_kernel": "pair",
+    "gathered_product_kernel": "pair",
+}
+
+
+def kernels_of_registry() -> Iterator[str]:
+    """Every kernel that some launch of the registry's kernels runs, and those without any."""
+    from megapar.kernels.registry import KERNELS
+
+    for name, kernel in KERNELS.items():
+        if kernel.specs is None:
+            yield name
+        else:
+            yield from {launch.kernel.fn.__name__ for launch in kernel.specs("sm_90").values()}
+
+
+def apply(name: str) -> Any:
+    """Make a kernel wrong in this process for as long as it lives; the started patch, for those who end it sooner."""
+    if name == DROPOUT:
+        from megapar.kernels import dropout
+
+        right = dropout.dropout
+        patch: Any = mock.patch.object(dropout, "dropout", lambda *args: right(*args) * FACTOR)
+    else:
+        from megapar.kernels._common import Launch
+
+        patch = mock.patch.object(Launch, "run", _scaled(name, Launch.run))
+    patch.start()
+    return patch
+
+
+def _scaled(name: str, right: Any) -> Any:
+    def run(launch: Any) -> None:
+        if launch.kernel.fn.__name__ != name:
+            right(launch)
+        elif name in INPUTS:
+            given = launch.arguments[INPUTS[name]]
+            kept = given.clone()
+            given.mul_(FACTOR)
+            right(launch)
+            given.copy_(kept)
+        else:
+            outputs = [x for x in launch.arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
+            before = [x.clone() for x in outputs]
+            right(launch)
+            for x, old in zip(outputs, before, strict=True):
+                if not bool(((x == old) | (x.isnan() & old.isnan())).all()):
+                    x.mul_(FACTOR)
+
+    return run
