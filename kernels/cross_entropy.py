@@ -27,6 +27,7 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, GPT2, LLAMA
 
@@ -75,7 +76,7 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, total:
     """
     _check(logits, targets)
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
-        return cross_entropy_statistics_op(logits, targets, first, total)
+        return call(cross_entropy_statistics_op, logits, targets, first, total)
     wide = logits.to(wide_dtype(logits))
     largest = wide.amax(1)
     base = largest.masked_fill(largest == -torch.inf, 0.0)  # all may be hidden: -inf minus -inf
@@ -110,7 +111,7 @@ def cross_entropy_gradient_(
             f"{list(targets.shape)} twice, floating"
         )
     if backend_of("cross_entropy", logits.device.type, logits.dtype) != "torch":
-        cross_entropy_gradient_op(logits, targets, first, log_sum, grad.contiguous(), *objective)
+        call(cross_entropy_gradient_op, logits, targets, first, log_sum, grad.contiguous(), *objective)
         return logits
     smoothing, z, vocabulary = objective
     wide = logits if logits.dtype == wide_dtype(logits) else logits.to(wide_dtype(logits))
@@ -261,7 +262,7 @@ def _columns(logits: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::cross_entropy_statistics", mutates_args=())
+@custom_op("megapar::cross_entropy_statistics")
 def cross_entropy_statistics_op(logits: Tensor, targets: Tensor, first: int, total: bool) -> Tensor:
     """[T, 3 or 4] in fp32; arguments checked by `cross_entropy_statistics`."""
     statistics = _statistics(logits, total)
@@ -270,7 +271,7 @@ def cross_entropy_statistics_op(logits: Tensor, targets: Tensor, first: int, tot
     return statistics
 
 
-@torch.library.custom_op("megapar::cross_entropy_gradient_", mutates_args=("logits",))
+@custom_op("megapar::cross_entropy_gradient_", mutates_args=("logits",))
 def cross_entropy_gradient_op(
     logits: Tensor,
     targets: Tensor,

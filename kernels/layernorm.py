@@ -23,6 +23,7 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.rmsnorm import BLOCK_ROWS, COLUMNS, STEP, WARP, whole_rows
 from megapar.kernels.shapes import GPT2, GPT2_TINY
@@ -41,9 +42,9 @@ def layernorm(
     _check(x, weight, bias, residual)
     if backend_of("layernorm", x.device.type, x.dtype) != "torch":
         if residual is None:
-            y, mean, rstd = layernorm_op(x, weight, bias, eps)
+            y, mean, rstd = call(layernorm_op, x, weight, bias, eps)
             return y, x, mean, rstd
-        return add_layernorm_op(x, residual, weight, bias, eps)
+        return call(add_layernorm_op, x, residual, weight, bias, eps)
     h = x if residual is None else x + residual
     wide = h.to(wide_dtype(h))
     mean = wide.mean(1, keepdim=True)
@@ -58,7 +59,7 @@ def layernorm_input_grad(
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
     check_gradient(h, dy, dh, statistics=(mean, rstd), weight=weight)
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
-        return layernorm_input_grad_op(dy, h, weight, mean, rstd, dh)
+        return call(layernorm_input_grad_op, dy, h, weight, mean, rstd, dh)
     rstd, centred = rstd.unsqueeze(1), h - mean.unsqueeze(1)
     dx = dy * weight.to(centred.dtype)
     share = (dx * centred).mean(1, keepdim=True).mul_(rstd.square())
@@ -71,7 +72,7 @@ def layernorm_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> 
     their sum."""
     check_gradient(h, dy, statistics=(mean, rstd))
     if backend_of("layernorm", h.device.type, h.dtype) != "torch":
-        return layernorm_weight_grad_op(dy, h, mean, rstd)
+        return call(layernorm_weight_grad_op, dy, h, mean, rstd)
     normal = (h - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
     return normal.mul_(dy).sum(0), dy.sum(0, dtype=rstd.dtype)
 
@@ -206,7 +207,7 @@ def launch_weight_grad(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, partia
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::layernorm", mutates_args=())
+@custom_op("megapar::layernorm")
 def layernorm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd); arguments checked by `layernorm`."""
     y, mean, rstd = x.new_empty(x.shape), _column(x), _column(x)
@@ -216,7 +217,7 @@ def layernorm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     return y, mean, rstd
 
 
-@torch.library.custom_op("megapar::add_layernorm", mutates_args=())
+@custom_op("megapar::add_layernorm")
 def add_layernorm_op(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,7 +229,7 @@ def add_layernorm_op(
     return y, h, mean, rstd
 
 
-@torch.library.custom_op("megapar::layernorm_input_grad", mutates_args=())
+@custom_op("megapar::layernorm_input_grad")
 def layernorm_input_grad_op(
     dy: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor | None
 ) -> Tensor:
@@ -240,7 +241,7 @@ def layernorm_input_grad_op(
     return dx
 
 
-@torch.library.custom_op("megapar::layernorm_weight_grad", mutates_args=())
+@custom_op("megapar::layernorm_weight_grad")
 def layernorm_weight_grad_op(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(of the weight, of the bias)"""
     partial = rstd.new_empty(2, num_tiles(len(h), BLOCK_ROWS), h.shape[1])

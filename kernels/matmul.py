@@ -35,6 +35,7 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import GPT2, MODELS
 
@@ -67,8 +68,8 @@ def matmul(
         raise ValueError(f"activation={activation}: use one of {', '.join(ACTIVATIONS)}")
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
         if out is None:
-            return matmul_op(a, b, bias, activation, residual, aligned)
-        matmul_into_op(out, a, b, bias, activation, residual)
+            return call(matmul_op, a, b, bias, activation, residual, aligned)
+        call(matmul_into_op, out, a, b, bias, activation, residual)
         return out
     if bias is None and activation is None and residual is None:
         return torch.mm(a, b, out=out)
@@ -101,7 +102,7 @@ def add_matmul(into: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = True) -
         )
     _refuse_overlap("into", into, a=a, b=b)
     if backend_of("matmul", a.device.type, a.dtype) != "torch":
-        add_matmul_op(into, a, b, accumulate)
+        call(add_matmul_op, into, a, b, accumulate)
     elif into.dtype == a.dtype:
         if accumulate:
             into.addmm_(a, b)
@@ -384,7 +385,7 @@ def tma_tiles(config: Config, x: Tensor, rows: int, columns: int) -> "TensorDesc
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::matmul", mutates_args=())
+@custom_op("megapar::matmul")
 def matmul_op(
     a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, aligned: bool
 ) -> Tensor:
@@ -394,7 +395,7 @@ def matmul_op(
     return out
 
 
-@torch.library.custom_op("megapar::matmul_into", mutates_args=("out",))
+@custom_op("megapar::matmul_into", mutates_args=("out",))
 def matmul_into_op(
     out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
 ) -> None:
@@ -416,7 +417,7 @@ def _run(
     launch(target_arch(), a, b, rows_of(out), bias, activation, residual).run()
 
 
-@torch.library.custom_op("megapar::add_matmul", mutates_args=("into",))
+@custom_op("megapar::add_matmul", mutates_args=("into",))
 def add_matmul_op(into: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """into += a @ b, or = where it does not accumulate; arguments checked by `add_matmul`."""
     if 1 in (into.stride(1), into.shape[1]):

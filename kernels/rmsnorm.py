@@ -25,6 +25,7 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, LLAMA
 
@@ -45,9 +46,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     _check(x, weight, residual)
     if backend_of("rmsnorm", x.device.type, x.dtype) != "torch":
         if residual is None:
-            y, rstd = rmsnorm_op(x, weight, eps)
+            y, rstd = call(rmsnorm_op, x, weight, eps)
             return y, x, rstd
-        return add_rmsnorm_op(x, residual, weight, eps)
+        return call(add_rmsnorm_op, x, residual, weight, eps)
     h = x if residual is None else x + residual
     wide = h.to(wide_dtype(h))
     rstd = torch.rsqrt(wide.square().mean(1, keepdim=True).add_(eps))
@@ -58,7 +59,7 @@ def rmsnorm_input_grad(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: 
     """[T, H] in h's dtype: the gradient of x, and of a residual, from that of y and, where h was used too, of h."""
     check_gradient(h, dy, dh, statistics=(rstd,), weight=weight)
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
-        return rmsnorm_input_grad_op(dy, h, weight, rstd, dh)
+        return call(rmsnorm_input_grad_op, dy, h, weight, rstd, dh)
     rstd, wide = rstd.unsqueeze(1), h.to(wide_dtype(h))
     dx = dy * weight.to(wide.dtype)
     share = (dx * wide).mean(1, keepdim=True).mul_(rstd.square())
@@ -70,7 +71,7 @@ def rmsnorm_weight_grad(dy: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
     """[H] in rstd's dtype, the same bits every time: sums of 128 rows each, then their sum."""
     check_gradient(h, dy, statistics=(rstd,))
     if backend_of("rmsnorm", h.device.type, h.dtype) != "torch":
-        return rmsnorm_weight_grad_op(dy, h, rstd)
+        return call(rmsnorm_weight_grad_op, dy, h, rstd)
     return (h * rstd.unsqueeze(1)).mul_(dy).sum(0)
 
 
@@ -189,7 +190,7 @@ def whole_rows(num_columns: int) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::rmsnorm", mutates_args=())
+@custom_op("megapar::rmsnorm")
 def rmsnorm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, rstd); arguments checked by `rmsnorm`."""
     y, rstd = x.new_empty(x.shape), _column(x)
@@ -198,7 +199,7 @@ def rmsnorm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, rstd
 
 
-@torch.library.custom_op("megapar::add_rmsnorm", mutates_args=())
+@custom_op("megapar::add_rmsnorm")
 def add_rmsnorm_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, rstd)"""
     y, h, rstd = x.new_empty(x.shape), x.new_empty(x.shape), _column(x)
@@ -207,7 +208,7 @@ def add_rmsnorm_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> t
     return y, h, rstd
 
 
-@torch.library.custom_op("megapar::rmsnorm_input_grad", mutates_args=())
+@custom_op("megapar::rmsnorm_input_grad")
 def rmsnorm_input_grad_op(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None) -> Tensor:
     dx = h.new_empty(h.shape)
     if dx.numel():
@@ -216,7 +217,7 @@ def rmsnorm_input_grad_op(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, d
     return dx
 
 
-@torch.library.custom_op("megapar::rmsnorm_weight_grad", mutates_args=())
+@custom_op("megapar::rmsnorm_weight_grad")
 def rmsnorm_weight_grad_op(dy: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
     partial = rstd.new_empty(num_tiles(len(h), BLOCK_ROWS), h.shape[1])
     if h.numel():

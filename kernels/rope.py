@@ -23,6 +23,7 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, LLAMA
 
@@ -48,7 +49,7 @@ def rope(
     """
     _check(q, k, table, offsets)
     if backend_of("rope", q.device.type, q.dtype) != "torch":
-        return rope_op(q, k, table, offsets, interleaved, False)
+        return call(rope_op, q, k, table, offsets, interleaved, False)
     if offsets is None:
         turns = table[: q.shape[1], None]
     else:
@@ -169,7 +170,7 @@ def launch(
 # ------------------------------------------------------------------------------------------------------------- operator
 
 
-@torch.library.custom_op("megapar::rope", mutates_args=())
+@custom_op("megapar::rope")
 def rope_op(
     q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -192,7 +193,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return *rope_op(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
+    return *call(rope_op, dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
 rope_op.register_autograd(_backward, setup_context=_save)

@@ -26,6 +26,7 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
 
@@ -34,24 +35,30 @@ from megapar.kernels.shapes import DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
 ROWS, COLUMNS, WARP = 64 if INTERPRETED else 1, 2048, 512
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up, elementwise: [T, F], [T, F] -> [T, F], one floating dtype.
 
-    Either may be a column slice of a wider matrix. Raises ValueError for different shapes or dtypes, and where the
-    backend that was asked for can't run. The Triton gradients can be differentiated no further.
+    Either may be a column slice of a wider matrix. Without up the first is both, gate beside up [T, 2F], as a fused
+    projection leaves them: its gradient is one matrix then, which nobody puts together. Raises ValueError for different
+    shapes or dtypes, and where the backend that was asked for can't run. The Triton gradients can be differentiated no
+    further.
     """
-    _check(gate, up)
-    if backend_of("swiglu", gate.device.type, gate.dtype) == "torch":
-        return F.silu(gate) * up
-    return gated_op(gate, up, "silu")
+    return _gated("swiglu", "silu", gate, up)
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """gelu(gate) * up, as `swiglu` in all else."""
-    _check(gate, up)
-    if backend_of("geglu", gate.device.type, gate.dtype) == "torch":
-        return F.gelu(gate, approximate="tanh") * up
-    return gated_op(gate, up, "gelu")
+    return _gated("geglu", "gelu", gate, up)
+
+
+def _gated(name: str, function: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    if up is None and (gate.dim() != 2 or gate.shape[1] % 2):
+        raise ValueError(f"gate and up {list(gate.shape)} {gate.dtype}: need [T, 2F], floating")
+    first, second = gate.chunk(2, 1) if up is None else (gate, up)
+    _check(first, second)
+    if backend_of(name, gate.device.type, gate.dtype) == "torch":
+        return (F.silu(first) if function == "silu" else F.gelu(first, approximate="tanh")) * second
+    return call(fused_op, gate, function) if up is None else call(gated_op, gate, up, function)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ def gelu(x: Tensor) -> Tensor:
     _check(x, x)
     if backend_of("gelu", x.device.type, x.dtype) == "torch":
         return F.gelu(x, approximate="tanh")
-    return gelu_op(x)
+    return call(gelu_op, x)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -112,15 +119,15 @@ def activation_forward_kernel(
 
 @triton.jit(launch_metadata=tells(_backward_flops), do_not_specialize=["num_rows"])
 def activation_backward_kernel(
-    gate, up, dout, dgate, dup, num_rows, num_columns, gate_stride, up_stride,
+    gate, up, dout, dgate, dup, num_rows, num_columns, gate_stride, up_stride, gradient_stride,
     FUNCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dgate, dup [T, F] from dout [T, F], all contiguous. up and dup: both, or None. Grid as the forward's."""
+    """dgate, dup [T, F], rows alike, from dout [T, F], contiguous. up and dup: both, or None. Grid as the forward's."""
     rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
-    at = rows * num_columns + columns
+    at = rows * gradient_stride + columns
     x = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
     u = 1.0 if up is None else tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    d = tl.load(dout + at, mask=exists, other=0.0).to(tl.float32)
+    d = tl.load(dout + rows * num_columns + columns, mask=exists, other=0.0).to(tl.float32)
     share, slope = _sigmoid_and_slope(x, FUNCTION)
     value = x * share
     tl.store(dgate + at, cast(d * u * (share + value * (1.0 - share) * slope), dgate.dtype.element_ty), mask=exists)
@@ -140,6 +147,8 @@ def launch(kernel: Any, function: str, gate: Tensor, up: Tensor | None, **tensor
         "gate_stride": gate.stride(0), "up_stride": None if up is None else up.stride(0), "FUNCTION": function,
         "ROWS": ROWS, "COLUMNS": columns,
     }  # fmt: skip
+    if (dgate := tensors.get("dgate")) is not None:
+        arguments["gradient_stride"] = dgate.stride(0)
     grid = (num_tiles(num_rows, ROWS), num_tiles(num_columns, columns))
     return Launch(kernel, grid, arguments, warps=num_tiles(columns, WARP), stages=1)
 
@@ -147,7 +156,7 @@ def launch(kernel: Any, function: str, gate: Tensor, up: Tensor | None, **tensor
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.custom_op("megapar::gated", mutates_args=())
+@custom_op("megapar::gated")
 def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
     """function(gate) * up, contiguous; arguments checked by `swiglu`."""
     out = gate.new_empty(gate.shape)
@@ -156,7 +165,7 @@ def gated_op(gate: Tensor, up: Tensor, function: str) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megapar::gated_backward", mutates_args=())
+@custom_op("megapar::gated_backward")
 def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """(dgate, dup), contiguous."""
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
@@ -166,7 +175,28 @@ def gated_backward_op(dout: Tensor, gate: Tensor, up: Tensor, function: str) -> 
     return dgate, dup
 
 
-@torch.library.custom_op("megapar::gelu", mutates_args=())
+@custom_op("megapar::gated_fused")
+def fused_op(x: Tensor, function: str) -> Tensor:
+    """The same of x [T, 2F], gate beside up."""
+    gate, up = rows_of(x).chunk(2, 1)
+    out = x.new_empty(gate.shape)
+    if out.numel():
+        launch(activation_forward_kernel, function, gate, up, out=out).run()
+    return out
+
+
+@custom_op("megapar::gated_fused_backward")
+def fused_backward_op(dout: Tensor, x: Tensor, function: str) -> Tensor:
+    """dx [T, 2F], contiguous."""
+    dx = x.new_empty(x.shape)
+    (gate, up), (dgate, dup) = rows_of(x).chunk(2, 1), dx.chunk(2, 1)
+    if dx.numel():
+        given = {"dout": dout.contiguous(), "dgate": dgate, "dup": dup}
+        launch(activation_backward_kernel, function, gate, up, **given).run()
+    return dx
+
+
+@custom_op("megapar::gelu")
 def gelu_op(x: Tensor) -> Tensor:
     """gelu(x), contiguous."""
     out = x.new_empty(x.shape)
@@ -175,7 +205,7 @@ def gelu_op(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megapar::gelu_backward", mutates_args=())
+@custom_op("megapar::gelu_backward")
 def gelu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
@@ -194,6 +224,16 @@ def _(dout, gate, up, function):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+@fused_op.register_fake
+def _(x, function):
+    return x.new_empty(len(x), x.shape[1] // 2)
+
+
+@fused_backward_op.register_fake
+def _(dout, x, function):
+    return x.new_empty(x.shape)
+
+
 @gelu_op.register_fake
 def _(x):
     return x.new_empty(x.shape)
@@ -210,7 +250,16 @@ def _save_gated(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) ->
 
 
 def _gated_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *gated_backward_op(dout, *ctx.saved_tensors, ctx.function), None
+    return *call(gated_backward_op, dout, *ctx.saved_tensors, ctx.function), None
+
+
+def _save_fused(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    x, ctx.function = inputs
+    ctx.save_for_backward(x)
+
+
+def _fused_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    return call(fused_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
 def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -218,10 +267,11 @@ def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _gelu_backward(ctx: Any, dout: Tensor) -> Tensor:
-    return gelu_backward_op(dout, *ctx.saved_tensors)
+    return call(gelu_backward_op, dout, *ctx.saved_tensors)
 
 
 gated_op.register_autograd(_gated_backward, setup_context=_save_gated)
+fused_op.register_autograd(_fused_backward, setup_context=_save_fused)
 gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
 
 
@@ -238,13 +288,12 @@ def aot_specs(arch: str) -> dict[str, Launch]:
         for sizes in models:
             width, dtype = sizes.ffn, sizes.torch_dtype
             out = torch.empty(4096, width, dtype=dtype, device="meta")
-            gate, up, dup = out, None, None
+            gate, up = out, None
             if name != "gelu":
-                (gate, up), dup = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1), out
+                gate, up = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1)
             specs[f"{name}_fwd_{width}"] = launch(activation_forward_kernel, function, gate, up, out=out)
-            specs[f"{name}_bwd_{width}"] = launch(
-                activation_backward_kernel, function, gate, up, dout=out, dgate=out, dup=dup
-            )
+            gradients = {"dout": out, "dgate": gate, "dup": up}  # as the inputs lie
+            specs[f"{name}_bwd_{width}"] = launch(activation_backward_kernel, function, gate, up, **gradients)
     return specs
 
 

@@ -49,7 +49,8 @@ class Mesh:
     timeout: after which an operation over any of its groups fails; torch would give a new group half an hour.
     groups: without them nothing can be communicated, and the mesh only says who is where.
 
-    `mesh["tp"]` is an axis; `mesh["world"]` all ranks. Joint axes by what they mean for numbers:
+    `mesh["tp"]` is an axis; `mesh["world"]` all ranks; `mesh.hosts` a group of all for what is in the host's memory.
+    Joint axes by what they mean for numbers:
     samples: ranks along it take different samples; data: along it gradients are partial sums (samples and tokens);
     distinct: everything but axes along which ranks repeat each other.
     """
@@ -70,6 +71,10 @@ class Mesh:
         self._axes["world"] = self._join("world", RANK_ORDER)
         for kind, up in CHANNELS[1:]:
             self._axes[_channel(kind, up)] = self._join("pp", ("pp",), purpose=_channel(kind, up))
+        self.hosts = self._axes["world"].group
+        if self.hosts is not None and _connects_late():
+            self.hosts = dist.new_group(backend="gloo", timeout=self.timeout)
+            self._groups["hosts", tuple(range(self.world_size))] = self.hosts
         self.samples = self._splitting("samples")
         self.data = self._splitting("samples", "tokens")
         self.distinct = self._join("world", [name for name in RANK_ORDER if AXES[name].splits])

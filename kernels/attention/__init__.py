@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megapar.kernels import backend_of
 from megapar.kernels._common import floating, matrix, target_arch
+from megapar.kernels._operators import call, custom_op
 from megapar.kernels.attention.launch import UNLIMITED, Call, aot_specs, outputs
 from megapar.kernels.attention.plain import dense, packed
 from megapar.kernels.registry import Kernel
@@ -75,7 +76,7 @@ def attention(
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
         raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
-    o, lse = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    o, lse = call(attention_op, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
     if not return_lse:
         return o
     return o, lse.view(lse.shape[0], *q.shape[:-2]).movedim(0, -1)
@@ -143,7 +144,7 @@ def _check_starts(starts: Tensor, rows: int) -> None:
 # -------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("megapar::attention", mutates_args=())
+@custom_op("megapar::attention")
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -166,7 +167,7 @@ def attention_op(
     return o, lse
 
 
-@torch.library.custom_op("megapar::attention_backward", mutates_args=())
+@custom_op("megapar::attention_backward")
 def attention_backward_op(
     do: Tensor,
     dlse: Tensor,
@@ -213,7 +214,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = attention_backward_op(do, dlse, *ctx.saved_tensors, *ctx.settings)
+    gradients = call(attention_backward_op, do, dlse, *ctx.saved_tensors, *ctx.settings)
     return *gradients, *(None,) * 6
 
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapar.config.schema import ModelConfig
-from megapar.kernels.dropout import dropout, token_keys
+from megapar.kernels.dropout import dropout
 from megapar.models.attention import Attention
 from megapar.models.mlp import MLP
 from megapar.models.tokens import Tokens
@@ -15,17 +15,20 @@ SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP = range(3)
 
 
 class HiddenDropout(nn.Module):
-    """Dropout keyed by (seed, step, layer, site, global sample, position, channel): x [t, H] -> [t, H]."""
+    """Dropout keyed by (seed, step, layer, site, global sample, position, channel): x [t, H] -> [t, H].
+
+    residual [t, H]: what is added, in the same pass.
+    """
 
     def __init__(self, context: StageContext, rate: float, layer: int, site: int) -> None:
         super().__init__()
         self.seed, self.rate, self.layer, self.site = context.seed, rate, layer, site
 
-    def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x_tH: Tensor, tokens: Tokens, residual: Tensor | None = None) -> Tensor:
         if self.rate == 0.0 or not self.training:
-            return x_tH
-        place = (self.seed, tokens.step, self.layer, self.site)
-        return dropout(x_tH, self.rate, token_keys(tokens.local_samples, tokens.local_positions, *place))
+            return x_tH if residual is None else residual + x_tH
+        site = (self.seed, tokens.step, self.layer, self.site)
+        return dropout(x_tH, self.rate, tokens.local_samples, tokens.local_positions, site, residual)
 
 
 class TransformerLayer(nn.Module):
@@ -49,4 +52,4 @@ class TransformerLayer(nn.Module):
 
     def _forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
         y_tH, x_tH = self.norm2.of_sum(self.dropout1(self.attention(self.norm1(x_tH), tokens), tokens), x_tH)
-        return x_tH + self.dropout2(self.mlp(y_tH), tokens)
+        return self.dropout2(self.mlp(y_tH), tokens, residual=x_tH)

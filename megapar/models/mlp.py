@@ -19,12 +19,9 @@ class MLP(nn.Module):
     def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
         super().__init__()
         linears = layer_linears(model)
-        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
+        self.activation = ACTIVATIONS[model.activation]
         self.up = column(context, model, linears["mlp.up"], f"{name}.")
         self.down = row(context, model, linears["mlp.down"], f"{name}.")
 
     def forward(self, x_tH: Tensor) -> Tensor:
-        h_TF = self.up(x_tH)
-        if self.gated:
-            return self.down(self.activation(*h_TF.split(self.up.sizes, 1)))
-        return self.down(self.activation(h_TF))
+        return self.down(self.activation(self.up(x_tH)))  # with a gate its columns come first, then up's

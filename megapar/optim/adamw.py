@@ -29,6 +29,10 @@ class StepResult:
     grad_norm: float
     skipped: bool
 
+    @classmethod
+    def of(cls, grad_norm: float) -> "StepResult":
+        return cls(grad_norm, not math.isfinite(grad_norm))
+
 
 def sum_of_squares(runs: Sequence[Tensor], device: torch.device) -> Tensor:
     """[1] fp64: of all elements, accumulated in fp64.
@@ -102,28 +106,36 @@ class Optimizer:
         """What a checkpoint holds of every parameter: the owned values of every bucket by kind, at least fp32."""
         return {"weight": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def grad_norm(self) -> float:
-        """Global L2 norm over all axes; replicas and tied copies count once. Collective.
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm over all axes, [1] fp64 on the device; replicas and tied copies count once. Collective.
 
         Every rank takes part, so that a value that is not finite on any of them is known to all.
         """
         total = sum_of_squares(self._counted, self.buffers.context.device)
         mesh = self.buffers.mesh
         copies = 1 if self.buffers.zero else mesh.data.size  # without ZeRO-1 all of them hold the same sum
-        return math.sqrt(all_reduce(total, mesh.distinct).item() / copies)
+        return all_reduce(total, mesh.distinct).div_(copies).sqrt_()
 
     def step(self, lr: float) -> StepResult:
         """Update the parameters from the owned gradients, which are clipped in place. Collective."""
+        return StepResult.of(float(self.start(lr)))
+
+    def start(self, lr: float) -> Tensor:
+        """The same without a wait for the device. Returns the gradient norm, [1] fp64."""
         norm = self.grad_norm()
-        if not math.isfinite(norm):
-            return StepResult(norm, skipped=True)
-        if self.config.clip_grad and norm > self.config.clip_grad:
-            torch._foreach_mul_(self.grads, self.config.clip_grad / (norm + 1e-6))
+        finite = norm.isfinite()
+        if self.config.clip_grad:
+            least = self.config.clip_grad
+            scale = torch.where(finite & (norm > least), least / (norm + 1e-6), 1.0)
+            if scale.is_cuda or float(scale) < 1.0:  # on a CPU to ask is cheaper than to multiply by 1
+                torch._foreach_mul_(self.grads, scale.to(self.buffers.context.wide_dtype).squeeze(0))
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        # The fused kernel leaves everything as it is where it is told that a gradient isn't finite.
+        self.adamw.found_inf = finite.logical_not().float().squeeze(0)  # type: ignore[attr-defined]
         self.adamw.step()
         self.publish()
-        return StepResult(norm, skipped=False)
+        return norm
 
     def publish(self) -> None:
         """Bring the master weights into the parameters of all data-parallel ranks. Collective."""

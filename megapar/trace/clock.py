@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,14 @@ from megapar.trace.spans import FLIGHT, IDLE, Span
 CAUGHT_UP_S = 50e-6
 
 
+Spans = list[tuple[str, str, Any, Any]]  # kind, name, and two marks of the clock
+
+
 class Timeline:
-    """Collects spans; `take` returns those since the last call.
+    """Collects spans; `cut` hands over those since the last call.
 
     On a CPU a span is timed on the host. On CUDA work and waits happen on the stream, so a pair of events brackets a
-    span, and `take` synchronises the device once to read them. It adds spans of kind IDLE then.
+    span. Spans of kind IDLE come with those of a GPU.
 
     detailed: whether what is fine is timed too: the pieces of a matmul, and how long a collective is in flight. For
     steps whose timeline is looked at; each costs two events on CUDA.
@@ -29,7 +33,7 @@ class Timeline:
     def __init__(self, device: torch.device) -> None:
         self.detailed = False
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
-        self._spans: list[tuple[str, str, Any, Any]] = []
+        self._spans: Spans = []
 
     @contextmanager
     def span(self, kind: str, name: str, where: str = "", *, fine: bool = False) -> Iterator[None]:
@@ -58,10 +62,28 @@ class Timeline:
         self._spans.clear()
         self._clock.begin()
 
-    def take(self) -> list[Span]:
+    def cut(self) -> "Reading":
+        """The spans up to here, to be read whenever it suits: what is timed from here on belongs to the next."""
         spans, self._spans = self._spans, []
-        at, idle = self._clock.read()
-        return [*(Span(kind, name, at(start), at(stop)) for kind, name, start, stop in spans), *idle]
+        return Reading(self._clock.cut(), spans)
+
+    def take(self) -> list[Span]:
+        """The spans up to here. On a GPU that waits until it has come so far."""
+        return self.cut().spans()
+
+
+class Reading:
+    """What was timed up to a cut. seconds: from the begin of that to the cut on a GPU's stream, once spans are read;
+    None on a CPU."""
+
+    def __init__(self, part: "_DevicePart | None", spans: Spans) -> None:
+        self._part, self._spans, self.seconds = part, spans, None if part is None else 0.0
+
+    def spans(self) -> list[Span]:
+        if self._part is None:
+            return [Span(*span) for span in self._spans]
+        at, idle, self.seconds = self._part.read()
+        return [*(Span(kind, name, at(start), at(stop)) for kind, name, start, stop in self._spans), *idle]
 
 
 class _HostClock:
@@ -76,28 +98,38 @@ class _HostClock:
     def begin(self) -> None:
         pass
 
-    def read(self) -> tuple[Callable[[float], float], list[Span]]:
-        return lambda mark: mark, []
+    def cut(self) -> None:
+        pass
 
 
 class _Mark(NamedTuple):
     event: torch.cuda.Event
     host: float  # when it was set
 
+    def since(self, other: "_Mark") -> float:
+        """Seconds on the device; both are over."""
+        return other.event.elapsed_time(self.event) / 1000
+
+
+@dataclass(eq=False)
+class _Origin:
+    """seconds: since the first origin, once that is known."""
+
+    mark: _Mark
+    seconds: float | None = None
+
 
 class _DeviceClock:
     """Marks are events on the stream that computes.
 
     The time between two events is a float32 of milliseconds: after an hour its step is 0.25 ms. So marks are read
-    against an origin that every `begin` and every `read` set anew; how far the origins are apart is summed in fp64.
+    against an origin that every `begin` and every `cut` set anew; how far the origins are apart is summed in fp64.
     """
 
     def __init__(self) -> None:
         self._observer = torch.cuda.Stream()
-        self._before = 0.0  # seconds from the first origin to the oldest of `_origins`
-        self._origins: deque[_Mark] = deque()
         self._marks: list[_Mark] = []
-        self.begin()
+        self._origins = deque([_Origin(self._record(), 0.0)])  # the first one's seconds are known
 
     def mark(self) -> _Mark:
         mark = self._record()
@@ -116,34 +148,56 @@ class _DeviceClock:
 
     def begin(self) -> None:
         """From here on marks are read against a new origin."""
-        self._marks.clear()
-        self._origins.append(self._record())
-        while len(self._origins) > 1 and self._origins[1].event.query():
+        self._marks = []
+        self._origins.append(_Origin(self._record()))
+        while len(self._origins) > 1 and self._origins[1].mark.event.query():
             self._next_origin()
 
     def _next_origin(self) -> None:
-        self._before += _seconds(self._origins.popleft(), self._origins[0])
+        first, second = self._origins.popleft(), self._origins[0]
+        assert first.seconds is not None
+        second.seconds = first.seconds + second.mark.since(first.mark)
 
-    def read(self) -> tuple[Callable[[_Mark], float], list[Span]]:
-        """(the seconds of a mark, spans in which the device had no more work), and begin anew."""
-        torch.cuda.synchronize()
-        while len(self._origins) > 1:
-            self._next_origin()
-        origin, before, marks = self._origins[0], self._before, self._marks[:]
+    def cut(self) -> "_DevicePart":
+        """What was marked since the last origin, and begin anew."""
+        marks, origin = self._marks, self._origins[-1]
         self.begin()
-        self._origins[-1].event.synchronize()
-        now = self._origins[-1]
-        # How far the device's time is behind the host's: both are known of the origin that was just set.
-        ahead = now.host - (before + _seconds(origin, now))
-        at = lambda mark: before + _seconds(origin, mark)  # noqa: E731
-        times = [at(mark) for mark in [origin, *marks]]
+        return _DevicePart(self, origin, marks, self._origins[-1].mark)
+
+    def seconds_of(self, origin: _Origin) -> float:
+        """Seconds from the first origin to this one, which is over."""
+        while origin.seconds is None:
+            self._next_origin()
+        return origin.seconds
+
+    def ahead_of(self, origin: _Origin) -> float:
+        """The host's time at an origin's. The observer's stream has no work: what is recorded there is at once over."""
+        with torch.cuda.stream(self._observer):
+            now = self._record()
+        now.event.synchronize()
+        return now.host - now.since(origin.mark)
+
+
+@dataclass(frozen=True)
+class _DevicePart:
+    """The marks from an origin to the next, `stop`."""
+
+    clock: _DeviceClock
+    origin: _Origin
+    marks: list[_Mark]
+    stop: _Mark
+
+    def read(self) -> tuple[Callable[[_Mark], float], list[Span], float]:
+        """(the seconds of a mark, spans in which the device had no more work, seconds from the origin to the stop).
+
+        Waits for the stop, and for nothing that was started after it.
+        """
+        self.stop.event.synchronize()
+        before, ahead = self.clock.seconds_of(self.origin), self.clock.ahead_of(self.origin)
+        since = [mark.since(self.origin.mark) for mark in (self.origin.mark, *self.marks)]
         idle = [
-            Span(IDLE, "no work", start, stop)
-            for start, stop, mark in zip(times, times[1:], marks, strict=False)
+            Span(IDLE, "no work", before + start, before + stop)
+            for start, stop, mark in zip(since, since[1:], self.marks, strict=False)
             if stop + ahead - mark.host < CAUGHT_UP_S
         ]
-        return at, idle
-
-
-def _seconds(start: _Mark, stop: _Mark) -> float:
-    return start.event.elapsed_time(stop.event) / 1000
+        return lambda mark: before + mark.since(self.origin.mark), idle, self.stop.since(self.origin.mark)

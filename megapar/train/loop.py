@@ -51,12 +51,19 @@ class Loop:
             done = self.trainer.step(step, partial(self._reduced, step))
             for hook in self.hooks:
                 hook.after(step, done)
+        self.settle()
         summary: dict[str, Any] = {}
         for hook in self.hooks:
             summary |= hook.finish()
         if self.writer is not None:
             self._summarise(self.writer, summary)
         self.trainer.close()
+
+    def settle(self) -> None:
+        """Have every hook look at the figures that it has not looked at: before a row or a state of this step is
+        written that waits for the device anyway. Collective."""
+        for hook in self.hooks:
+            hook.settle()
 
     def save(self, step: int) -> Path:
         """The checkpoint of the state after this step, written now unless it is there already. Collective."""

@@ -34,13 +34,16 @@ def local_figures(loss: float, spans: list[Span]) -> list[float]:
 
 
 def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
-    """[*sizes in RANK_ORDER, columns] fp64 on the CPU: every rank's figures by place in the mesh. Collective."""
-    mine = torch.tensor([figures], dtype=torch.float64, device=mesh.device)
+    """[*sizes in RANK_ORDER, columns] fp64 on the CPU: every rank's figures by place in the mesh. Collective.
+
+    Over the hosts' group: a GPU is not asked, and may have another step to do.
+    """
+    mine = torch.tensor([figures], dtype=torch.float64)
     rows = mine
     if mesh.world_size > 1:
         rows = mine.new_empty(mesh.world_size, len(figures))
-        all_gather_single(rows, mine, group=mesh["world"].group)
-    return rows.cpu().view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
+        all_gather_single(rows, mine, group=mesh.hosts)
+    return rows.view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
 def summarise(figures: Tensor) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from megapar.config.schema import TrainConfig
@@ -22,14 +24,43 @@ from megapar.trace.spans import Span
 
 
 @dataclass(frozen=True)
-class Step:
+class Figures:
     """What one rank knows of a step. loss: this rank's part of the mean; the sum over ranks is the loss."""
 
     loss: float
     result: StepResult
-    lr: float
     seconds: float
     spans: list[Span]
+
+
+class Step:
+    """A step whose work is under way. The first look at one of its figures (see `Figures`) waits for its end.
+
+    On a CPU there is nothing to wait for. On a GPU the next step may have been started by then.
+    """
+
+    def __init__(self, lr: float, read: Callable[[], Figures]) -> None:
+        self.lr, self._read = lr, read
+
+    @cached_property
+    def _figures(self) -> Figures:
+        return self._read()
+
+    @property
+    def loss(self) -> float:
+        return self._figures.loss
+
+    @property
+    def result(self) -> StepResult:
+        return self._figures.result
+
+    @property
+    def seconds(self) -> float:
+        return self._figures.seconds
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._figures.spans
 
 
 class Trainer(ModelPart):
@@ -79,21 +110,36 @@ class Trainer(ModelPart):
         on_reduced()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
-            result = self.optimizer.step(lr)
-        if result.skipped:
+            norm = self.optimizer.start(lr)
+        if self.config.parallel.grad_compression != "none" and not norm.isfinite():
             self.sync.forget()
-        loss = self._part(losses)
-        return Step(loss, result, lr, time.perf_counter() - start, self.mesh.timeline.take())
+        on_host = self._to_host(torch.stack([self._part(losses), norm.squeeze(0)]))
+        reading = self.mesh.timeline.cut()
+        stop = time.perf_counter()
+
+        def read() -> Figures:
+            spans = reading.spans()  # waits for the end of the step
+            loss, grad_norm = on_host.tolist()
+            return Figures(loss, StepResult.of(grad_norm), reading.seconds or stop - start, spans)
+
+        return Step(lr, read)
+
+    def _to_host(self, figures: Tensor) -> Tensor:
+        """On the host, once the device has come so far: nothing waits."""
+        if not figures.is_cuda:
+            return figures
+        return torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
 
     def evaluate(self) -> float:
         """This rank's part of the mean loss over the held-out samples."""
         batches = self.task.validation()
         placement = self.schedule.placement
         schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
-        loss = self._part(self.executor.run(schedule, batches))
+        loss = float(self._part(self.executor.run(schedule, batches)))
         self.mesh.timeline.forget()
         return loss
 
-    def _part(self, losses: list[Tensor]) -> float:
-        """Of ranks that hold the same losses, as tensor-parallel peers do, one counts."""
-        return float(sum(losses)) if losses and self.mesh.first_along("weights", None) else 0.0
+    def _part(self, losses: list[Tensor]) -> Tensor:
+        """The sum, fp64. Of ranks that hold the same losses, as tensor-parallel peers do, one counts."""
+        counted = losses if self.mesh.first_along("weights", None) else []
+        return sum(counted, torch.zeros((), dtype=torch.float64, device=self.mesh.device))

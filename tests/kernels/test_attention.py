@@ -325,11 +325,11 @@ def test_backends() -> None:
     assert kernels.backend_of("attention", "cpu") == "torch"
     assert kernels.backend_of("attention", "cuda") == "triton"
     assert kernels.backend_of("attention", "cuda", torch.float64) == "torch"
-    assert kernels.backend_of("dropout", "cuda") == "torch"
+    assert kernels.backend_of("dropout", "cuda") == "triton"
     kernels.use_backend("torch")
     assert kernels.backend_of("attention", "cuda") == "torch"
     kernels.use_backend("triton")
-    assert kernels.backend_of("dropout", "cuda") == "torch"
+    assert kernels.backend_of("dropout", "cuda") == "triton"
     q = torch.zeros(1, 2, 1, 16)
     with pytest.raises(ValueError, match="tensors on the cpu; use a GPU, or torch"):
         attention(q, q, q)
@@ -338,5 +338,5 @@ def test_backends() -> None:
     with pytest.raises(ValueError, match="use one of auto"):
         kernels.use_backend("cuda")
     assert kernels.select_backends("interpret")["attention"] == "interpret"
-    assert set(kernels.select_backends("interpret").values()) == {"interpret", "torch"}
+    assert set(kernels.select_backends("interpret").values()) == {"interpret"}
     assert kernels.select_backends("auto", "cuda", "fp64")["attention"] == "torch"

@@ -18,6 +18,7 @@ from megapar.kernels import use_backend
 from megapar.kernels._common import FARTHEST, matrix
 from megapar.kernels.attention import attention
 from megapar.kernels.cross_entropy import Objective, cross_entropy_gradient_, cross_entropy_statistics
+from megapar.kernels.dropout import dropout
 from megapar.kernels.matmul import add_matmul, matmul
 from megapar.kernels.rope import rope, rope_table
 from megapar.kernels.swiglu import swiglu
@@ -68,6 +69,8 @@ def calls(draw: random.Random, dtype: torch.dtype) -> Iterator[Call]:
     yield "layernorm_input_grad", layer.layernorm_input_grad, [rows(), rows(), normal(H), column(), column(), rows()]
     yield "layernorm_weight_grad", layer.layernorm_weight_grad, [rows(), rows(), column(), column()]
     yield "swiglu", swiglu, [rows(), rows()]
+    places = [torch.randint(9, (T,)), torch.randint(9, (T,))]
+    yield "dropout", lambda x, s, p, r: dropout(x, 0.5, s, p, (1, 2), r), [rows(), *places, rows()]
     targets = torch.randint(H, (T,))
     yield "statistics", lambda x, t: cross_entropy_statistics(x, t, 0, True), [rows(), targets]
     gradient = lambda x, t, s, g: cross_entropy_gradient_(x, t, 0, s, g, Objective())  # noqa: E731

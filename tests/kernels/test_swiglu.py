@@ -1,6 +1,7 @@
 """SwiGLU, GEGLU and GELU: the interpreted kernels against torch in fp64, and torch's own checks of the operators."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from megapar.kernels import use_backend
 from megapar.kernels.swiglu import (
+    fused_backward_op,
+    fused_op,
     gated_backward_op,
     gated_op,
     geglu,
@@ -57,6 +60,29 @@ def test_interpreted(interpreter: WorkerPool, name: str, dtype: str, rows: int, 
         assert error <= 2 * plain + 4 * torch.finfo(torch.float32).eps * max(1.0, size)
 
 
+def gate_beside_up(rank: int, world_size: int, backend: str, name: str) -> list[bool]:
+    """Whether value and gradient of the fused matrix are those of its halves, to the bit, also of a matrix laid out by
+    columns; and whether the gradient came in one piece."""
+    use_backend(backend)
+    function, same = FUNCTIONS[name][0], []
+    for (rows, columns), dtype, turned in product([(1, 1), (3, 17), (65, 64)], DTYPES.values(), (False, True)):
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(2 * columns, rows, generator=generator).t() if turned else torch.randn(rows, 2 * columns)
+        x = x.to(dtype).requires_grad_()
+        dout = torch.randn(rows, columns, generator=generator).to(dtype)
+        with poisoned_memory():
+            results = [(y, *torch.autograd.grad(y, x, dout)) for y in (function(x), function(*x.split(columns, 1)))]
+        same += [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+    return same
+
+
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gate_beside_up(interpreter: WorkerPool, backend: str, name: str) -> None:
+    found = interpreter.run(gate_beside_up, 1, backend, name)[0]
+    assert len(found) == 36 and all(found)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_in_torch(name: str) -> None:
     """Without Triton they are torch's own, to the bit."""
@@ -88,6 +114,8 @@ def check_operators(rank: int, world_size: int) -> None:
     for function in ("silu", "gelu"):
         torch.library.opcheck(gated_op, (gate.clone().requires_grad_(), up.clone().requires_grad_(), function))
         torch.library.opcheck(gated_backward_op, (dout, gate, up, function))
+        torch.library.opcheck(fused_op, (torch.randn(3, 10, requires_grad=True), function))
+        torch.library.opcheck(fused_backward_op, (dout, torch.randn(3, 10), function))
     torch.library.opcheck(gelu_op, (gate.clone().requires_grad_(),))
     torch.library.opcheck(gelu_backward_op, (dout, gate))
     for ours, _, count in FUNCTIONS.values():
@@ -109,6 +137,9 @@ def test_contradictions_are_refused() -> None:
         ):
             with pytest.raises(ValueError, match="need"):
                 function(gate, up)
+        for fused in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 4, dtype=torch.int32)):
+            with pytest.raises(ValueError, match="need"):
+                function(fused)
         with pytest.raises(ValueError, match="float64"):
             function(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64))
     for x in (torch.zeros(2), torch.zeros(2, 3, dtype=torch.int32)):

@@ -206,11 +206,8 @@ def dropout_by_local_position() -> Iterator[None]:
         yield
 
 
-def _local_dropout(self: Any, x: torch.Tensor, tokens: Any) -> torch.Tensor:
-    from megapar.kernels.dropout import dropout, token_keys
+def _local_dropout(self: Any, x: torch.Tensor, tokens: Any, residual: torch.Tensor | None = None) -> torch.Tensor:
+    from megapar.kernels.dropout import dropout
 
-    if not self.training:
-        return x
-    here = torch.arange(x.shape[0])
-    keys = token_keys(here // 12, here % 12, self.seed, tokens.step, self.layer, self.site)
-    return dropout(x, self.rate, keys)
+    here, site = torch.arange(x.shape[0]), (self.seed, tokens.step, self.layer, self.site)
+    return dropout(x, self.rate if self.training else 0.0, here // 12, here % 12, site, residual)

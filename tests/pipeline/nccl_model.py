@@ -78,7 +78,8 @@ class Recorder:
     def all_reduce(self, tensor: torch.Tensor, group: Any) -> None:
         self.start(group, group[1], None).wait()
 
-    def new_group(self, ranks: list[int], **options: Any) -> tuple[str, tuple[int, ...]]:
+    def new_group(self, ranks: Sequence[int] | None = None, **options: Any) -> tuple[str, tuple[int, ...]]:
+        ranks = range(self.world) if ranks is None else ranks
         self._groups[tuple(ranks)] += 1
         return f"group {self._groups[tuple(ranks)]}", tuple(ranks)
 

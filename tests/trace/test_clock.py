@@ -1,6 +1,7 @@
 """A GPU's clock, with events as CUDA has them: the time between two is a float32 of milliseconds."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,19 +18,23 @@ HOURS = 3600.0
 
 
 class Device:
-    """A GPU with one stream: it works through what is queued, and an event has the time at which it is reached.
+    """A GPU: it works through what is queued, and an event has the time at which it is reached. A second stream has no
+    work.
 
     host: the clock of the host, which runs ahead of it
     """
 
     def __init__(self, host: VirtualClock) -> None:
-        self.host, self.free = host, 0.0
+        self.host, self.free, self.aside = host, 0.0, False
+
+    @contextmanager
+    def stream(self, other: None) -> Iterator[None]:
+        self.aside = True
+        yield
+        self.aside = False
 
     def work(self, seconds: float) -> None:
         self.free = max(self.free, self.host.now) + seconds
-
-    def synchronize(self) -> None:
-        self.host.until(self.free)
 
     def event(self, enable_timing: bool) -> "Event":
         return Event(self)
@@ -40,7 +45,8 @@ class Event:
         self.device, self.at = device, float("nan")
 
     def record(self) -> None:
-        self.at = max(self.device.free, self.device.host.now)
+        now = self.device.host.now
+        self.at = now if self.device.aside else max(self.device.free, now)
 
     def query(self) -> bool:
         return self.at <= self.device.host.now
@@ -57,8 +63,8 @@ class Event:
 def device() -> Iterator[Device]:
     with VirtualClock().running() as host:
         made = Device(host)
-        cuda: dict[str, Any] = {"Event": made.event, "Stream": lambda: None, "synchronize": made.synchronize}
-        with mock.patch.multiple(torch.cuda, **cuda, stream=mock.MagicMock()):
+        cuda: dict[str, Any] = {"Event": made.event, "Stream": lambda: None, "stream": made.stream}
+        with mock.patch.multiple(torch.cuda, **cuda):
             yield made
 
 
@@ -97,10 +103,26 @@ def test_forgetting_waits_for_nothing(device: Device) -> None:
             pass
         clock.forget()
     assert device.host.now == 0.0
-    device.synchronize()
+    device.host.until(device.free)
     clock.forget()
     assert len(clock._clock._origins) == 1  # type: ignore[union-attr]
     assert of_kind(clock.take(), "F") == []
+
+
+def test_a_step_is_read_while_the_next_one_runs(device: Device) -> None:
+    """Reading waits for its end and no longer; a later step's times are none of it."""
+    clock, readings = timeline(), []
+    for step in range(4):
+        clock.forget()
+        with clock.span("F", f"0F{step}"):
+            device.work(1.0)
+        readings.append(clock.cut())
+    assert device.host.now == 0.0
+    for step in (1, 0, 3):
+        [span] = of_kind(readings[step].spans(), "F")
+        assert (span.name, span.start, span.stop) == (f"0F{step}", pytest.approx(step), pytest.approx(step + 1.0))
+        assert readings[step].seconds == pytest.approx(1.0)
+        assert device.host.now == max(step + 1.0, 2.0)
 
 
 def test_a_device_with_work_is_not_idle(device: Device) -> None:

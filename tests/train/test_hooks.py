@@ -1,8 +1,10 @@
 """Hooks: found by themselves, in a fixed order, nested around a step."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from megapar.launch.pool import WorkerPool
 from megapar.schedule.costs import read_costs
 from megapar.train import loop
 from megapar.train.hooks import Hook, hook_kinds
-from megapar.train.trainer import Step
+from megapar.train.hooks.record import Record
+from megapar.train.metrics import MetricsWriter
+from megapar.train.trainer import Step, Trainer
 from tests.tiny import tiny_config
 
 seen: list[tuple[Any, ...]] = []
@@ -91,3 +95,46 @@ def test_hooks_nest_around_a_step(tokens: str, tmp_path: Path, monkeypatch: pyte
         if event[0] == "after":
             assert norms[event[2]] == pytest.approx(event[3], rel=1e-12) and event[3] > 1e-3
     assert '"from 100": 14' in (tmp_path / "summary.json").read_text()
+
+
+def run_late(rank: int, world_size: int, config: TrainConfig) -> list[tuple[Any, ...]]:
+    """A run whose figures are looked at as on a GPU. What happened in which order, on rank 0."""
+    order: list[tuple[Any, ...]] = []
+    plain = Record.__init__, Trainer.step, MetricsWriter._write
+
+    def late(self: Record, loop: loop.Loop) -> None:
+        plain[0](self, loop)
+        self.late = True
+
+    def step(self: Trainer, number: int, *rest: Any) -> Step:
+        order.append(("starts", number))
+        return plain[1](self, number, *rest)
+
+    def write(self: MetricsWriter, row: Any) -> None:
+        order.append(("evaluation" if "val_loss" in row else "row", row["step"]))
+        plain[2](self, row)
+
+    patches = (Record, "__init__", late), (Trainer, "step", step), (MetricsWriter, "_write", write)
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        run_loop(rank, world_size, config)
+    return order
+
+
+def test_figures_a_step_late_are_the_same(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
+    """A row is written when the next step is under way, but before an evaluation's or a checkpoint of its step."""
+    values = {"train.steps": 5, "train.eval_every": 4, "logger.wandb.mode": "disabled"}
+    rows = []
+    for folder, job in (("plain", run_loop), ("late", run_late)):
+        (tmp_path / folder).mkdir()
+        config = tiny_config(tokens, "pp2", **values, **{"run.dir": str(tmp_path / folder)})
+        order = pool.run(job, 2, config)[0]
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        kept = ("step", "loss", "grad_norm", "lr", "skipped_steps", "val_loss")
+        rows.append([{key: row[key] for key in kept if key in row} for row in map(json.loads, lines)])
+    assert rows[0] == rows[1] and len(rows[0]) == 8
+    assert order == [
+        ("evaluation", 0), ("starts", 1), ("starts", 2), ("row", 1), ("starts", 3), ("row", 2), ("starts", 4),
+        ("row", 3), ("row", 4), ("evaluation", 4), ("starts", 5), ("row", 5), ("evaluation", 5),
+    ]  # fmt: skip

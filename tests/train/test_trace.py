@@ -26,7 +26,7 @@ from megapar.trace.file import RankTrace, Trace, read, write
 from megapar.trace.spans import FLIGHT, Span, clock_shifts
 from megapar.train import loop
 from megapar.train.hooks.trace import Trace as Tracer
-from megapar.train.trainer import Step
+from megapar.train.trainer import Figures, Step
 from tests.tiny import tiny_config
 from tests.virtual_time import VirtualClock
 
@@ -277,7 +277,8 @@ def test_a_run_that_starts_later_traces_what_is_left(
     for step in range(first_step, 5):
         tracer.before(step)
         spans = [Span(kind, name, step, step + length) for length, (kind, name) in enumerate(names, 1)]
-        tracer.after(step, Step(0.0, StepResult(0.0, skipped=False), 0.0, 0.0, spans))
+        figures = Figures(0.0, StepResult(0.0, skipped=False), 0.0, spans)
+        tracer.after(step, Step(0.0, lambda figures=figures: figures))  # type: ignore[misc]
     assert (tmp_path / "costs.json").exists() == (tmp_path / "trace.json").exists() == bool(traced)
     if traced:
         trace = read(tmp_path / "trace.json")

@@ -153,14 +153,22 @@ def cross_entropy(
 def dropped(run: Run) -> None:
     """The mask is a function of coordinates: the same on every device."""
     samples, positions = torch.arange(64).repeat_interleave(16), torch.arange(16).repeat(64)
-    keys, rate = drop.token_keys(samples, positions, 1, 2, 3), 0.1
-    there = drop.token_keys(samples.to(run.device), positions.to(run.device), 1, 2, 3)
-    mask = drop.keep_mask(1 - rate, keys, 96)
-    run.row("dropout's mask is the CPU's", torch.equal(drop.keep_mask(1 - rate, there, 96).cpu(), mask))
+    rate, site = 0.1, (1, 2, 3)
+    mask = drop.keep_mask(1 - rate, drop.token_keys(samples, positions, *site), 96)
     run.within("dropout's share of zeros", abs(float(mask.double().mean()) / (1 - rate) - 1), 0.01)
-    x = run.randn(len(mask), 96)
-    exact = x.double() * mask.to(run.device) / (1 - rate)
-    run.within("dropout fp32", distance(drop.dropout(x, rate, there), exact), *BOUNDS["fp32"])
+    place, kept = (samples.to(run.device), positions.to(run.device)), mask.to(run.device) / (1 - rate)
+    ones = torch.ones(len(mask), 96, device=run.device)
+    run.row("dropout's mask is the CPU's", torch.equal(drop.dropout(ones, rate, *place, site).cpu() > 0, mask))
+    for dtype in ("fp32", "bf16"):
+        x, residual, dy = (run.randn(len(mask), 96, dtype=DTYPES[dtype]) for _ in range(3))
+        x.requires_grad_()
+        residual.requires_grad_()
+        y = drop.dropout(x, rate, *place, site, residual)
+        dx, dresidual = torch.autograd.grad(y, (x, residual), dy)
+        exact = residual.double() + x.double() * kept
+        run.within(f"dropout {dtype}", distance(y.detach(), exact.detach()), *BOUNDS[dtype])
+        run.within(f"dropout {dtype}, gradient", distance(dx, dy.double() * kept), *BOUNDS[dtype])
+        run.row(f"dropout {dtype}, gradient of the residual stream", torch.equal(dresidual, dy))
 
 
 SECTION = Section("rows", wave=2, seconds=100, run=rows, environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})

@@ -24,6 +24,7 @@ class Evaluate(Hook):
     def after(self, step: int, done: Step) -> None:
         train = self.loop.config.train
         if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
+            self.loop.settle()
             self._evaluate(step)
 
     def finish(self) -> dict[str, Any]:

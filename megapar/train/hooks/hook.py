@@ -36,7 +36,10 @@ class Hook:
         """In a step, with the gradients reduced and not yet clipped."""
 
     def after(self, step: int, done: "Step") -> None:
-        """After a step."""
+        """After a step. On a GPU it may be under way yet: to look at its figures waits for its end."""
+
+    def settle(self) -> None:
+        """Look at the figures of the steps so far, and do what is left to do with them; see `Loop.settle`."""
 
     def moved(self) -> None:
         """The loop has another config and trainer from now on: layers have moved to other stages."""

@@ -22,6 +22,7 @@ class Rebalance(Hook):
     def __init__(self, loop: "Loop") -> None:
         super().__init__(loop)
         self.times = StageTimes()
+        self._done: list[Step] = []
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:
@@ -29,9 +30,13 @@ class Rebalance(Hook):
 
     def after(self, step: int, done: Step) -> None:
         loop = self.loop
-        self.times.add(done.spans)
+        self._done.append(done)
         if step % loop.config.pipeline.rebalance or step == loop.config.train.steps:
             return
+        loop.settle()
+        for one in self._done:
+            self.times.add(one.spans)
+        self._done.clear()
         before = stage_layers(loop.config)
         after = self.times.layers(before, loop.trainer.mesh)
         if after == before:

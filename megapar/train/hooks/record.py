@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Record(Hook):
-    """rows: of this start of the run, on rank 0."""
+    """rows: of this start of the run, on rank 0. late: figures are looked at a step later."""
 
     order = 10
 
@@ -30,7 +30,8 @@ class Record(Hook):
         self.rows: list[dict[str, Any]] = []
         self.skipped = 0
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
-        self.on_gpu = loop.config.train.device == "cuda"
+        self.on_gpu = self.late = loop.config.train.device == "cuda"
+        self._unread: tuple[int, Step, float | None] | None = None
         self.moved()
 
     def moved(self) -> None:
@@ -40,10 +41,25 @@ class Record(Hook):
         self._start = time.perf_counter()
 
     def after(self, step: int, done: Step) -> None:
+        """On a GPU the step before is looked at, so that the device has this one to do."""
+        seconds = time.perf_counter() - self._start
+        if self.late:
+            self.settle()
+            self._unread = (step, done, None)
+        else:
+            self._read(step, done, seconds)
+
+    def settle(self) -> None:
+        if self._unread is not None:
+            unread, self._unread = self._unread, None
+            self._read(*unread)
+
+    def _read(self, step: int, done: Step, seconds: float | None) -> None:
+        """seconds: that the step took; None: that the device took."""
         figures = gather_figures(local_figures(done.loss, done.spans), self.loop.trainer.mesh)
         self.skipped += done.result.skipped
         if self.loop.writer is not None:
-            row = self._row(step, done, summarise(figures), time.perf_counter() - self._start)
+            row = self._row(step, done, summarise(figures), done.seconds if seconds is None else seconds)
             self.rows.append(row)
             self.loop.writer.step(row)
 

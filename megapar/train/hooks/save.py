@@ -10,6 +10,7 @@ class Save(Hook):
     def after(self, step: int, done: Step) -> None:
         every = self.loop.config.checkpoint.every
         if step == self.loop.config.train.steps or (every and step % every == 0):
+            self.loop.settle()
             self.loop.save(step)
 
 

@@ -36,7 +36,7 @@ class Trace(Hook):
         first, last = loop.config.train.trace
         self.steps = range(max(first, loop.first_step), last + 1)
         self._meetings: list[tuple[float, float]] = []
-        self._spans: dict[int, list[Span]] = {}
+        self._done: dict[int, Step] = {}
 
     def before(self, step: int) -> None:
         """Set the clocks before the first traced step, and time traced ones in detail."""
@@ -50,17 +50,17 @@ class Trace(Hook):
         self._meetings = [(span.start, span.stop) for span in mesh.timeline.take()]
 
     def after(self, step: int, done: Step) -> None:
-        """Keep the spans of a traced step, and write all behind the last one."""
+        """Keep a traced step, and write all behind the last one."""
         if step not in self.steps:
             return
-        self._spans[step] = done.spans
+        self._done[step] = done
         if step == self.steps[-1]:
             self._write()
-            self._spans.clear()
+            self._done.clear()
 
     def moved(self) -> None:
         """What is traced of before does not go with what comes."""
-        self._spans.clear()
+        self._done.clear()
 
     def _write(self) -> None:
         """trace.json and costs.json, from all ranks' spans on rank 0's clock."""
@@ -68,8 +68,8 @@ class Trace(Hook):
         mine = {
             "meetings": self._meetings,
             "steps": [
-                (step, [(span.kind, span.name, span.start, span.stop) for span in spans])
-                for step, spans in self._spans.items()
+                (step, [(span.kind, span.name, span.start, span.stop) for span in done.spans])
+                for step, done in self._done.items()
             ],
         }
         texts = gather_texts(json.dumps(mine), mesh["world"], mesh.device)
