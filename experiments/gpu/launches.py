@@ -7,6 +7,7 @@ from megapar.kernels import layernorm as ln
 from megapar.kernels import rmsnorm as rms
 from megapar.kernels import use_backend
 from megapar.kernels.attention import attention
+from megapar.kernels.dropout import dropout
 from megapar.kernels.matmul import add_matmul, matmul
 from megapar.kernels.rope import rope, rope_table
 from megapar.kernels.swiglu import gelu, swiglu
@@ -34,6 +35,8 @@ def launches(device: str) -> None:
         targets = torch.randint(0, 2 * D, (T,))
         merged = ce.merge_statistics(ce.cross_entropy_statistics(x, targets, 0, True).unsqueeze(0))
         ce.cross_entropy_gradient_(x.clone(), targets, 0, merged.log_sum, rstd, ce.Objective(0.1, 1e-4, 2 * D))
+        place, z = torch.arange(T), x.detach().requires_grad_()
+        torch.autograd.grad(dropout(z, 0.1, place, place, (1, 2, 3), y).sum(), [z])
         q, k, v = (torch.randn(1, T, n, D, dtype=dtype).requires_grad_() for n in (2, 1, 1))
         turned = rope(q, k, rope_table(T, D, 1e4, torch.float32, torch.device(device)))
         torch.autograd.grad(attention(*turned, v).sum(), [q, k, v])

@@ -13,6 +13,7 @@ from experiments.gpu.timing import Call, Timed, beside
 from megapar.kernels import cross_entropy as ce
 from megapar.kernels import layernorm as ln
 from megapar.kernels import rmsnorm as rms
+from megapar.kernels.dropout import dropout
 from megapar.kernels.rope import rope, rope_table
 from megapar.kernels.swiglu import swiglu
 
@@ -77,6 +78,14 @@ def turned(rows: Rows, heads: int, kv_heads: int, D: int) -> None:
     q, k = (rows.run.randn(1, rows.T, n, D, dtype=BF16) for n in (heads, kv_heads))
     table = rope_table(rows.T, D, 1e4, torch.float32, torch.device(rows.run.device))
     rows("rope", 2, (heads + kv_heads) * D, lambda: rope(q, k, table))
+
+
+def dropped(rows: Rows, H: int) -> None:
+    """Fused with the residual sum, which torch is given as well."""
+    x, residual = (rows.randn(H) for _ in range(2))
+    place = torch.arange(rows.T, device=rows.run.device)
+    ours = partial(dropout, x, 0.1, place, place, (1, 2, 3), residual)
+    rows("dropout and sum", 3, H, ours, lambda: residual + F.dropout(x, 0.1))
 
 
 def loss(rows: Rows, V: int) -> None:

@@ -49,6 +49,7 @@ def times(run: Run) -> None:
         run.attempt(f"layernorm {name}", timed_rows.layer_norm, rows, hidden)
         run.attempt(f"swiglu {name}", timed_rows.gated, rows, width)
         run.attempt(f"rope {name}", timed_rows.turned, rows, heads, kv_heads, D)
+        run.attempt(f"dropout {name}", timed_rows.dropped, rows, hidden)
         run.attempt(f"cross entropy {name}", timed_rows.loss, rows, V)
         if run.cuda:
             torch.cuda.empty_cache()  # card-only
