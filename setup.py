@@ -20,6 +20,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "numpy",
+        "einops",
         "sentencepiece",
         "wandb",
         "hydra-core>=1.3.2,<1.4",

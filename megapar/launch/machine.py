@@ -12,7 +12,7 @@ from typing import Any
 import megapar
 from megapar.cores import num_cores
 
-PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "safetensors", "wandb")
+PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "einops", "safetensors", "wandb")
 
 
 def num_gpus() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -85,7 +86,7 @@ def attention(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
 
 def _for_every_head(x: Tensor, sizes: Sizes) -> Tensor:
     """k or v [B, S, K, D] with a head for each query head, [B, S, N, D]."""
-    return x.repeat_interleave(sizes.heads // sizes.kv_heads, 2)
+    return repeat(x, "b s k d -> b s (k group) d", group=sizes.heads // sizes.kv_heads)
 
 
 BENCH = {"attention": attention}
