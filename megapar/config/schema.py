@@ -241,6 +241,9 @@ class TrainSection:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in backward: none, attention only, whole layers"
     )
+    cuda_graphs: Literal["off", "on"] = option(
+        "off", "on: micro-batches run from CUDA graphs where nothing forbids it; same bits", identity=False
+    )
     trace: list[int] | None = option(
         None,
         "[N,M]: first and last step kept in trace.json; default: the last step; none if resumed after M",

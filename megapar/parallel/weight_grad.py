@@ -79,20 +79,20 @@ class WeightGrads:
     """
 
     def __init__(self) -> None:
-        self._left_over: set[LocalParameter] = set()  # main gradients of the step before
+        self.left_over: set[LocalParameter] = set()  # whose main gradients are the step before's
         self.on_added: Callable[[LocalParameter], None] = lambda parameter: None
         self._queued: dict[tuple[int, int], list[Submitted]] = defaultdict(list)
         self._defer_to: tuple[int, int] | None = None
 
     def begin(self, parameters: Iterable[LocalParameter]) -> None:
         """From now on what the main gradients of these hold counts as nothing."""
-        self._left_over = set(parameters)
+        self.left_over = set(parameters)
 
     def clear_unused(self, parameters: Iterable[LocalParameter]) -> None:
         """Set the main gradients of those to zero that nothing has been added to since `begin`."""
-        for parameter in self._left_over.intersection(parameters):
+        for parameter in self.left_over.intersection(parameters):
             parameter.grad.zero_()
-        self._left_over.difference_update(parameters)
+        self.left_over.difference_update(parameters)
 
     def defer(self, work: tuple[int, int] | None) -> None:
         """From now on queue under this (stage, micro-batch), or with None run at once."""
@@ -122,14 +122,21 @@ class WeightGrads:
 
     def run(self, stage: int, microbatch: int) -> None:
         """W: run what the I of this stage and micro-batch has queued."""
+        self.run_all(self.withdraw(stage, microbatch))
+
+    def withdraw(self, stage: int, microbatch: int) -> list[Submitted]:
+        """What the I of this stage and micro-batch has queued, which is no longer queued then."""
+        return self._queued.pop((stage, microbatch), [])
+
+    def run_all(self, queued: Iterable[Submitted]) -> None:
         with torch.no_grad():
-            for submitted in self._queued.pop((stage, microbatch), ()):
+            for submitted in queued:
                 self._run(submitted)
 
     def _run(self, submitted: Submitted) -> None:
         parameters, compute = submitted.parameters, submitted.add_to
-        if submitted.write is not None and self._left_over.issuperset(parameters):
-            self._left_over.difference_update(parameters)
+        if submitted.write is not None and self.left_over.issuperset(parameters):
+            self.left_over.difference_update(parameters)
             compute = submitted.write
         self.clear_unused(parameters)
         compute(*(parameter.grad for parameter in parameters))

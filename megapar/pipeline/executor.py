@@ -9,14 +9,16 @@ from the allocator, which keeps what is freed (on a CPU: `megapar.launch.machine
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.mesh import Mesh
 from megapar.parallel.weight_grad import WeightGrads
+from megapar.pipeline.graphs import Graphs
+from megapar.pipeline.passes import Forwarded, backward, forward
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
 
@@ -29,15 +31,6 @@ class _Receive:
     works: list[dist.Work] = field(default_factory=list)
 
 
-@dataclass
-class _Forwarded:
-    """What backward needs of a forward pass."""
-
-    received: Tensors
-    edges: list[GradientEdge]
-    names: list[str]
-
-
 class Executor:
     """Executes schedules on one pipeline rank.
 
@@ -45,6 +38,8 @@ class Executor:
         a stage hands on untouched, such as an encoder's output along the decoder, has the sum of all its readers'.
     loss(outputs, batch): on the last stage, the scalar whose gradient is propagated.
     reduce(stage): finishes a stage's gradient reduction. Both are for training and may be left out without it.
+    graphs: run from CUDA graphs what of a training step can be. Not the last micro-batch of a stage: what it completes
+        is to be reduced while its backward still runs. Not while the timeline is detailed.
     """
 
     def __init__(
@@ -54,7 +49,9 @@ class Executor:
         weight_grads: WeightGrads,
         loss: Callable[[Tensors, Batch], Tensor] | None = None,
         reduce: Callable[[int], None] = lambda stage: None,
+        graphs: Graphs | None = None,
     ) -> None:
+        self.graphs = graphs
         self.stages, self.mesh, self.weight_grads, self.loss, self.reduce = stages, mesh, weight_grads, loss, reduce
 
     def run(
@@ -125,18 +122,22 @@ class _Phase:
     ) -> None:
         self.executor, self.schedule, self.batches, self.training = executor, schedule, batches, training
         self.head, self.mesh, self.stages = head, executor.mesh, executor.stages
-        self.index = self.mesh["pp"].index
+        self.index, self.graphs = self.mesh["pp"].index, executor.graphs
+        row = schedule.rows[self.index]
+        adding = [(action.stage, action.microbatch) for action in row if action.kind in ("B", "W")]
+        self._first = set(dict(reversed(adding)).items())  # to a stage's main gradients
+        self._last = set(dict(adding).items())
         self.losses: dict[int, Tensor] = {}
         self._arrived: dict[Action, Tensors] = {}
         self._outgoing: dict[Action, Tensors] = {}
-        self._forwarded: dict[tuple[int, int], _Forwarded] = {}
+        self._forwarded: dict[tuple[int, int], Forwarded] = {}
         self._posted: dict[Action, _Receive] = {}
         self._sends: list[tuple[dist.Work, Tensor]] = []
         self.actions: dict[str, Callable[[Action], None]] = {
             "F": self._forward,
             "B": self._backward,
             "I": self._input_gradient,
-            "W": lambda action: executor.weight_grads.run(action.stage, action.microbatch),
+            "W": self._weight_gradients,
             "SEND_F": self._send,
             "SEND_B": self._send,
             "RECV_F": self._receive,
@@ -155,40 +156,53 @@ class _Phase:
 
     def _forward(self, action: Action) -> None:
         stage, _, m = action
-        received = self._arrived.pop(Action(stage, "RECV_F", m), {})
-        for tensor in received.values():
-            tensor.requires_grad_(self.training and tensor.is_floating_point())
-        batch = self.batches[m]
-        outputs = self.stages[stage](received, batch)
+        received, batch = self._arrived.pop(Action(stage, "RECV_F", m), {}), self.batches[m]
+        if self._from_graphs(action):
+            assert self.graphs is not None
+            variant = (stage, m) in self._first
+            outputs = self.graphs.forward(stage, m, partial(self._compute, stage), received, batch, variant)
+        else:
+            forwarded = forward(lambda given: self._compute(stage, given, batch), received, self.training)
+            outputs = forwarded.outputs
+            if self.training:
+                self._forwarded[stage, m] = forwarded
         if stage == self.schedule.stages - 1:
-            assert self.head is not None, "the last stage needs a loss or a head"
-            loss = self.head(outputs, batch)
-            self.losses[m] = loss.detach()
-            outputs = {"loss": loss}
+            self.losses[m] = outputs["loss"].clone() if self._from_graphs(action) else outputs["loss"]
         else:
             _check_sent(action, outputs, self.stages[stage].sent(batch))
-            self._hand_over("F", action, {name: tensor.detach() for name, tensor in outputs.items()})
-        if self.training:
-            names = [name for name, tensor in outputs.items() if tensor.requires_grad]
-            edges = [get_gradient_edge(outputs[name]) for name in names]
-            self._forwarded[stage, m] = _Forwarded(received, edges, names)
+            self._hand_over("F", action, outputs)
+
+    def _compute(self, stage: int, received: Tensors, batch: Batch) -> Tensors:
+        outputs = self.stages[stage](received, batch)
+        if stage < self.schedule.stages - 1:
+            return outputs
+        assert self.head is not None, "the last stage needs a loss or a head"
+        return {"loss": self.head(outputs, batch)}
+
+    def _from_graphs(self, action: Action) -> bool:
+        """Whether a pass runs from graphs, as all its actions do."""
+        if self.graphs is None or not self.training or self.mesh.timeline.detailed:
+            return False
+        return (action.stage, action.microbatch) not in self._last
 
     def _backward(self, action: Action) -> None:
-        stage, _, m = action
-        forwarded = self._forwarded.pop((stage, m))
-        if stage == self.schedule.stages - 1:
-            grads = [torch.ones_like(self.losses[m])]
+        stage, kind, m = action
+        arrived = self._arrived.pop(Action(stage, "RECV_B", m), {})
+        if self._from_graphs(action):
+            assert self.graphs is not None
+            given = self._gradients(action, self.graphs.forwarded(stage, m), arrived)
+            gradients = self.graphs.backward(stage, m, given, split=kind == "I")
         else:
-            arrived = self._arrived.pop(Action(stage, "RECV_B", m))
-            grads = [arrived[name] for name in forwarded.names]
-        torch.autograd.backward(forwarded.edges, grads)
+            forwarded = self._forwarded.pop((stage, m))
+            gradients = backward(forwarded, self._gradients(action, forwarded, arrived))
         if stage > 0:
-            grads_of_received = {
-                name: tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-                for name, tensor in forwarded.received.items()
-                if tensor.requires_grad
-            }
-            self._hand_over("B", action, grads_of_received)
+            self._hand_over("B", action, gradients)
+
+    def _gradients(self, action: Action, forwarded: Forwarded, arrived: Tensors) -> list[Tensor]:
+        """Where backward begins, those of the outputs."""
+        if action.stage == self.schedule.stages - 1:
+            return [torch.ones_like(self.losses[action.microbatch])]
+        return [arrived[name] for name in forwarded.names]
 
     def _input_gradient(self, action: Action) -> None:
         self.executor.weight_grads.defer((action.stage, action.microbatch))
@@ -196,6 +210,13 @@ class _Phase:
             self._backward(action)
         finally:
             self.executor.weight_grads.defer(None)
+
+    def _weight_gradients(self, action: Action) -> None:
+        if self._from_graphs(action):
+            assert self.graphs is not None
+            self.graphs.weights(action.stage, action.microbatch)
+        else:
+            self.executor.weight_grads.run(action.stage, action.microbatch)
 
     def _neighbour(self, stage: int, kind: str) -> int:
         """The stage that a forward (F) or backward (B) pass through `stage` goes on to."""

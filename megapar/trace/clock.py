@@ -31,14 +31,14 @@ class Timeline:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.detailed = False
+        self.detailed = self._muted = False
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         self._spans: Spans = []
 
     @contextmanager
     def span(self, kind: str, name: str, where: str = "", *, fine: bool = False) -> Iterator[None]:
         """Time what runs inside. An error inside gets a note that names it, and `where`."""
-        timed = self.detailed or not fine
+        timed = (self.detailed or not fine) and not self._muted
         start = self._clock.mark() if timed else None
         try:
             yield
@@ -50,12 +50,21 @@ class Timeline:
 
     def in_flight(self, name: str, start: Callable[[], dist.Work]) -> dist.Work:
         """Start an asynchronous operation and, if detailed, time until it is over, whenever that is waited for."""
-        if not self.detailed:
+        if not self.detailed or self._muted:
             return start()
         begun = self._clock.mark()
         work = start()
         self._clock.at_the_end_of(work, lambda over: self._spans.append((FLIGHT, name, begun, over)))
         return work
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Inside, nothing is timed: what is recorded for later takes no time."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
 
     def forget(self) -> None:
         """Drop the spans so far, without a look at them: nothing is waited for."""

@@ -20,6 +20,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",
         f"kernels     {_backends(summary['kernels'])}",
         *engine_lines(summary["tp_overlap"]),
+        *_graph_lines(summary["cuda_graphs"], config),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {task.loss.text(summary['loss'])} after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
@@ -36,6 +37,13 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     lines += _time_lines(summary, config)
     lines += [f"left in     {config.run.dir}: metrics.jsonl, summary.json, config.yaml, logs/, checkpoints/"]
     return "\n".join(lines)
+
+
+def _graph_lines(graphs: dict[str, Any], config: TrainConfig) -> list[str]:
+    if config.train.cuda_graphs == "off":
+        return []
+    said = f"none: {graphs['why_not']}" if graphs["why_not"] else f"{graphs['captured']} on rank 0"
+    return [f"CUDA graphs {said}"]
 
 
 def _backends(kernels: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
 from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
+from megapar.pipeline.graphs import Graphs, why_not
 from megapar.pipeline.stage import Stage
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
@@ -88,8 +89,11 @@ class Trainer(ModelPart):
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
         last = self.stages.get(self.schedule.stages - 1)
         self.task = task_kind(config.task.name).make(config, self.context, last)
+        self.graphs: Graphs | None = None
+        if config.train.cuda_graphs == "on" and why_not(config) is None:
+            self.graphs = Graphs(self.context.weight_grads, self.mesh.timeline)
         self.executor = Executor(
-            self.stages, self.mesh, self.context.weight_grads, self.task.loss, reduce=self.sync.finish
+            self.stages, self.mesh, self.context.weight_grads, self.task.loss, self.sync.finish, self.graphs
         )
         if self.mesh.device.type == "cuda":
             self.rehearse()

@@ -11,6 +11,7 @@ from megapar.cores import num_cores
 from megapar.kernels import backend_of, backends
 from megapar.parallel.agreement import gather_texts
 from megapar.part import DTYPES
+from megapar.pipeline.graphs import why_not
 from megapar.schedule.simulate import simulate
 from megapar.train.hooks.hook import Hook
 from megapar.train.metrics import gather_figures, local_figures, summarise
@@ -110,7 +111,14 @@ class Record(Hook):
             "cores_per_rank": self.cores_per_rank,
             "dp_bytes_per_step": self.loop.trainer.sync.sent // len(self.rows),
             "tp_overlap": engines,
+            "cuda_graphs": self._graphs(),
         }
+
+    def _graphs(self) -> dict[str, Any]:
+        """captured: graphs of this rank; why_not: what forbids them."""
+        graphs, config = self.loop.trainer.graphs, self.loop.config
+        reason = "train.cuda_graphs=off" if config.train.cuda_graphs == "off" else why_not(config)
+        return {"captured": graphs.captured if graphs is not None else 0, "why_not": reason}
 
     def _engines(self) -> dict[str, dict[str, str]]:
         """What ran every tensor-parallel matmul of the model, by weight and direction; the same on every rank."""
