@@ -81,11 +81,9 @@ def matmul(
 
 
 def empty_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised result [rows, columns] of a product of matrices like x, which no collective is to take: where
-    Triton's form runs, its rows may lie apart, see `aligned_matrix`."""
-    if backend_of("matmul", x.device.type, x.dtype) == "torch":
-        return x.new_empty(rows, columns)
-    return aligned_matrix(x, rows, columns)
+    """For a product of matrices like x, which no collective takes: in Triton's form an `aligned_matrix`."""
+    plain = backend_of("matmul", x.device.type, x.dtype) == "torch"
+    return x.new_empty(rows, columns) if plain else aligned_matrix(x, rows, columns)
 
 
 def add_matmul(into: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = True) -> None:
@@ -390,7 +388,7 @@ def matmul_op(
     a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, aligned: bool
 ) -> Tensor:
     """activation(a @ b + bias) + residual; arguments checked by `matmul`."""
-    out = _result(a, b, aligned)
+    out = aligned_matrix(a, len(a), b.shape[1]) if aligned else a.new_empty(len(a), b.shape[1])
     _run(out, a, b, bias, activation, residual)
     return out
 
@@ -401,10 +399,6 @@ def matmul_into_op(
 ) -> None:
     """The same, written to `out`."""
     _run(out, a, b, bias, activation, residual)
-
-
-def _result(a: Tensor, b: Tensor, aligned: bool) -> Tensor:
-    return aligned_matrix(a, len(a), b.shape[1]) if aligned else a.new_empty(len(a), b.shape[1])
 
 
 def _run(
@@ -428,23 +422,21 @@ def add_matmul_op(into: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 @matmul_op.register_fake
 def _(a, b, bias, activation, residual, aligned):
-    return _result(a, b, aligned)
+    return aligned_matrix(a, len(a), b.shape[1]) if aligned else a.new_empty(len(a), b.shape[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- inspection
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
-    """The launches by name for 4096 tokens in GPT-2's head and the MLP of Llama-8B, GPT-2 and the demo, on tensors
-    without storage.
+    """The launches by name for 4096 tokens in GPT-2's head and the MLP of MODELS, on tensors without storage.
 
     The last, of GPT-2's output projection, has so few outputs that it takes the smallest tile.
     """
-    specs = {}
     with torch.device("meta"):
         x, w = (torch.empty(rows, GPT2.hidden, dtype=GPT2.torch_dtype) for rows in (4096, GPT2.vocab))
         grad, logits = torch.empty(w.shape), aligned_matrix(x, len(x), len(w))
-    specs[f"matmul_logits_{GPT2.vocab}"] = launch(arch, x, w.t(), logits)
+    specs = {f"matmul_logits_{GPT2.vocab}": launch(arch, x, w.t(), logits)}
     specs[f"matmul_logits_input_grad_{GPT2.vocab}"] = launch(arch, logits, w, x)
     specs[f"matmul_logits_weight_grad_{GPT2.vocab}"] = launch(arch, logits.t(), x, grad, residual=grad)
     for sizes in MODELS.values():

@@ -23,25 +23,23 @@ The order of memory: everything that a program's threads wrote is before their b
 which is released at the scope of the system; a flag is read with acquire. (PTX ISA, "Memory Consistency Model".)
 """
 
-import os
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from tempfile import mkstemp
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megapar.kernels._common import INTERPRETED, device_function, target_arch, tl
+from megapar.kernels.comm.segments import NoSharedMemory, PosixSegments, Segments, TorchSegments
 
 OPERATIONS = ("all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
-SHARED_FOLDER = "/dev/shm"
 ALIGNMENT = 256  # bytes
 FLAG_BYTES = 8
 # How often a wait looks in a second, at the least: its limit is counted, not timed. compiled: a poll is a round trip to
@@ -56,10 +54,6 @@ class PeerTimeout(RuntimeError):
 
 class PeersDiffer(ValueError):
     """Ranks called an operation with matrices that don't go together."""
-
-
-class NoSharedMemory(ValueError):
-    """These ranks can't share memory. `str(error)` says on one line what they need."""
 
 
 # ------------------------------------------------------------------------------------------------------ for the kernels
@@ -152,90 +146,6 @@ def post(table, peer, flags_at, flag, mark):
 
 
 # --------------------------------------------------------------------------------------------------------- for the host
-
-
-class Segments(Protocol):
-    """One segment on every rank of a group. Making it is collective.
-
-    own: this rank's, bytes, zeros at first; table: int64 [R], where this process sees each rank's, on the device.
-    """
-
-    own: Tensor
-    table: Tensor
-
-
-class PosixSegments:
-    """POSIX shared memory of processes on one host. Its files have no name any more once all have mapped them: from
-    then on nothing is left behind, however a process ends."""
-
-    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        made: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
-        path, problem = _shared_file(size)
-        try:
-            dist.all_gather_object(made, (path, problem), group=group)
-            self._refuse(made, group)
-            segments = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path, _ in made]
-            dist.barrier(group)
-        finally:
-            with suppress(OSError):
-                os.unlink(path)
-        self._mapped = segments
-        self.own = segments[dist.get_rank(group)]
-        self.table = torch.tensor([segment.data_ptr() for segment in segments], dtype=torch.int64)
-
-    @staticmethod
-    def _refuse(made: list[tuple[str, str]], group: dist.ProcessGroup) -> None:
-        """Raise NoSharedMemory, on every rank alike, unless all made their files on one host."""
-        found: list[bool] = [False] * len(made)
-        dist.all_gather_object(found, all(os.path.exists(path) for path, problem in made if not problem), group=group)
-        problems = [problem for _, problem in made if problem]
-        if problems or not all(found):
-            reason = problems[0] if problems else "tensor-parallel ranks on one host"
-            raise NoSharedMemory(f"parallel.tp_overlap=symmetric needs {reason}")
-
-
-def _shared_file(size: int) -> tuple[str, str]:
-    """(path of a new file in shared memory, "") or ("", what is needed for one)"""
-    path = ""
-    try:
-        descriptor, path = mkstemp(prefix="megapar-", dir=SHARED_FOLDER)
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # else the first write to a full file system would end the process
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(path)
-        return "", f"{size / 1e6:.1f} MB per rank in {SHARED_FOLDER}, which says: {error.strerror}; enlarge it"
-    return path, ""
-
-
-class TorchSegments:
-    """Symmetric memory of torch: GPUs of one host that reach each other's memory."""
-
-    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        torch.cuda.synchronize(device)  # peers may still be in the memory that this replaces
-        problem = ""
-        try:
-            self.own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
-            torch.cuda.synchronize(device)
-            self._handle = symmetric.rendezvous(self.own, group)
-        except RuntimeError as error:
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-        self._refuse(problem, group)
-        self.table = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-
-    @staticmethod
-    def _refuse(problem: str, group: dist.ProcessGroup) -> None:
-        """Raise NoSharedMemory, on every rank alike, unless all reached their peers' memory."""
-        problems = [""] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-        for rank, said in zip(dist.get_process_group_ranks(group), problems, strict=True):
-            if said:
-                needs = "parallel.tp_overlap=symmetric needs GPUs of one host that reach each other's memory"
-                raise NoSharedMemory(f"{needs}, and rank {rank} says: {said}; use parallel.tp_overlap=auto")
 
 
 @dataclass

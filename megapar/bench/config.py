@@ -14,8 +14,7 @@ class BenchKernelsConfig:
     kernel: list[str] | None = option(None, "kernels to run; default: all")
     provider: list[str] | None = option(
         None,
-        "whose kernels: megapar, torch, on a GPU torch_flash, torch_cudnn, torch_fp32 (other ways of its), flash_attn "
-        "and liger_kernel where they are installed; default: megapar and torch's",
+        "megapar, torch, flash_attn, liger_kernel, torch_flash, torch_cudnn, torch_fp32; default: ours and torch's",
     )
     mode: list[str] = option(["forward", "backward", "full"], "passes to time; full: forward and backward together")
     shape: list[str] | None = option(

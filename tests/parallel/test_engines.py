@@ -17,7 +17,7 @@ from megapar.config.errors import UserError
 from megapar.config.layout import Layout
 from megapar.kernels import interprets
 from megapar.kernels._common import check_overflow
-from megapar.kernels.comm import exchange, symmetric
+from megapar.kernels.comm import exchange, segments
 from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
@@ -202,13 +202,13 @@ def refused_on_a_full_file_system(rank: int, world_size: int) -> str:
     engine = Symmetric(SymmetricMemory(group, mesh.device, 60.0))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     x = torch.ones(64, 64)
-    before = set(os.listdir(symmetric.SHARED_FOLDER))
+    before = set(os.listdir(segments.SHARED_FOLDER))
     refused = mock.patch.object(os, "posix_fallocate", side_effect=full if rank == 1 else None)
     with refused, pytest.raises(UserError) as caught:
         engine.matmul_all_reduce(x, x, mesh["tp"], lambda: None)
     dist.barrier(group)  # each rank removes its own file
     mesh.close()
-    assert not {name for name in os.listdir(symmetric.SHARED_FOLDER) if name.startswith("megapar-")} - before
+    assert not {name for name in os.listdir(segments.SHARED_FOLDER) if name.startswith("megapar-")} - before
     return str(caught.value)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.distributed import _symmetric_memory as torch_symmetric
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapar.kernels.comm.symmetric import NoSharedMemory, SymmetricMemory, TorchSegments
+from megapar.kernels.comm.segments import NoSharedMemory, TorchSegments
+from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.launch.pool import WorkerPool
 from tests.kernels.comm.mutants import SMALL
 from tests.kernels.comm.operations import FORMS, is_exact, small_tiles
