@@ -40,7 +40,7 @@ class OneProcess(SymmetricMemory):
         self.rank, self.ranks, self.peers, self.limit = rank, ranks, list(range(ranks)), 16
         self.error = torch.zeros(1, dtype=torch.int64, device=device)
         self.arch, self.processors, self.shared = target_arch(), processors, shared
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _make(self, operation: str, num_flags: int, half: int, call: str) -> Channel:
         assert operation not in self.channels, "calls of one operation are alike here"

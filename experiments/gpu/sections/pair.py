@@ -14,7 +14,7 @@ from experiments.gpu.run import Run, last_line
 from experiments.gpu.section import Section
 from megapar.kernels import use_backend
 from megapar.kernels._common import check_overflow
-from megapar.kernels.comm import symmetric
+from megapar.kernels.comm import segments
 from megapar.kernels.comm.symmetric import SymmetricMemory
 
 RANKS = 2
@@ -70,7 +70,7 @@ def forms_of_rank(rank: int, work: Path, device: str, sends: Connection) -> None
     dist.init_process_group("gloo", init_method=f"file://{work}/pair.store", rank=rank, world_size=RANKS)
     if not cuda:
         check_overflow(False)
-        symmetric.SHARED_FOLDER = str(work)  # where nothing stays, however this ends
+        segments.SHARED_FOLDER = str(work)  # where nothing stays, however this ends
     group = dist.group.WORLD
     assert group is not None
     memory = SymmetricMemory(group, torch.device("cuda", 0) if cuda else torch.device("cpu"), WAIT_S)
