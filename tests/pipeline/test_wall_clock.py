@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from megapar.config.schema import TrainConfig
 from megapar.config.stages import make_schedule
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
-from megapar.parallel.weight_grad import WeightGrads
+from megapar.parallel.weight_grad import LocalParameter, WeightGrads
 from megapar.pipeline.executor import Batch, Executor, Tensors
 from megapar.pipeline.stage import TensorSpec
 from megapar.schedule.actions import KINDS, Schedule
@@ -62,7 +61,7 @@ class SleepingStage(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.parameter: Any = SimpleNamespace(grad=torch.zeros(1))
+        self.parameter = LocalParameter(self, "none", (1,), [], 1, grad=torch.zeros(1))
 
     def received(self, batch: Batch) -> dict[str, TensorSpec]:
         return {"x": TensorSpec((4,), torch.float32)}
