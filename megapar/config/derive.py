@@ -48,13 +48,13 @@ def resolve(
             config = changed(config, {"train.device": "cpu"})
         if config.parallel.auto:
             raise ConfigError("parallel.auto", True, "verify runs many layouts; name them: layouts=[tp2,pp2dp2]")
-        config = _for_device(_derive_sizes(config, 1))
+        config = for_device(_derive_sizes(config, 1))
         if config.layouts is None:
             config = changed(config, {"layouts": [str(layout) for layout in _layouts_to_verify(config, num_gpus)]})
         return config
     if config.train.device == "auto":
         config = changed(config, {"train.device": _device(config.kernels.backend, num_gpus)})
-    config = _for_device(config)
+    config = for_device(config)
     gpus = num_gpus if config.train.device == "cuda" else 0
     ranks = world_size or config.devices or gpus or 1
     if config.parallel.auto:
@@ -94,8 +94,8 @@ _DEFAULTS = {
 }
 
 
-def _for_device(config: T) -> T:
-    """What is left open and depends on the device."""
+def for_device(config: T) -> T:
+    """With what is left open and depends on the device."""
     given = {"parallel.bucket_size": config.parallel.bucket_size, "train.timeout_s": config.train.timeout_s}
     return changed(config, {key: value for key, value in _DEFAULTS[config.train.device].items() if given[key] is None})
 

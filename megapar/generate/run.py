@@ -7,6 +7,7 @@ from typing import TextIO
 
 from megapar.checkpoint import Manifest, load_weights
 from megapar.config.check import with_layout
+from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
@@ -66,7 +67,7 @@ def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
         "train.dtype": config.dtype,
         "train.device": config.device,
     }
-    return with_layout(changed(trained, values), config.parallel.layout)
+    return with_layout(for_device(changed(trained, values)), config.parallel.layout)
 
 
 def refuse_other_tokenizer(tokenizer: Tokenizer, manifest: Manifest) -> None:
