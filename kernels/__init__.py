@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 # of kernels/comm, which have no form in torch
 NEEDS_TRITON = "its kernels are Triton's; use kernels.backend=interpret with fp32, bf16 or fp16, or a GPU with them"
 REQUESTS = ("auto", "torch", "triton", "interpret")
+TILE_SCHEDULERS = ("static", "dynamic")
 INTERPRET = "TRITON_INTERPRET"  # Triton's own variable, which it reads when a kernel is defined
 
 _requested = "auto"
+_tile_scheduler = "static"
 
 
 def use_backend(name: str) -> None:
@@ -45,6 +47,20 @@ def use_backend(name: str) -> None:
                 f"imported; {remedy} {INTERPRET}{value} before it starts"
             )
     _requested = name
+
+
+def use_tile_scheduler(name: str) -> None:
+    """Choose how the programs of a matmul in Triton come by their tiles: static, each by a fixed stride, or dynamic,
+    from an atomic counter. The results are the same bits. Raises ValueError for an unknown name."""
+    global _tile_scheduler
+    if name not in TILE_SCHEDULERS:
+        raise ValueError(f"kernels.tile_scheduler={name}: use one of {', '.join(TILE_SCHEDULERS)}")
+    _tile_scheduler = name
+
+
+def tile_scheduler() -> str:
+    """What `use_tile_scheduler` chose: static at first."""
+    return _tile_scheduler
 
 
 def interprets() -> bool:

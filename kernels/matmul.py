@@ -35,6 +35,7 @@ from megapar.kernels._common import (
     triton,
     wide_dtype,
 )
+from megapar.kernels._counters import APART, counter_of, next_tile, put_back
 from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
 from megapar.kernels.shapes import GPT2, MODELS
@@ -252,32 +253,61 @@ def store_finished(
         tl.store(out + rows.to(tl.int64) * out_stride + columns, part, mask=(rows < M) & (columns < N))
 
 
-@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["M"])
-def matmul_kernel(
-    a, b, out, bias, residual, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride, out_stride, residual_stride,
-    A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+@device_function
+def compute_tile(
+    number, a, b, out, bias, residual, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride, out_stride,
+    residual_stride, A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     QUARTERS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N]. residual may be out itself. Grid: any number of programs."""
-    tiles = cdiv(M, ROWS) * cdiv(N, COLUMNS)
-    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row, column = tile_at(number, M, N, ROWS, COLUMNS, GROUP)
-        product = tile_product(
-            a, b, a_tiles, b_tiles, row, column, M, N, K, a_stride, b_stride,
-            A_BY_ROW, B_BY_ROW, PRECISION, ROWS, COLUMNS, STEP,
-        )  # fmt: skip
-        if QUARTERS:
-            quarters = quarters_of(product, ROWS, COLUMNS)
-            for part in tl.static_range(4):
-                store_finished(
-                    out, out_tiles, quarters[part], bias, residual, row, column + part * (COLUMNS // 4), M, N,
-                    out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS // 4,
-                )  # fmt: skip
-        else:
+    """The tile of this number, from its operands to out."""
+    row, column = tile_at(number, M, N, ROWS, COLUMNS, GROUP)
+    product = tile_product(
+        a, b, a_tiles, b_tiles, row, column, M, N, K, a_stride, b_stride,
+        A_BY_ROW, B_BY_ROW, PRECISION, ROWS, COLUMNS, STEP,
+    )  # fmt: skip
+    if QUARTERS:
+        quarters = quarters_of(product, ROWS, COLUMNS)
+        for part in tl.static_range(4):
             store_finished(
-                out, out_tiles, product, bias, residual, row, column, M, N,
-                out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS,
+                out, out_tiles, quarters[part], bias, residual, row, column + part * (COLUMNS // 4), M, N,
+                out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS // 4,
+            )  # fmt: skip
+    else:
+        store_finished(
+            out, out_tiles, product, bias, residual, row, column, M, N,
+            out_stride, residual_stride, ACTIVATION, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit(launch_metadata=_flops_and_bytes, do_not_specialize=["M"])
+def matmul_kernel(
+    a, b, out, bias, residual, counter, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride, out_stride,
+    residual_stride, A_BY_ROW: tl.constexpr, B_BY_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    QUARTERS: tl.constexpr,
+):  # fmt: skip
+    """out [M, N]. residual may be out itself. Grid: any number of programs.
+
+    counter: at 0, before and after; programs take their tiles from it. None: in steps of the number of programs.
+    """
+    tiles = cdiv(M, ROWS) * cdiv(N, COLUMNS)
+    if counter is not None:
+        number = next_tile(counter)
+        while number < tiles:
+            compute_tile(
+                number, a, b, out, bias, residual, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride,
+                out_stride, residual_stride, A_BY_ROW, B_BY_ROW, ACTIVATION, PRECISION, ROWS, COLUMNS, STEP, GROUP,
+                QUARTERS,
+            )  # fmt: skip
+            number = next_tile(counter)
+        put_back(counter, number, tiles)
+    else:
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            compute_tile(
+                number, a, b, out, bias, residual, a_tiles, b_tiles, out_tiles, M, N, K, a_stride, b_stride,
+                out_stride, residual_stride, A_BY_ROW, B_BY_ROW, ACTIVATION, PRECISION, ROWS, COLUMNS, STEP, GROUP,
+                QUARTERS,
             )  # fmt: skip
 
 
@@ -338,16 +368,18 @@ def config_of(arch: str, dtype: torch.dtype, M: int, N: int, processors: int) ->
 
 def launch(
     arch: str, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, counter: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """out [M, N]: any matrix whose rows lie together. a, b: either way."""
+    """out [M, N]: any matrix whose rows lie together. a, b: either way. counter: at 0, to hand out the tiles."""
     a, b = with_lines_together(a), with_lines_together(b)
     (M, K), N = a.shape, b.shape[1]
     processors = num_processors(arch, out)
     config = config_of(arch, a.dtype, M, N, processors)
+    if counter is not None and config == CONFIGS["sm_80", 2][0]:  # with a counter it spilled 12 bytes
+        config = CONFIGS["sm_80", 2][1]
     a_by_row, b_by_row = a.stride(1) == 1, b.stride(1) == 1
     arguments = {
-        "a": a, "b": b, "out": out, "bias": bias, "residual": residual,
+        "a": a, "b": b, "out": out, "bias": bias, "residual": residual, "counter": counter,
         "a_tiles": tma_tiles(config, a, config.rows, config.step),
         "b_tiles": tma_tiles(config, b, config.step, config.columns),
         "out_tiles": tma_tiles(config, out, config.rows, config.columns // 4 if config.quarters else config.columns),
@@ -408,7 +440,7 @@ def _run(
         return
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else rows_of(residual)
-    launch(target_arch(), a, b, rows_of(out), bias, activation, residual).run()
+    launch(target_arch(), a, b, rows_of(out), bias, activation, residual, counter_of(out)).run()
 
 
 @custom_op("megapar::add_matmul", mutates_args=("into",))
@@ -431,11 +463,12 @@ def _(a, b, bias, activation, residual, aligned):
 def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches by name for 4096 tokens in GPT-2's head and the MLP of MODELS, on tensors without storage.
 
-    The last, of GPT-2's output projection, has so few outputs that it takes the smallest tile.
+    That of GPT-2's output projection has so few outputs that it takes the smallest tile. dynamic: with a counter.
     """
     with torch.device("meta"):
         x, w = (torch.empty(rows, GPT2.hidden, dtype=GPT2.torch_dtype) for rows in (4096, GPT2.vocab))
         grad, logits = torch.empty(w.shape), aligned_matrix(x, len(x), len(w))
+        counter = torch.empty(APART, dtype=torch.int32)
     specs = {f"matmul_logits_{GPT2.vocab}": launch(arch, x, w.t(), logits)}
     specs[f"matmul_logits_input_grad_{GPT2.vocab}"] = launch(arch, logits, w, x)
     specs[f"matmul_logits_weight_grad_{GPT2.vocab}"] = launch(arch, logits.t(), x, grad, residual=grad)
@@ -445,10 +478,11 @@ def aot_specs(arch: str) -> dict[str, Launch]:
             x, y = torch.empty(4096, hidden, dtype=dtype), torch.empty(4096, width, dtype=dtype)
             w, bias = torch.empty(width, hidden, dtype=dtype), torch.empty(width, dtype=dtype)
             grad = torch.empty(width, hidden)
-        specs[f"matmul_{width}"] = launch(arch, x, w.t(), y)
-        specs[f"matmul_bias_gelu_{width}"] = launch(arch, x, w.t(), y, bias, "gelu")
-        specs[f"matmul_input_grad_{width}"] = launch(arch, y, w, x)
-        specs[f"matmul_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad)
+        for kind, given in (("matmul", None), ("matmul_dynamic", counter)):
+            specs[f"{kind}_{width}"] = launch(arch, x, w.t(), y, counter=given)
+            specs[f"{kind}_bias_gelu_{width}"] = launch(arch, x, w.t(), y, bias, "gelu", counter=given)
+            specs[f"{kind}_input_grad_{width}"] = launch(arch, y, w, x, counter=given)
+            specs[f"{kind}_weight_grad_{width}"] = launch(arch, y.t(), x, grad, residual=grad, counter=given)
     with torch.device("meta"):
         x, grad = torch.empty(4096, GPT2.hidden, dtype=GPT2.torch_dtype), torch.empty(GPT2.hidden, GPT2.hidden)
     return specs | {"matmul_weight_grad_768": launch(arch, x.t(), x, grad, residual=grad)}

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 
 from megapar.config.errors import UserError
-from megapar.config.schema import TrainConfig
+from megapar.config.schema import KernelsConfig, TrainConfig
 from megapar.config.stages import make_schedule, ties
-from megapar.kernels import interprets, use_backend
+from megapar.kernels import interprets, use_backend, use_tile_scheduler
 from megapar.kernels._common import check_overflow
+from megapar.kernels._counters import reserve_counters
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
 from megapar.parallel.buffers import StageBuffers
@@ -28,13 +29,16 @@ def make_mesh(config: TrainConfig, rank: int) -> Mesh:
     return Mesh(config.parallel.layout, rank, device, config.train.timeout)
 
 
-def _choose_kernels(backend: str) -> None:
+def _choose_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     try:
-        use_backend(backend)
+        use_backend(kernels.backend)
+        use_tile_scheduler(kernels.tile_scheduler)
     except ValueError as error:
         raise UserError(str(error)) from None
     if interprets():
         check_overflow(False)
+    if kernels.tile_scheduler == "dynamic":
+        reserve_counters(device)
 
 
 class ModelPart:
@@ -61,7 +65,7 @@ class ModelPart:
         self.config = config
         self.mesh = mesh or make_mesh(config, rank)
         if self.mesh.groups:  # a plan runs no kernel
-            _choose_kernels(config.kernels.backend)
+            _choose_kernels(config.kernels, self.mesh.device)
         self.schedule = make_schedule(config)
         self.context = StageContext(
             self.mesh,

@@ -20,7 +20,7 @@ from megapar.bench.timing import Quantiles, peak_mb, time_ms
 from megapar.config import ConfigError, UserError
 from megapar.cores import num_cores
 from megapar.inspect.compile import TARGETS, Figures, Spec, choose, compile_all, spec_of
-from megapar.kernels import INTERPRET, has_triton, interprets, use_backend
+from megapar.kernels import INTERPRET, has_triton, interprets, use_backend, use_tile_scheduler
 from megapar.kernels.registry import FUNCTIONS
 from megapar.kernels.shapes import MODELS
 from megapar.launch.machine import cpu_model, package_version
@@ -121,6 +121,7 @@ def understand(config: BenchKernelsConfig, gpus: int, log: Log) -> Bench:
     if min(tokens) < 1:
         raise ConfigError("tokens", config.tokens, "must be at least 1 each")
     _choose_backend(config.kernels.backend, device)
+    use_tile_scheduler(config.kernels.tile_scheduler)
     providers = _usable(chosen["provider"], device, log)
     points = [
         Point(kernel, shape, config.dtype or MODELS[shape].dtype, count)

@@ -296,6 +296,9 @@ class KernelsConfig:
     backend: Literal["auto", "torch", "triton", "interpret"] = option(
         "auto", "auto: triton on a GPU, torch on a CPU; interpret: triton kernels in its interpreter"
     )
+    tile_scheduler: Literal["static", "dynamic"] = option(
+        "static", "tiles of Triton's matmuls: by a fixed stride, or from an atomic counter; same bits", identity=False
+    )
 
 
 @dataclass(frozen=True)

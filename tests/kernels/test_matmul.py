@@ -1,5 +1,8 @@
 """The matrix product and its epilogue: both backends against fp64, and torch's own checks of the operators."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,8 +13,10 @@ from torch import Tensor
 
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
-from megapar.kernels import use_backend
+from megapar.kernels import _counters, use_backend, use_tile_scheduler
+from megapar.kernels import matmul as matmul_file
 from megapar.kernels._common import Launch
+from megapar.kernels._counters import Counters, counter_of
 from megapar.kernels.matmul import (
     add_matmul,
     add_matmul_op,
@@ -103,6 +108,136 @@ def test_against_fp64(backend: str, interpreter: WorkerPool) -> None:
     assert len(found) == 3 * len(CASES)
     for case, output, error, plain, size in found:
         assert error <= 2 * plain + 32 * torch.finfo(torch.float32).eps * max(1.0, size), (case, output)
+
+
+def handed(twice: int | None, never: int | None, launches: list[object]) -> Callable[[Any], Any]:
+    """`next_tile`, noted in `launches`; in each of them some tile is handed out twice, or never."""
+    right = matmul_file.next_tile
+
+    def draw(counter: Any) -> Any:
+        launches.append(counter)
+        number = right(counter)
+        if twice is not None:
+            number -= (number > twice).to(matmul_file.tl.int32)
+        return number if never is None else number + (number >= never).to(matmul_file.tl.int32)
+
+    return draw
+
+
+def results(case: Case, values: dict[str, Tensor]) -> list[Tensor]:
+    """As `by_torch`, and a product whose rows may lie apart."""
+    into, written = values["into"].clone(), torch.full_like(values["into"], torch.nan)
+    with poisoned_memory():
+        y = matmul(
+            values["a"], values["b"], activation=case["activation"],
+            bias=values["bias"] if case["bias"] else None,
+            residual=values["residual"] if case["residual"] else None,
+        )  # fmt: skip
+        add_matmul(into, values["a"], values["b"])
+        add_matmul(written, values["a"], values["b"], accumulate=False)
+        return [y, into, written, matmul(values["a"], values["b"], aligned=True)]
+
+
+def by_both_schedulers(
+    rank: int, world_size: int, cases: list[Case], twice: int | None = None, never: int | None = None
+) -> list[tuple[Case, list[bool], list[float]]]:
+    """(case, whether static and dynamic are the same bits, excess of dynamic's errors against fp64 over the bound)."""
+    use_backend("interpret")
+    found = []
+    for case in cases[rank::world_size]:
+        values, draws = given(case), list[object]()
+        static = results(case, values)
+        use_tile_scheduler("dynamic")
+        try:
+            with mock.patch.object(matmul_file, "next_tile", handed(twice, never, draws)):
+                dynamic = results(case, values)
+        finally:
+            use_tile_scheduler("static")
+        assert draws  # not the fixed tiles twice
+        exact, excess = by_torch(case, {name: x.double() for name, x in values.items()}), []
+        for ours, b, c in zip(dynamic, by_torch(case, values), exact, strict=False):
+            bound = 2 * distance(b.double(), c) + 32 * torch.finfo(torch.float32).eps * max(1.0, float(c.abs().max()))
+            excess.append(distance(ours.double(), c) - bound)
+        found.append((case, [torch.equal(x, y) for x, y in zip(static, dynamic, strict=True)], excess))
+    return found
+
+
+def test_tiles_from_a_counter_make_the_same_bits(interpreter: WorkerPool) -> None:
+    """In every layout, with every epilogue, added in place, and with rows apart; the bound is `test_against_fp64`'s."""
+    found = [row for part in interpreter.run(by_both_schedulers, 2, CASES) for row in part]
+    assert len(found) == len(CASES)
+    for case, same, excess in found:
+        assert all(same) and len(excess) == 3 and max(excess) <= 0, (case, same, excess)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "different"),
+    [((None, None), [False] * 4), ((1, None), [False, True, False, False]), ((None, 1), [True] * 4)],
+)
+def test_a_tile_handed_out_twice_or_never_is_seen(
+    wrong: tuple[int | None, int | None], different: list[bool], interpreter: WorkerPool
+) -> None:
+    """Twice: it is added twice. Never: poison stays, or what was there."""
+    cases = [case for case in CASES if case["sizes"] == (257, 130, 200)][:1]
+    for _, same, _ in interpreter.run(by_both_schedulers, 1, cases, *wrong)[0]:
+        assert [not one for one in same] == different
+
+
+def draws_of_launches(rank: int, world_size: int) -> list[tuple[int, int, int]]:
+    """(tiles that others had had before, tiles that were written, counter after) of launches of 6 tiles."""
+    use_backend("interpret")
+    a, b, counter = torch.ones(257, 64), torch.ones(64, 200), torch.zeros(4, dtype=torch.int32)
+    found = []
+    for had, programs in ((0, 1), (0, 3), (5, 3), (0, 40), (6, 3), (0, 3)):
+        out = torch.zeros(257, 200)
+        one = replace(launch("interpret", a, b, out, counter=counter), grid=(programs,))
+        counter[0] = had  # as if other programs had drawn these, and were still at work
+        one.run()
+        shape = (one.arguments["ROWS"], one.arguments["COLUMNS"])
+        written = sum(int(part.all()) for rows in out.split(shape[0]) for part in rows.split(shape[1], 1))
+        found.append((had, written, int(counter[0])))
+    return found
+
+
+def test_a_counter_is_left_as_it_was_found(interpreter: WorkerPool) -> None:
+    """With fewer programs than tiles, with more, and with programs that start when no tile is left."""
+    found = interpreter.run(draws_of_launches, 1)[0]
+    tiles = found[0][1]
+    assert tiles == 6 and found == [(had, max(0, tiles - had), 0) for had, _, _ in found]
+
+
+def test_launches_that_may_run_at_once_share_no_counter() -> None:
+    """A stream has its own, and so has every launch in a graph. None are left: fixed tiles."""
+    counters = Counters(torch.device("cpu"), 5)
+    first, again, other = (counters.take(stream, False) for stream in (7, 7, 8))
+    captured = [counters.take(7, True) for _ in range(3)]
+    taken = [x.data_ptr() for x in (first, other, *captured) if x is not None]
+    assert again is first and len(set(taken)) == 5 and all(pointer % 16 == taken[0] % 16 for pointer in taken)
+    assert counters.take(7, True) is None and counters.take(9, False) is None
+    assert counters.take(8, False) is other
+
+
+def counter_on_a_gpu(stream: int, captured: bool) -> Tensor | None:
+    """What a launch on a GPU would be given; the GPU is not there."""
+    out: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: captured),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, create=True),
+        mock.patch.object(_counters, "Counters", lambda device: Counters(torch.device("cpu"), 3)),
+    ):
+        return counter_of(out)
+
+
+def test_a_capture_finds_counters_or_takes_fixed_tiles() -> None:
+    """Memory that is zeros before a replay can't be made in a capture."""
+    with mock.patch.dict(_counters._of_device, clear=True), mock.patch("megapar.kernels._tile_scheduler", "dynamic"):
+        assert counter_on_a_gpu(7, captured=True) is None
+        eager = counter_on_a_gpu(7, captured=False)
+        captured = counter_on_a_gpu(7, captured=True)
+        assert eager is not None and captured is not None and eager.data_ptr() != captured.data_ptr()
+        assert counter_on_a_gpu(7, captured=False) is eager
+        with mock.patch("megapar.kernels._tile_scheduler", "static"):
+            assert counter_on_a_gpu(7, captured=False) is None
 
 
 def check_operators(rank: int, world_size: int) -> None:
@@ -215,6 +350,33 @@ def test_a_models_logits_pass_by_tma(layout: str, interpreter: WorkerPool, token
         assert found == [f"logits [16, {columns}], (64, 1)"]
 
 
+def trained(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Tensor], set[bool]]:
+    """Weights and gradients after a step, and whether its matmuls had a counter."""
+    counted, run = set(), Launch.run
+
+    def launched(one: Launch) -> None:
+        if one.kernel.fn.__name__ == "matmul_kernel":
+            counted.add(one.arguments["counter"] is not None)
+        run(one)
+
+    with mock.patch.object(Launch, "run", launched):
+        trainer = Trainer(config, rank)
+        trainer.step(1)
+        left = [x.clone() for x in (*trainer.buffers.params, *trainer.buffers.grads)]
+        trainer.close()
+    return left, counted
+
+
+def test_a_step_with_tiles_from_counters_has_the_same_bits(interpreter: WorkerPool, tokens: str) -> None:
+    values: dict[str, Any] = {"kernels.backend": "interpret", "train.dtype": "fp32", "train.global_batch_size": 2}
+    found = {}
+    for scheduler in ("dynamic", "static"):
+        config = tiny_config(tokens, **values | {"model.layers": 1, "kernels.tile_scheduler": scheduler})
+        [(found[scheduler], counted)] = interpreter.run(trained, 1, config)
+        assert counted == {scheduler == "dynamic"}
+    assert all(torch.equal(x, y) for x, y in zip(*found.values(), strict=True))
+
+
 def test_a_tile_for_every_processor() -> None:
     large, middle, small = (
         config_of("sm_90", torch.bfloat16, M, N, 132) for M, N in ((8192, 4096), (4096, 768), (9, 9))
@@ -246,6 +408,8 @@ def test_an_output_apart_from_the_inputs() -> None:
 
 def test_contradictions_are_refused() -> None:
     a, b = torch.zeros(2, 3), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"^kernels.tile_scheduler=fast: use one of static, dynamic$"):
+        use_tile_scheduler("fast")
     for bad in ((a, b.t()), (a, b.double()), (a[0], b), (a.int(), b.int())):
         with pytest.raises(ValueError, match=r"need \[M, K\] and \[K, N\] of one floating dtype"):
             matmul(*bad)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megapar.bench.problem import Plan, Problem, Runner, normal
 from megapar.kernels import matmul as matmul_kernel
+from megapar.kernels._common import Launch
+from megapar.kernels._counters import counter_of
 from megapar.kernels.shapes import DTYPES, Sizes
 
 
@@ -40,13 +42,12 @@ def matmul(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
         return runner(torch.mm, lambda: main_grad.add_(made()), "main_grad.add_(mm(out_dtype=fp32))")
 
     def plans(arch: str) -> dict[str, Plan]:
-        y, dx = torch.empty_like(dy), torch.empty_like(x)
-        backward = [
-            matmul_kernel.launch(arch, dy, w, dx),
-            matmul_kernel.launch(arch, dy.t(), x, main_grad, residual=main_grad),
-        ]
+        def launch(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None = None) -> Launch:
+            return matmul_kernel.launch(arch, a, b, out, residual=residual, counter=counter_of(out))
+
+        backward = [launch(dy, w, torch.empty_like(x)), launch(dy.t(), x, main_grad, main_grad)]
         return {
-            "forward": Plan([matmul_kernel.launch(arch, x, w.t(), y)], tensor_cores=True),
+            "forward": Plan([launch(x, w.t(), torch.empty_like(dy))], tensor_cores=True),
             "backward": Plan(backward, tensor_cores=True),
         }
 
