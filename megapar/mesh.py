@@ -72,7 +72,7 @@ class Mesh:
         for kind, up in CHANNELS[1:]:
             self._axes[_channel(kind, up)] = self._join("pp", ("pp",), purpose=_channel(kind, up))
         self.hosts = self._axes["world"].group
-        if self.hosts is not None and _connects_late():
+        if self.hosts is not None and _connects_late(self.device):
             self.hosts = dist.new_group(backend="gloo", timeout=self.timeout)
             self._groups["hosts", tuple(range(self.world_size))] = self.hosts
         self.samples = self._splitting("samples")
@@ -148,7 +148,7 @@ class Mesh:
         """
         new, me = set(transfers) - self._connected, self.place["pp"]
         self._connected |= new
-        if not new or not _connects_late():
+        if not new or not _connects_late(self.device):
             return
         for kind, source, target in sorted(new, key=_order_of_connecting):
             if me in (source, target):
@@ -200,7 +200,9 @@ class Mesh:
                     made = dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True)
                 assert made is not None, "initialise the default process group first"
                 self._groups[place] = made
-                if len(ranks) > 1 and not purpose and _connects_late():  # a channel's pairs follow in `connect`
+                if (
+                    len(ranks) > 1 and not purpose and _connects_late(self.device)
+                ):  # a channel's pairs follow in `connect`
                     dist.all_reduce(self._token(), group=made)
                     self._synchronize()
             group = self._groups[place]
@@ -218,6 +220,7 @@ def _order_of_connecting(transfer: tuple[str, int, int]) -> tuple[int, ...]:
     return CHANNELS.index((kind, source < target)), low % 2, low, high
 
 
-def _connects_late() -> bool:
-    """Whether ranks connect at the first use of a group, or of a pair of ranks in it, and the host waits for that."""
-    return dist.get_backend() == "nccl"
+def _connects_late(device: torch.device) -> bool:
+    """Whether ranks connect at the first use of a group, or of a pair of ranks in it, and the host waits for that. NCCL
+    does; a default group that somebody else has made may have it under another name (`cpu:gloo,cuda:nccl`)."""
+    return device.type == "cuda" or dist.get_backend() == "nccl"

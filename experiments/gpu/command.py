@@ -28,7 +28,7 @@ def main() -> int:
     """Exit code 0: every number is right; 1: one is wrong; 2: the command is."""
     parser = argparse.ArgumentParser(prog="accept.py", description="Acceptance of megapar on one GPU.")
     parser.add_argument("--out", help="the folder for accept.json")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of the whole run; default: {SECONDS:g}")
+    parser.add_argument("--seconds", type=_seconds, default=SECONDS, help=f"of the whole run; default: {SECONDS:g}")
     parser.add_argument("--only", default="", help="sections, with commas between them; default: all")
     parser.add_argument("--device", default="", choices=("", "cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=None, help="of the random inputs; default: a new one")
@@ -108,12 +108,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86400:
+        raise argparse.ArgumentTypeError(f"{text}: need a number above 0 and below a day")
+    return seconds
+
+
 def prepare(out: Path) -> None:
     """An empty place for this run's files. Raises OSError where it can't be written to."""
     for folder in (out / WORK, out / LOGS):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    (out / "accept.json").write_text("[]\n")
+    rows = out / "accept.json"
+    if rows.exists() and len(rows.read_text()) > len("[]\n"):  # a card's time went into them
+        rows.rename(out / f"accept-{time.strftime('%Y%m%d-%H%M%S', time.localtime(rows.stat().st_mtime))}.json")
+    rows.write_text("[]\n")
 
 
 def clean(out: Path) -> None:

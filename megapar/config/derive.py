@@ -97,7 +97,10 @@ _DEFAULTS = {
 def for_device(config: T) -> T:
     """With what is left open and depends on the device."""
     given = {"parallel.bucket_size": config.parallel.bucket_size, "train.timeout_s": config.train.timeout_s}
-    return changed(config, {key: value for key, value in _DEFAULTS[config.train.device].items() if given[key] is None})
+    defaults: dict[str, Any] = dict(_DEFAULTS[config.train.device])
+    if isinstance(config, VerifyConfig) and config.train.device == "cpu":
+        defaults["train.timeout_s"] = 60.0  # its models are small
+    return changed(config, {key: value for key, value in defaults.items() if given[key] is None})
 
 
 def _model_sizes(model: ModelConfig) -> dict[str, Any]:

@@ -167,6 +167,9 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     torch.set_num_threads(job.threads)
     config: Any = loads(load_named(job.kind), job.config)
     if job.device == "cuda":
+        # The default of 8 is for streams that never wait for each other's: a rank has one of NCCL's for every channel
+        # and peer, and a receive at the head of a queue would hold up computation behind it. 32 is the most there is.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     entry: Callable[..., Any] = load_named(job.entry)
     spare_garbage_collector()

@@ -22,7 +22,9 @@ from megapar.pipeline.passes import Forwarded, backward, forward
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
 
-_POST_AHEAD = 2  # receives in flight per channel: one being waited for, one on its way
+# Receives in flight per channel: one being waited for and, on a CPU, one on its way. On a GPU each is a kernel that
+# waits on its stream, and streams share a few hardware queues.
+_POST_AHEAD = {"cpu": 2, "cuda": 1}
 
 
 @dataclass
@@ -151,7 +153,7 @@ class _Phase:
             if source != self.index
         }
         for channel in self._unposted:
-            for _ in range(_POST_AHEAD):
+            for _ in range(_POST_AHEAD[self.mesh.device.type]):
                 self._post_receive(channel)
 
     def _forward(self, action: Action) -> None:

@@ -33,8 +33,8 @@ def why_not(config: TrainConfig) -> str | None:
     reasons = {
         f"train.device={train.device}": train.device != "cuda",
         f"tp={layout['tp']}: a stage's collectives are inside": layout["tp"] > 1,
+        f"pp={layout['pp']}: a capture waits for the device, where receives wait for others": layout["pp"] > 1,
         f"model.dropout={config.model.dropout:g}: its masks depend on the step": config.model.dropout > 0,
-        f"pipeline.rebalance={config.pipeline.rebalance}: layers are timed": config.pipeline.rebalance > 0,
         "one micro-batch a step, and the last one runs without": (
             train.global_batch_size == train.micro_batch_size * samples
         ),

@@ -136,7 +136,7 @@ class _DeviceClock:
     """
 
     def __init__(self) -> None:
-        self._observer = torch.cuda.Stream()
+        self._observer, self._no_work = torch.cuda.Stream(), torch.cuda.Stream()
         self._marks: list[_Mark] = []
         self._origins = deque([_Origin(self._record(), 0.0)])  # the first one's seconds are known
 
@@ -180,8 +180,8 @@ class _DeviceClock:
         return origin.seconds
 
     def ahead_of(self, origin: _Origin) -> float:
-        """The host's time at an origin's. The observer's stream has no work: what is recorded there is at once over."""
-        with torch.cuda.stream(self._observer):
+        """The host's time at an origin's. What is recorded on a stream without work is at once over."""
+        with torch.cuda.stream(self._no_work):
             now = self._record()
         now.event.synchronize()
         return now.host - now.since(origin.mark)

@@ -75,3 +75,19 @@ def test_verify_takes_as_many_ranks_as_there_are_gpus() -> None:
 def test_verify_refuses_more(gpus: int, layouts: list[str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         resolved(VerifyConfig, gpus, **{"train.device": "cuda", "layouts": layouts})
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "device", "bucket", "timeout"),
+    [
+        (TrainConfig, 0, "cpu", 1_000_000, 300.0),
+        (TrainConfig, 1, "cuda", 40_000_000, 1800.0),
+        (VerifyConfig, 1, "cpu", 1_000_000, 60.0),
+        (VerifyConfig, 1, "cuda", 40_000_000, 1800.0),
+    ],
+)
+def test_buckets_and_timeouts_fit_the_device(kind: Any, gpus: int, device: str, bucket: int, timeout: float) -> None:
+    config = resolved(kind, gpus, **{"train.device": device})
+    assert (config.parallel.bucket_size, config.train.timeout.total_seconds()) == (bucket, timeout)
+    given = resolved(kind, gpus, **{"train.device": device, "parallel.bucket_size": 7, "train.timeout_s": 9.0})
+    assert (given.parallel.bucket_size, given.train.timeout_s) == (7, 9.0)

@@ -7,7 +7,8 @@ seen on two GPUs yet:
 2. One queue per communicator: operations over it run one after another, whichever way they go.
 3. Rendezvous: a send ends only together with its receive, when both are at the head of their queues. A collective ends
    when it is at the head of all its members' queues.
-4. Otherwise the host runs ahead. Computation waits for what `wait` names, an operation for the computation before it.
+4. A hardware queue for every stream: a receive that waits holds up no other stream (`CUDA_DEVICE_MAX_CONNECTIONS`).
+5. Otherwise the host runs ahead. Computation waits for what `wait` names, an operation for the computation before it.
 """
 
 from collections import Counter, defaultdict, deque

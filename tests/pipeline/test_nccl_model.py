@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
-from megapar.mesh import CHANNELS, Axis, Mesh
+from megapar.mesh import CHANNELS, Axis, Mesh, _connects_late
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.executor import Batch, Executor, Tensors
 from megapar.pipeline.stage import TensorSpec
@@ -70,10 +70,26 @@ def step_of(name: str, size: int, backend: str = "nccl") -> list[list[Call]]:
 NAMES = [*sorted(generators()), "forward"]
 
 
+@pytest.mark.parametrize("ahead", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_schedule_gets_through(name: str, size: int) -> None:
-    assert Simulation(step_of(name, size)).stuck() == []
+def test_every_schedule_gets_through(name: str, size: int, ahead: int) -> None:
+    with mock.patch.dict("megapar.pipeline.executor._POST_AHEAD", cpu=ahead):
+        assert Simulation(step_of(name, size)).stuck() == []
+
+
+def test_gpus_connect_whatever_the_default_group_is_called() -> None:
+    for name in ("nccl", "undefined", "cpu:gloo,cuda:nccl"):
+        with mock.patch.object(torch.distributed, "get_backend", lambda name=name: name):
+            assert _connects_late(torch.device("cuda"))
+
+
+def test_figures_of_the_hosts_have_a_group_of_their_own() -> None:
+    """gloo, beside NCCL's groups; where those are gloo's it is the world."""
+    found: list[Any] = []
+    for backend in ("nccl", "gloo"):
+        calls_of(2, lambda rank: found.append(Mesh(Layout(pp=2), rank).hosts), backend)
+    assert [group[0] != "world" for group in found] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,7 +144,7 @@ def test_other_axes_connect_when_they_are_made() -> None:
 
     programs = calls_of(layout.world, run)
     assert Simulation(unmet(programs)).stuck() == []
-    with mock.patch("megapar.mesh._connects_late", lambda: False):
+    with mock.patch("megapar.mesh._connects_late", lambda device: False):
         assert Simulation(unmet(calls_of(layout.world, run))).stuck()
 
 
@@ -152,7 +168,7 @@ def run_connected(rank: int, world_size: int, name: str) -> tuple[list[Tensor], 
         messages += 1
         return tokens(mesh)
 
-    with mock.patch("megapar.mesh._connects_late", lambda: True), mock.patch.object(Mesh, "_token", counted):
+    with mock.patch("megapar.mesh._connects_late", lambda device: True), mock.patch.object(Mesh, "_token", counted):
         mesh = Mesh(Layout(pp=world_size), rank)
         stages = {stage: CrossStage(stage, schedule.stages) for stage in schedule.stages_of(rank)}
         losses = Executor(stages, mesh, WeightGrads(), loss_of).run(schedule, batches())

@@ -15,6 +15,7 @@ from experiments.gpu.section import Section
 from megapar.mesh import Axis
 from megapar.parallel import collectives, compression
 from megapar.trace.clock import Timeline
+from megapar.trace.spans import FLIGHT
 
 # What megapar calls, by its names of torch 2.13 and by those before. One of each pair must be there.
 NAMES = (("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor"))
@@ -73,6 +74,7 @@ def kept_alive(run: Run, axis: Axis, size: int) -> None:
         addresses.extend((x.data_ptr(), x.numel() * x.element_size()))
         return start(name, into, x, over)
 
+    axis.timeline.detailed = True  # an observer waits for the message, and NCCL then lets go of it
     matrix = compression.Matrix(0, size // 64, 64)
     coded = compression.Coded(compression.Bf16, axis, [matrix], size)
     flat = run.randn(size)
@@ -84,6 +86,9 @@ def kept_alive(run: Run, axis: Axis, size: int) -> None:
     reused = any(x.data_ptr() == address for x in fresh)
     run.row("a message in flight keeps its memory", not reused or not run.cuda, note="given to a new tensor" * reused)
     waiting.wait()
+    flights = [span for span in axis.timeline.take() if span.kind == FLIGHT]
+    run.row("a message is seen in flight", bool(flights) and all(span.seconds >= 0 for span in flights))
+    axis.timeline.detailed = False
     run.within("bf16 reduction of one rank", distance(flat, kept.double()), BOUNDS["bf16"][0])
 
 
