@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < 86400:
-        raise argparse.ArgumentTypeError(f"{text}: need a number above 0 and below a day")
+        raise argparse.ArgumentTypeError(f"{text}: need a number above 0 and below a day")  # card-only
     return seconds
 
 

@@ -16,6 +16,7 @@ from tests.gpu.statements import ROOT
 
 collect_ignore_glob = [] if has_triton() else ["test_*"]
 PLUGIN = Path(__file__).with_name("plugin")
+EARLIER = [{"section": "of an earlier run"}]  # what is in DIR already
 LIMIT_S = 600  # catches a hang, and judges no speed
 
 
@@ -24,6 +25,7 @@ class Outcome:
     code: int
     rows: list[dict[str, Any]]
     said: str
+    folder: Path
 
     def wrong(self) -> list[str]:
         return [f"{row['section']}: {row['check']}" for row in self.rows if row["ok"] is False]
@@ -43,11 +45,13 @@ def accept(tmp_path_factory: pytest.TempPathFactory) -> Accept:
         command = [sys.executable, str(root / "experiments" / "gpu" / "accept.py"), "--device", "cpu", *arguments]
         if "--out" not in arguments:
             command += ["--out", str(folder / "out")]
+            (folder / "out").mkdir()
+            (folder / "out" / "accept.json").write_text(json.dumps(EARLIER))
         done = subprocess.run(
             command, cwd=folder, env=given | path | environment, capture_output=True, text=True, timeout=LIMIT_S
         )
         path_of_rows = folder / "out" / "accept.json"
         rows = json.loads(path_of_rows.read_text()) if path_of_rows.exists() else []
-        return Outcome(done.returncode, rows, done.stdout + done.stderr)
+        return Outcome(done.returncode, rows, done.stdout + done.stderr, path_of_rows.parent)
 
     return run

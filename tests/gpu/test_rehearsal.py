@@ -1,5 +1,6 @@
 """The acceptance without a GPU: all of it runs, nothing is wrong, and no figure is claimed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from experiments.gpu.section import find
 from experiments.gpu.table import KINDS
-from tests.gpu.conftest import Accept, Outcome
+from tests.gpu.conftest import EARLIER, Accept, Outcome
 from tests.gpu.statements import ROOT, report
 
 KEYS = ["section", "check", "ok", "value", "unit", "floor", "floor_met", "kind", "device", "versions", "note"]
@@ -23,7 +24,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rehearsal(accept: Accept, notes: Path) -> Outcome:
-    return accept(MEGAPAR_STATEMENTS=str(notes))
+    return accept("--seconds", "900", MEGAPAR_STATEMENTS=str(notes))
 
 
 def test_every_section_runs_and_nothing_is_wrong(rehearsal: Outcome) -> None:
@@ -54,6 +55,18 @@ def test_every_statement_runs_or_says_why_not(rehearsal: Outcome, notes: Path) -
     wrong = [place for place in wrong if "llama" not in place]  # a machine may have transformers
     assert wrong == [], "reached by a rehearsal, and said to be for a card only"
     assert share >= 0.95
+
+
+def test_rows_of_an_earlier_run_are_kept(rehearsal: Outcome) -> None:
+    [earlier] = rehearsal.folder.glob("accept-*.json")
+    assert json.loads(earlier.read_text()) == EARLIER
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-5", "inf"])
+def test_seconds_that_are_none(seconds: str, accept: Accept) -> None:
+    outcome = accept("--seconds", seconds)
+    assert outcome.code == 2 and f"{seconds}: need a number above 0" in outcome.said
+    assert outcome.rows == EARLIER
 
 
 def test_what_is_skipped(rehearsal: Outcome) -> None:

@@ -10,6 +10,7 @@ from experiments.gpu.compare import BOUNDS, DTYPES, trial
 from experiments.gpu.run import Run
 from experiments.gpu.section import Section
 from megapar.kernels import use_backend
+from megapar.kernels._common import aligned_matrix
 from megapar.kernels.matmul import ACTIVATIONS, add_matmul
 from megapar.kernels.matmul import matmul as product
 
@@ -30,7 +31,7 @@ class Product:
     bias: bool = False
     activation: str | None = None
     residual: bool = False
-    out: str = ""  # slice: of a wider matrix; residual: in its place
+    out: str = ""  # slice: of a wider matrix; residual: in its place; aligned: rows apart, as TMA wants them
     offset: int = 0
 
     def __str__(self) -> str:
@@ -41,7 +42,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Added:
-    """A product added in place to a matrix of dtype `into`, whose columns lie together if transposed."""
+    """A product added in place to a matrix of dtype `into`, whose columns lie together if transposed; or written there,
+    whatever it held. aligned: the rows of a lie apart, as those of a gradient of logits do."""
 
     dtype: str
     into: str
@@ -49,10 +51,12 @@ class Added:
     K: int
     N: int
     transposed: bool = False
+    write: bool = False
+    aligned: bool = False
 
     def __str__(self) -> str:
-        size = f"{self.M}x{self.K}x{self.N}"
-        return f"add {self.dtype} into {self.into} {size}" + " transposed" * self.transposed
+        words = ["write" if self.write else "add", self.dtype, "into", self.into, f"{self.M}x{self.K}x{self.N}"]
+        return " ".join(words) + " transposed" * self.transposed + " aligned" * self.aligned
 
 
 # fmt: off
@@ -63,8 +67,11 @@ CASES = [
     Product("bf16", "nt", 1000, 1000, 4096, activation="silu", residual=True, out="residual"),
     Product("bf16", "nt", 4096, 128, 4096, bias=True, activation="relu", residual=True, out="slice"),
     Product("bf16", "nt", 1000, 768, 50257),
+    Product("bf16", "nt", 1000, 768, 50257, out="aligned"),
     Product("bf16", "nn", 1000, 50257, 768),
     Added("bf16", "fp32", 50257, 1000, 768),
+    Added("bf16", "fp32", 50257, 1000, 768, aligned=True),
+    Added("bf16", "fp32", 4096, 1000, 4096, write=True),
     *(Product("fp32", layout, 1000, 1000, 4096) for layout in LAYOUTS),
     *(Product("bf16", layout, 128, 1000, 128) for layout in LAYOUTS),
     *(Product("bf16", layout, 17, 17, 1000) for layout in LAYOUTS),
@@ -77,14 +84,17 @@ CASES = [
     Added("bf16", "bf16", 1000, 4096, 128),
     Added("bf16", "fp32", 1000, 128, 4096, True),
     Added("fp32", "fp32", 128, 1000, 4096),
+    Added("fp32", "fp32", 128, 1000, 4096, True, write=True),
 ]
 REHEARSED = [
     *(Product("bf16", layout, 17, 40, 24) for layout in LAYOUTS),
     Product("fp32", "nt", 17, 20, 25, bias=True, activation="gelu", residual=True, out="slice"),
     Product("bf16", "nn", 16, 32, 24, residual=True, out="residual"),
     Product("fp16", "nt", 16, 32, 24, offset=1),
+    Product("bf16", "nt", 16, 32, 25, out="aligned"),
     Added("bf16", "fp32", 17, 20, 24),
-    Added("bf16", "bf16", 17, 20, 24, True),
+    Added("bf16", "bf16", 17, 20, 24, True, write=True),
+    Added("bf16", "fp32", 25, 20, 24, aligned=True),
 ]
 # fmt: on
 
@@ -120,8 +130,9 @@ def multiplied(run: Run, case: Product) -> None:
     residual = run.randn(M, N, dtype=DTYPES[dtype]) if case.residual else None
 
     def ours() -> dict[str, Tensor]:
-        if not case.out:
-            return {"y": product(a, b, bias=bias, activation=case.activation, residual=residual)}
+        if case.out in ("", "aligned"):
+            aligned = case.out == "aligned"
+            return {"y": product(a, b, bias=bias, activation=case.activation, residual=residual, aligned=aligned)}
         if case.out == "residual":
             assert residual is not None
             place = residual.clone()
@@ -146,15 +157,19 @@ def multiplied(run: Run, case: Product) -> None:
 
 def added(run: Run, case: Added) -> None:
     a = operand(run, case.M, case.K, case.dtype, False)
+    if case.aligned:
+        a = aligned_matrix(a, case.K, case.M).copy_(a.t()).t()
     b = operand(run, case.K, case.N, case.dtype, True)
     start = operand(run, case.M, case.N, case.into, not case.transposed)
 
     def ours() -> dict[str, Tensor]:
         total = start.clone(memory_format=torch.preserve_format)
-        add_matmul(total, a, b)
+        if case.write:
+            total.fill_(torch.nan)
+        add_matmul(total, a, b, accumulate=not case.write)
         return {"total": total}
 
-    exact = start.double() + a.double() @ b.double()
+    exact = a.double() @ b.double() if case.write else start.double() + a.double() @ b.double()
     trial(run, str(case), ours, lambda: {"total": exact}, BOUNDS[case.into])
 
 

@@ -35,6 +35,8 @@ def rows(run: Run) -> None:
             run.attempt("rope", rope, run, dtype, size, interleaved, dtype == "fp32" or interleaved)
         for name in ("swiglu", "geglu", "gelu"):
             run.attempt(name, activation, run, name, dtype, *((777, 5632) if run.cuda else (9, 40)))
+        for name in ("swiglu", "geglu"):
+            run.attempt(name, activation, run, name, dtype, *((777, 5632) if run.cuda else (9, 40)), fused=True)
     T = 500 if run.cuda else 9
     for V in (1024, 50257, 128256) if run.cuda else (61,):
         run.attempt("cross entropy", cross_entropy, run, "bf16", T, V)
@@ -102,15 +104,16 @@ def rope(run: Run, dtype: str, size: tuple[int, ...], interleaved: bool, with_of
     trial(run, words, ours, exact, BOUNDS[dtype])
 
 
-def activation(run: Run, name: str, dtype: str, T: int, width: int) -> None:
-    """Of column slices of a wider matrix, as an MLP has them."""
+def activation(run: Run, name: str, dtype: str, T: int, width: int, fused: bool = False) -> None:
+    """Of column slices of a wider matrix; fused: of gate beside up in one, as an MLP has them, with one gradient."""
     both, dout = run.randn(T, 2 * width + 8, dtype=DTYPES[dtype]), run.randn(T, width, dtype=DTYPES[dtype])
     parts = [both[:, :width], both[:, width + 8 :]][: 1 if name == "gelu" else 2]
 
     def ours() -> dict[str, Tensor]:
-        given = [x.detach().requires_grad_() for x in parts]
+        given = [x.detach().requires_grad_() for x in ([torch.cat(parts, 1)] if fused else parts)]
         out = getattr(gates, name)(*given)
-        return {"out": out} | dict(zip(("dgate", "dup"), torch.autograd.grad(out, given, dout), strict=False))
+        grads = torch.autograd.grad(out, given, dout)
+        return {"out": out} | dict(zip(("dgate", "dup"), grads[0].chunk(2, 1) if fused else grads, strict=False))
 
     def exact() -> dict[str, Tensor]:
         given = [x.double().requires_grad_() for x in parts]
@@ -119,7 +122,7 @@ def activation(run: Run, name: str, dtype: str, T: int, width: int) -> None:
         grads = torch.autograd.grad(out, given, dout.double())
         return {"out": out.detach()} | dict(zip(("dgate", "dup"), grads, strict=False))
 
-    trial(run, f"{name} {dtype} {T}x{width} of slices", ours, exact, BOUNDS[dtype])
+    trial(run, f"{name} {dtype} {T}x{width} {'fused' if fused else 'of slices'}", ours, exact, BOUNDS[dtype])
 
 
 def cross_entropy(

@@ -54,7 +54,7 @@ def training(run: Run) -> None:
         run.skip("section", "`reference` left nothing to compare with")  # card-only
         return  # card-only
     truth = torch.load(path, weights_only=True)
-    for check in (repeated, bf16, with_dropout, resumed, in_torch):
+    for check in (repeated, bf16, with_dropout, resumed, in_torch, graphed):
         run.attempt(check.__name__, check, run, truth)
     for kind in ("selective", "full"):
         run.attempt(f"recompute {kind}", recomputed, run, kind)
@@ -112,6 +112,15 @@ def quick(run: Run, values: Values | None = None) -> TrainConfig:
     base = recipes(run.cuda)["demo"][0]
     batch = {} if run.cuda else {"train.global_batch_size": base["train.micro_batch_size"]}
     return config_of(run, "demo", "bf16", batch | (values or {}))
+
+
+def graphed(run: Run, truth: Any) -> None:
+    """Four micro-batches a step, of which three run from CUDA graphs."""
+    four = {"train.global_batch_size": 4, "train.micro_batch_size": 1}
+    plain, graphs = (trained(quick(run, four | {"train.cuda_graphs": on}), 3) for on in ("off", "on"))
+    same(run, "CUDA graphs, to the bit", plain, graphs)
+    captured = 0 if graphs.trainer.graphs is None else graphs.trainer.graphs.captured
+    run.row("CUDA graphs are captured once", captured == (4 if run.cuda else 0), captured, "graphs")
 
 
 def in_torch(run: Run, truth: Any) -> None:
