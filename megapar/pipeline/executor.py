@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megapar.mesh import Mesh
 from megapar.parallel.weight_grad import WeightGrads
-from megapar.pipeline.graphs import Graphs
+from megapar.pipeline.graphs import Graphs, shapes
 from megapar.pipeline.passes import Forwarded, backward, forward
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
@@ -73,6 +73,8 @@ class Executor:
             stage.train(training)
         with self.mesh.timeline.span("phase", "pipeline"), torch.set_grad_enabled(training):
             phase = _Phase(self, schedule, batches, training, head or self.loss)
+            phase.capture_graphs()
+            phase.post_receives()
             for action in row:
                 with self.mesh.timeline.span(action.kind, str(action)):
                     phase.actions[action.kind](action)
@@ -91,10 +93,7 @@ class Executor:
         try:
             for number, stage in sorted(self.stages.items(), reverse=True):  # as backward comes to them
                 stage.train(True)
-                received = {
-                    name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.mesh.device)
-                    for name, spec in (stage.received(batch) if number else {}).items()
-                }
+                received = self.nothing_received(number, batch)
                 for tensor in received.values():
                     tensor.requires_grad_(tensor.is_floating_point())
                 outputs = stage(received, batch)
@@ -105,6 +104,13 @@ class Executor:
         finally:
             weight_grads.on_added = on_added
             self.mesh.timeline.forget()
+
+    def nothing_received(self, number: int, batch: Batch) -> Tensors:
+        """Zeros in place of what a stage receives."""
+        specs = self.stages[number].received(batch) if number else {}
+        return {
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.mesh.device) for name, spec in specs.items()
+        }
 
 
 class _Phase:
@@ -124,11 +130,13 @@ class _Phase:
     ) -> None:
         self.executor, self.schedule, self.batches, self.training = executor, schedule, batches, training
         self.head, self.mesh, self.stages = head, executor.mesh, executor.stages
-        self.index, self.graphs = self.mesh["pp"].index, executor.graphs
-        row = schedule.rows[self.index]
-        adding = [(action.stage, action.microbatch) for action in row if action.kind in ("B", "W")]
+        self.index = self.mesh["pp"].index
+        self.graphs = executor.graphs if training and not self.mesh.timeline.detailed else None
+        self.row = schedule.rows[self.index]
+        adding = [(action.stage, action.microbatch) for action in self.row if action.kind in ("B", "W")]
         self._first = set(dict(reversed(adding)).items())  # to a stage's main gradients
         self._last = set(dict(adding).items())
+        self._split = {(action.stage, action.microbatch) for action in self.row if action.kind == "I"}
         self.losses: dict[int, Tensor] = {}
         self._arrived: dict[Action, Tensors] = {}
         self._outgoing: dict[Action, Tensors] = {}
@@ -152,17 +160,42 @@ class _Phase:
             for source in range(len(schedule.rows))
             if source != self.index
         }
+
+    def post_receives(self) -> None:
         for channel in self._unposted:
             for _ in range(_POST_AHEAD[self.mesh.device.type]):
                 self._post_receive(channel)
 
+    def capture_graphs(self) -> None:
+        """Those that this row's passes lack, with zeros for what others send. To be called before a receive is posted:
+        a capture waits for the device."""
+        graphs = self.graphs
+        if graphs is None or (key := (self.row, *map(shapes, self.batches))) in graphs.prepared:
+            return
+        with graphs.capturing():
+            for action in self.row:
+                stage, kind, m = action
+                if kind not in ("F", "B", "I", "W") or not self._from_graphs(action):
+                    continue
+                if kind == "F":
+                    self._forward_from_graphs(graphs, stage, m, self.executor.nothing_received(stage, self.batches[m]))
+                elif kind == "W":
+                    graphs.weights(stage, m)
+                else:
+                    forwarded = graphs.forwarded(stage, m)
+                    given = [torch.ones_like(forwarded.outputs[name]) for name in forwarded.names]
+                    graphs.backward(stage, m, given, split=kind == "I")
+        graphs.prepared.add(key)
+
+    def _forward_from_graphs(self, graphs: Graphs, stage: int, m: int, received: Tensors) -> Tensors:
+        variant = (stage, m) in self._first, (stage, m) in self._split
+        return graphs.forward(stage, m, partial(self._compute, stage), received, self.batches[m], variant)
+
     def _forward(self, action: Action) -> None:
         stage, _, m = action
         received, batch = self._arrived.pop(Action(stage, "RECV_F", m), {}), self.batches[m]
-        if self._from_graphs(action):
-            assert self.graphs is not None
-            variant = (stage, m) in self._first
-            outputs = self.graphs.forward(stage, m, partial(self._compute, stage), received, batch, variant)
+        if graphs := self._from_graphs(action):
+            outputs = self._forward_from_graphs(graphs, stage, m, received)
         else:
             forwarded = forward(lambda given: self._compute(stage, given, batch), received, self.training)
             outputs = forwarded.outputs
@@ -181,19 +214,16 @@ class _Phase:
         assert self.head is not None, "the last stage needs a loss or a head"
         return {"loss": self.head(outputs, batch)}
 
-    def _from_graphs(self, action: Action) -> bool:
-        """Whether a pass runs from graphs, as all its actions do."""
-        if self.graphs is None or not self.training or self.mesh.timeline.detailed:
-            return False
-        return (action.stage, action.microbatch) not in self._last
+    def _from_graphs(self, action: Action) -> Graphs | None:
+        """What a pass runs from, as all its actions do. None: its operations are launched one by one."""
+        return self.graphs if (action.stage, action.microbatch) not in self._last else None
 
     def _backward(self, action: Action) -> None:
         stage, kind, m = action
         arrived = self._arrived.pop(Action(stage, "RECV_B", m), {})
-        if self._from_graphs(action):
-            assert self.graphs is not None
-            given = self._gradients(action, self.graphs.forwarded(stage, m), arrived)
-            gradients = self.graphs.backward(stage, m, given, split=kind == "I")
+        if graphs := self._from_graphs(action):
+            given = self._gradients(action, graphs.forwarded(stage, m), arrived)
+            gradients = graphs.backward(stage, m, given, split=kind == "I")
         else:
             forwarded = self._forwarded.pop((stage, m))
             gradients = backward(forwarded, self._gradients(action, forwarded, arrived))
@@ -214,9 +244,8 @@ class _Phase:
             self.executor.weight_grads.defer(None)
 
     def _weight_gradients(self, action: Action) -> None:
-        if self._from_graphs(action):
-            assert self.graphs is not None
-            self.graphs.weights(action.stage, action.microbatch)
+        if graphs := self._from_graphs(action):
+            graphs.weights(action.stage, action.microbatch)
         else:
             self.executor.weight_grads.run(action.stage, action.microbatch)
 

@@ -3,7 +3,8 @@
 A pass through a stage runs in a slot: tensors that stay where they are, and graphs of its forward pass and its backward
 that read and write them. As many slots come about as micro-batches are under way at once, and others for the first of a
 step, whose backward writes main gradients where those behind it add. Transfers, reductions and Python's part of a
-backward (which main gradients are complete) stay outside.
+backward (which main gradients are complete) stay outside. All are captured before a phase begins: a capture waits for
+the device, and in a phase the device may wait for what other ranks send.
 
 Source: NVIDIA's CUDA programming guide, "CUDA Graphs"; `torch.cuda.make_graphed_callables` for autograd in a capture.
 """
@@ -33,7 +34,6 @@ def why_not(config: TrainConfig) -> str | None:
     reasons = {
         f"train.device={train.device}": train.device != "cuda",
         f"tp={layout['tp']}: a stage's collectives are inside": layout["tp"] > 1,
-        f"pp={layout['pp']}: a capture waits for the device, where receives wait for others": layout["pp"] > 1,
         f"model.dropout={config.model.dropout:g}: its masks depend on the step": config.model.dropout > 0,
         "one micro-batch a step, and the last one runs without": (
             train.global_batch_size == train.micro_batch_size * samples
@@ -109,8 +109,22 @@ class Graphs:
         self.weight_grads, self.timeline = weight_grads, timeline
         self.new_pool, self.new_graph = new_pool, new_graph
         self.captured = self._slots = 0
+        self.prepared: set[Hashable] = set()  # what `capturing` has been through, as its callers call it
+        self._capturing = False
         self._free: dict[Hashable, dict[int, _Slot]] = defaultdict(dict)
         self._busy: dict[tuple[int, int], tuple[Hashable, _Slot]] = {}
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The calls inside capture what they lack and replay nothing. They are a phase's, whole and in its order."""
+        weight_grads, before = self.weight_grads, set(self.weight_grads.left_over)
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+            weight_grads.left_over = before
+        assert not self._busy, "a pass without its backward"
 
     def forwarded(self, stage: int, microbatch: int) -> Forwarded:
         """A forward pass whose backward is to come."""
@@ -127,9 +141,10 @@ class Graphs:
     ) -> Tensors:
         """The outputs, in memory that the next pass in the same slot will use.
 
-        variant: passes with different ones have graphs of their own: those that find other main gradients empty
+        variant: passes with different ones have graphs of their own: those that find other main gradients empty, and
+            those whose backward is split
         """
-        key = (stage, variant, _shapes(received), _shapes(batch))
+        key = (stage, variant, shapes(received), shapes(batch))
         free = self._free[key]
         # The lowest number: so a step's passes meet the same slots, and the graphs that these have.
         slot = free.pop(min(free)) if free else self._new_slot(received, batch)
@@ -179,15 +194,16 @@ class Graphs:
         self._free[key][slot.number] = slot
 
     def _run(self, slot: _Slot, name: str, compute: Callable[[], Any]) -> Any:
-        if name not in slot.graphs:
+        if self._capturing and name not in slot.graphs:
             slot.graphs[name] = self._capture(slot.pool, compute)
         captured = slot.graphs[name]
         empty = self.weight_grads.left_over.intersection(captured.added)
         assert empty == captured.written, "captured with other main gradients empty"
-        captured.graph.replay()
         self.weight_grads.left_over -= captured.written
-        for parameter in captured.added:
-            self.weight_grads.on_added(parameter)
+        if not self._capturing:
+            captured.graph.replay()
+            for parameter in captured.added:
+                self.weight_grads.on_added(parameter)
         return captured.result
 
     def _capture(self, pool: Any, compute: Callable[[], Any]) -> _Captured:
@@ -206,7 +222,7 @@ class Graphs:
         return captured
 
 
-def _shapes(tensors: Tensors) -> Hashable:
+def shapes(tensors: Tensors) -> Hashable:
     """What graphs are made for. Of a number of the host the value: it goes into kernels as an argument."""
     return tuple(
         (name, tuple(tensor.shape), tensor.dtype, tensor.item() if _of_host(tensor) else None)

@@ -3,6 +3,8 @@
 And doesn't with fewer groups, or without connecting first: a model that nothing fails on would say nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -15,12 +17,14 @@ from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import CHANNELS, Axis, Mesh, _connects_late
 from megapar.parallel.weight_grad import WeightGrads
-from megapar.pipeline.executor import Batch, Executor, Tensors
+from megapar.pipeline.executor import Batch, Executor, Tensors, _Phase
+from megapar.pipeline.graphs import Graphs
 from megapar.pipeline.stage import TensorSpec
 from megapar.schedule.actions import Schedule
 from megapar.schedule.build import build, default_chunks, generators
 from megapar.schedule.lower import forward_only, lower
 from tests.pipeline.nccl_model import Call, Simulation, calls_of
+from tests.pipeline.recorded_graph import RecordedGraph
 from tests.pipeline.test_executor import MICROBATCHES, CrossStage, batches, loss_of, reference
 
 SIZES = (2, 4, 8)
@@ -48,10 +52,29 @@ def small_loss(outputs: Tensors, batch: Batch) -> Tensor:
     return outputs["x"].sum()
 
 
-def run_small(schedule: Schedule, mesh: Mesh, **options: Any) -> None:
+def run_small(schedule: Schedule, mesh: Mesh, graphs: bool = False) -> None:
     stages = {stage: Small() for stage in schedule.stages_of(mesh["pp"].index)}
     inputs = [{"x": torch.ones(1)}] * schedule.microbatches
-    Executor(stages, mesh, WeightGrads(), small_loss, **options).run(schedule, inputs)
+    weight_grads = WeightGrads()
+    executor = Executor(stages, mesh, weight_grads, small_loss)
+    if graphs:
+        executor.graphs = Graphs(weight_grads, mesh.timeline, lambda: mesh, SynchronisingGraph)
+    for _ in range(2):
+        executor.run(schedule, inputs)
+
+
+class SynchronisingGraph(RecordedGraph):
+    """As `torch.cuda.graph`: a capture begins with a wait for the device. mesh: whose calls it is among."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        self.mesh._synchronize()
+        with super().capture():
+            yield
 
 
 @cache
@@ -61,10 +84,10 @@ def schedule_of(name: str, size: int) -> Schedule:
     return build(name, size, 2 * size, chunks=default_chunks(name))
 
 
-def step_of(name: str, size: int, backend: str = "nccl") -> list[list[Call]]:
-    """What each pipeline rank calls from the making of its mesh to the end of its first step."""
+def steps_of(name: str, size: int, backend: str = "nccl", graphs: bool = False) -> list[list[Call]]:
+    """What each pipeline rank calls from the making of its mesh to the end of its second step."""
     schedule = schedule_of(name, size)
-    return calls_of(size, lambda rank: run_small(schedule, Mesh(Layout(pp=size), rank)), backend)
+    return calls_of(size, lambda rank: run_small(schedule, Mesh(Layout(pp=size), rank), graphs), backend)
 
 
 NAMES = [*sorted(generators()), "forward"]
@@ -75,7 +98,28 @@ NAMES = [*sorted(generators()), "forward"]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_gets_through(name: str, size: int, ahead: int) -> None:
     with mock.patch.dict("megapar.pipeline.executor._POST_AHEAD", cpu=ahead):
-        assert Simulation(step_of(name, size)).stuck() == []
+        assert Simulation(steps_of(name, size)).stuck() == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", sorted(generators()))
+def test_graphs_are_captured_where_nothing_waits_for_others(name: str, size: int) -> None:
+    calls = steps_of(name, size, graphs=True)
+    syncs = [sum(call.kind == "sync" for call in of_rank) for of_rank in calls]
+    assert min(syncs) > 2, "captures, besides the sync of connecting"
+    assert Simulation(calls).stuck() == []
+
+
+def test_graphs_captured_behind_receives_are_not() -> None:
+    """The device, that the host waits for, waits for a send behind it."""
+    capture = _Phase.capture_graphs
+
+    def behind(phase: _Phase) -> None:
+        phase.post_receives()
+        capture(phase)
+
+    with mock.patch.object(_Phase, "capture_graphs", behind):
+        assert Simulation(steps_of("1f1b", 2, graphs=True)).stuck()
 
 
 def test_gpus_connect_whatever_the_default_group_is_called() -> None:
@@ -101,7 +145,7 @@ def test_groups_by_kind_alone_do_not(name: str, size: int) -> None:
         return mesh[{"F": "pp", "B": "pp B down"}[kind]]
 
     with mock.patch.object(Mesh, "channel", by_kind):
-        stuck = Simulation(step_of(name, size, backend="gloo"), connected=True).stuck()
+        stuck = Simulation(steps_of(name, size, backend="gloo"), connected=True).stuck()
     assert bool(stuck) == ((name, size) in BOTH_WAYS)
 
 
@@ -109,7 +153,7 @@ def test_groups_by_kind_alone_do_not(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", sorted(generators()))
 def test_without_connecting_first_no_schedule_gets_through(name: str, size: int) -> None:
     """Rank 0 begins with a receive of a gradient, rank 1 with one of an activation: both hosts wait."""
-    stuck = Simulation(step_of(name, size, backend="gloo")).stuck()
+    stuck = Simulation(steps_of(name, size, backend="gloo")).stuck()
     assert any("the host of rank 0 by" in line for line in stuck), stuck
 
 
