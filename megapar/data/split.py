@@ -7,8 +7,8 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 
-HEAD = 64  # tokens of a document that its hash looks at, besides its length
-CHUNK = 65536  # documents hashed at once, bounds the temporary arrays
+CHUNK = 1 << 18  # tokens hashed at once, bounds the temporary arrays
+_POSITION, _ID = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
 def text_hash(text: str) -> int:
@@ -17,25 +17,27 @@ def text_hash(text: str) -> int:
 
 
 def token_hashes(tokens: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
-    """64-bit hashes of documents known only as tokens: of the first HEAD ids and the length; uint64 [documents].
+    """64-bit hashes of documents known only as tokens, uint64 [documents]: of every id, its place, and the length.
 
-    tokens: integer [tokens]; document_offsets: int64 [documents + 1]. A multilinear hash over random odd factors,
-    whose result goes through splitmix64: 1M documents take under a second.
+    tokens: integer [tokens]; document_offsets: int64 [documents + 1]. The sum over a document of splitmix64 of
+    (place, id), so a corpus is read once, in chunks, whatever the lengths: 1e9 tokens take 5 to 10 s.
     """
     lengths = np.diff(document_offsets)
-    if len(tokens) == 0:
-        return np.zeros(len(lengths), dtype=np.uint64)
-    hashes = np.empty(len(lengths), dtype=np.uint64)
-    # random_raw, unlike Generator's methods, never changes between numpy versions.
-    factors = np.random.Philox(key=0).random_raw(HEAD + 1) | np.uint64(1)
-    columns = np.arange(HEAD)
-    for begin in range(0, len(lengths), CHUNK):
-        size = lengths[begin : begin + CHUNK, None]
-        inside = columns < size
-        places = np.where(inside, document_offsets[begin : begin + len(size), None] + columns, 0)
-        ids = np.where(inside, tokens[places], 0).astype(np.uint64)
-        hashes[begin : begin + CHUNK] = ids @ factors[:HEAD] + size[:, 0].astype(np.uint64) * factors[HEAD]
-    return _splitmix64(hashes)
+    sums = np.zeros(len(lengths), dtype=np.uint64)
+    begin, total = int(document_offsets[0]), int(document_offsets[-1])
+    while begin < total:
+        end = min(begin + CHUNK, total)
+        first = int(np.searchsorted(document_offsets, begin, side="right")) - 1
+        last = int(np.searchsorted(document_offsets, end, side="left"))
+        origins = document_offsets[first:last]
+        starts = np.maximum(origins, begin) - begin  # in the chunk, of each document's part of it
+        counts = np.diff(starts, append=end - begin)
+        places = np.arange(begin, end) - np.repeat(origins, counts)
+        mixed = _splitmix64(places.astype(np.uint64) * _POSITION + tokens[begin:end].astype(np.uint64) * _ID)
+        filled = counts > 0
+        sums[first:last][filled] += np.add.reduceat(mixed, starts[filled])
+        begin = end
+    return _splitmix64(sums + lengths.astype(np.uint64) * _POSITION)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

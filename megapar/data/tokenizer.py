@@ -28,6 +28,7 @@ TRAINER: dict[str, Any] = {
     "allow_whitespace_only_pieces": True,  # one token for an indentation
     "user_defined_symbols": ["\n"],
     "split_digits": True,
+    "required_chars": SPACE_MARK,  # a space has a piece, also where the text has none (DNA, Chinese, a CSV of numbers)
     "character_coverage": 0.9995,  # rarer characters are spelled in bytes
     "unk_id": 0,
     "eos_id": 1,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megapar.config.errors import ConfigError
-from megapar.data.split import held_out, text_hash, token_hashes
+from megapar.data.split import CHUNK, held_out, text_hash, token_hashes
 
 
 def hashes_of(documents: list[list[int]], dtype: str = "<u2") -> np.ndarray:
@@ -33,6 +33,34 @@ def test_token_hashes_depend_on_the_document_alone() -> None:
 def test_token_hashes_see_ids_order_and_length() -> None:
     variants = [[], [0], [0, 0], [1], [1, 2], [2, 1], [3] * 64, [3] * 65, [3] * 63 + [4]]
     assert len(set(hashes_of(variants).tolist())) == len(variants)
+
+
+def test_token_hashes_see_the_whole_document() -> None:
+    """Packed rows that begin alike and have one length: a change anywhere, and an exchange of two parts, is another."""
+    row = np.random.default_rng(0).integers(0, 30_000, 3 * CHUNK // 2)
+    variants = [row]
+    for place in (0, 63, 64, CHUNK - 1, CHUNK, len(row) - 1):
+        variants.append(row.copy())
+        variants[-1][place] += 1
+    half = len(row) // 2
+    variants.append(np.concatenate([row[half:], row[:half]]))
+    hashes = hashes_of([variant.tolist() for variant in variants])
+    assert len(set(hashes.tolist())) == len(variants)
+
+
+def test_documents_that_begin_alike_are_split_independently() -> None:
+    rng = np.random.default_rng(0)
+    for head in rng.integers(0, 30_000, (5, 64)).tolist():
+        mask = held_out(hashes_of([head + rng.integers(0, 30_000, 192).tolist() for _ in range(1000)]), 0.1)
+        assert mask.mean() == pytest.approx(0.1, abs=0.04)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 100])
+def test_token_hashes_do_not_depend_on_the_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [[], *random_documents(60), [], [], [5], []]
+    expected = hashes_of(documents)
+    monkeypatch.setattr("megapar.data.split.CHUNK", chunk)
+    assert (hashes_of(documents) == expected).all()
 
 
 def documents_of_four(count: int) -> tuple[np.ndarray, np.ndarray]:

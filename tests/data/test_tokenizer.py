@@ -81,6 +81,48 @@ def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: Tokenizer, text: 
         tokenizer.encode(text)
 
 
+def _random_lines(alphabet: str, *, width: int = 60, lines: int = 200) -> str:
+    rng = np.random.default_rng(len(alphabet))
+    letters = np.array(list(alphabet))
+    return "\n".join("".join(letters[rng.integers(0, len(letters), width)]) for _ in range(lines)) + "\n"
+
+
+# Scripts and formats, most of them without a single space.
+WITHOUT_SPACES = {
+    "DNA": _random_lines("ACGT"),
+    "protein": _random_lines("ACDEFGHIKLMNPQRSTVWY"),
+    "Chinese": _random_lines("天地玄黃宇宙洪荒日月盈昃辰宿列張。，"),
+    "Japanese": _random_lines("いろはにほへとちりぬるをカタカナ漢字、。"),
+    "Thai": _random_lines("กขคงจฉชซญดตถทนบปผฝพฟมยรลวสหอ" + "ะาิีุู่้"),
+    "Khmer": _random_lines("កខគឃងចឆជឈញដឋ" + "ាិីុូ្"),
+    "CSV of numbers": "\n".join(f"{n},{n * n},{n / 7:.3f},-{n}" for n in range(300)),
+    "base64": _random_lines("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", width=76),
+    "JSON lines": "\n".join(f'{{"id":{n},"tags":["a{n % 7}","b"],"v":null}}' for n in range(300)),
+    "tabs and CRLF": "".join(f"row{n}\t{n % 9}\tx\r\n" for n in range(300)),
+    "URLs": "\n".join(f"https://example.org/{n % 13}/index.html?q={n}#top" for n in range(300)),
+    "emoji": _random_lines("🎉🙂👩\u200d🔬🏳\ufe0f"),
+    "Arabic": _random_lines("ابتثجحخدذرزسشصضطظعغفقكلمنهوي") + "مع مسافات\n",
+    "Hindi": _random_lines("कखगघचछजझटठडढतथदधनपफबभमयरलवशषसह" + "ािीुूे्"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SPACES)
+def test_any_text_round_trips_with_the_tokenizer_trained_on_it(tmp_path: Path, name: str) -> None:
+    text = WITHOUT_SPACES[name]
+    train_bpe([text], 260 + len(set(text)), tmp_path / "t.model")
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    for other in (text, "a b  c\n", *TRAPS, *WITHOUT_SPACES.values()):
+        assert tokenizer.decode(tokenizer.encode(other)) == other
+    assert len(tokenizer.encode(text)) < len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["aaaa\n" * 50, SPACE_MARK * 40, "7\n" * 9])
+def test_text_of_one_character_trains_a_tokenizer(tmp_path: Path, text: str) -> None:
+    train_bpe([text], 261, tmp_path / "t.model")
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode(text + " b")) == text + " b"
+
+
 def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     for name in "ab":
         train_bpe((make_text(seed) for seed in range(5)), 330, tmp_path / name)
