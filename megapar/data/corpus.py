@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megapar.config.errors import ConfigError
 
+STDLIB = "stdlib"  # as `data.path`: a word, and never a file of that name
 LARGE_FILE = 1_000_000  # bytes; a larger file is cut, so that some of it can be held out
 PIECE = 65_536  # characters of such a document, up to the next line end
 # The standard library without its tests, without what pip installs, and without tables that a program generated.
@@ -40,7 +41,7 @@ class TextFile:
 class TextSource:
     """The text that `data.path` names.
 
-    kind     "stdlib", "file" or "folder"
+    kind     STDLIB, "file" or "folder"
     name     what to call it without saying where it lies
     files    in the order of their names, which is the order of the documents
     skipped  files left out because they are no UTF-8 text, once `keep_text` ran
@@ -88,9 +89,9 @@ def find_text(path: str) -> TextSource:
 
     Raises ConfigError for `data.path` where nothing readable is there.
     """
-    if path == "stdlib":
+    if path == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return TextSource("stdlib", "stdlib", root, _walk(root, STDLIB_SKIPPED, _is_stdlib_source))
+        return TextSource(STDLIB, STDLIB, root, _walk(root, STDLIB_SKIPPED, _is_stdlib_source))
     root = Path(path).expanduser()
     if root.is_dir():
         files = _walk(root, set(), lambda name: not name.startswith("."))

@@ -16,14 +16,17 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
-from megapar.data.corpus import TextSource, find_text
+from megapar.data.corpus import STDLIB, TextSource, find_text
 from megapar.data.indexed import IndexedTokens, has_token_files
 from megapar.data.manifest import FILES, build_manifest, check, read_manifest, write_manifest
 from megapar.data.split import check_holdout, token_hashes
 from megapar.data.tokenise import Log, make_token_files, token_file_settings
+from megapar.data.tokenizer import Tokenizer
 
 __all__ = ["Prepared", "check", "open_prepared", "prepare"]
 
+DESCRIBED = "megatron"  # the kind of token files that came without a manifest
+CODE_VERSION = 2  # of how these are described: raise it when a description would differ
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, or for so large a file
 
@@ -64,12 +67,18 @@ def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = 
                 "data.prefix", config.prefix, "no token files there: PREFIX.bin and PREFIX.idx must exist"
             )
         return _open_token_files(config.prefix, config, say)
-    if has_token_files(config.path):
-        if prefix is not None:
+    if config.path != STDLIB and has_token_files(config.path):
+        text = os.path.exists(os.path.expanduser(config.path))
+        if prefix is not None and not text:
             raise ConfigError(
                 "out", prefix, f"data.path={config.path} is token files already; there is nothing to write"
             )
-        return _open_token_files(config.path, config, say)
+        if prefix is None and text:
+            raise _two_meanings(config.path)
+        if prefix is None:
+            return _open_token_files(config.path, config, say)
+    if config.path == STDLIB and os.path.exists(STDLIB):
+        say(f"data: {STDLIB} is Python's standard library; write data.path=./{STDLIB} for what lies here by that name")
 
     if config.path.endswith((".bin", ".idx")) and has_token_files(config.path[:-4]):
         raise ConfigError("data.path", config.path, f"give the PREFIX without its ending: data.path={config.path[:-4]}")
@@ -102,6 +111,17 @@ def open_prepared(prefix: str | Path) -> Prepared:
         tokenizer_path=Path(f"{prefix}.model") if ".model" in manifest["files"] else None,
         manifest=manifest,
     )
+
+
+def _two_meanings(path: str) -> ConfigError:
+    if os.path.isdir(os.path.expanduser(path)):
+        folder = path.rstrip("/")
+        problem = (
+            f"there are a folder {folder}/ and token files {path}.bin; write data.path={folder}/ or data.prefix={path}"
+        )
+    else:
+        problem = f"there are a file {path} and token files {path}.bin; write data.prefix={path}, or rename the file"
+    return ConfigError("data.path", path, problem)
 
 
 def _hash(value: Any) -> str:
@@ -212,21 +232,26 @@ def _prepare_at(
 
 
 def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
-    """Open token files; where they have no manifest (another project's corpus), make one."""
+    """Open token files. A description made here unasked (of another project's corpus) is made anew when they change."""
     prefix = Path(path).expanduser().absolute()
+    described = _described(prefix)
     if os.path.exists(f"{prefix}.json"):
-        return open_prepared(prefix)
+        manifest = read_manifest(prefix)
+        assert manifest is not None
+        if manifest["source"].get("kind") != DESCRIBED or manifest.get("described") == described:
+            return open_prepared(prefix)
+        say(f"data: {prefix.name}: the token files are not those that {prefix.name}.json describes")
     if os.access(prefix.parent, os.W_OK):
         with _room_in(prefix.parent):
-            _describe(prefix, prefix.name, say)
+            _describe(prefix, prefix.name, described, say)
         return open_prepared(prefix)
     # A folder in the cache with links to the files, so that everything else still needs one PREFIX only.
-    folder = _cache_folder(config) / f"{prefix.name[:40]}-{_hash(str(prefix))[:16]}"
+    folder = _cache_folder(config) / f"{prefix.name[:40]}-{_hash([str(prefix), described])[:16]}"
     if not os.path.exists(folder / "tokens.json"):
         with _new_folder(folder.parent, prefix.name) as temporary:
-            for end in (".bin", ".idx"):
+            for end in described["files"]:
                 os.symlink(f"{prefix}{end}", temporary / f"tokens{end}")
-            _describe(temporary / "tokens", prefix.name, say)
+            _describe(temporary / "tokens", prefix.name, described, say)
             try:
                 os.rename(temporary, folder)
             except OSError:  # another launcher was faster
@@ -235,8 +260,18 @@ def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
     return open_prepared(folder / "tokens")
 
 
-def _describe(prefix: Path, name: str, say: Log) -> None:
-    """Make split hashes and manifest of token files whose tokenizer is not known."""
+def _described(prefix: Path) -> dict[str, Any]:
+    """What a description made unasked speaks of: another one is made as soon as this differs."""
+    files = {}
+    for end in (".bin", ".idx", ".model"):
+        if os.path.exists(path := f"{prefix}{end}"):
+            info = os.stat(path)
+            files[end] = [info.st_size, info.st_mtime_ns]
+    return {"code": CODE_VERSION, "files": files}
+
+
+def _describe(prefix: Path, name: str, described: dict[str, Any], say: Log) -> None:
+    """Make split hashes and manifest of token files whose tokenizer is not known, or is in `prefix`.model."""
     say(f"data: {name}: token files without a manifest: reading them once to make it")
     corpus = IndexedTokens(prefix)
     if corpus.num_tokens == 0:
@@ -245,7 +280,18 @@ def _describe(prefix: Path, name: str, say: Log) -> None:
     temporary = Path(f"{prefix}.tmp-{os.getpid()}.split.npy")
     np.save(temporary, hashes)
     os.replace(temporary, f"{prefix}.split.npy")
-    source = {"kind": "megatron", "name": name}
-    write_manifest(
-        prefix, build_manifest(prefix, source=source, tokenizer=None, vocab_size=None, end_of_text=None, key=None)
-    )
+    source = {"kind": DESCRIBED, "name": name}
+    manifest = build_manifest(prefix, source=source, tokenizer=None, vocab_size=None, end_of_text=None, key=None)
+    if ".model" in described["files"]:
+        _check_model(prefix, manifest["max_token"])
+    write_manifest(prefix, manifest | {"described": described})
+
+
+def _check_model(prefix: Path, max_token: int) -> None:
+    """Raises UserError if a tokenizer that lies beside token files can't be theirs."""
+    entries = Tokenizer(f"{prefix}.model").vocab_size
+    if entries <= max_token:
+        raise UserError(
+            f"{prefix}.model: a tokenizer of {entries} entries, and {prefix}.bin has token {max_token}: "
+            "of another corpus; move it away or put theirs there"
+        )

@@ -1,6 +1,5 @@
 """Samples of token files: windows over the documents of one split."""
 
-import os
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
@@ -9,6 +8,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.data.indexed import IndexedTokens
+from megapar.data.manifest import read_manifest
 from megapar.data.order import SampleOrder
 from megapar.data.split import held_out, load_hashes, token_hashes
 
@@ -68,13 +68,16 @@ class SampleSet:
 
     @cached_property
     def char_counts(self) -> np.ndarray | None:
-        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer."""
-        model = f"{self.prefix}.model"
-        if not os.path.exists(model):
+        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer.
+
+        A file PREFIX.model that the manifest does not name is no tokenizer of this corpus.
+        """
+        manifest = read_manifest(self.prefix)
+        if manifest is None or ".model" not in manifest["files"]:
             return None
         from megapar.data.tokenizer import Tokenizer
 
-        return Tokenizer(model).char_counts()
+        return Tokenizer(f"{self.prefix}.model").char_counts()
 
     def _documents_of_split(self, corpus: IndexedTokens, holdout: float) -> np.ndarray:
         hashes = load_hashes(self.prefix, corpus.num_documents)
