@@ -4,7 +4,7 @@ import codecs
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,14 +44,14 @@ class TextSource:
     kind     STDLIB, "file" or "folder"
     name     what to call it without saying where it lies
     files    in the order of their names, which is the order of the documents
-    skipped  files left out because they are no UTF-8 text, once `keep_text` ran
+    skipped  what is left out, by name, and why; files that are no UTF-8 text once `keep_text` ran
     """
 
     kind: str
     name: str
     root: Path
     files: list[TextFile]
-    skipped: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
     _checked: bool = field(default=False, repr=False)
 
     def listing(self) -> list[tuple[str, tuple[int, int, int]]]:
@@ -63,19 +63,20 @@ class TextSource:
         return any(_stamp(file.path) != file.stamp for file in self.files)
 
     def keep_text(self) -> None:
-        """Drop the files that are binary or not UTF-8 and count them. Raises ConfigError where nothing is left."""
+        """Drop the files that are binary or not UTF-8. Raises ConfigError where nothing is left."""
         if not self._checked:
-            kept = [file for file in self.files if not (problem := _not_text(file.path)) or self._refuse(file, problem)]
-            self.skipped = len(self.files) - len(kept)
+            kept = []
+            for file in self.files:
+                if (problem := _not_text(file.path)) is None:
+                    kept.append(file)
+                elif self.kind == "file":
+                    raise ConfigError("data.path", file.path, problem)
+                else:
+                    self.skipped[file.name] = problem
             self.files, self._checked = kept, True
         if not any(file.stamp[0] for file in self.files):
-            raise ConfigError("data.path", self.root, f"no text in it ({self.skipped} binary or undecodable files)")
-
-    def _refuse(self, file: TextFile, problem: str) -> bool:
-        """A single file that is no text is an error; in a folder it is left out."""
-        if self.kind == "file":
-            raise ConfigError("data.path", file.path, problem)
-        return False
+            why = f" ({skipped_text(self.skipped)})" if self.skipped else ""
+            raise ConfigError("data.path", self.root, f"no text in it{why}")
 
     def documents(self) -> Iterator[str]:
         """Non-empty documents, exactly as they stand in the files (line ends included)."""
@@ -84,26 +85,38 @@ class TextSource:
             yield from _documents_of(file)
 
 
+def skipped_text(skipped: Mapping[str, str], most: int = 3) -> str:
+    """`2 skipped: a.bin (binary, not text), notes (hidden)`, of no more than `most` names."""
+    names = [f"{name} ({problem})" for name, problem in list(skipped.items())[:most]]
+    return f"{len(skipped)} skipped: {', '.join([*names, *(['...'] if len(skipped) > most else [])])}"
+
+
 def find_text(path: str) -> TextSource:
-    """List the text that `data.path` names: a file, a folder (recursively, without hidden files) or `stdlib`.
+    """List the text that `data.path` names: a file, a folder or `stdlib`.
+
+    A folder is read recursively, linked folders too, each real one once; hidden files and folders are left out.
 
     Raises ConfigError for `data.path` where nothing readable is there.
     """
     if path == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return TextSource(STDLIB, STDLIB, root, _walk(root, STDLIB_SKIPPED, _is_stdlib_source))
+        files = [file for file in _Walk(root, STDLIB_SKIPPED).files if _is_stdlib_source(file.path.name)]
+        return TextSource(STDLIB, STDLIB, root, files)
     root = Path(path).expanduser()
     if root.is_dir():
-        files = _walk(root, set(), lambda name: not name.startswith("."))
-        if not files:
-            raise ConfigError("data.path", path, "the folder has no files in it")
-        return TextSource("folder", root.resolve().name or "root", root, files)
+        walk = _Walk(root)
+        if not walk.files:
+            why = f" ({skipped_text(walk.skipped)})" if walk.skipped else ""
+            raise ConfigError("data.path", path, f"the folder has no files in it{why}")
+        return TextSource("folder", root.resolve().name or "root", root, walk.files, walk.skipped)
     if not root.exists():
         half = [end for end in (".bin", ".idx") if os.path.exists(f"{path}{end}")]
         problem = (
             f"{path}{half[0]} exists, but not its partner" if half else "no such file, folder or PREFIX of .bin/.idx"
         )
         raise ConfigError("data.path", path, problem)
+    if kind := _special(root):
+        raise ConfigError("data.path", path, f"is a {kind}; text is read more than once: write it to a file")
     return TextSource("file", root.name, root, [TextFile(root.name, root, _stamp(root))])
 
 
@@ -111,18 +124,72 @@ def _is_stdlib_source(name: str) -> bool:
     return name.endswith(".py") and not name.startswith("_sysconfigdata")  # that one holds this machine's paths
 
 
-def _walk(root: Path, skipped: set[str], wanted: Callable[[str], bool]) -> list[TextFile]:
-    def refuse(error: OSError) -> None:
-        raise ConfigError("data.path", error.filename, f"can't be read: {error.strerror}")
+class _Walk:
+    """The regular files below a folder, in the order of their names, and what is left out. Raises ConfigError.
 
-    found: list[TextFile] = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if wanted(name) and path.exists() and stat.S_ISREG(path.stat().st_mode):
-                found.append(TextFile(path.relative_to(root).as_posix(), path, _stamp(path)))
-    return sorted(found, key=lambda file: file.name)
+    Links to folders are followed after the folders themselves, so that a file has the name of its own folder if that is
+    below `root`.
+    """
+
+    def __init__(self, root: Path, without: Container[str] = ()) -> None:
+        self.root, self.without = root, without
+        self.skipped: dict[str, str] = {}
+        self._found: list[TextFile] = []
+        self._read: dict[tuple[int, int], str] = {}  # folders, by device and inode
+        links = [root]
+        while links:
+            links = sorted(link for folder in links for link in self._folder(folder))
+        self.files = sorted(self._found, key=lambda file: file.name)
+        self.skipped = dict(sorted(self.skipped.items()))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _folder(self, top: Path) -> list[Path]:
+        """Read a folder and those below it. Returns the links to folders in them."""
+        links = []
+        for folder, folders, names in os.walk(top, onerror=_refuse):
+            here, info = Path(folder), os.stat(folder)
+            if (known := self._read.setdefault((info.st_dev, info.st_ino), self._name(here))) != self._name(here):
+                self.skipped[self._name(here)] = f"a link to a folder that is read as {known}"
+                folders.clear()
+                continue
+            kept = []
+            for name in sorted(folders):
+                if name in self.without:
+                    continue
+                if name.startswith("."):
+                    self.skipped[self._name(here / name)] = "hidden"
+                elif (here / name).is_symlink():
+                    links.append(here / name)
+                else:
+                    kept.append(name)
+            folders[:] = kept
+            for name in names:
+                self._file(here / name)
+        return links
+
+    def _file(self, path: Path) -> None:
+        if path.name.startswith("."):
+            self.skipped[self._name(path)] = "hidden"
+        elif not path.exists():
+            self.skipped[self._name(path)] = "a link to nothing"
+        elif kind := _special(path):
+            self.skipped[self._name(path)] = f"a {kind}"
+        else:
+            self._found.append(TextFile(self._name(path), path, _stamp(path)))
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError("data.path", error.filename, f"can't be read: {error.strerror}")
+
+
+def _special(path: Path) -> str | None:
+    """What a path is that is no regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    return "FIFO" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
-from megapar.data.corpus import STDLIB, TextSource, find_text
+from megapar.data.corpus import STDLIB, TextSource, find_text, skipped_text
 from megapar.data.indexed import IndexedTokens, has_token_files
 from megapar.data.manifest import FILES, build_manifest, check, read_manifest, write_manifest
 from megapar.data.split import check_holdout, token_hashes
@@ -200,7 +200,11 @@ def _reusable(prefix: Path, key: str, say: Log) -> Prepared | None:
     except UserError as error:
         say(f"data: prepared files are made anew: {error}")
         return None
-    return open_prepared(prefix) if manifest.get("key") == key else None
+    if manifest.get("key") != key:
+        return None
+    if skipped := manifest["source"].get("skipped"):
+        say(f"data: {manifest['source']['name']}: {skipped_text(skipped)}")
+    return open_prepared(prefix)
 
 
 def _prepare_at(

@@ -13,7 +13,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
-from megapar.data.corpus import TextSource
+from megapar.data.corpus import TextSource, skipped_text
 from megapar.data.indexed import token_dtype, write_indexed
 from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
@@ -57,6 +57,8 @@ def make_token_files(
 ) -> None:
     """Write all files of a corpus at `prefix`, the manifest last."""
     source.keep_text()
+    if source.skipped:
+        say(f"data: {source.name}: {skipped_text(source.skipped)}")
     sizes, hashes = _measure(source)
     say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
     model_path = Path(f"{prefix}.model")
@@ -80,7 +82,7 @@ def make_token_files(
             "kind": source.kind,
             "name": source.name,
             "files": len(source.files),
-            "skipped_files": source.skipped,
+            "skipped": source.skipped,
             "characters": int(sizes.sum()),
         },
         tokenizer=settings["tokenizer"],

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from megapar.config.schema import TrainConfig
+from megapar.data.corpus import skipped_text
 from megapar.tasks import task_kind
 
 
@@ -25,6 +26,8 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         f"loss        {task.loss.text(summary['loss'])} after {summary['steps']} steps"
         + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
     ]
+    if summary["skipped_text"]:
+        lines.append(f"data        {skipped_text(summary['skipped_text'])}")
     if len(summary["evaluations"]) > 1:
         lines.append(f"validation  {task.change(summary['evaluations'][0], summary['evaluations'][-1])}")
     if layout["pp"] > 1:

@@ -31,7 +31,50 @@ def test_binaries_and_undecodable_files_are_left_out_and_counted(tmp_path: Path)
     (tmp_path / "c.txt").write_bytes("é".encode("latin-1"))
     source = find_text(str(tmp_path))
     assert list(source.documents()) == ["text"]
-    assert source.skipped == 2
+    assert source.skipped == {"b.bin": "binary, not text", "c.txt": "not UTF-8 text at offset 0; convert it first"}
+
+
+def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    """Shards linked into a folder; loops, links to nothing and pipes are named."""
+    for name in ("top/own/a.txt", "shards/1/b.txt", "shards/1/.cache/x", "shards/2/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    top = tmp_path / "top"
+    (top / "again").symlink_to("own")  # sorts before what it names
+    (top / "first").symlink_to("../shards/1")
+    (top / "second").symlink_to(tmp_path / "shards/2")
+    (top / "third").symlink_to(tmp_path / "shards/2")
+    (tmp_path / "shards/2/up").symlink_to(top)
+    (top / "nothing").symlink_to("nowhere")
+    (top / "one.txt").symlink_to(tmp_path / "shards/1/b.txt")
+    os.mkfifo(top / "pipe")
+    source = find_text(str(top))
+    assert [file.name for file in source.files] == ["first/b.txt", "one.txt", "own/a.txt", "second/c.txt"]
+    assert source.skipped == {
+        "again": "a link to a folder that is read as own",
+        "first/.cache": "hidden",
+        "nothing": "a link to nothing",
+        "pipe": "a FIFO",
+        "second/up": "a link to a folder that is read as .",
+        "third": "a link to a folder that is read as second",
+    }
+
+
+def test_a_chain_of_links_ends(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "t.txt").write_text("t")
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "around").symlink_to("around")
+    source = find_text(str(tmp_path))
+    assert [file.name for file in source.files] == ["a/t.txt"]
+    assert source.skipped == {"a/self": "a link to a folder that is read as a", "around": "a link to nothing"}
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((str(tmp_path / "pipe"), "FIFO"), ("/dev/null", "device")):
+        with pytest.raises(ConfigError, match=f"data\\.path={path}: is a {kind}; text is read more than once"):
+            find_text(path)
 
 
 def test_a_large_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -73,7 +116,7 @@ def test_the_standard_library() -> None:
         ({}, "missing", "no such file"),
         ({}, "", "no files in it"),
         ({"a.txt": b""}, "a.txt", "no text"),
-        ({"a.txt": b"", "b": b"\0"}, "", r"no text in it \(1 binary"),
+        ({"a.txt": b"", "b": b"\0"}, "", r"no text in it \(1 skipped: b \(binary"),
         ({"a.txt": b"\0\1"}, "a.txt", "binary"),
         ({"a.txt": b"abc\xff\xfe"}, "a.txt", "not UTF-8 text at offset 3"),
         ({"a.txt": b"a" * (1 << 20) + b"bc\xe2"}, "a.txt", f"not UTF-8 text at offset {(1 << 20) + 2}"),

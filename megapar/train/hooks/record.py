@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megapar.config.stages import stage_layers
 from megapar.cores import num_cores
+from megapar.data.manifest import read_manifest
 from megapar.kernels import backend_of, backends
 from megapar.parallel.agreement import gather_texts
 from megapar.part import DTYPES
@@ -112,7 +113,14 @@ class Record(Hook):
             "dp_bytes_per_step": self.loop.trainer.sync.sent // len(self.rows),
             "tp_overlap": engines,
             "cuda_graphs": self._graphs(),
+            "skipped_text": self._skipped_text(),
         }
+
+    def _skipped_text(self) -> dict[str, str]:
+        """Files and folders of the data that are no text, or were left out for another reason: why, by name."""
+        prefix = self.loop.config.data.prefix
+        manifest = read_manifest(prefix) if prefix else None
+        return manifest["source"].get("skipped", {}) if manifest else {}
 
     def _graphs(self) -> dict[str, Any]:
         """captured: graphs of this rank; why_not: what forbids them."""
