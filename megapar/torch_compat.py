@@ -22,10 +22,14 @@ def reduce_scatter_single(into: Tensor, x: Tensor, **options: Any) -> Any:
     return scatter(into, x, **options)
 
 
-def launch_config(*, shutdown_timeout: int, **settings: Any) -> Any:
-    """torch elastic's `LaunchConfig`. shutdown_timeout: seconds for a rank to end when told to; torch 2.11 has 30."""
+def launch_config(*, shutdown_timeout: int, signals_to_handle: str, **settings: Any) -> Any:
+    """torch elastic's `LaunchConfig`.
+
+    shutdown_timeout: seconds for a rank to end when told to; torch 2.11 has 30. signals_to_handle: names of those that
+    end the ranks; where torch can't be told, it takes all of its own.
+    """
     from torch.distributed.launcher.api import LaunchConfig
 
-    if any(one.name == "shutdown_timeout" for one in fields(LaunchConfig)):
-        settings["shutdown_timeout"] = shutdown_timeout
-    return LaunchConfig(**settings)
+    names = {one.name for one in fields(LaunchConfig)}
+    newer: dict[str, Any] = {"shutdown_timeout": shutdown_timeout, "signals_to_handle": signals_to_handle}
+    return LaunchConfig(**settings, **{name: value for name, value in newer.items() if name in names})

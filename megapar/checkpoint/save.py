@@ -32,6 +32,7 @@ from megapar.checkpoint.format import (
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
+from megapar.files import follow_umask
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.buffers import StageBuffers
 
@@ -106,6 +107,7 @@ def _write_part(temporary: Path, optimizer: StatefulOptimizer, rank: int) -> dic
         path = temporary / f"rank-{rank:05d}.safetensors"
         with _writing(path):
             save_file(tensors, path)
+            follow_umask(path)
             _sync(path)
             facts = file_facts(path)
         part["file"] = [path.name, facts.size, facts.sha256]

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from megapar.cli.output import refuse_bad_out, say
 from megapar.config import ConfigError, TrainConfig, VerifyConfig, check, resolve
+from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.kernels import INTERPRET
 from megapar.launch.machine import num_gpus
@@ -32,11 +33,23 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.task.sample_tokens and prepared.tokenizer_path is None:
         problem = "these token files came without a tokenizer, so nothing can be written; use 0"
         raise ConfigError("task.sample_tokens", config.task.sample_tokens, problem)
+    if config.task.sample_tokens:
+        refuse_bad_prompt(config.task.sample_prompt)
     config = changed(config, {"data.prefix": str(prepared.prefix)})
     source.open(config, "train")  # refuses too few samples
     if config.train.eval_every:
         source.open(config, "valid")
     return config
+
+
+def refuse_bad_prompt(prompt: str) -> None:
+    """Raise ConfigError for a prompt that can't be encoded, as after a byte of the command line that is no UTF-8."""
+    from megapar.data.tokenizer import check_unicode
+
+    try:
+        check_unicode(prompt)
+    except UserError as error:
+        raise ConfigError("task.sample_prompt", ascii(prompt), str(error)) from None
 
 
 def check_early(config: T, gpus: int, world_size: int | None = None) -> T:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 refused (one line says why), 130 interrupted. No
 needs it: `megapar --help` answers in a tenth of a second.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
 
     entry: "module:function" to call in each rank instead of the command's own
     """
+    _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in HELP:
         from megapar.cli.help import overview
@@ -67,6 +69,21 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
 
         traceback.print_exc()
         return 1
+
+
+def _prepare_streams() -> None:
+    """Open what the caller left closed of descriptors 0 to 2, before a file of ours gets such a number; and have what a
+    terminal can't show written as an escape (a run's path in ASCII, a name that is no UTF-8)."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str], entry: str | None) -> int:

@@ -166,7 +166,7 @@ class Tokenizer:
         """Token ids of each text, as `encode` gives them, on up to `num_threads` threads."""
         plain = [text for text in texts if SPACE_MARK not in text]
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
         encoded: Iterator[list[int]] = iter(self._model.encode(plain, out_type=int, num_threads=num_threads))
         return [self._encode_marked(text) if SPACE_MARK in text else next(encoded) for text in texts]
 
@@ -212,7 +212,8 @@ def _without_space_rules(proto: bytes) -> bytes:
     return serialized
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise UserError for text that is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 from megapar.config.errors import UserError
 from megapar.kernels import INTERPRET
 from megapar.launch.failure import RankFailure
-from megapar.launch.machine import threads_per_rank
+from megapar.launch.machine import out_of_memory_kills, threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 
 # Ranks of one machine meet over the loopback, whatever the host's name resolves to.
@@ -62,19 +63,34 @@ def launch(job: Job, quiet: bool = False) -> None:
     if not afresh:
         start_fork_server(job.ranks)
     kept = {"OMP_NUM_THREADS": str(threads_per_rank(job.ranks))} | job.env if afresh else {}
-    with tempfile.TemporaryDirectory(prefix="megapar-") as scratch, _signals_kept(), environment_with(kept):
-        job = replace(job, quiet=quiet, threads=threads_per_rank(job.ranks), reports=scratch, env=LOOPBACK | job.env)
+    with (
+        tempfile.TemporaryDirectory(prefix="megapar-") as scratch,
+        _signals_kept(),
+        _no_names_asked_for(),
+        environment_with(kept),
+    ):
+        ignored = tuple(one.name for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN)
+        job = replace(
+            job,
+            quiet=quiet,
+            threads=threads_per_rank(job.ranks),
+            reports=scratch,
+            env=LOOPBACK | job.env,
+            ignored=ignored,
+        )
+        settings = _settings(job, scratch, "spawn" if afresh else "forkserver")
+        killed_before = out_of_memory_kills()
         try:
-            elastic_launch(_settings(job.ranks, scratch, "spawn" if afresh else "forkserver"), run_elastic)(job)
+            elastic_launch(settings, run_elastic)(job)
         except ChildFailedError as error:
-            _raise_cause(job, error)
+            _raise_cause(job, error, killed_before)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + error.sigval.value) from None
 
 
-def _settings(ranks: int, scratch: str, start_method: str) -> Any:
+def _settings(job: Job, scratch: str, start_method: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     from megapar.torch_compat import launch_config
@@ -82,32 +98,44 @@ def _settings(ranks: int, scratch: str, start_method: str) -> Any:
     return launch_config(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=ranks,
+        nproc_per_node=job.ranks,
         run_id=f"megapar-{uuid.uuid4().hex}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
         start_method=start_method,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         shutdown_timeout=5,
+        # Torch's handlers would undo what nohup, or a shell's `&`, has asked for.
+        signals_to_handle=",".join(one.name for one in SIGNALS if one.name not in job.ignored),
     )
 
 
-def _raise_cause(job: Job, error: Any) -> None:
-    """Raise for the rank at fault: one that reported its own failure, else one ended by a signal, else a victim."""
+def _raise_cause(job: Job, error: Any, killed_before: int | None) -> None:
+    """Raise for the rank at fault: one that reported its own failure, else one ended by a signal, else a victim.
+
+    killed_before: `out_of_memory_kills` when the ranks started
+    """
     reports = read_reports(str(job.reports))
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 and not any(report.kind != "victim" for report in reports):
         name = failure.signal_name()
-        hint = " (the kernel's out-of-memory killer, or kill -9)" if name == "SIGKILL" else ""
+        hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
         line = f"rank {rank} failed: ended by {name}{hint}; logs: {job.log(rank)}"
         raise RankFailure(line) from None
     if not reports:
         raise RankFailure(f"rank {rank} failed: exit code {failure.exitcode}; logs: {job.log(rank)}") from None
     cause: Report = reports[0]
     raise (UserError if cause.kind == "user" else RankFailure)(failure_text(cause, job)) from None
+
+
+def _who_kills(before: int | None, after: int | None) -> str:
+    """Who sent a SIGKILL, as far as the kernel's count of processes killed for memory tells."""
+    if before is None or after is None:
+        return " (kill -9, or the kernel for want of memory)"
+    return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"
 
 
 @contextmanager
@@ -132,6 +160,18 @@ def _signals_kept() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _no_names_asked_for() -> Iterator[None]:
+    """Torch elastic writes this machine's full name into its events, which go nowhere here; where no resolver answers,
+    asking for it takes many seconds."""
+    kept = socket.getfqdn
+    socket.getfqdn = lambda name="": "127.0.0.1"
+    try:
+        yield
+    finally:
+        socket.getfqdn = kept
 
 
 @contextmanager

@@ -54,6 +54,15 @@ def spare_garbage_collector() -> None:
     gc.freeze()
 
 
+def out_of_memory_kills() -> int | None:
+    """Processes that the kernel has killed for want of memory since the machine started; None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
 def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:
     """What a result depends on besides its config, for `environment.json`. Neither the machine's name nor variables.
 

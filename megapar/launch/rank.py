@@ -50,6 +50,7 @@ class Job:
     quiet: bool = False  # nothing on the terminal, as when several runs share it
     reports: str | None = None  # folder for the reports of failed ranks
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
+    ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, as by nohup
 
     def log(self, rank: int) -> Path:
         """The log of a rank."""
@@ -93,8 +94,9 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
 def run_elastic(job: Job) -> None:
     """The function that torch elastic calls in each of its processes."""
     die_with_parent()
-    # Ctrl-C reaches every process of the terminal: the launcher says what happened, ranks end without a word.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "SIGINT" not in job.ignored:
+        # Ctrl-C reaches every process of the terminal: the launcher says what happened, ranks end without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import dump, load
 from megapar.config.keys import changed, keys, value_of
 from megapar.config.schema import TrainConfig
+from megapar.files import write_atomic
 from megapar.launch.machine import environment
 
 T = TypeVar("T", bound=TrainConfig)
@@ -136,31 +136,6 @@ def _stays(line: str, steps_done: int) -> bool:
         return False
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
-
-    Raises UserError, as on a full disk.
-    """
-    try:
-        _write_atomic(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); make room or choose another folder") from None
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is none."""
     try:
@@ -193,9 +168,3 @@ def make_writable(folder: Path, key: str = "run.dir") -> None:
     except OSError as error:
         problem = f"can't be written ({error.strerror}); choose another folder"
         raise ConfigError(key, folder, problem) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

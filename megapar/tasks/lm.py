@@ -66,13 +66,14 @@ class LanguageModeling:
 
     def figures(self, loss: float) -> dict[str, float | None]:
         """Bits per character: compression of the held-out text, comparable between tokenizers; None for tokens of
-        unknown origin."""
+        unknown origin, or that stand for no character (ends of documents)."""
         held_out = self._samples["valid"]
         counts = getattr(held_out, "char_counts", None)
         if counts is None:
             return {"val_bits_per_char": None}
         labels = held_out.batch(self._held_out_numbers())[:, 1:]
-        return {"val_bits_per_char": loss * labels.size / int(counts[labels].sum()) / math.log(2)}
+        characters = int(counts[labels].sum(dtype=np.int64))
+        return {"val_bits_per_char": loss * labels.size / characters / math.log(2) if characters else None}
 
     def _held_out_numbers(self) -> np.ndarray:
         """The samples of an evaluation, spread evenly over the held-out documents."""

@@ -16,6 +16,8 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     names = " ".join(f"{axis}={size}" for axis, size in layout.items())
     sample = summary.get("sample")
     lines = ["", "the model writes:", *(f"    {line}" for line in sample.splitlines())] if sample else []
+    if problem := summary.get("sample_problem"):
+        lines += ["", f"the model writes nothing: {problem}"]
     lines += [
         "",
         f"layout      {names}: {ranks} rank{'s' if ranks > 1 else ''}, {config.train.dtype} on {config.train.device}",

@@ -208,27 +208,23 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_the_launcher_of_a_torch_without_shutdown_timeout(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_launcher_of_an_older_torch(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
+    newer = ("shutdown_timeout", "signals_to_handle")
 
     class Older(api.LaunchConfig):
-        """torch 2.11's: without the field, and refusing it."""
+        """torch 2.11's: without two fields, and refusing them."""
 
-        __dataclass_fields__: ClassVar = {
-            one.name: one for one in fields(api.LaunchConfig) if one.name != "shutdown_timeout"
-        }
+        __dataclass_fields__: ClassVar = {one.name: one for one in fields(api.LaunchConfig) if one.name not in newer}
 
         def __init__(self, **settings: Any) -> None:
             given.append(settings)
             super().__init__(**settings)
 
-    assert (
-        getattr(launch_config(shutdown_timeout=5, min_nodes=1, max_nodes=1, nproc_per_node=1), "shutdown_timeout", 5)
-        == 5
-    )
+    ours: dict[str, Any] = {"shutdown_timeout": 5, "signals_to_handle": "SIGTERM"}
+    made = launch_config(**ours, min_nodes=1, max_nodes=1, nproc_per_node=1)
+    assert all(getattr(made, name, value) == value for name, value in ours.items())
     monkeypatch.setattr(api, "LaunchConfig", Older)
     assert run("ok", "train", "parallel=dp2", FOLDER).code == 0
     assert [one["sum"] for one in seen(tmp_path / "run")] == [1.0, 1.0]
-    assert len(given) == 1 and "local_addr" in given[0] and "shutdown_timeout" not in given[0]
+    assert len(given) == 1 and "local_addr" in given[0] and not given[0].keys() & set(newer)

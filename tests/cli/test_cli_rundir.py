@@ -16,6 +16,7 @@ from megapar.cli import main
 from megapar.cli.output import refuse_bad_out
 from megapar.config import ConfigError, UserError
 from megapar.config.keys import changed
+from megapar.files import write_atomic
 from megapar.launch import rundir
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -165,5 +166,5 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"config.yaml: can't be written \(No space left on device\); make room"):
-        rundir.write_atomic(tmp_path / "config.yaml", "x")
+        write_atomic(tmp_path / "config.yaml", "x")
     assert list(tmp_path.iterdir()) == []

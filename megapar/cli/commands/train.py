@@ -81,7 +81,12 @@ def draw(job: "Job") -> None:
     from megapar.report.picture import draw as draw_run
 
     folder = Path(job.folder)
-    if path := draw_run(folder):
+    try:
+        path = draw_run(folder)
+    except (OSError, UserError) as error:  # the training is done all the same
+        print(f"picture     none: {error}")
+        return
+    if path is not None:
         print(f"picture     {path}")
     if (folder / "trace.json").exists():
         print(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")

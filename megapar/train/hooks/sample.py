@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megapar.config.errors import UserError
 from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.tokens import generate_tokens
@@ -16,7 +17,13 @@ class Sample(Hook):
         return config.task.sample_tokens > 0
 
     def finish(self) -> dict[str, Any]:
-        """The same text on every rank."""
+        """sample: the same text on every rank. None: the model writes nothing, for the reason in sample_problem."""
+        try:
+            return {"sample": self._text(), "sample_problem": None}
+        except UserError as error:  # on all ranks alike; the training is done all the same
+            return {"sample": None, "sample_problem": str(error)}
+
+    def _text(self) -> str:
         config, trainer = self.loop.config, self.loop.trainer
         tokenizer = Tokenizer(f"{config.data.prefix}.model")
         written = generate_tokens(
@@ -28,7 +35,7 @@ class Sample(Hook):
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
         )
-        return {"sample": config.task.sample_prompt + tokenizer.decode(written)}
+        return config.task.sample_prompt + tokenizer.decode(written)
 
 
 HOOK = Sample
