@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 UNFINISHED = ".tmp-"
 STEP_FOLDER = re.compile(r"step-[0-9]{8,}")
+UNFINISHED_FOLDER = re.compile(STEP_FOLDER.pattern + re.escape(UNFINISHED) + "[0-9a-f]+(-former)?")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")  # a plain name: nothing can point out of the folder
 RESAVE = "use another checkpoint"
 
@@ -160,18 +161,24 @@ def file_facts(path: Path) -> StoredFile:
 def find_checkpoint(path: str | Path) -> Path:
     """The step folder that a path names: itself, the newest of a folder of checkpoints, or of a run directory.
 
-    The newest is what `latest` says; where that is missing or names nothing that is there, the one of most steps.
-    Raises UserError.
+    The newest is what `latest` says (which may be named, too); where that is missing or names nothing that is there, the
+    one of most steps. What a folder holds decides, and its own name only if it holds nothing. Raises UserError.
     """
     path = Path(path)
-    if UNFINISHED in path.name:
+    if path.name == LATEST and path.is_file():
+        path = path.parent
+    if UNFINISHED_FOLDER.fullmatch(path.name) and not (path / "checkpoints").is_dir():
         raise UserError(f"{path}: an unfinished checkpoint; use a finished one, such as the newest in {path.parent}")
-    if (path / MANIFEST).exists() or STEP_FOLDER.fullmatch(path.name):
+    if (path / MANIFEST).exists():
         return path
     for folder in (path, path / "checkpoints"):
         steps = {entry.name: entry for entry in folder.glob("step-*") if STEP_FOLDER.fullmatch(entry.name)}
-        if steps:
-            return steps.get(_latest(folder)) or max(steps.values(), key=lambda entry: int(entry.name[5:]))
+        if whole := {name: entry for name, entry in steps.items() if (entry / MANIFEST).exists()}:
+            return whole.get(_latest(folder)) or max(whole.values(), key=lambda entry: int(entry.name[5:]))
+        if steps:  # and what is missing in them is said when one is read
+            return max(steps.values(), key=lambda entry: int(entry.name[5:]))
+    if STEP_FOLDER.fullmatch(path.name):
+        return path
     remedy = "give a step folder, a folder of checkpoints, or a run.dir that has one"
     raise UserError(f"{path}: {'holds no checkpoint' if path.is_dir() else 'no such folder'}; {remedy}")
 

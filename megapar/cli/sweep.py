@@ -8,6 +8,7 @@ with the same run.dir goes on where it stopped.
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -63,7 +64,7 @@ class Point:
                 say(f"point {point}: running in another process, left to it")
                 return float("nan")
             before = ledger.latest().get(point, {})
-            if before.get("state") == "done":
+            if before.get("state") == "done" and (folder / "summary.json").exists():
                 ledger.append(point, "done", **about, seconds=before.get("seconds"), skipped=True)
                 return objective(folder)
             ledger.append(point, "running", **about)
@@ -227,8 +228,10 @@ def _make(folder: Path) -> None:
 
 
 def _quoted(text: str) -> str:
-    """Text as a quoted string of Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Text as a quoted string of Hydra's grammar, `${` in it as no interpolation."""
+    text = re.sub(r"(\\*)(\$\{)", lambda found: 2 * found[1] + "\\" + found[2], text)
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{text}'"
 
 
 def _number(value: Any, form: str, width: int) -> str:

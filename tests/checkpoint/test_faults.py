@@ -209,6 +209,14 @@ def test_paths(trainer: Trainer, written: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir / "checkpoints" / "step-00000002", unfinished)
     assert "unfinished" in refusal(trainer, unfinished)
     assert load(run_dir, trainer.optimizer, trainer.config).step == 2
+    assert load(run_dir / "checkpoints" / "latest", trainer.optimizer, trainer.config).step == 2
+    assert "missing, so this is no complete checkpoint" in refusal(trainer, run_dir / "checkpoints" / "step-00000009")
+
+
+@pytest.mark.parametrize("name", ["exp.tmp-1", "step-00000007", "step-00000007.tmp-0a", "latest", "checkpoints"])
+def test_a_run_may_be_named_like_a_checkpoint(trainer: Trainer, written: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(written, tmp_path / name / "checkpoints")
+    assert load(tmp_path / name, trainer.optimizer, trainer.config).step == 2
 
 
 @pytest.mark.parametrize("latest", [None, "", "step-00000009", "../step-00000001", "\udcff garbage"])

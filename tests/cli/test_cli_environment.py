@@ -119,7 +119,15 @@ def test_ranks_meet_without_a_name(run: Callable, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("mask", [0o022, 0o007])
 def test_files_have_the_modes_of_the_umask(mask: int, tmp_path: Path, corpus: list[str]) -> None:
-    values = [*SMALL, FOLDER, "train.steps=2", "train.trace=[1,2]", "model.vocab_size=400", *corpus, f"data.cache={tmp_path / 'cache'}"]
+    values = [
+        *SMALL,
+        FOLDER,
+        "train.steps=2",
+        "train.trace=[1,2]",
+        "model.vocab_size=400",
+        *corpus,
+        f"data.cache={tmp_path / 'cache'}",
+    ]
     command = [sys.executable, "-m", "megapar.cli", "train", *values]
     done = subprocess.run(
         command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=90, umask=mask

@@ -43,6 +43,23 @@ def test_one_failed_point_does_not_end_the_others_and_a_rerun_repeats_only_it(ru
     assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 2, 3)] == [1, 2, 1]
 
 
+@pytest.mark.parametrize("name", ["r_${x}", r"a\${b}", "it's"])
+def test_a_sweep_may_have_any_folder(run: Callable, tmp_path: Path, name: str) -> None:
+    done = run("lr_fails", "train", "-m", "optim.lr=1", "train.steps=1", f"run.dir={name}")
+    assert done.code == 0, done.err
+    assert [row["state"] for row in latest(tmp_path / name).values()] == ["done"]
+
+
+def test_a_ledger_is_not_believed_without_what_it_speaks_of(run: Callable, tmp_path: Path) -> None:
+    assert run("lr_fails", "train", "-m", "optim.lr=1,3", "train.steps=1", "run.dir=sweep").code == 0
+    row = latest(tmp_path / "sweep")["optim.lr=3"]
+    (tmp_path / "sweep" / row["point"] / "summary.json").unlink()
+    again = run("lr_fails", "train", "-m", "optim.lr=1,3", "train.steps=1", "run.dir=sweep")
+    assert again.code == 0 and "2 done (1 of them before)" in again.out
+    rows = latest(tmp_path / "sweep")
+    assert [starts(tmp_path / "sweep", rows[f"optim.lr={lr}"]) for lr in (1, 3)] == [1, 2]
+
+
 @pytest.mark.more
 def test_an_interrupted_sweep_goes_on(run: Callable, start: Callable, tmp_path: Path) -> None:
     sweep = start("sleeps", "-m", "run.dir=sweep", "optim.lr=1,2")
