@@ -161,8 +161,8 @@ def file_facts(path: Path) -> StoredFile:
 def find_checkpoint(path: str | Path) -> Path:
     """The step folder that a path names: itself, the newest of a folder of checkpoints, or of a run directory.
 
-    The newest is what `latest` says (which may be named, too); where that is missing or names nothing that is there, the
-    one of most steps. What a folder holds decides, and its own name only if it holds nothing. Raises UserError.
+    The newest is what `latest` says (which may be named, too); where that is missing or names nothing that is there, it
+    is the one of most steps. What a folder holds decides, and its own name only if it holds nothing. Raises UserError.
     """
     path = Path(path)
     if path.name == LATEST and path.is_file():

@@ -16,7 +16,7 @@ from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, Veri
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import CSV, build, refusal, refuse_chunks, refuse_unknown, table_ranks
+from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
@@ -163,7 +163,7 @@ def check_schedule(config: TrainConfig) -> None:
         why = refusal(name, ranks, microbatches, chunks)
         if name.startswith(CSV) and why is None:
             check_table(build(name, ranks, microbatches, chunks=chunks))
-        if name == "auto" and config.pipeline.memory_limit is not None:
+        if not name.startswith(CSV) and generators()[name].searches and config.pipeline.memory_limit is not None:
             make_schedule(config)
     except ScheduleError as error:
         why = str(error)

@@ -23,6 +23,7 @@ from megapar.config.file import loads
 from megapar.console import set_console
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
+from megapar.schedule.build import hand_over
 
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(
@@ -50,6 +51,7 @@ class Job:
     quiet: bool = False  # nothing on the terminal, as when several runs share it
     reports: str | None = None  # folder for the reports of failed ranks
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
+    schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
     ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, as by nohup
 
     def log(self, rank: int) -> Path:
@@ -173,6 +175,7 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
         # and peer, and a receive at the head of a queue would hold up computation behind it. 32 is the most there is.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    hand_over(job.schedules)
     entry: Callable[..., Any] = load_named(job.entry)
     spare_garbage_collector()
     if world_size == 1:

@@ -6,14 +6,15 @@ import pkgutil
 from functools import cache
 
 from megapar.schedule import generators as package
-from megapar.schedule.actions import Schedule, ScheduleError
+from megapar.schedule.actions import Rows, Schedule, ScheduleError
 from megapar.schedule.compute import check_rows
 from megapar.schedule.costs import Costs
 from megapar.schedule.generator import Generator, Problem
 from megapar.schedule.lower import lower
-from megapar.schedule.table import read
+from megapar.schedule.table import read, rows_of, rows_text
 
 CSV = "csv:"
+_searched: dict[str, str] = {}  # tables by what they were searched for
 
 
 @cache
@@ -75,6 +76,25 @@ def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None
     return refuse_chunks(name, chunks) or generators()[name].refuse(ranks, microbatches, chunks)
 
 
+def searched() -> dict[str, str]:
+    """What this process has found by a search, for `hand_over` in another one."""
+    return dict(_searched)
+
+
+def hand_over(found: dict[str, str]) -> None:
+    """Have `build` take what another process has searched for."""
+    _searched.update(found)
+
+
+def _rows(generator: Generator, problem: Problem) -> Rows:
+    if not generator.searches:
+        return generator.build(problem)
+    key = f"{generator.name} {problem}"
+    if key not in _searched:
+        _searched[key] = rows_text(generator.build(problem))
+    return rows_of(_searched[key])
+
+
 def build(
     name: str,
     ranks: int,
@@ -98,6 +118,5 @@ def build(
         check_rows(rows, stages, microbatches)
     else:
         costs = Costs.even(ranks, stages) if costs is None else costs.normalised(ranks)
-        problem = Problem(ranks, microbatches, chunks, costs, memory_limit)
-        rows = generators()[name].build(problem)
+        rows = _rows(generators()[name], Problem(ranks, microbatches, chunks, costs, memory_limit))
     return lower(rows, stages, microbatches)

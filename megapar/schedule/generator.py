@@ -41,6 +41,7 @@ class Generator:
     build: the compute actions (F, B, I, W) of every rank; transfers and reductions are added by `lower`
     chunks: the stages per rank that it takes; the first is its default
     refuse: (ranks, microbatches, chunks) -> why not, in one line that says what would do; None if it can
+    searches: it takes seconds, so a process builds each once, and what starts ranks hands them the rows
     """
 
     name: str
@@ -48,3 +49,4 @@ class Generator:
     build: Callable[[Problem], Rows]
     chunks: range = range(1, 2)
     refuse: Callable[[int, int, int], str | None] = no_constraint
+    searches: bool = False

@@ -33,9 +33,19 @@ def write(schedule: Schedule, path: str) -> None:
 
 def as_text(schedule: Schedule) -> str:
     """The table of a schedule's compute actions."""
+    return rows_text([[action for action in row if action.kind in COMPUTE] for row in schedule.rows])
+
+
+def rows_text(rows: Rows) -> str:
+    """The table of compute actions."""
     file = io.StringIO(newline="")
-    csv.writer(file).writerows([action for action in row if action.kind in COMPUTE] for row in schedule.rows)
+    csv.writer(file).writerows(rows)
     return file.getvalue()
+
+
+def rows_of(text: str) -> Rows:
+    """The compute actions of a table that `rows_text` made."""
+    return [[Action.parse(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
 def read(path: str) -> Table:

@@ -6,6 +6,7 @@ How `old/` was made: `tests/checkpoint/old_run.py`.
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megapar.config import file
@@ -15,6 +16,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from tests.checkpoint.old_run import OLD, RUNS, go_on, of_all
+from tests.tiny import write_tokens
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}  # relative; another layout adds in another order
 MOVES: list[tuple[str, str, dict[str, Any]]] = [
@@ -26,14 +28,28 @@ MOVES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+# Documents that were held out when `old/` was made: the hash of token files looked at their first 64 tokens then.
+HELD_OUT = [6, 32, 38]
+
+
+@pytest.fixture(scope="module")
+def old_tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model's token files with the split of that time beside them."""
+    prefix = write_tokens(tmp_path_factory.mktemp("old"))
+    hashes = np.full(40, 1 << 63, dtype=np.uint64)
+    hashes[HELD_OUT] = 0
+    np.save(f"{prefix}.split.npy", hashes)
+    return prefix
+
+
 def config_of(run: str) -> TrainConfig:
     return file.load(TrainConfig, OLD / run / "config.yaml")
 
 
 @pytest.mark.parametrize(("run", "layout", "values"), MOVES, ids=[f"{run}-{layout}" for run, layout, _ in MOVES])
-def test_goes_on(pool: WorkerPool, tokens: str, run: str, layout: str, values: dict[str, Any]) -> None:
+def test_goes_on(pool: WorkerPool, old_tokens: str, run: str, layout: str, values: dict[str, Any]) -> None:
     axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).items()}
-    config = changed(config_of(run), {"data.path": tokens, "data.prefix": tokens} | axes | values)
+    config = changed(config_of(run), {"data.path": old_tokens, "data.prefix": old_tokens} | axes | values)
     check(config)
     found = of_all(pool.run(go_on, config.parallel.layout.world, config, str(OLD / run)))
     expected = json.loads((OLD / run / "figures.json").read_text(encoding="utf-8"))

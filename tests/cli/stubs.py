@@ -127,6 +127,15 @@ def write(config: Any, rank: int, world_size: int) -> None:
         print(config.prompt, file=console(), flush=True)
 
 
+def searches(config: Any, rank: int, world_size: int) -> None:
+    """Make the run's schedule with no search to be had."""
+    from megapar.config.stages import make_schedule
+    from megapar.schedule.generators import auto
+
+    auto.list_schedule = None  # type: ignore[assignment]
+    print(len(make_schedule(config).rows), file=console(), flush=True)
+
+
 def late(config: Any, rank: int, world_size: int) -> None:
     """Rank 1 fails, but its peers lose it and say so before it has said why."""
     import torch

@@ -67,6 +67,11 @@ def test_eight_ranks_meet_and_only_the_launcher_knows_hydra(run_process: Callabl
     assert "noise of rank 5" in (tmp_path / "run/logs/rank-5.log").read_text()
 
 
+def test_ranks_are_handed_a_schedule_that_takes_a_search(run_process: Callable) -> None:
+    done = run_process("searches", "parallel=pp2", "pipeline.schedule=auto", FOLDER)
+    assert (done.code, done.out) == (0, "2\n"), done.err
+
+
 def test_run_directory(run: Callable, tmp_path: Path) -> None:
     assert run("ok", "train", "run.name=first", "train.steps=3").code == 0
     (folder,) = (tmp_path / "runs").iterdir()

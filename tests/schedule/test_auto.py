@@ -1,11 +1,14 @@
 """`auto`: never slower than a named schedule that fits, never above the limit."""
 
+import time
+
 import pytest
 
 from megapar.schedule.actions import ScheduleError
-from megapar.schedule.build import build, generators, refusal
+from megapar.schedule.build import build, generators, hand_over, refusal, searched
 from megapar.schedule.check import check
 from megapar.schedule.costs import Costs
+from megapar.schedule.generators import auto
 from megapar.schedule.simulate import simulate
 
 COSTS: dict[str, dict[str, float]] = {
@@ -35,6 +38,37 @@ def test_auto_is_the_fastest_that_fits(kind: str, chunks: int) -> None:
                     assert simulation.step_time <= named.step_time + 1e-9, name
         times.append(simulation.step_time)
     assert times == sorted(times, reverse=True)  # more memory never costs time
+
+
+@pytest.mark.parametrize(("p", "m", "chunks", "limit"), [(4, 131, 2, 99), (2, 200, 2, 2), (8, 160, 1, 6)])
+def test_a_long_phase_is_chosen_by_a_short_one(
+    p: int, m: int, chunks: int, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the result of looking at all candidates in full."""
+    found = build("auto", p, m, chunks=chunks, memory_limit=limit)
+    check(found)
+    monkeypatch.setattr("megapar.schedule.build._searched", {})
+    monkeypatch.setattr("megapar.schedule.generators.auto._shortened", lambda problem: problem)
+    full = build("auto", p, m, chunks=chunks, memory_limit=limit)
+    assert simulate(found).step_time == simulate(full).step_time and max(simulate(found).peak) <= limit + 1e-9
+
+
+@pytest.mark.slow
+def test_auto_takes_five_seconds_at_most_for_a_thousand_microbatches() -> None:
+    begin = time.perf_counter()
+    build("auto", 8, 1024, chunks=2)
+    assert time.perf_counter() - begin < 5
+
+
+def test_auto_is_built_once_and_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build("auto", 2, 6, memory_limit=2)
+    found = searched()
+    monkeypatch.setattr("megapar.schedule.build._searched", {})
+    monkeypatch.setattr(auto, "list_schedule", lambda *given: pytest.fail("searched again"))
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        build("auto", 2, 6, memory_limit=2)
+    hand_over(found)
+    assert build("auto", 2, 6, memory_limit=2) == first
 
 
 def test_auto_finds_what_no_named_schedule_has() -> None:

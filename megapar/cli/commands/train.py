@@ -50,7 +50,19 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         timeout_s=config.train.timeout.total_seconds(),
         ranks=layout.world,
         env=rank_environment(config.kernels.backend),
+        schedules=schedules_for(config),
     )
+
+
+def schedules_for(config: TrainConfig) -> dict[str, str]:
+    """What ranks would have to search for, each alike."""
+    from megapar.config.stages import make_schedule
+    from megapar.schedule.build import generators, searched
+
+    name = config.pipeline.schedule
+    if config.parallel.pp > 1 and name in generators() and generators()[name].searches:
+        make_schedule(config)
+    return searched()
 
 
 def steps_done(config: TrainConfig) -> int:

@@ -1,5 +1,6 @@
 """Evaluations on the held-out split: before the first step, every `train.eval_every` steps, and after the last one."""
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from megapar.train.hooks.hook import Hook
@@ -9,13 +10,16 @@ from megapar.train.trainer import Step
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
 
+MOST = 1000  # evaluations that are kept for the summary; metrics.jsonl has them all
+
 
 class Evaluate(Hook):
     order = 20
 
     def __init__(self, loop: "Loop") -> None:
         super().__init__(loop)
-        self.rows: list[dict[str, Any]] = []
+        self.first: dict[str, Any] | None = None
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
 
     def start(self) -> None:
         if self.loop.config.train.eval_every:
@@ -28,7 +32,8 @@ class Evaluate(Hook):
             self._evaluate(step)
 
     def finish(self) -> dict[str, Any]:
-        return {"evaluations": self.rows}
+        """evaluations: the first, and the last MOST of those behind it."""
+        return {"evaluations": [] if self.first is None else [self.first, *self.recent]}
 
     def _evaluate(self, step: int) -> None:
         trainer = self.loop.trainer
@@ -36,7 +41,10 @@ class Evaluate(Hook):
         if self.loop.writer is not None:
             loss = total_loss(figures)
             row = {"step": step, "val_loss": loss, **trainer.task.figures(loss)}
-            self.rows.append(row)
+            if self.first is None:
+                self.first = row
+            else:
+                self.recent.append(row)
             self.loop.writer.evaluation(row)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections import deque
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,20 @@ from megapar.train.trainer import Step
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
 
+MOST = 1000  # rows that are kept for the summary; metrics.jsonl has them all
+
 
 class Record(Hook):
-    """rows: of this start of the run, on rank 0. late: figures are looked at a step later."""
+    """On rank 0, of this start of the run. steps: how many; first: the row of the one that warms up; recent: the last
+    MOST of those behind it. late: figures are looked at a step later."""
 
     order = 10
 
     def __init__(self, loop: "Loop") -> None:
         super().__init__(loop)
-        self.rows: list[dict[str, Any]] = []
+        self.steps = 0
+        self.first: dict[str, Any] = {}
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
         self.skipped = 0
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
         self.on_gpu = self.late = loop.config.train.device == "cuda"
@@ -62,7 +68,11 @@ class Record(Hook):
         self.skipped += done.result.skipped
         if self.loop.writer is not None:
             row = self._row(step, done, summarise(figures), done.seconds if seconds is None else seconds)
-            self.rows.append(row)
+            if self.steps == 0:
+                self.first = row
+            else:
+                self.recent.append(row)
+            self.steps += 1
             self.loop.writer.step(row)
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -85,11 +95,11 @@ class Record(Hook):
         }
 
     def finish(self) -> dict[str, Any]:
-        """Medians over all steps but the first, which warms up."""
+        """Medians over the last MOST steps, without the first, which warms up, if there are others."""
         engines = self._engines()
         if self.loop.writer is None:
             return {}
-        config, rows = self.loop.config, self.rows[1:] or self.rows
+        config, rows = self.loop.config, self.recent or [self.first]
         train = config.train
 
         def median_of(key: str, part: str | None = None) -> float:
@@ -98,19 +108,19 @@ class Record(Hook):
         return {
             "layout": dict(config.parallel.layout),
             "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in backends()},
-            "steps": len(self.rows),
+            "steps": self.steps,
             "layers_per_stage": stage_layers(config),
             "skipped_steps": self.skipped,
-            "loss": self.rows[-1]["loss"],
+            "loss": rows[-1]["loss"],
             "tokens_per_s": median_of("tokens_per_s"),
             "step_time_s": median_of("step_time_s"),
             "compute_s": median_of("compute_s"),
             **({"gpu_idle": median_of("gpu_idle")} if self.on_gpu else {}),
             "bubble": median_of("bubble"),
-            "bubble_ideal": self.rows[-1]["bubble_ideal"],
+            "bubble_ideal": rows[-1]["bubble_ideal"],
             "exposed_comm_s": {axis: median_of("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
             "cores_per_rank": self.cores_per_rank,
-            "dp_bytes_per_step": self.loop.trainer.sync.sent // len(self.rows),
+            "dp_bytes_per_step": self.loop.trainer.sync.sent // self.steps,
             "tp_overlap": engines,
             "cuda_graphs": self._graphs(),
             "skipped_text": self._skipped_text(),
