@@ -29,7 +29,17 @@ setup(
     ],
     extras_require={
         "sweep": ["hydra-joblib-launcher>=1.2"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "pre-commit", "hydra-joblib-launcher>=1.2"],
+        "tensorboard": ["tensorboardX"],
+        "dev": [
+            "tensorboardX",
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "pre-commit",
+            "hydra-joblib-launcher>=1.2",
+        ],
     },
     entry_points={"console_scripts": ["megapar=megapar.cli:main"]},
 )

@@ -57,26 +57,12 @@ def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
     draft = resolve(config, num_gpus=gpus, world_size=world_size)
     check(draft, num_gpus=gpus, world_size=world_size)
     refuse_bad_out(config.out, config.run.dir)
-    refuse_without_wandb_key(config)
+    from megapar.train.sinks import sink_kinds
+
+    for sink in sink_kinds():
+        if sink.wanted(config):
+            sink.refuse(config)
     return draft
-
-
-def refuse_without_wandb_key(config: TrainConfig) -> None:
-    """Raise ConfigError if wandb is to upload and finds no key."""
-    if config.logger.wandb.mode != "online":
-        return
-    import wandb
-    from wandb.sdk import wandb_setup
-    from wandb.sdk.lib import wbauth
-
-    host = wandb_setup.singleton().settings.base_url
-    remedy = "set WANDB_API_KEY or run `wandb login`, or use offline or disabled"
-    try:
-        key = wbauth.authenticate_session(host=host, source="megapar", prompt=False, update_session=False)
-    except wandb.errors.Error as error:
-        raise ConfigError("logger.wandb.mode", "online", f"{str(error).splitlines()[0]}; {remedy}") from None
-    if key is None:
-        raise ConfigError("logger.wandb.mode", "online", f"there is no key for {host}; {remedy}")
 
 
 def rank_environment(backend: str) -> dict[str, str]:

@@ -84,7 +84,8 @@ class Point:
         try:
             with one_line_errors():
                 plain: Any = OmegaConf.to_container(composed, resolve=True)
-            config = read("train", plain, self.verbatim | {"run.dir": str(folder)})
+            own = {"run.dir": str(folder), "logger.wandb.group": Path(self.parent).resolve().name}
+            config = read("train", plain, own | self.verbatim | {"run.dir": str(folder)})
             job = train.plan(config, Call(overrides.as_list(), self.entry), None)
             launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
             train.draw(job)

@@ -279,6 +279,9 @@ class WandbConfig:
         "offline", "offline: write to run.dir/wandb; online: upload"
     )
     project: str = option("megapar", "project name", verbatim=True)
+    group: str | None = option(
+        None, "what runs are grouped by; default: the sweep of a sweep's points", verbatim=True, identity=False
+    )
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,8 @@ class LoggerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     wandb: WandbConfig = group(WandbConfig, "Weights & Biases")
+    tensorboard: bool = option(False, "event files in run.dir/tensorboard (needs tensorboardX)", identity=False)
+    csv: bool = option(False, "tables in run.dir: steps.csv, evaluations.csv", identity=False)
     progress: bool = option(True, "progress bar on a terminal", identity=False)
 
 

@@ -1,4 +1,4 @@
-"""One row of figures per step, on rank 0, whatever the layout: metrics.jsonl first, wandb and the terminal after it."""
+"""One row of figures per step, on rank 0, whatever the layout: metrics.jsonl first, then the sinks and the terminal."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from megapar.mesh import Mesh
 from megapar.tasks import task_kind
 from megapar.torch_compat import all_gather_single
 from megapar.trace.spans import BUSY, IDLE, Span
-from megapar.train.wandb_log import WandbLog
+from megapar.train.sinks import sink_kinds
 
 if TYPE_CHECKING:
     from tqdm import tqdm as Bar
@@ -84,7 +84,7 @@ def total_loss(figures: Tensor) -> float:
 
 
 class MetricsWriter:
-    """Writes rows to metrics.jsonl and to wandb, and shows progress on a terminal."""
+    """Writes rows to metrics.jsonl and to the sinks, and shows progress on a terminal."""
 
     def __init__(self, config: TrainConfig, console: TextIO, first_step: int) -> None:
         assert config.run.dir is not None
@@ -93,7 +93,8 @@ class MetricsWriter:
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._console = console
         self._bar: Bar | None = None
-        self._wandb = WandbLog(config, self.say) if config.logger.wandb.mode != "disabled" else None
+        kinds = [kind for kind in sink_kinds() if kind.wanted(config)]
+        self._sinks = [kind(config, first_step, self.say) for kind in kinds]
         interactive = console.isatty()
         if config.logger.progress and interactive:
             from tqdm import tqdm  # here: without a terminal nobody needs it
@@ -140,14 +141,14 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(row)
+        for sink in self._sinks:
+            sink.log(row)
 
 
 def finite(value: Any) -> Any:
