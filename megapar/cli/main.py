@@ -217,7 +217,7 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
         return command.plan(config, Call(overrides.as_list(), entry), claims, world_size=world_size)
 
     with claims:
-        return external.launch(where, plan)
+        return external.launch(where, plan, arguments)
 
 
 def _for_many_ranks(where: str, call: Invocation) -> "tuple[Command, list[str]]":

@@ -4,15 +4,19 @@ Global rank 0 plans the run (composes, validates, prepares data, writes the run 
 line that refuses it, over a TCPStore; the others wait for it there and never import Hydra.
 """
 
+import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 from megapar.config.errors import UserError
@@ -21,6 +25,7 @@ from megapar.launch.rank import Job, run
 
 MEET_S = 300.0  # until rank 0 has opened the store
 PLAN_S = 4 * 3600.0  # until rank 0 has prepared data and published the job
+RESOLVE_S = 8.0  # until the first host's name has an address
 REFUSAL_S = 4.0  # until every rank has read a refusal
 
 
@@ -100,16 +105,19 @@ def first_host(nodes: str) -> str:
         raise UserError(f"{problem}; set MEGAPAR_MASTER_ADDR to the first host") from None
 
 
-def launch(situation: str, plan: Callable[[int], Job]) -> int:
+def launch(situation: str, plan: Callable[[int], Job], words: list[str]) -> int:
     """Be one rank of a run that torchrun or srun started. Returns the exit code: 2 when the run was refused.
 
     plan: called on global rank 0 only, with the number of ranks; makes the job or raises UserError
+    words: of the command line, which must be the same on all ranks
     """
     here = place(situation)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(here.local_world_size)))
     store = open_store(here)
+    compare(store, here, words)
     if here.rank == 0:
         try:
+            refuse_other_commands(store, here)
             job = plan(here.world_size)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
@@ -129,8 +137,63 @@ def launch(situation: str, plan: Callable[[int], Job]) -> int:
     return 0
 
 
+def compare(store: Any, here: Place, words: list[str]) -> None:
+    """Hold this rank's command line against rank 0's, and leave word of a difference for rank 0."""
+    digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    if here.rank == 0:
+        store.set("command", json.dumps({"digest": digest, "words": words}))
+        return
+    first = json.loads(_wait(store, "command", MEET_S))
+    if first["digest"] != digest:
+        store.set("different", f"rank {here.rank}: {_difference(first['words'], words)}; start all ranks alike")
+    store.add("compared", 1)
+
+
+def _difference(first: list[str], mine: list[str]) -> str:
+    """The first words in which two command lines differ."""
+    pairs = zip_longest(first, mine)
+    theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    if ours is None:
+        return f"its command line lacks {theirs}, which rank 0 has"
+    return f"its command line has {ours}, where rank 0 has {theirs or 'no more'}"
+
+
+def refuse_other_commands(store: Any, here: Place) -> None:
+    """On rank 0: wait for all ranks, and raise UserError if one has another command line."""
+    deadline = time.monotonic() + MEET_S
+    while (there := store.add("compared", 0)) < here.world_size - 1:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{there + 1} of {here.world_size} ranks came within {MEET_S:.0f} s; see what ended the others"
+            )
+        time.sleep(0.02)
+    if store.check(["different"]):
+        raise UserError(store.get("different").decode())
+
+
+def refuse_unknown_host(host: str) -> None:
+    """Raise UserError for a name that is not resolved within RESOLVE_S."""
+    remedy = "give an address: MASTER_ADDR for torchrun, MEGAPAR_MASTER_ADDR for srun"
+    found: list[Any] = []
+
+    def resolve() -> None:
+        try:
+            found.append(socket.getaddrinfo(host, None))
+        except (OSError, UnicodeError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=resolve, name="resolve", daemon=True)
+    thread.start()
+    thread.join(RESOLVE_S)
+    if not found:
+        raise UserError(f"{host}: no answer to what this name's address is within {RESOLVE_S:.0f} s; {remedy}")
+    if isinstance(found[0], Exception):
+        raise UserError(f"{host}: this name has no address ({found[0]}); {remedy}")
+
+
 def open_store(here: Place) -> Any:
     """The store that all ranks share, served by torchrun's agent or by rank 0."""
+    refuse_unknown_host(here.host)
     from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 
     serve = here.rank == 0 and not here.agent_store

@@ -11,7 +11,7 @@ import pytest
 from conftest import HERE, clean_environment
 
 from megapar.config import UserError
-from megapar.launch.external import first_host, place
+from megapar.launch.external import _difference, first_host, open_store, place
 from megapar.launch.situation import situation
 
 SRUN = {
@@ -100,6 +100,43 @@ def test_srun_ranks_run_one_config(start: Callable, tmp_path: Path) -> None:
     assert [rank["sum"] for rank in ranks] == [1.0, 1.0]
     assert [rank["hydra"] for rank in ranks] == [True, False]  # only rank 0 composes
     assert (tmp_path / "run/config.yaml").exists() and (tmp_path / "run/logs/rank-1.log").exists()
+
+
+@pytest.mark.parametrize("environment", [torchrun_env, srun_env])
+def test_ranks_with_other_commands_are_refused_by_all(environment: Callable, start: Callable, tmp_path: Path) -> None:
+    port, common = free_port(), ["parallel.dp=3", "train.global_batch_size=12", "run.dir=run"]
+    own = {2: ["optim.lr=2"]}
+    processes = [
+        start("ok", *common, *own.get(rank, ["optim.lr=1"]), env=environment(rank, 3, port)) for rank in range(3)
+    ]
+    codes, _, err = finish(processes)
+    assert codes == [2, 2, 2]
+    assert (
+        "".join(err) == "rank 2: its command line has optim.lr=2, where rank 0 has optim.lr=1; start all ranks alike\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_which_word_differs() -> None:
+    assert _difference(["train", "a=1"], ["train"]) == "its command line lacks a=1, which rank 0 has"
+    assert _difference(["train"], ["train", "a=1"]) == "its command line has a=1, where rank 0 has no more"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [(None, "no answer to what this name's address is"), (OSError("nothing"), "has no address")]
+)
+def test_a_name_that_is_not_resolved_is_said(
+    answer: OSError | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*_: object) -> None:
+        if answer is not None:
+            raise answer
+        time.sleep(5)
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("megapar.launch.external.RESOLVE_S", 0.1)
+    with pytest.raises(UserError, match=f"node7: .*{said}.*give an address: MASTER_ADDR"):
+        open_store(place("torchrun", torchrun_env(1, 2, 1) | {"MASTER_ADDR": "node7"}))
 
 
 def refused(start: Callable) -> tuple[float, list[int], list[str]]:
