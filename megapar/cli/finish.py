@@ -1,13 +1,15 @@
 """From a composed configuration to one that ranks can read, before a process is started: for `train` and `verify`."""
 
+import os
 from typing import TypeVar
 
 from megapar.cli.output import refuse_bad_out, say
 from megapar.config import ConfigError, TrainConfig, VerifyConfig, check, resolve
 from megapar.config.errors import UserError
-from megapar.config.keys import changed
+from megapar.config.keys import changed, value_of
+from megapar.config.model import least_bytes
 from megapar.kernels import INTERPRET
-from megapar.launch.machine import num_gpus
+from megapar.launch.machine import memory_bytes, num_gpus
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
 
@@ -52,9 +54,31 @@ def refuse_bad_prompt(prompt: str) -> None:
         raise ConfigError("task.sample_prompt", ascii(prompt), str(error)) from None
 
 
+def refuse_too_large(config: TrainConfig, share: float = 1.0) -> None:
+    """Raise UserError if a run can't fit into memory, by an estimate of what it holds at least.
+
+    share: of the ranks that are on this machine
+    """
+    least, device = least_bytes(config), config.train.device
+    need = least / config.parallel.layout.world if device == "cuda" else least * share
+    have = memory_bytes(device)
+    if have is None or need <= have:
+        return
+    where = "each GPU" if device == "cuda" else "this machine"
+    keys = ("model.layers", "model.hidden", "train.seq_length", "train.micro_batch_size")
+    sizes = ", ".join(f"{key}={value_of(config, key)}" for key in keys)
+    raise UserError(
+        f"{sizes}: needs at least {need / 1e9:,.0f} GB of {where}, which has {have / 1e9:,.1f} GB; "
+        "make one of them smaller, or use more devices"
+    )
+
+
 def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
     """Derive and check what can be without the data: refuses in a moment. Returns the config so far."""
     draft = resolve(config, num_gpus=gpus, world_size=world_size)
+    refuse_too_large(
+        draft, 1 if world_size is None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size
+    )
     check(draft, num_gpus=gpus, world_size=world_size)
     refuse_bad_out(config.out, config.run.dir)
     from megapar.train.sinks import sink_kinds

@@ -92,9 +92,18 @@ def _layer_activation(config: TrainConfig) -> float:
     # Norms: input and normalised values in the wide dtype; their outputs, read by qkv and up, in the other one.
     norms = 2 * model.hidden * (outside * 2 * wide + size)
     heads = 2 * (model.heads + model.kv_heads) * model.head_dim / tp * size
-    probabilities = 0.0 if train.recompute == "selective" else model.heads * train.seq_length / tp * size
+    recomputed = train.recompute == "selective" or _fused_attention(config)
+    probabilities = 0.0 if recomputed else model.heads * train.seq_length / tp * size
     mlp = (4 if model.gated else 2) * model.ffn / tp * size
     return _tokens(config) * (norms + heads + probabilities + mlp)
+
+
+def _fused_attention(config: TrainConfig) -> bool:
+    """Whether attention is the Triton kernel, which makes its probabilities anew in backward; fp64 has none."""
+    device, backend = config.train.device, config.kernels.backend
+    return config.train.dtype != "fp64" and (
+        backend in ("triton", "interpret") or (backend, device) == ("auto", "cuda")
+    )
 
 
 def _head_activation(config: TrainConfig) -> float:
@@ -111,6 +120,18 @@ def state_bytes(config: TrainConfig) -> float:
     optimizer = 2 * wide + (wide if weight < wide else 0)
     owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
     return weight + wide + optimizer / owners
+
+
+def least_bytes(config: TrainConfig) -> float:
+    """Bytes that the ranks of a run hold at least, all together: state, and the activations of one micro-batch.
+
+    Of an estimate, from one layer, so that a model of 10^9 layers costs no more to refuse than one of ten.
+    """
+    layers, one = config.model.layers, parts(replace(config, model=replace(config.model, layers=1)))
+    count = {part.name: layers if part.kind == "layer" else 1 for part in one}
+    weights = sum(count[part.name] * part.weights for part in one) - (one[-1].tied if config.model.tied else 0)
+    kept = sum(count[part.name] * part.activation for part in one) * config.parallel.tp
+    return config.parallel.layout.over("samples") * (state_bytes(config) * weights + kept)
 
 
 def model_weights(config: TrainConfig) -> int:

@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,24 @@ def out_of_memory_kills() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def memory_bytes(device: str) -> int | None:
+    """Memory that this process may have: of a GPU, the smallest, or of the machine, all its ranks'; None: not known."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            return min(int(line) for line in done.stdout.split()) << 20
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return None
+    found = []
+    with suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            found.append(int(Path(path).read_text()))
+    return min(found, default=None)
 
 
 def environment(device: str, backends: Mapping[str, str]) -> dict[str, Any]:

@@ -114,6 +114,8 @@ class MetricsWriter:
         """A row of a training step."""
         self._write(row)
         figures = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        if row["skipped_steps"]:
+            figures += f"  {row['skipped_steps']} skipped"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()

@@ -173,7 +173,10 @@ REFUSED = {
     "data data.path=/does/not/exist": ["/does/not/exist"],
     "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],
     "train model.vocab_size=100 CORPUS": ["model.vocab_size=100", "400"],
-    "train train.seq_length=10000000 CORPUS": ["train.seq_length=10000000", "needs 10000001 tokens"],
+    "train train.seq_length=100000 train.micro_batch_size=1 train.recompute=selective CORPUS": [
+        "train.seq_length=10000000",
+        "needs 100001 tokens",
+    ],
     "train task.sample_tokens=5 model.vocab_size=61 data.path=TOKENS": ["task.sample_tokens=5", "without a tokenizer"],
     "train data.path=ONE_FILE train.eval_every=1 data.vocab_size=300": ["data.split=0.05", "none can be held out"],
     "train out=/nodir/x.json": ["out=/nodir/x.json", "no such folder"],
@@ -187,6 +190,12 @@ REFUSED = {
     "generate run.dir=/does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
     # a folder in place of a key
     "generate /does/not/exist prompt=x": ["/does/not/exist/config.yaml", "no such file"],
+    # far too large, by an estimate, before anything is built
+    "train model.layers=1000000000": ["model.layers=1000000000", "needs at least", "GB of this machine", "use more"],
+    "train model.hidden=100000000": ["model.hidden=100000000", "needs at least"],
+    "train train.seq_length=600000 parallel=pp2": ["train.seq_length=600000", "needs at least"],
+    "verify model.layers=1000000": ["model.layers=1000000", "needs at least"],
+    "train -m model.layers=2,1000000": ["model.layers=1000000", "needs at least", "in the point"],
     "generate one two prompt=x": ["two: ", "one folder", "one was given before it"],
     "generate one run.dir=two prompt=x": ["run.dir=two: one before it is short for run.dir=one", "give one"],
     "generate prompt=x one": ["one: not an override; write key=value"],

@@ -1,5 +1,6 @@
 """Hooks: found by themselves, in a fixed order, nested around a step."""
 
+import io
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
+from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.schedule.costs import read_costs
 from megapar.train import loop
-from megapar.train.hooks import Hook, hook_kinds
+from megapar.train.hooks import Hook, hook_kinds, record
 from megapar.train.hooks.record import Record
 from megapar.train.metrics import MetricsWriter
 from megapar.train.trainer import Step, Trainer
@@ -138,3 +140,36 @@ def test_figures_a_step_late_are_the_same(pool: WorkerPool, tokens: str, tmp_pat
         ("evaluation", 0), ("starts", 1), ("starts", 2), ("row", 1), ("starts", 3), ("row", 2), ("starts", 4),
         ("row", 3), ("row", 4), ("evaluation", 4), ("starts", 5), ("row", 5), ("evaluation", 5),
     ]  # fmt: skip
+
+
+def run_diverging(rank: int, world_size: int, config: TrainConfig) -> str:
+    """What ends the run, if six steps are looked at."""
+    with mock.patch.object(record, "LOOKED_AT", 6):
+        try:
+            run_loop(rank, world_size, config)
+        except UserError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_run_whose_steps_are_mostly_skipped_stops(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"train.steps": 20, "run.dir": str(tmp_path), "logger.wandb.mode": "disabled"}
+    values |= {"optim.lr": 1e300, "optim.weight_decay": 0.0}
+    said = pool.run(run_diverging, 2, tiny_config(tokens, "pp2", **values))
+    assert said[0] == said[1]
+    assert said[0].startswith("step 5: 4 of the last 5 steps were skipped, as their gradients were not finite; lower")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 1, 2, 3]
+
+
+def test_a_line_on_the_terminal_counts_skipped_steps(tokens: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"train.steps": 2, "run.dir": str(tmp_path), "logger.wandb.mode": "disabled"}
+    shown = io.StringIO()
+    writer = MetricsWriter(tiny_config(tokens, **values), shown, 1)
+    for step, skipped in ((1, 0), (2, 1)):
+        writer.step({"step": step, "loss": 1.0, "tokens_per_s": 10.0, "skipped_steps": skipped})
+    writer.close()
+    assert shown.getvalue().splitlines() == [
+        "step      1  loss 1.0000  10 tokens/s",
+        "step      2  loss 1.0000  10 tokens/s  1 skipped",
+    ]

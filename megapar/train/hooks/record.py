@@ -7,6 +7,7 @@ from collections import deque
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from megapar.config.errors import UserError
 from megapar.config.stages import stage_layers
 from megapar.cores import num_cores
 from megapar.data.manifest import read_manifest
@@ -22,6 +23,7 @@ from megapar.train.trainer import Step
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
 
+LOOKED_AT = 50  # steps: a run ends if most of them were skipped
 MOST = 1000  # rows that are kept for the summary; metrics.jsonl has them all
 
 
@@ -37,6 +39,7 @@ class Record(Hook):
         self.first: dict[str, Any] = {}
         self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
         self.skipped = 0
+        self._recent_skips: deque[bool] = deque(maxlen=LOOKED_AT)
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
         self.on_gpu = self.late = loop.config.train.device == "cuda"
         self._unread: tuple[int, Step, float | None] | None = None
@@ -66,6 +69,7 @@ class Record(Hook):
         """seconds: that the step took; None: that the device took."""
         figures = gather_figures(local_figures(done.loss, done.spans), self.loop.trainer.mesh)
         self.skipped += done.result.skipped
+        self._stop_if_diverged(step, done.result.skipped)
         if self.loop.writer is not None:
             row = self._row(step, done, summarise(figures), done.seconds if seconds is None else seconds)
             if self.steps == 0:
@@ -74,6 +78,16 @@ class Record(Hook):
                 self.recent.append(row)
             self.steps += 1
             self.loop.writer.step(row)
+
+    def _stop_if_diverged(self, step: int, skipped: bool) -> None:
+        """Raise UserError, on every rank alike, if most of the last steps did nothing."""
+        self._recent_skips.append(skipped)
+        if (count := sum(self._recent_skips)) > LOOKED_AT // 2:
+            folder = self.loop.folder / "checkpoints"
+            raise UserError(
+                f"step {step}: {count} of the last {len(self._recent_skips)} steps were skipped, as their gradients "
+                f"were not finite; lower optim.lr, or start from an earlier state: checkpoint.load={folder}/step-..."
+            )
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.loop.trainer.task.tokens_per_step
