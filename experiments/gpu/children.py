@@ -1,10 +1,11 @@
 """Sections as processes: side by side, each with a deadline, and nothing of them left when they are over."""
 
+import math
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -33,7 +34,6 @@ class Plan:
     device: str
     seed: int
     versions: dict[str, str]
-    end: float  # of the whole run, by time.monotonic()
     width: int  # sections at a time
 
     @property
@@ -43,6 +43,12 @@ class Plan:
     def allowed(self, section: Section) -> float:
         """Its seconds. In a rehearsal, on whatever machine beside whatever else, they only catch a hang."""
         return section.seconds * (1 if self.device == "cuda" else REHEARSED)
+
+    def share(self, section: Section, waiting: int, left: float) -> float:
+        """Its seconds, or those that it may have where the wave has so many seconds left for so many sections that have
+        not begun, this one too. In a rehearsal what is left is for whoever comes."""
+        rounds = math.ceil(waiting / self.width) if self.device == "cuda" else 1
+        return min(self.allowed(section), left / rounds - GRACE_S)
 
     def context(self, section: Section) -> BaseContext:
         """Sections are forked from a process that has imported what they need, but has no CUDA context. Its kernels are
@@ -104,7 +110,8 @@ class Child:
         rows, code, seconds = self.rows(), self.process.exitcode, time.monotonic() - self.begun
         name, same = self.section.name, {"device": plan.device, "versions": plan.versions}
         if late and self.cut_short:  # card-only
-            rows.append(skipped(name, "section", f"the run's seconds were over after {seconds:.0f} of its own", **same))
+            reason = f"its share of the run's seconds was over after {seconds:.0f} of its own"  # card-only
+            rows.append(skipped(name, "section", reason, **same))
         elif late or code not in (0, 3):  # card-only
             note = f"killed after {seconds:.0f} s" if late else f"ended with {code}"
             rows.append(row_of(name, "section", False, plan.kind, note=f"{note}; see {self.log}", **same))
@@ -125,15 +132,42 @@ class Child:
         end_strays(self.section)
 
 
-def run_wave(sections: Iterable[tuple[str, Section]], plan: Plan, add: Callable[[Row], None]) -> dict[str, float]:
-    """Run sections, `width` at a time, and add their rows as they come; the seconds that each took."""
+def run_waves(
+    waves: Sequence[Sequence[tuple[str, Section]]], plan: Plan, end: float, add: Callable[[Row], None]
+) -> dict[str, float]:
+    """Run waves of sections, one after another, and add their rows as they come; the seconds that each section took.
+
+    end: by time.monotonic(); by then the last is over or killed
+    """
+    seconds: dict[str, float] = {}
+    for at, wave in enumerate(waves):
+        asked = [[plan.allowed(section) for _, section in one] for one in waves[at:]]
+        now = time.monotonic()
+        seconds |= run_wave(wave, plan, now + seconds_of_wave(asked, plan.width, end - now), add)
+    return seconds
+
+
+def seconds_of_wave(waves: Sequence[Sequence[float]], width: int, left: float) -> float:
+    """What the first of these waves may take of the seconds that are left: a share by what each of them asks for. What
+    it doesn't use is for those behind it.
+
+    waves: deadlines of their sections, of which `width` run at a time
+    """
+    asked = [math.ceil(len(wave) / width) * (max(wave) + GRACE_S) for wave in waves]
+    return left * asked[0] / sum(asked)
+
+
+def run_wave(
+    sections: Iterable[tuple[str, Section]], plan: Plan, end: float, add: Callable[[Row], None]
+) -> dict[str, float]:
+    """The same of one wave, `width` sections at a time."""
     waiting, running, seconds = list(sections), list[Child](), dict[str, float]()
     try:
         while waiting or running:
             while len(running) < plan.width and (one := ready(waiting, running)):
-                waiting.remove(one)
                 file, section = one
-                left = min(plan.allowed(section), plan.end - time.monotonic())
+                left = plan.share(section, len(waiting), end - time.monotonic())
+                waiting.remove(one)
                 if left >= min(LEAST_S, section.seconds):
                     running.append(Child(file, section, left, plan))
                 else:

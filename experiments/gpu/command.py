@@ -1,6 +1,7 @@
 """The command line of the acceptance: which sections, in which order, and what comes out."""
 
 import argparse
+import fcntl
 import importlib
 import os
 import platform
@@ -11,17 +12,18 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from experiments.gpu.children import ROOT, Plan, run_wave, start_server
+from experiments.gpu.children import ROOT, Plan, run_waves, start_server
 from experiments.gpu.run import missing_package
 from experiments.gpu.section import Section, find
 from experiments.gpu.table import RowFile, row_of, skipped, summary
 
 SECONDS = 470.0
 WORK, LOGS = "work", "logs"  # folders of DIR: what sections leave for each other; what they print
+LOCK = ".lock"  # of DIR, held by the run that writes there
 
 
 def main() -> int:
@@ -46,11 +48,15 @@ def main() -> int:
         return refuse("--out DIR: say which folder accept.json goes to")  # card-only
     out = Path(args.out).resolve()
     try:
+        lock = locked(out)
         prepare(out)
+    except BlockingIOError:  # card-only
+        return refuse(f"--out {args.out}: another run writes there; wait for its end, or choose another folder")
     except OSError as error:
         return refuse(f"--out {args.out}: {error.strerror or error}; choose another folder")  # card-only
     signal.signal(signal.SIGTERM, interrupted)
-    return run_all(args, out, device, chosen, sections, broken)
+    with lock:
+        return run_all(args, out, device, chosen, sections, broken)
 
 
 def run_all(
@@ -62,7 +68,7 @@ def run_all(
     file, found = RowFile(out / "accept.json"), versions()
     same: dict[str, Any] = {"device": device, "versions": found}
     width = max(2, min(6, (os.cpu_count() or 2) // 2))
-    plan = Plan(out, device, seed, found, begun + args.seconds, width)
+    plan = Plan(out, device, seed, found, width)
     file.add(row_of("accept", "seed", True, plan.kind, value=seed, note=" ".join(sys.argv[1:]), **same))
     for name in chosen:
         if name in broken:  # card-only: a name that moved, or a package that isn't there
@@ -72,8 +78,9 @@ def run_all(
     mine = [sections[name] for name in sections if name in with_needs(chosen, sections)]
     seconds: dict[str, float] = {}
     try:
-        for wave in sorted({wave_of(section, device) for _, section in mine}):
-            seconds |= run_wave([one for one in mine if wave_of(one[1], device) == wave], plan, file.add)
+        numbers = sorted({wave_of(section, device) for _, section in mine})
+        waves = [[one for one in mine if wave_of(one[1], device) == number] for number in numbers]
+        seconds = run_waves(waves, plan, begun + args.seconds, file.add)
     finally:
         clean(out)
     print(summary(file.rows, seconds))
@@ -113,6 +120,17 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < 86400:
         raise argparse.ArgumentTypeError(f"{text}: need a number above 0 and below a day")  # card-only
     return seconds
+
+
+def locked(out: Path) -> TextIO:
+    """An open file that keeps other runs out of this folder until it is closed, be it by the end of this process.
+
+    Raises BlockingIOError where one is there, OSError where nothing can be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
 
 
 def prepare(out: Path) -> None:

@@ -1,11 +1,12 @@
 """What a GPU did in a call, by torch's profiler."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.gpu.run import Run
+from megapar.trace.spans import IDLE, Span
 
 Kernels = list[tuple[str, float, float]]  # name, begin and end in microseconds
 CATEGORIES = {True: ("kernel", "gpu_memcpy", "gpu_memset"), False: ("cpu_op",)}  # on a card, in a rehearsal
@@ -31,6 +32,12 @@ def busy_of(kernels: Kernels) -> tuple[float, float]:
         total += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return total / 1e6, (reached - runs[0][0]) / 1e6
+
+
+def idle_of(kernels: Kernels, spans: Iterable[Span], seconds: float) -> tuple[float, float]:
+    """Idle shares of a step of so many seconds: by the profiler's kernels, and by the Trainer's clock."""
+    own = sum(span.seconds for span in spans if span.kind == IDLE)
+    return 1 - busy_of(kernels)[0] / seconds, own / seconds
 
 
 def by_name(kernels: Kernels, most: int) -> list[tuple[str, float, int]]:

@@ -17,7 +17,7 @@ class Section:
     """A part of the acceptance, run in a process of its own.
 
     wave: sections of a wave run side by side, and after those of the waves before; what is timed has a wave to itself
-    seconds: its deadline; it is killed a little later
+    seconds: its deadline, where the run has as many for it (`children.seconds_of_wave`); it is killed a little later
     needs: sections that have to run before, and are added to a choice of sections
     environment: variables of its process
     interpret: whether its Triton kernels are interpreted in a rehearsal, and not only compiled

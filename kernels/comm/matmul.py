@@ -1,4 +1,4 @@
-"""Matmuls fused with their collective, over symmetric memory. The loop over K is that of `kernels/matmul.py`.
+"""Matmuls fused with their collective, over symmetric memory. The loop over K is that of `kernels/_tiles.py`.
 
 | operation               | launches                                                                                |
 |-------------------------|-----------------------------------------------------------------------------------------|
@@ -34,6 +34,7 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
+from megapar.kernels._tiles import quarters_of, tile_at, tile_product
 from megapar.kernels.comm.exchange import (
     DTYPES,
     MOVERS,
@@ -52,9 +53,6 @@ from megapar.kernels.matmul import (
     PROCESSORS,
     Config,
     config_of,
-    quarters_of,
-    tile_at,
-    tile_product,
     tma_tiles,
     with_lines_together,
 )

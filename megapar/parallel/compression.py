@@ -8,8 +8,9 @@
 | powersgd | 4 r (m + n) / (m n)         | rank > r; error feedback       | Vogels et al. 2019, algorithm 1      |
 
 Sums are in fp32 in the order of ranks and every rank ends with the same bits. Error feedback adds what a step has
-dropped to the next step's gradient; it is no part of a checkpoint, so a resumed run starts without. What several
-tensor-parallel ranks hold alike (norms, biases, replicated heads) is reduced exactly: their copies must stay equal.
+dropped to the next step's gradient; it is no part of a checkpoint, so a resumed run starts without. A skipped step
+leaves it, and powersgd's factors, as they were. What several tensor-parallel ranks hold alike (norms, biases,
+replicated heads) is reduced exactly: their copies must stay equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,14 +69,37 @@ class Reduction(Protocol):
 
     start(name, flat, into): flat [n] is this rank's gradient, and may be overwritten; `into` gets the sum: flat itself,
     or with ZeRO-1 this rank's slice [n/R]. sent: bytes that this rank has sent so far (a ring's, for an all-reduce).
-    forget(): what earlier steps left behind, as after a sum that is not finite; on all ranks alike.
+    keep_if(finite): bool [1] on the device, the same on all ranks: whether what the last step leaves to the next one
+    is kept, or what was there before that step is. Nothing waits for its value.
     """
 
     sent: int
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting: ...
 
-    def forget(self) -> None: ...
+    def keep_if(self, finite: Tensor) -> None: ...
+
+
+class Carried:
+    """Tensors that a step leaves to the next one, of the same shapes in every step; none before the first.
+
+    Those of the step before are held until `keep_if` says which of the two stay.
+    """
+
+    def __init__(self, first: Sequence[Tensor] = ()) -> None:
+        self.tensors, self._before = list(first), list[Tensor]()
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self._before = list(tensors), self.tensors
+
+    def keep_if(self, finite: Tensor) -> None:
+        """finite: bool [1] on the device. Not so: back to what was there before `replace`, or else to zeros."""
+        for at, new in enumerate(self.tensors):
+            if self._before:
+                torch.where(finite, new, self._before[at], out=new)
+            else:
+                new.masked_fill_(~finite, 0.0)
+        self._before = []
 
 
 class Exact:
@@ -91,7 +115,7 @@ class Exact:
         self.sent += ring_bytes(flat, self.axis) // 2
         return start_reduce_scatter(name, into, flat, self.axis)
 
-    def forget(self) -> None:
+    def keep_if(self, finite: Tensor) -> None:
         pass
 
 
@@ -136,16 +160,16 @@ class Coded:
     def __init__(self, codec: type[Bf16] | type[Int8], axis: Axis, matrices: Sequence[Matrix], size: int) -> None:
         self.codec, self.axis, self.sent = codec, axis, 0
         self.exact = gaps(matrices, size)
-        self.forget()
+        self.summand_error, self.sum_error = Carried(), Carried()
 
-    def forget(self) -> None:
-        self.summand_error: Tensor | None = None
-        self.sum_error: Tensor | None = None
+    def keep_if(self, finite: Tensor) -> None:
+        self.summand_error.keep_if(finite)
+        self.sum_error.keep_if(finite)
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting:
         exact = _take(flat, self.exact)
         slices = flat.view(self.axis.size, -1)
-        payload, self.summand_error = self._encode(slices, self.summand_error)
+        payload = self._encode(slices, self.summand_error)
         received = torch.empty_like(payload)
         self.sent += (self.axis.size - 1) * payload.shape[1] + ring_bytes(exact, self.axis)
         works = [
@@ -157,7 +181,7 @@ class Coded:
             mine = slices[self.axis.index]
             torch.sum(self.codec.decode(received, len(mine)), 0, out=mine)
             if into is flat:
-                payload, self.sum_error = self._encode(mine.unsqueeze(0), self.sum_error)
+                payload = self._encode(mine.unsqueeze(0), self.sum_error)
                 self.sent += payload.numel() * (self.axis.size - 1)
                 slices.copy_(self.codec.decode(all_gather(payload, self.axis), len(mine)))
             _put(flat, self.exact, exact)
@@ -166,13 +190,14 @@ class Coded:
 
         return Then(works, finish)
 
-    def _encode(self, x: Tensor, error: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(bytes of x and what was dropped before, what is dropped now)"""
+    def _encode(self, x: Tensor, error: Carried) -> Tensor:
+        """Bytes of x and of the error, what was dropped before; it becomes what is dropped now."""
         if not self.codec.error_feedback:
-            return self.codec.encode(x), None
-        x = x if error is None else x + error
+            return self.codec.encode(x)
+        x = x + error.tensors[0] if error.tensors else x
         payload = self.codec.encode(x)
-        return payload, x - self.codec.decode(payload, x.shape[-1])
+        error.replace([x - self.codec.decode(payload, x.shape[-1])])
+        return payload
 
 
 class PowerSGD:
@@ -185,21 +210,21 @@ class PowerSGD:
         self.axis, self.sent = axis, 0
         self.matrices = [one for one in matrices if rank * (one.rows + one.columns) < one.rows * one.columns]
         self.exact = gaps(self.matrices, size)
-        self.rank = rank
-        self.forget()
-
-    def forget(self) -> None:
         generator = torch.Generator().manual_seed(0)  # the same on every rank
-        self.q = [torch.randn(one.columns, min(self.rank, one.rows), generator=generator) for one in self.matrices]
-        self.errors: list[Tensor] = []
+        q = [torch.randn(one.columns, min(rank, one.rows), generator=generator) for one in self.matrices]
+        self.q, self.errors = Carried(q), Carried()
+
+    def keep_if(self, finite: Tensor) -> None:
+        self.q.keep_if(finite)
+        self.errors.keep_if(finite)
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting:
         exact = _take(flat, self.exact)
-        self.q = [q.to(flat.device) for q in self.q]
+        self.q.tensors = [q.to(flat.device) for q in self.q.tensors]  # the first step's are the host's
         views = [flat[one.start : one.stop].view(one.rows, one.columns) for one in self.matrices]
-        if self.errors:
-            torch._foreach_add_(views, self.errors)
-        left = _Together([view @ q for view, q in zip(views, self.q, strict=True)], flat)
+        if self.errors.tensors:
+            torch._foreach_add_(views, self.errors.tensors)
+        left = _Together([view @ q for view, q in zip(views, self.q.tensors, strict=True)], flat)
         self.sent += ring_bytes(exact, self.axis) + ring_bytes(left.flat, self.axis)
         works = [
             start_all_reduce(f"{name}, exact part", exact, self.axis),
@@ -209,12 +234,12 @@ class PowerSGD:
         def finish() -> None:
             p = [torch.linalg.qr(one)[0] for one in left.parts]
             right = _Together([view.t() @ one for view, one in zip(views, p, strict=True)], flat)
-            self.errors = [view - one @ q.t() for view, one, q in zip(views, p, right.parts, strict=True)]
+            self.errors.replace([view - one @ q.t() for view, one, q in zip(views, p, right.parts, strict=True)])
             self.sent += ring_bytes(right.flat, self.axis)
             all_reduce(right.flat, self.axis)
             for view, one, q in zip(views, p, right.parts, strict=True):
                 torch.mm(one, q.t(), out=view)
-            self.q = [q.clone() for q in right.parts]
+            self.q.replace([q.clone() for q in right.parts])
             _put(flat, self.exact, exact)
             if into is not flat:
                 into.copy_(flat.view(self.axis.size, -1)[self.axis.index])

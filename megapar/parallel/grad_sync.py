@@ -143,11 +143,12 @@ class GradSync:
     def _holders(self, pending: _Pending) -> Axis | None:
         return self.buffers.context.holders(next(iter(pending.bucket.offsets)))
 
-    def forget(self) -> None:
-        """Let nothing of the gradients so far, which are not finite, come back in later sums. On all ranks alike."""
+    def keep_if(self, finite: Tensor) -> None:
+        """finite: bool [1] on the device, the same on all ranks. If not, nothing of this step's gradients comes back in
+        later sums. Nothing waits for its value."""
         for pending in self._pending:
             if pending.reduction is not None:
-                pending.reduction.forget()
+                pending.reduction.keep_if(finite)
 
     @property
     def sent(self) -> int:

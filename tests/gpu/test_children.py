@@ -1,5 +1,6 @@
 """Sections of every kind of misbehaviour: the others go on, rows say what happened, and nothing stays behind."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -136,6 +137,18 @@ FIRST, *OTHERS = REFUSED
 def test_a_mistake_is_one_line(arguments: tuple[str, str], accept: Accept) -> None:
     outcome = accept(*arguments)
     assert outcome.code == 2 and outcome.said.count("\n") == 1 and REFUSED[arguments] in outcome.said
+
+
+def test_two_runs_do_not_write_to_one_folder(accept: Accept, tmp_path: Path) -> None:
+    given = ("--only", "judge", "--seconds", "1", "--out", str(tmp_path))
+    (tmp_path / "accept.json").write_text("[1]")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = accept(*given)
+        assert outcome.code == 2 and outcome.said.count("\n") == 1 and "another run writes there" in outcome.said
+        assert read(tmp_path) == [1] and len(list(tmp_path.iterdir())) == 2
+    assert accept(*given).code == 0
+    assert read(tmp_path)[0]["check"] == "seed"
 
 
 def test_sections_without_time_are_skipped(accept: Accept) -> None:

@@ -159,6 +159,33 @@ def test_a_skipped_step_leaves_nothing_behind(method: str, zero: int, pool: Work
         assert skipped == [False, True, False, False]
 
 
+def around_a_skipped_step(rank: int, world_size: int, method: str, zero: bool, skipped: int) -> bool:
+    """Whether sums are the same with and without a step before number `skipped` whose sum is not finite."""
+    mesh, sums = Mesh(Layout(dp=world_size), rank), []
+    for with_it in (True, False):
+        one, found = reduction(method, mesh["dp"], MATRICES, SIZE, rank=2), []
+        for step in range(4):
+            for bad in (True, False) if with_it and step == skipped else (False,):
+                flat = gradient(rank) * (step + 1)
+                flat[5] = torch.inf if bad and rank == 0 else flat[5]
+                into = torch.empty(SIZE // world_size) if zero else flat
+                one.start("reduction", flat, into).wait()
+                one.keep_if(torch.tensor([not bad]))
+            found.append(into.clone())
+        sums.append(torch.stack(found))
+    mesh.close()
+    return bool(sums[0].isfinite().all()) and torch.equal(*sums)
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_skipped_step_leaves_the_error_feedback_as_it_was(
+    method: str, zero: bool, skipped: int, pool: WorkerPool
+) -> None:
+    assert all(pool.run(around_a_skipped_step, 2, method, zero, skipped))
+
+
 def test_8_bits_of_odd_lengths_and_zeros() -> None:
     for length in (1, BLOCK - 1, BLOCK, BLOCK + 1, 1000):
         x = torch.randn(3, length)

@@ -49,10 +49,11 @@ class _Recording(TorchDispatchMode):
         self.made: set[int] = set()  # storages
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # flat views of storages from outside, and what they held
         self._kept: list[Any] = []
+        self._computed: set[int] = set()  # storages
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch.ops.aten._local_scalar_dense.default and args[0].dim():
+        if function is torch.ops.aten._local_scalar_dense.default and not self._is_of_host(args[0]):
             raise RuntimeError("a capture can't wait for the device")
         if function._schema.is_mutable:
             for tensor in _tensors((args, kwargs)):
@@ -62,9 +63,19 @@ class _Recording(TorchDispatchMode):
         for tensor in _tensors(outputs):
             if (place := tensor.untyped_storage().data_ptr()) not in known:
                 self.made.add(place)
+            if not all(map(self._is_of_host, _tensors((args, kwargs)))):
+                self._computed.add(place)
         self._kept.append(outputs)  # memory of a graph is not given to others
         self.graph.calls.append((function, args, kwargs, [one.detach() for one in _tensors(outputs)]))
         return outputs
+
+    def _is_of_host(self, tensor: Tensor) -> bool:
+        """Whether on a GPU this would be a number of the host, as a batch's are: of no dimension, from outside and no
+        floating point, as weights and losses are, or computed from such numbers alone."""
+        outside = tensor.untyped_storage().data_ptr() not in self.made
+        if tensor.dim() or (outside and tensor.is_floating_point()):
+            return False
+        return tensor.untyped_storage().data_ptr() not in self._computed
 
     def _keep(self, tensor: Tensor) -> None:
         place = tensor.untyped_storage().data_ptr()

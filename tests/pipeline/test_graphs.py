@@ -20,6 +20,27 @@ from tests.tiny import GPT2, tiny_config
 STEPS = 3
 
 
+def read_in_a_capture(compute: Any) -> float:
+    with RecordedGraph().capture():
+        return float(compute())
+
+
+def test_a_stand_in_that_refuses_to_wait_for_the_device() -> None:
+    """It lets through numbers of the host, which are there before anything is computed."""
+    count, weight, x = torch.tensor(3), torch.tensor(2.0), torch.ones(4)
+    waits: list[Any] = [
+        lambda: weight,
+        lambda: x.sum(),
+        lambda: x[0],
+        lambda: count * weight,
+        lambda: (x > 0).sum() * count,
+    ]
+    for compute in waits:
+        with pytest.raises(RuntimeError, match="can't wait for the device"):
+            read_in_a_capture(compute)
+    assert [read_in_a_capture(compute) for compute in (lambda: count, lambda: count * 2)] == [3.0, 6.0]
+
+
 def train(rank: int, world_size: int, config: TrainConfig, graphs: bool) -> tuple[list[Any], list[int]]:
     """(losses, norms and what the steps leave; how many graphs there are after each)"""
     trainer = Trainer(config, rank)

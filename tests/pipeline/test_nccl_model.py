@@ -202,6 +202,24 @@ def test_a_rank_is_connected_once() -> None:
     assert len(starts) == len(set(starts)) == 1 + len(CHANNELS)  # the group's own, then each channel
 
 
+def test_a_host_waits_for_each_connection_before_the_next() -> None:
+    """A wait for a message holds up the device alone: the next pair's first use would meet it there."""
+    calls = calls_of(4, lambda rank: Mesh(Layout(pp=4), rank).connect(schedule_of("interleaved", 4).transfers))
+    for of_rank in calls:
+        assert [call.kind for call in of_rank] == ["start", "wait", "sync"] * (len(of_rank) // 3)
+        assert len(of_rank) > 3  # more than the group's own
+
+
+def test_it_waits_for_the_device_that_it_is_on() -> None:
+    mesh, device = Mesh(), torch.device("cuda", 1)
+    with mock.patch.object(torch.cuda, "synchronize") as synchronize:
+        mesh._synchronize()
+        assert synchronize.mock_calls == []
+        mesh.device = device
+        mesh._synchronize()
+        assert synchronize.mock_calls == [mock.call(device)]
+
+
 def run_connected(rank: int, world_size: int, name: str) -> tuple[list[Tensor], int]:
     """A step on gloo as if it connected late. Returns the losses, and how many messages made the connections."""
     schedule, messages = build(name, world_size, MICROBATCHES), 0

@@ -27,3 +27,13 @@ def test_a_step_never_waits_for_the_device(values: dict[str, Any], interpreter: 
     small = {"model.layers": 1, "train.micro_batch_size": 1, "train.global_batch_size": 2, "optim.clip_grad": 0.0}
     config = tiny_config(tokens, **(values | small | {"train.dtype": "fp32", "kernels.backend": "interpret"}))
     assert interpreter.run(syncs, 1, config) == [{"_local_scalar_dense": 2}]
+
+
+@pytest.mark.parametrize("method", ["int8_ef", "powersgd"])
+def test_nor_does_one_that_may_have_to_forget_its_error_feedback(
+    method: str, interpreter: WorkerPool, tokens: str
+) -> None:
+    small = {"model.layers": 1, "train.micro_batch_size": 1, "train.global_batch_size": 4, "optim.clip_grad": 0.0}
+    values = small | {"train.dtype": "fp32", "kernels.backend": "interpret", "parallel.grad_compression": method}
+    config = tiny_config(tokens, "dp2", **values)
+    assert interpreter.run(syncs, 2, config) == [{"_local_scalar_dense": 2}] * 2

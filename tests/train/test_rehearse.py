@@ -1,4 +1,4 @@
-"""A rehearsal launches every kernel that a step launches, and leaves nothing behind."""
+"""A rehearsal launches every kernel of a step, leaves nothing behind, and comes before a GPU's first step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from megapar.config.schema import TrainConfig
 from megapar.kernels import _common
 from megapar.launch.pool import WorkerPool
+from megapar.pipeline.executor import Executor
 from megapar.train.trainer import Trainer
 from tests.tiny import GPT2, tiny_config
 
@@ -66,3 +67,34 @@ def test_a_rehearsal_is_complete_and_leaves_nothing(
     for (before, during, left), (_, _, expected) in zip(rehearsed, plain, strict=True):
         assert during and during <= before
         assert left[:2] == expected[:2] and torch.equal(left[2], expected[2])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_trainer_on_a_gpu_rehearses_before_its_first_phase(device: str, tokens: str) -> None:
+    """The GPU is a name here, which the mesh has from when all tensors are made until the rehearsal begins."""
+    calls: list[str] = []
+
+    class NotedExecutor(Executor):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.mesh.device = torch.device(device)
+
+        def rehearse(self, *args: Any) -> None:
+            calls.append("rehearse")
+            super().rehearse(*args)
+
+        def run(self, *args: Any) -> Any:
+            calls.append("run")
+            return super().run(*args)
+
+    class OnHost(Trainer):
+        def rehearse(self) -> None:
+            self.mesh.device = torch.device("cpu")
+            super().rehearse()
+
+    with mock.patch("megapar.train.trainer.Executor", NotedExecutor):
+        trainer = OnHost(tiny_config(tokens), 0)
+    trainer.mesh.device = torch.device("cpu")
+    trainer.step(1)
+    trainer.close()
+    assert calls == {"cuda": ["rehearse", "rehearse", "run"], "cpu": ["run"]}[device]

@@ -1,7 +1,9 @@
-"""The 1.1B model: tokens/s, MFU, memory, idle time, kernels by time; and a plain torch model of the same sizes."""
+"""The 1.1B model: tokens/s, MFU, memory, idle time, kernels by time; beside it a plain torch model of the same sizes;
+with CUDA graphs and without."""
 
 import gc
 import math
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from experiments.gpu.models import Values, configuration, model_rates, sizes_of, timed_steps
 from experiments.gpu.plain import PlainStep
-from experiments.gpu.profiled import Kernels, busy_of, by_name, kernels_of
+from experiments.gpu.profiled import Kernels, busy_of, by_name, idle_of, kernels_of
 from experiments.gpu.run import Run, deterministic
 from experiments.gpu.section import Section
 from megapar.parallel import buffers
@@ -21,7 +23,11 @@ from megapar.train.trainer import Step, Trainer
 MFU, IDLE, BESIDE_PLAIN = 0.50, 0.05, 1.15
 KERNELS = 15  # that are shown by time
 SPANS_WITHIN = 0.03  # of the profiler's sum of kernels
-WORTH_S = 50  # with less time left the small micro-batches are left out
+# How far gpu_idle may be off a profile, in shares of a step. It counts all of an interval at whose end the queue was
+# empty; and not the 1 or 2 us between any two kernels of a full one, of which a step has some thousands.
+IDLE_ABOVE, IDLE_BELOW = 0.03, 0.03
+PAUSE_S = 0.1  # of the host, in which the GPU has nothing to do
+WORTH_S = 30  # with less time left CUDA graphs are left out
 
 
 def profile(run: Run) -> None:
@@ -32,6 +38,11 @@ def profile(run: Run) -> None:
     if seconds and plain:
         note = "plain torch keeps weights, gradients and moments in bf16: less work"
         run.rate("megapar beside plain torch", plain / seconds, "x", BESIDE_PLAIN, note)
+    freed(run)
+    if run.left() > WORTH_S:
+        run.attempt("CUDA graphs", graphs_beside_eager, run, one)
+    else:
+        run.skip("CUDA graphs", "no time left")  # card-only
 
 
 def freed(run: Run) -> None:
@@ -45,11 +56,12 @@ def memory(run: Run, name: str) -> None:
     run.rate(f"{name}: peak memory", torch.cuda.max_memory_allocated() / 1e9 if run.cuda else math.nan, "GB")
 
 
-def trainer_of(run: Run, one: SimpleNamespace, micro: int, count: int) -> Trainer:
+def trainer_of(run: Run, one: SimpleNamespace, micro: int, count: int, graphs: str = "off") -> Trainer:
     deterministic()
     values: Values = {f"model.{name}": getattr(one, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn")}
     values |= {"model.vocab_size": one.vocab, "train.seq_length": one.length, "train.micro_batch_size": micro}
     values |= {"train.global_batch_size": micro * count, "train.dtype": "bf16", "train.steps": 50}
+    values |= {"train.cuda_graphs": graphs}
     config = configuration(run, values | {"kernels.backend": run.backend}, 400_000 if run.cuda else 4000)
     with mock.patch.object(buffers, "fill", filled):
         return Trainer(config, 0)
@@ -73,14 +85,23 @@ def megapar(run: Run, one: SimpleNamespace) -> float:
     memory(run, "megapar")
     kernels = kernels_of(run, lambda: last.append(trainer.step(len(losses) + 1)))
     shares(run, kernels, last[0], one.count)
-    if run.cuda and run.left() > WORTH_S:
-        trainer.close()  # card-only
-        del trainer  # card-only
-        freed(run)  # card-only
-        small = trainer_of(run, one, 1, 2)  # card-only
-        quick = timed_steps(run, lambda number: small.step(number))  # card-only
-        run.rate("megapar: tokens, micro-batches of one sample", 2 * one.length / quick, "tokens/s")  # card-only
+    idle_beside(run, "a step", kernels, last[0])
+    kernels = kernels_of(run, lambda: last.append(trainer.step(len(losses) + 2, lambda: pause(run))))
+    idle_beside(run, f"a step with a pause of {1e3 * PAUSE_S:.0f} ms", kernels, last[1])
     return seconds
+
+
+def pause(run: Run) -> None:
+    run.sync()
+    time.sleep(PAUSE_S)
+
+
+def idle_beside(run: Run, name: str, kernels: Kernels, step: Step) -> None:
+    """gpu_idle, as a run's metrics have it, beside a profile of the same step."""
+    profiled, own = idle_of(kernels, step.spans, step.seconds)
+    note = f"{own:.1%}, {profiled:.1%} by the profiler"
+    run.share(f"megapar, {name}: gpu_idle above the profiler's", own - profiled, IDLE_ABOVE, note)
+    run.share(f"megapar, {name}: gpu_idle below the profiler's", profiled - own, IDLE_BELOW, note)
 
 
 def shares(run: Run, kernels: Kernels, step: Step, count: int) -> None:
@@ -94,6 +115,22 @@ def shares(run: Run, kernels: Kernels, step: Step, count: int) -> None:
     for name, milliseconds, times in by_name(kernels, KERNELS):
         note = f"{times} times, {milliseconds / busy / 1e3:.1%}"
         run.rate(f"kernel {name[:70]}", milliseconds, "ms a step", note=note if run.cuda else "")
+
+
+def graphs_beside_eager(run: Run, one: SimpleNamespace) -> None:
+    """Micro-batches of one sample, all but a step's last from graphs or none of them; on a CPU none."""
+    count, seconds = one.micro * one.count, {}
+    for graphs in ("off", "on"):
+        trainer = trainer_of(run, one, 1, count, graphs)
+        seconds[graphs] = timed_steps(run, trainer.step)
+        captured = 0 if trainer.graphs is None else trainer.graphs.captured
+        name = f"megapar, micro-batches of one sample, CUDA graphs {graphs}"
+        run.rate(f"{name}: tokens", one.tokens / seconds[graphs], "tokens/s", note=f"{captured} graphs captured")
+        trainer.close()
+        del trainer
+        freed(run)
+    note = f"{count} micro-batches a step, the last of them eager"
+    run.rate("CUDA graphs beside eager", seconds["off"] / seconds["on"], "x", 1.0, note)
 
 
 def plain_torch(run: Run, one: SimpleNamespace) -> float:

@@ -48,6 +48,24 @@ def test_gpus_that_do_not_reach_each_other(call: str, ranks: WorkerPool) -> None
     assert told == f"{needs}, {says}"
 
 
+def side_stream(rank: int, ranks: int) -> tuple[list[Any], bool]:
+    """The streams that are made for a group on a GPU, whose memory is the host's here; whether launches run aside."""
+    zeros, group = torch.zeros, torch.distributed.group.WORLD
+    assert group is not None
+    with (
+        mock.patch.object(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options)),
+        mock.patch.object(SymmetricMemory, "_processors", lambda self: 3),
+        mock.patch.object(torch.cuda, "Stream") as stream,
+    ):
+        memory = SymmetricMemory(group, torch.device("cuda", 0))
+    return [(call.args, call.kwargs) for call in stream.mock_calls], memory.has_aside
+
+
+def test_the_side_stream_comes_before_what_queues(ranks: WorkerPool) -> None:
+    """Its programs wait on a product's processors: those that are queued there must not begin before them."""
+    assert ranks.run(side_stream, 2) == [([((torch.device("cuda", 0),), {"priority": -1})], True)] * 2
+
+
 USE = SymmetricMemory.use
 
 
