@@ -174,7 +174,7 @@ REFUSED = {
     "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],
     "train model.vocab_size=100 CORPUS": ["model.vocab_size=100", "400"],
     "train train.seq_length=100000 train.micro_batch_size=1 train.recompute=selective CORPUS": [
-        "train.seq_length=10000000",
+        "train.seq_length=100000",
         "needs 100001 tokens",
     ],
     "train task.sample_tokens=5 model.vocab_size=61 data.path=TOKENS": ["task.sample_tokens=5", "without a tokenizer"],
