@@ -4,6 +4,7 @@ Pure functions of a config (and of facts about the machine and the data passed a
 one line with the key, its value and the remedy.
 """
 
+from functools import cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -161,14 +162,22 @@ def check_schedule(config: TrainConfig) -> None:
     microbatches = num_microbatches(config)
     try:
         why = refusal(name, ranks, microbatches, chunks)
-        if name.startswith(CSV) and why is None:
-            check_table(build(name, ranks, microbatches, chunks=chunks))
+        if why is None:
+            _prove(name, ranks, microbatches, chunks)
         if not name.startswith(CSV) and generators()[name].searches and config.pipeline.memory_limit is not None:
             make_schedule(config)
     except ScheduleError as error:
         why = str(error)
     if why:
         raise ConfigError("pipeline.schedule", name, why)
+
+
+@cache
+def _prove(name: str, ranks: int, microbatches: int, chunks: int) -> None:
+    """Raise ScheduleError if a schedule can't be a training step. For stages that are all alike: costs decide an order,
+    and each rank proves its own."""
+    if name.startswith(CSV) or not generators()[name].searches:
+        check_table(build(name, ranks, microbatches, chunks=chunks), training=True)
 
 
 def check_training(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from megapar.config.check import check_schedule_name
 from megapar.config.errors import ConfigError
 from megapar.config.keys import check_values
 from megapar.report.config import CostsConfig, ScheduleConfig
-from megapar.report.svg import WIDTH, document
+from megapar.report.svg import WIDTH, document, page
 from megapar.report.timeline import Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Schedule, ScheduleError
 from megapar.schedule.build import CSV, build, default_chunks, generators, refusal, refuse_chunks
@@ -225,9 +225,6 @@ def draw(config: ScheduleConfig, found: Candidate) -> str:
     )
     width = readable_width(lanes, 0.0, simulation.step_time)
     body, height = draw_lanes(title, lanes, 0.0, simulation.step_time, 30, width=width, unit="time")
-    picture = document(body, max(width, WIDTH), height)
     if str(config.plot).endswith(".svg"):
-        return picture
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><body>\n{picture}</body></html>\n'
-    )
+        return document(body, max(width, WIDTH), height)
+    return page(title, body, max(width, WIDTH), height)

@@ -33,6 +33,25 @@ def document(body: list[str], width: float, height: float) -> str:
     )
 
 
+def page(title: str, body: list[str], width: float, height: float) -> str:
+    """The same as an HTML page: a wide picture is scrolled inside the window, and what is left of the lanes stays."""
+    names = [element for element in body if element.startswith(f'<text x="{LEFT - 8:.1f}"')]
+    rest = [element for element in body if element not in names]
+    column = (
+        f'<svg width="{LEFT}" height="{height:.0f}" font-family="system-ui, '
+        f'sans-serif" font-size="12"><rect width="{LEFT}" height="{height:.0f}" fill="{PAPER}"/>{"".join(names)}</svg>'
+    )
+    style = (
+        "body{margin:0}.picture{position:relative;overflow-x:auto;width:100vw}svg{display:block}"
+        f".names{{position:sticky;left:0;width:{LEFT}px;height:0;overflow:visible;z-index:1}}"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<style>{style}</style></head><body>\n<div class="picture"><div class="names">{column}</div>\n'
+        f"{document(rest, width, height)}</div></body></html>\n"
+    )
+
+
 def text(x: float, y: float, content: str, anchor: str = "start", colour: str = INK, weight: str = "normal") -> str:
     style = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content)}</text>'

@@ -19,12 +19,22 @@ _searched: dict[str, str] = {}  # tables by what they were searched for
 
 @cache
 def generators() -> dict[str, Generator]:
-    """Every schedule by name: those of the modules in `generators/` that declare one."""
-    modules = (
-        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
-    )
-    declared = [module.SCHEDULE for module in modules if hasattr(module, "SCHEDULE")]
+    """Every schedule by name: those of the modules in `generators/`. Raises ScheduleError for one without."""
+    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    declared = [_declared(name) for name in names]
     return {generator.name: generator for generator in sorted(declared, key=lambda generator: generator.name)}
+
+
+def _declared(name: str) -> Generator:
+    file = f"{package.__name__.replace('.', '/')}/{name}.py"
+    try:
+        module = importlib.import_module(f"{package.__name__}.{name}")
+    except Exception as error:  # whatever a file of the user's own may raise
+        line = (str(error).splitlines() or [""])[0]
+        raise ScheduleError(f"{file}: can't be used as a schedule ({type(error).__name__}: {line})") from error
+    if not isinstance(found := getattr(module, "SCHEDULE", None), Generator):
+        raise ScheduleError(f"{file}: declares no schedule; write SCHEDULE = Generator(...)")
+    return found
 
 
 def refuse_unknown(name: str) -> None:
@@ -64,6 +74,9 @@ def refusal(name: str, ranks: int, microbatches: int, chunks: int) -> str | None
 
     Raises ScheduleError for a table that can't be read.
     """
+    for what, number in (("ranks", ranks), ("micro-batches", microbatches), ("stages per rank", chunks)):
+        if number < 1:
+            return f"{number} {what}; at least 1"
     if name.startswith(CSV):
         table = read(name.removeprefix(CSV))
         if len(table.rows) != ranks:

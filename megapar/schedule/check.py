@@ -20,19 +20,20 @@ class Proof:
     rendezvous: str | None = None
 
 
-def check(schedule: Schedule, *, rendezvous: bool = False) -> Proof:
+def check(schedule: Schedule, *, training: bool = False, rendezvous: bool = False) -> Proof:
     """Prove a schedule, in time linear in its actions. Raises `ScheduleError` naming the first offending action.
 
     Sends don't wait (the executor's are asynchronous); a receive waits for its own message, whatever else the channel
     delivers before it (`Schedule.channel_order`). So the only order that matters is that of the rows.
 
+    training: every stage needs the backward of every micro-batch, also if no row has one
     rendezvous: find out, too, whether it would run with sends that wait for their receiver
     """
     if -1 in schedule.placement:
         raise ScheduleError(f"stage {schedule.placement.index(-1)}: no rank has it")
     if () in schedule.rows:
         raise ScheduleError(f"rank {schedule.rows.index(())}: no action; every rank needs a stage")
-    replay = _Replay(schedule)
+    replay = _Replay(schedule, training)
     replay.run()
     replay.refuse_stuck()
     replay.refuse_incomplete()
@@ -45,11 +46,11 @@ def check(schedule: Schedule, *, rendezvous: bool = False) -> Proof:
 class _Replay:
     """Runs every row until it has to wait, and wakes it when what it waits for has been sent."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, training: bool) -> None:
         self.schedule = schedule
         self.rows, self.stages, self.microbatches = schedule.rows, schedule.stages, schedule.microbatches
         self.ranks = schedule.placement
-        self.training = any(action.kind in ("B", "I") for row in self.rows for action in row)
+        self.training = training or any(action.kind in ("B", "I") for row in self.rows for action in row)
         self.position = [0] * len(self.rows)
         size = self.stages * self.microbatches
         # One byte for (stage, micro-batch): has it been done?

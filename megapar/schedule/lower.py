@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megapar.schedule.actions import Action, Row, Rows, Schedule, placement
+from megapar.schedule.actions import COMPUTE, Action, Row, Rows, Schedule, ScheduleError, placement
 
 
 def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> Schedule:
@@ -10,7 +10,7 @@ def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> S
 
     A receive stands right before the action that needs it and a send right after the one that makes it: the executor
     posts receives ahead and never waits for a send, so their place costs nothing. Neighbours on one rank, as at the
-    turn of a V, hand over without a transfer. Reductions end a row.
+    turn of a V, hand over without a transfer. Reductions end a row. Raises ScheduleError for a kind that is none.
     """
     ranks = placement(rows, stages)
     # remote[s]: stages s - 1 and s live on different ranks, so that a transfer passes between them
@@ -21,6 +21,9 @@ def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> S
         add = actions.append
         for action in row:
             stage, kind, m = action
+            if kind not in COMPUTE:
+                problem = f"unknown kind {kind!r}; a schedule's rows have {', '.join(COMPUTE)}"
+                raise ScheduleError(f"row {len(lowered)}, computation {row.index(action)}, {action}: {problem}")
             if not 0 <= stage < stages:  # the checker names it
                 add(action)
             elif kind == "F":

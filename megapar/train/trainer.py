@@ -79,7 +79,7 @@ class Trainer(ModelPart):
         mesh: Mesh | None = None,
     ) -> None:
         super().__init__(config, rank, build_stage, mesh=mesh)
-        check(self.schedule)
+        check(self.schedule, training=True)
         self.sync = GradSync(
             self.buffers,
             config.parallel.grad_compression,

@@ -10,6 +10,7 @@ from megapar.schedule.actions import COMPUTE, KINDS, Action, Schedule, ScheduleE
 from megapar.schedule.build import build, generators
 from megapar.schedule.check import check
 from megapar.schedule.compute import check_rows
+from megapar.schedule.lower import lower
 from tests.schedule.tables import table
 
 
@@ -253,3 +254,18 @@ def test_a_computation_less_or_twice_is_named(data: st.DataObject) -> None:
         wanted = f"{action}: a second"
     with pytest.raises(ScheduleError, match=wanted):
         check_rows(rows, schedule.stages, 5)
+
+
+def test_training_needs_a_backward() -> None:
+    """Also where no row has one; without the asking it is an evaluation."""
+    forward = lower([[Action(0, "F", m) for m in range(2)], [Action(1, "F", m) for m in range(2)]], 2, 2)
+    check(forward)
+    with pytest.raises(ScheduleError, match="rank 0: 0B0 is missing"):
+        check(forward, training=True)
+
+
+def test_an_unknown_kind_is_one_line() -> None:
+    with pytest.raises(
+        ScheduleError, match=r"row 1, computation 1, 1X0: unknown kind 'X'; a schedule's rows have F, B"
+    ):
+        lower([[Action(0, "F", 0)], [Action(1, "F", 0), Action(1, "X", 0)]], 2, 1)
