@@ -21,6 +21,8 @@ from megapar.kernels._operators import call, custom_op
 from megapar.kernels.attention import attention, attention_op, settle
 from megapar.kernels.attention.launch import Call
 
+Sizes = tuple[int, int, int]  # N, K, S
+
 
 def fused_attention_(
     qkv: Tensor,
@@ -54,7 +56,8 @@ def fused_attention_(
     sizes = heads, kv_heads, length
     seen = qkv.detach()
     if table is not None:
-        rotary.check(*_parts(seen, sizes)[:2], table)
+        q, k, _ = _parts(seen, sizes)
+        rotary.check(q, k, table)
     backend, settings = settle(*_parts(seen, sizes, starts), (starts, starts), causal, window, scale, softcap)
     if backend == "torch" or torch.compiler.is_compiling():  # it traces no function that writes to its input
         attend = partial(
@@ -69,7 +72,7 @@ def fused_attention_(
 
 
 def _of_parts(
-    attend: Any, qkv: Tensor, sizes: tuple[int, ...], table: Tensor | None, starts: Tensor | None, recompute: bool
+    attend: Any, qkv: Tensor, sizes: Sizes, table: Tensor | None, starts: Tensor | None, recompute: bool
 ) -> Tensor:
     """Of functions that make new q and k, in any form."""
     q, k, v = _parts(qkv, sizes)
@@ -82,13 +85,14 @@ def _of_parts(
     return _matrix_of(attend(q, k, v))
 
 
-def _parts(qkv: Tensor, sizes: tuple[int, ...], starts: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Views of q [B, S, N, D], k and v [B, S, K, D], with starts [T, ., D]. sizes: N, K, S."""
+def _parts(qkv: Tensor, sizes: Sizes, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q [B, S, N, D], k and v [B, S, K, D], with starts [T, ., D]."""
     heads, kv_heads, length = sizes
     by_head = qkv.unflatten(1, (heads + 2 * kv_heads, qkv.shape[1] // (heads + 2 * kv_heads)))
     if starts is None:
         by_head = by_head.unflatten(0, (len(qkv) // length, length))
-    return by_head.split([heads, kv_heads, kv_heads], -2)
+    q, k, v = by_head.split([heads, kv_heads, kv_heads], -2)
+    return q, k, v
 
 
 def _matrix_of(o: Tensor) -> Tensor:

@@ -167,7 +167,9 @@ class Call:
         streamed = {"k": self.k, "v": self.v}
         return self.launch("forward", attention_forward_kernel, arch, streamed, o=o, lse=lse)
 
-    def statistics(self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, statistics: Tensor) -> Launch:
+    def statistics(
+        self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, statistics: Tensor
+    ) -> Launch:
         tensors = {"o": o, "do": do, "lse": lse, "dlse": dlse, "statistics": statistics}
         sizes = {"total_q": len(o), "E": self.E, "BLOCK_E": next_power_of_2(self.E), "ROWS": STATISTICS_ROWS}
         return Launch(
@@ -220,7 +222,7 @@ def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float |
     launches = {
         f"attention_fwd_{size}" + ("" if packed else "_causal"): call.forward(arch, o, lse),
         f"attention_dkdv_{size}": call.dkdv(arch, do, statistics, matrix(k), matrix(v)),
-        f"attention_dkdv_{size}_fused": call.dkdv(arch, do, statistics, *fused[1:], fused=True),
+        f"attention_dkdv_{size}_fused": call.dkdv(arch, do, statistics, fused[1], fused[2], fused=True),
         f"attention_dq_{size}": call.dq(arch, do, statistics, matrix(q)),
         f"attention_dq_{size}_fused": call.dq(arch, do, statistics, fused[0], fused=True),
     }

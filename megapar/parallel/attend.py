@@ -28,6 +28,4 @@ def attend_(
         sample is a sequence
     recompute: in backward again, with nothing kept of it
     """
-    return fused_attention_(
-        qkv, heads, kv_heads, length, table=table, starts=starts, causal=True, recompute=recompute
-    )
+    return fused_attention_(qkv, heads, kv_heads, length, table=table, starts=starts, causal=True, recompute=recompute)

@@ -21,7 +21,7 @@ from megapar.kernels.shapes import MODELS, Sizes
 from megapar.launch.pool import WorkerPool
 from tests.kernels.cases import DTYPES, TILES, distance, poisoned_memory, starts, tiles
 from tests.kernels.naive import naive_attention
-from tests.train.counting import counted
+from tests.train.counting import Counted, counted
 
 BATCH, THETA = 2, 10000.0
 FLOOR = 16 * torch.finfo(torch.float32).eps  # as in test_attention.py
@@ -76,7 +76,7 @@ def run(call: Callable[..., Tensor], case: Case, dtype: torch.dtype, **more: Any
     qkv, do = (x.to(dtype) for x in case.given())
     leaf = qkv.requires_grad_()
     o = call(leaf * 1, *case.heads, case.length, **case.options() | more)
-    return o.detach(), *torch.autograd.grad(o, leaf, do)
+    return o.detach(), torch.autograd.grad(o, leaf, do)[0]
 
 
 def by_parts(qkv: Tensor, heads: int, kv_heads: int, length: int, table: Any, starts: Any, **options: Any) -> Tensor:
@@ -137,8 +137,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_contradictions_are_refused(name: str) -> None:
     changes, words = REFUSED[name]
+    arguments: dict[str, Any] = {"qkv": torch.zeros(6, 32), "heads": 2, "kv_heads": 1, "length": 3}
     with pytest.raises(ValueError, match=words):
-        fused_attention_(**{"qkv": torch.zeros(6, 32), "heads": 2, "kv_heads": 1, "length": 3} | changes)
+        fused_attention_(**arguments | changes)
 
 
 # ------------------------------------------------------------------------------------- jobs of interpreting processes
@@ -183,9 +184,9 @@ class Result(torch.autograd.Function):
 
 
 def counts(rank: int, world_size: int, case: Case) -> tuple[list[Any], list[Any]]:
-    """Launches and torch's kernels of forward and of backward; operators are passed by, so that what they do is seen."""
+    """Launches and torch's kernels of forward and of backward, those inside of operators too."""
     use_backend("interpret")
-    qkv, options, found, o = Result.apply(matrix(case).requires_grad_()), case.options(), [], Tensor()
+    qkv, options, found, o = Result.apply(matrix(case).requires_grad_()), case.options(), list[Counted](), Tensor()
 
     def forward() -> None:
         nonlocal o
@@ -277,7 +278,7 @@ def recomputed(rank: int, world_size: int) -> tuple[list[bool], list[int]]:
     torch.manual_seed(0)
     case = Case("bf16", (4, 2), 16, 13)
     x, w = (torch.randn(n, 24, dtype=torch.bfloat16).requires_grad_() for n in (26, 128))
-    options, kept = case.options(), []
+    options, kept = case.options(), list[int]()
 
     def layer(x: Tensor, w: Tensor, recompute: bool) -> Tensor:
         return fused_attention_(Linear.apply(x, w), 4, 2, 13, **options, recompute=recompute)
