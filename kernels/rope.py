@@ -137,13 +137,13 @@ def rope_kernel(
         sine = -sine
     rows = rows.to(tl.int64)
     q += rows * q_stride
-    q_out += rows * (q_stride if IN_PLACE else q_heads * CHANNELS)
+    q_out += rows * q_stride if IN_PLACE else rows * q_heads * CHANNELS
     for _ in range(q_heads):
         _turn_head(q, q_out, exists, cosine, sine, INTERLEAVED, CHANNELS, ROWS, HALF)
         q += CHANNELS
         q_out += CHANNELS
     k += rows * k_stride
-    k_out += rows * (k_stride if IN_PLACE else k_heads * CHANNELS)
+    k_out += rows * k_stride if IN_PLACE else rows * k_heads * CHANNELS
     for _ in range(k_heads):
         _turn_head(k, k_out, exists, cosine, sine, INTERLEAVED, CHANNELS, ROWS, HALF)
         k += CHANNELS
