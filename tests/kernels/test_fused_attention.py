@@ -222,8 +222,9 @@ def in_place(rank: int, world_size: int) -> None:
     leaf = plain.clone().requires_grad_()
     view = torch.cat([leaf, leaf])[:10]
     apart = torch.empty(64, 10).t().copy_(plain)
+    every_second = torch.zeros(10, 128)[:, ::2].copy_(plain)
     repeated = plain[:1].expand(10, 64)
-    for copied in (leaf, view, apart, repeated):
+    for copied in (leaf, view, apart, every_second, repeated):
         before = copied.detach().clone()
         assert torch.equal(fused_attention_(copied, 2, 1, 5, **options), by_parts(before, 2, 1, 5, **options))
         assert torch.equal(copied, before)
