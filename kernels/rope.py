@@ -47,7 +47,7 @@ def rope(
     them; nothing checks on a GPU that offsets + S <= P. The pairs are channels (i, i + D/2), Llama's; interleaved
     (2i, 2i + 1), GPT-J's. Raises ValueError for other shapes and dtypes.
     """
-    _check(q, k, table, offsets)
+    check(q, k, table, offsets)
     if backend_of("rope", q.device.type, q.dtype) != "torch":
         return call(rope_op, q, k, table, offsets, interleaved, False)
     if offsets is None:
@@ -65,7 +65,8 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
     return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
 
 
-def _check(q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None) -> None:
+def check(q: Tensor, k: Tensor, table: Tensor, offsets: Tensor | None = None) -> None:
+    """Raise ValueError for what `rope` does not take."""
     fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype
     fits = fits and q.shape[3] % 2 == 0 and table.dim() == 2 and table.shape[1] == q.shape[3]
     fits = fits and q.is_floating_point() and table.dtype in (torch.float32, torch.float64)
@@ -117,9 +118,11 @@ def _turn_head(
 )
 def rope_kernel(
     q, k, q_out, k_out, table, offsets, num_rows, length, q_heads, k_heads, q_stride, k_stride,
-    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, IN_PLACE: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """q_out, k_out, contiguous. Grid: tiles of rows; each reads its part of the table once, for all heads."""
+    """q_out, k_out, contiguous; IN_PLACE: q and k. Grid: tiles of rows; each reads its part of the table once, for all
+    heads. An element is written by whoever read its pair, after both were read."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     exists = rows < num_rows
     positions = (rows % length).to(tl.int64)
@@ -134,13 +137,13 @@ def rope_kernel(
         sine = -sine
     rows = rows.to(tl.int64)
     q += rows * q_stride
-    q_out += rows * q_heads * CHANNELS
+    q_out += rows * q_stride if IN_PLACE else rows * q_heads * CHANNELS
     for _ in range(q_heads):
         _turn_head(q, q_out, exists, cosine, sine, INTERLEAVED, CHANNELS, ROWS, HALF)
         q += CHANNELS
         q_out += CHANNELS
     k += rows * k_stride
-    k_out += rows * k_heads * CHANNELS
+    k_out += rows * k_stride if IN_PLACE else rows * k_heads * CHANNELS
     for _ in range(k_heads):
         _turn_head(k, k_out, exists, cosine, sine, INTERLEAVED, CHANNELS, ROWS, HALF)
         k += CHANNELS
@@ -154,20 +157,37 @@ def launch(
     q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, table: Tensor, offsets: Tensor | None, interleaved: bool,
     inverse: bool,
 ) -> Launch:  # fmt: skip
-    num_rows, channels = q.shape[0] * q.shape[1], q.shape[3]
-    q_rows, k_rows = matrix(q), matrix(k)
+    """q [B, S, N, D] and k [B, S, K, D], turned into q_out and k_out of their shapes, contiguous."""
+    rows = {"q": matrix(q), "k": matrix(k), "q_out": q_out, "k_out": k_out}
+    return _launch(rows, (q.shape[2], k.shape[2]), q.shape[1], table, offsets, interleaved, inverse, in_place=False)
+
+
+def launch_in_place(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, length: int, inverse: bool) -> Launch:
+    """qkv as `rope_in_place_op`'s."""
+    q, k, _ = qkv.split([n * table.shape[1] for n in (heads, kv_heads, kv_heads)], 1)
+    rows = {"q": q, "k": k, "q_out": q, "k_out": k}
+    return _launch(rows, (heads, kv_heads), length, table, None, False, inverse, in_place=True)
+
+
+def _launch(
+    matrices: dict[str, Tensor], heads: tuple[int, int], length: int, table: Tensor, offsets: Tensor | None,
+    interleaved: bool, inverse: bool, in_place: bool,
+) -> Launch:  # fmt: skip
+    """matrices: q, k, q_out, k_out as [rows, heads * channels]."""
+    num_rows, channels = len(matrices["q"]), table.shape[1]
     half = next_power_of_2(channels // 2)
     rows = max(1, TILE // (2 * half))
     arguments = {
-        "q": q_rows, "k": k_rows, "q_out": q_out, "k_out": k_out, "table": table, "offsets": offsets,
-        "num_rows": num_rows, "length": q.shape[1], "q_heads": q.shape[2], "k_heads": k.shape[2],
-        "q_stride": q_rows.stride(0), "k_stride": k_rows.stride(0), "INVERSE": inverse, "INTERLEAVED": interleaved,
+        **matrices, "table": table, "offsets": offsets, "num_rows": num_rows, "length": length,
+        "q_heads": heads[0], "k_heads": heads[1],
+        "q_stride": matrices["q"].stride(0), "k_stride": matrices["k"].stride(0),
+        "INVERSE": inverse, "INTERLEAVED": interleaved, "IN_PLACE": in_place,
         "CHANNELS": channels, "ROWS": rows, "HALF": half,
     }  # fmt: skip
     return Launch(rope_kernel, (num_tiles(num_rows, rows),), arguments, warps=WARPS, stages=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- operator
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @custom_op("megapar::rope")
@@ -182,9 +202,23 @@ def rope_op(
     return q_out, k_out
 
 
+@custom_op("megapar::rope_in_place", mutates_args=("qkv",))
+def rope_in_place_op(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, length: int, inverse: bool) -> None:
+    """Turn q and k, or turn them back, where they are: qkv [T, (N + 2 K) D] has q's heads in its first columns, then
+    k's, then v's; a row's columns lie together. Row t is position t % length. Not differentiable: a gradient is turned
+    by a call of its own, see `attention/fused.py`, which checks the arguments."""
+    if qkv.numel():
+        launch_in_place(qkv, table.contiguous(), heads, kv_heads, length, inverse).run()
+
+
 @rope_op.register_fake
 def _(q, k, table, offsets, interleaved, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@rope_in_place_op.register_fake
+def _(qkv, table, heads, kv_heads, length, inverse):
+    pass
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -208,12 +242,12 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     for sizes in (LLAMA, DEMO):
         heads, kv_heads, channels, dtype = sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.torch_dtype
         with torch.device("meta"):
-            width = (heads + 2 * kv_heads) * channels
-            fused = torch.empty(1, 4096, width, dtype=dtype).unflatten(2, (-1, channels))
-            q, k, _ = fused.split((heads, kv_heads, kv_heads), 2)
+            qkv = torch.empty(4096, (heads + 2 * kv_heads) * channels, dtype=dtype)
+            q, k, _ = qkv.view(1, 4096, -1, channels).split((heads, kv_heads, kv_heads), 2)
             table, offsets = torch.empty(4096, channels), torch.empty(1, dtype=torch.int64)
         for name, interleaved in (("half", False), ("interleaved", True)):
             specs[f"rope_{name}_d{channels}"] = launch(q, k, q, k, table, offsets, interleaved, False)
+        specs[f"rope_in_place_d{channels}"] = launch_in_place(qkv, table, heads, kv_heads, 4096, False)
     return specs
 
 

@@ -1,7 +1,9 @@
-"""One case of attention against fp64: forward, log-sum-exp and three gradients. Its sections are lists of cases."""
+"""One case of attention against fp64: forward, log-sum-exp and three gradients; fused, with rotary positions, forward
+and the gradient of the one matrix. Its sections are lists of cases."""
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,10 @@ from experiments.gpu.compare import BOUNDS, DTYPES, SUMS, trial
 from experiments.gpu.run import Run
 from megapar.kernels import use_backend
 from megapar.kernels.attention import attention as ours_of
+from megapar.kernels.attention.fused import fused_attention_
+from megapar.kernels.rope import rope, rope_table
 
-BATCH = 2
+BATCH, THETA = 2, 10000.0
 PACKED = (1, 17, 300, 1000, 0, 64)
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 NAMES = ("o", "lse", "dq", "dk", "dv")
@@ -22,7 +26,8 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 class Case:
     """D channels, N heads, K kv heads; S and L, queries and keys: lengths, or tuples of those of packed sequences.
 
-    E: channels of v, if not D. offset: elements by which tensors are off their alignment.
+    E: channels of v, if not D. offset: elements by which tensors are off their alignment. fused: q, k and v beside each
+    other in one matrix, q and k turned where they are; L and E are not given then.
     """
 
     dtype: str
@@ -36,13 +41,14 @@ class Case:
     softcap: float | None = None
     E: int | None = None
     offset: int = 0
+    fused: bool = False
 
     def __str__(self) -> str:
         width = f"D{self.D}" + (f"/{self.E}" if self.E else "")
         lengths = f"{len(self.S)} packed" if isinstance(self.S, tuple) else f"{self.S}x{self.L or self.S}"
         words = [self.dtype, width, f"{self.N}/{self.K} heads", lengths, "causal" * self.causal]
         words += [f"window {self.window}" * bool(self.window), f"cap {self.softcap}" * bool(self.softcap)]
-        return " ".join(filter(None, [*words, "misaligned" * bool(self.offset)]))
+        return " ".join(filter(None, [*words, "misaligned" * bool(self.offset), "fused" * self.fused]))
 
     @property
     def is_plain(self) -> bool:
@@ -55,7 +61,7 @@ def attention_section(run: Run, cases: list[Case], rehearsed: list[Case]) -> Non
     use_backend(run.backend)
     run.poison()
     for case in cases if run.cuda else rehearsed:
-        run.attempt(str(case), check, run, case)
+        run.attempt(str(case), check_fused if case.fused else check, run, case)
 
 
 def check(run: Run, case: Case) -> None:
@@ -102,6 +108,40 @@ def check(run: Run, case: Case) -> None:
     gradient = (wrong, expected) if case.dtype == "fp32" else (2.5 * wrong, expected)
     bounds = {"o": (wrong, expected), "lse": (3 * SUMS[0], SUMS[1]), **dict.fromkeys(NAMES[2:], gradient)}
     trial(run, str(case), ours, exact, bounds, plain if case.is_plain else None)
+
+
+def check_fused(run: Run, case: Case) -> None:
+    """Where q and k are turned by `rope`, which has checks of its own, references begin. Gradients are turned back."""
+    begins, packed = begins_of(case.S), isinstance(case.S, tuple)
+    rows, heads = begins[-1], (case.N, case.K, case.K)
+    length = rows if packed else rows // BATCH
+    spans = [(*x, *x) for x in itertools.pairwise(begins)]
+    flat = run.randn(rows * sum(heads) * case.D + case.offset, dtype=DTYPES[case.dtype])
+    qkv, do = flat[case.offset :].view(rows, -1), run.randn(rows, case.N, case.D, dtype=DTYPES[case.dtype])
+    table = rope_table(length, case.D, THETA, torch.float32, torch.device(run.device))
+    starts = torch.tensor(begins, dtype=torch.int32, device=run.device) if packed else None
+    options: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+
+    def ours() -> dict[str, Tensor]:
+        given = qkv.detach().requires_grad_()
+        o = fused_attention_(given * 1, case.N, case.K, length, table=table, starts=starts, **options)
+        [gradient] = torch.autograd.grad(o, given, do.flatten(1))
+        parts = gradient.view(rows, -1, case.D).split(heads, 1)
+        return dict(zip(("o", *NAMES[2:]), (o.detach().view(do.shape), *parts), strict=True))
+
+    def exact() -> dict[str, Tensor]:
+        q, k, v = qkv.view(-1, length, sum(heads), case.D).split(heads, 2)
+        q, k, v = (x.flatten(0, 1) for x in (*rope(q, k, table), v))
+        found = references.attention(q, k, v, do, torch.zeros(rows, case.N, device=run.device), spans, **options)
+        cosine, sine = table.double().repeat(rows // length, 1)[:, None].chunk(2, -1)
+        for name in ("dq", "dk"):
+            a, b = found[name].chunk(2, -1)
+            found[name] = torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
+        return found
+
+    wrong, expected = BOUNDS[case.dtype]
+    gradient = (wrong, expected) if case.dtype == "fp32" else (2.5 * wrong, expected)
+    trial(run, str(case), ours, exact, {"o": (wrong, expected), **dict.fromkeys(NAMES[2:], gradient)})
 
 
 def begins_of(lengths: int | tuple[int, ...]) -> list[int]:

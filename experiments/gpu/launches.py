@@ -7,6 +7,7 @@ from megapar.kernels import layernorm as ln
 from megapar.kernels import rmsnorm as rms
 from megapar.kernels import use_backend
 from megapar.kernels.attention import attention
+from megapar.kernels.attention.fused import fused_attention_
 from megapar.kernels.dropout import dropout
 from megapar.kernels.matmul import add_matmul, matmul
 from megapar.kernels.rope import rope, rope_table
@@ -38,8 +39,11 @@ def launches(device: str) -> None:
         place, z = torch.arange(T), x.detach().requires_grad_()
         torch.autograd.grad(dropout(z, 0.1, place, place, (1, 2, 3), y).sum(), [z])
         q, k, v = (torch.randn(1, T, n, D, dtype=dtype).requires_grad_() for n in (2, 1, 1))
-        turned = rope(q, k, rope_table(T, D, 1e4, torch.float32, torch.device(device)))
+        table = rope_table(T, D, 1e4, torch.float32, torch.device(device))
+        turned = rope(q, k, table)
         torch.autograd.grad(attention(*turned, v).sum(), [q, k, v])
+        qkv = torch.cat([q, k, v], 2).view(T, 4 * D)
+        torch.autograd.grad(fused_attention_(qkv * 1, 2, 1, T, table=table).sum(), [q, k, v])
         torch.autograd.grad(attention(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu).sum(), [q, k, v])
     if device == "cuda":
         torch.cuda.synchronize()  # card-only

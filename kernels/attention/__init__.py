@@ -2,7 +2,7 @@
 
 `attention` is the contract; the two operators that torch sees follow it. Its form in torch is in `plain`, the Triton
 kernels are in `forward` and `backward` with what they share in `tiles`, their launches and the table of block sizes in
-`launch`.
+`launch`. `fused` has the same of one matrix of q, k and v, with their rotary positions.
 
 The kernels follow FlashAttention-2 (Dao 2023): scores exist one tile at a time, the softmax is taken on the way, and
 the backward computes them again from the log-sum-exp. Each loop has two parts. Full tiles, which every row of the
@@ -62,21 +62,13 @@ def attention(
     Softmax and sums in fp32 or wider. Raises ValueError for arguments that contradict each other, and where the
     backend that was asked for can't run. The Triton gradients can be differentiated no further.
     """
-    left, right = _window(causal, window)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, softcap)
-    backend = backend_of("attention", q.device.type, q.dtype)
-    for starts, rows in ((cu_seqlens_q, len(q)), (cu_seqlens_k, len(k))):
-        if starts is not None and (backend == "torch" or starts.device.type == "cpu"):
-            _check_starts(starts, rows)
+    starts = cu_seqlens_q, cu_seqlens_k
+    backend, settings = settle(q, k, v, starts, causal, window, scale, softcap)
     if backend == "torch":
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, return_lse)
-        return dense(q, k, v, scale, left, right, softcap, return_lse)
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
-        raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
-    o, lse = call(attention_op, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+            return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings, return_lse)
+        return dense(q, k, v, *settings, return_lse)
+    o, lse = call(attention_op, q, k, v, *starts, *settings)
     if not return_lse:
         return o
     return o, lse.view(lse.shape[0], *q.shape[:-2]).movedim(0, -1)
@@ -98,6 +90,31 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     total = total.masked_fill(empty, 1.0)
     o = (o1 * (weight1 / total).unsqueeze(-1) + o2 * (weight2 / total).unsqueeze(-1)).to(o1.dtype)
     return o, (highest + torch.log(total)).masked_fill(empty, -math.inf)
+
+
+def settle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[Tensor | None, Tensor | None],
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[str, tuple[float, int, int, float | None]]:
+    """(backend, (scale, keys before and behind a query's place that it sees, softcap)) of a call of `attention`, whose
+    cu_seqlens are `starts`. Raises ValueError as it does."""
+    left, right = _window(causal, window)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    _check(q, k, v, *starts, scale, softcap)
+    backend = backend_of("attention", q.device.type, q.dtype)
+    for numbers, rows in zip(starts, (len(q), len(k)), strict=True):
+        if numbers is not None and (backend == "torch" or numbers.device.type == "cpu"):
+            _check_starts(numbers, rows)
+    if backend != "torch" and max(q.shape[-1], v.shape[-1]) > WIDEST:
+        heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
+        raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
+    return backend, (scale, left, right, softcap)
 
 
 def _window(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -38,7 +38,8 @@ def attention_statistics_kernel(
     """What the backward needs of each query: statistics [2, N, T], from o, do [T, N*E] and lse, dlse [N, T].
 
     First lse in units of log 2, inf where a query sees nothing, so that its weights exp2(s - inf) are 0. Then
-    sum(o * do) - dlse, what is to be taken from the gradient of each weight. Grid: tiles of ROWS, N.
+    sum(o * do) - dlse, what is to be taken from the gradient of each weight. dlse: None for zeros. Grid: tiles of
+    ROWS, N.
     """
     start, head, heads = tl.program_id(0) * ROWS, tl.program_id(1), tl.num_programs(1)
     rows = start + tl.arange(0, ROWS)
@@ -46,7 +47,8 @@ def attention_statistics_kernel(
     do_tile = load_tile(do, start, head * E, heads * E, total_q, ROWS, E, BLOCK_E)
     at = tl.cast(head, tl.int64) * total_q + rows
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    delta -= tl.load(dlse + at, mask=rows < total_q, other=0.0)
+    if dlse is not None:
+        delta -= tl.load(dlse + at, mask=rows < total_q, other=0.0)
     logarithm = tl.load(lse + at, mask=rows < total_q, other=0.0) * LOG2_E
     logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm)
     tl.store(statistics + at, logarithm, mask=rows < total_q)
@@ -75,10 +77,11 @@ def attention_dkdv_kernel(
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
     total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """ROWS keys of one kv head: dk [T', K*D], dv [T', K*E]. Grid: tiles, K, sequences (packed: 1).
 
+    FUSED: both are columns of one contiguous gradient of q, k and v, of N + 2 K heads.
     It goes over the queries of every head that reads this one, in order: no atomics, and the same bits every time.
     Scores are kept transposed, [keys, queries], so that they are operands of both products from registers.
     """
@@ -140,7 +143,11 @@ def attention_dkdv_kernel(
             head += 1
             row = first_q + full_low
 
+    # The stride of a fused gradient as an argument would be kept in a register through the loops, which spill then.
     dk_stride, dv_stride = tl.num_programs(1) * D, tl.num_programs(1) * E
+    if FUSED:
+        dk_stride = tl.num_programs(1) * (group + 2) * D
+        dv_stride = dk_stride
     store_tile(dk, dk_acc * scale, first_k + start, kv_head * D, dk_stride, end_k, ROWS, D, BLOCK_D)
     store_tile(dv, dv_acc, first_k + start, kv_head * E, dv_stride, end_k, ROWS, E, BLOCK_E)
 
@@ -161,9 +168,9 @@ def attention_dq_kernel(
     starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
     total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of one head: dq [T, N*D]. Grid: tiles, N, sequences (packed: 1)."""
+    """ROWS queries of one head: dq [T, N*D]; FUSED: see dK/dV's. Grid: tiles, N, sequences (packed: 1)."""
     first_q, len_q, first_k, len_k, tile = place(starts_q, starts_k, len_q, len_k, num_sequences, starts_q, ROWS)
     if starts_q is None:
         tile = tl.num_programs(0) - 1 - tile  # the longest first, as in the forward
@@ -202,4 +209,6 @@ def attention_dq_kernel(
         )
 
     dq_stride = tl.num_programs(1) * D
+    if FUSED:
+        dq_stride = (tl.num_programs(1) + tl.num_programs(1) // group * 2) * D
     store_tile(dq, acc * scale, first_q + start, head * D, dq_stride, end_q, ROWS, D, BLOCK_D)

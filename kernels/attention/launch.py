@@ -136,8 +136,9 @@ class Call:
         """Whether any query can see any key, so that there is something to launch."""
         return self.q.numel() > 0 and self.k.numel() > 0 and self.num_sequences > 0
 
-    def launch(self, name: str, kernel: Any, arch: str, streamed: dict[str, Tensor], **tensors: Tensor) -> Launch:
-        """A launch of the forward, dkdv or dq kernel. streamed: the matrices that its loop reads, by name."""
+    def launch(self, name: str, kernel: Any, arch: str, streamed: dict[str, Tensor], **own: Any) -> Launch:
+        """A launch of the forward, dkdv or dq kernel. streamed: the matrices that its loop reads, by name; own: what
+        other kernels do not have."""
         config = config_of(name, arch, max(self.D, self.E), self.q.dtype)
         over_keys = name == "dkdv"
         rows, starts = (self.k, self.starts_k) if over_keys else (self.q, self.starts_q)
@@ -148,7 +149,7 @@ class Call:
         if block_d != self.D or block_e != self.E or None in tiles.values():
             tiles = dict.fromkeys(tiles)  # a tile wider than a head would reach into the next one
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, **tensors, **tiles,
+            "q": self.q, "k": self.k, "v": self.v, **own, **tiles,
             "starts_q": self.starts_q, "starts_k": self.starts_k,
             "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
             "v_stride": self.v.stride(0), "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
@@ -166,20 +167,25 @@ class Call:
         streamed = {"k": self.k, "v": self.v}
         return self.launch("forward", attention_forward_kernel, arch, streamed, o=o, lse=lse)
 
-    def statistics(self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor, statistics: Tensor) -> Launch:
+    def statistics(
+        self, arch: str, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, statistics: Tensor
+    ) -> Launch:
         tensors = {"o": o, "do": do, "lse": lse, "dlse": dlse, "statistics": statistics}
         sizes = {"total_q": len(o), "E": self.E, "BLOCK_E": next_power_of_2(self.E), "ROWS": STATISTICS_ROWS}
         return Launch(
             attention_statistics_kernel, (num_tiles(len(o), STATISTICS_ROWS), self.heads), tensors | sizes, 4, 1
         )
 
-    def dkdv(self, arch: str, do: Tensor, statistics: Tensor, dk: Tensor, dv: Tensor) -> Launch:
-        streamed = {"q": self.q, "do": do}
-        return self.launch("dkdv", attention_dkdv_kernel, arch, streamed, do=do, statistics=statistics, dk=dk, dv=dv)
+    def dkdv(
+        self, arch: str, do: Tensor, statistics: Tensor, dk: Tensor, dv: Tensor, fused: bool = False
+    ) -> Launch:  # fmt: skip
+        """dk, dv: contiguous; fused: columns of a contiguous gradient of q, k and v."""
+        own = {"do": do, "statistics": statistics, "dk": dk, "dv": dv, "FUSED": fused}
+        return self.launch("dkdv", attention_dkdv_kernel, arch, {"q": self.q, "do": do}, **own)
 
-    def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor) -> Launch:
-        streamed = {"k": self.k, "v": self.v}
-        return self.launch("dq", attention_dq_kernel, arch, streamed, do=do, statistics=statistics, dq=dq)
+    def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor, fused: bool = False) -> Launch:
+        own = {"do": do, "statistics": statistics, "dq": dq, "FUSED": fused}
+        return self.launch("dq", attention_dq_kernel, arch, {"k": self.k, "v": self.v}, **own)
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +208,11 @@ def aot_specs(arch: str) -> dict[str, Launch]:
 def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float | None = None) -> dict[str, Launch]:
     """The launches of a model's attention: causal over 2 x 4096 tokens, or packed sequences with a window."""
     dtype, heads, kv_heads, channels = sizes.torch_dtype, sizes.heads, sizes.kv_heads, sizes.head_dim
+    counts = (heads, kv_heads, kv_heads)
     with torch.device("meta"):
         shape = (8192,) if packed else (2, 4096)
-        q, k, v = (torch.empty(*shape, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+        q, k, v = (torch.empty(*shape, n, channels, dtype=dtype) for n in counts)
+        fused = torch.empty(8192, sum(counts) * channels, dtype=dtype).split([n * channels for n in counts], 1)
         starts = torch.empty(9, dtype=torch.int32) if packed else None
         o, lse = outputs(q, v)
         statistics = lse.new_empty(2, *lse.shape)
@@ -214,8 +222,11 @@ def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float |
     launches = {
         f"attention_fwd_{size}" + ("" if packed else "_causal"): call.forward(arch, o, lse),
         f"attention_dkdv_{size}": call.dkdv(arch, do, statistics, matrix(k), matrix(v)),
+        f"attention_dkdv_{size}_fused": call.dkdv(arch, do, statistics, fused[1], fused[2], fused=True),
         f"attention_dq_{size}": call.dq(arch, do, statistics, matrix(q)),
+        f"attention_dq_{size}_fused": call.dq(arch, do, statistics, fused[0], fused=True),
     }
     if not packed:
-        launches[f"attention_statistics_{size}"] = call.statistics(arch, o, do, lse, lse, statistics)
+        for name, dlse in ((size, lse), (f"{size}_fused", None)):
+            launches[f"attention_statistics_{name}"] = call.statistics(arch, o, do, lse, dlse, statistics)
     return launches

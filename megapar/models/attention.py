@@ -1,16 +1,12 @@
 """Grouped-query self-attention."""
 
-from functools import partial
-
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megapar.config.policy import layer_linears
 from megapar.config.schema import ModelConfig
-from megapar.kernels.rope import rope
 from megapar.models.linear import column, row
 from megapar.models.tokens import Tokens
-from megapar.parallel.attend import attend
+from megapar.parallel.attend import attend_
 from megapar.parallel.context import StageContext
 
 
@@ -27,15 +23,9 @@ class Attention(nn.Module):
         self.out = row(context, model, linears["attention.out"], f"{name}.")
 
     def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
-        q, k, v = (
-            part.unflatten(0, (-1, tokens.length)).unflatten(2, (-1, self.channels))  # [B, S, N, D]
-            for part in self.qkv(x_tH).split(self.qkv.sizes, 1)
-        )
-        if self.rotates:
-            q, k = rope(q, k, tokens.rope_table(self.channels, self.theta))
-        attention = partial(attend, starts=tokens.starts)
-        if self.recompute and self.training:
-            y = checkpoint(attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = attention(q, k, v)
-        return self.out(y.flatten(2).flatten(0, 1))
+        qkv_TW = self.qkv(x_tH)
+        heads, kv_heads, _ = (size // self.channels for size in self.qkv.sizes)
+        table = tokens.rope_table(self.channels, self.theta) if self.rotates else None
+        again = self.recompute and self.training
+        y_TC = attend_(qkv_TW, heads, kv_heads, tokens.length, table=table, starts=tokens.starts, recompute=again)
+        return self.out(y_TC)

@@ -6,16 +6,26 @@ every rank of a tensor-parallel region has all tokens of its heads, and attends 
 
 from torch import Tensor
 
-from megapar.kernels.attention import attention
+from megapar.kernels.attention.fused import fused_attention_
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, starts: Tensor | None = None) -> Tensor:
-    """q [B, S, N, D], k and v [B, S, K, D] -> [B, S, N, D]; query head n reads key head n // (N / K).
+def attend_(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    *,
+    table: Tensor | None = None,
+    starts: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """qkv [T, (N + 2 K) D], the heads of q, then of k, then of v -> [T, N D], causal; query head n reads key head
+    n // (N / K). qkv is given up.
 
-    causal: a query sees no key behind it. starts: where packed sequences begin, see `kernels/attention`; no query sees
-    a key of another one. None: every sample is a sequence.
+    length: positions of a sample
+    table: of rotary positions, [length, D], by which q and k are turned first; None: they are not
+    starts: where packed sequences begin, see `kernels/attention`; no query sees a key of another one. None: every
+        sample is a sequence
+    recompute: in backward again, with nothing kept of it
     """
-    if starts is None:
-        return attention(q, k, v, causal=causal)
-    packed = (part.flatten(0, 1) for part in (q, k, v))
-    return attention(*packed, causal=causal, cu_seqlens_q=starts, cu_seqlens_k=starts).view(q.shape)
+    return fused_attention_(qkv, heads, kv_heads, length, table=table, starts=starts, causal=True, recompute=recompute)

@@ -15,7 +15,7 @@ def lower(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> S
     ranks = placement(rows, stages)
     # remote[s]: stages s - 1 and s live on different ranks, so that a transfer passes between them
     remote = [False, *(ranks[stage] != ranks[stage - 1] for stage in range(1, stages)), False]
-    lowered = []
+    lowered: list[tuple[Action, ...]] = []
     for row in rows:
         actions: Row = []
         add = actions.append

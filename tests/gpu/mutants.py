@@ -9,12 +9,16 @@ from torch import Tensor
 FACTOR = 1.001
 # A kernel that writes to memory of other ranks has its input scaled, of which the output is a multiple.
 INPUTS = {"push_kernel": "x", "product_push_kernel": "a"}
-# The kernels (functions of triton.jit) and the section that checks each.
+# Constants by which a kernel writes elsewhere: a form with one is scaled by itself.
+FORMS = ("FUSED", "IN_PLACE")
+# The kernels (functions of triton.jit), with the form, and the section that checks each.
 SECTIONS = {
     "attention_forward_kernel": "attention32",
     "attention_statistics_kernel": "attention32",
     "attention_dkdv_kernel": "attention32",
     "attention_dq_kernel": "attention32",
+    "attention_dkdv_kernel FUSED": "attention32",
+    "attention_dq_kernel FUSED": "attention32",
     "rmsnorm_forward_kernel": "rows",
     "rmsnorm_input_grad_kernel": "rows",
     "rmsnorm_weight_grad_kernel": "rows",
@@ -22,6 +26,7 @@ SECTIONS = {
     "layernorm_input_grad_kernel": "rows",
     "layernorm_weight_grad_kernel": "rows",
     "rope_kernel": "rows",
+    "rope_kernel IN_PLACE": "attention32",
     "activation_forward_kernel": "rows",
     "activation_backward_kernel": "rows",
     "cross_entropy_statistics_kernel": "rows",
@@ -42,7 +47,11 @@ def kernels_of_registry() -> Iterator[str]:
 
     for name, kernel in KERNELS.items():
         assert kernel.specs is not None, f"{name} has no form in Triton: it needs a mutant of another kind"
-        yield from {launch.kernel.fn.__name__ for launch in kernel.specs("sm_90").values()}
+        yield from {name_of(launch) for launch in kernel.specs("sm_90").values()}
+
+
+def name_of(launch: Any) -> str:
+    return " ".join([launch.kernel.fn.__name__, *(form for form in FORMS if launch.arguments.get(form))])
 
 
 def apply(name: str) -> Any:
@@ -56,7 +65,7 @@ def apply(name: str) -> Any:
 
 def _scaled(name: str, right: Any) -> Any:
     def run(launch: Any) -> None:
-        if launch.kernel.fn.__name__ != name:
+        if name_of(launch) != name:
             right(launch)
         elif name in INPUTS:
             given = launch.arguments[INPUTS[name]]

@@ -28,7 +28,7 @@ TARGETS = [
 ]
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 # fp32 keys and values of the smallest heads: too few rows for a warp group, so the older instruction does it
-SMALL = {("sm_90", "attention_dkdv_d32"): "HMMA", ("sm_100", "attention_dkdv_d32"): "HMMA"}
+SMALL = {(f"sm_{n}", f"attention_dkdv_d32{fused}"): "HMMA" for n in (90, 100) for fused in ("", "_fused")}
 # sm_90: what the loop over full tiles must reach, (overlap, lockstep bound); docs/kernels.md compares it with others
 FLOORS = {
     "attention_fwd_d128_causal": (0.75, 0.85),
@@ -41,6 +41,7 @@ FLOORS = {
     "attention_dq_d128_packed": (0.20, 0.75),
     "attention_dq_d64": (0.20, 0.65),
 }
+FLOORS |= {f"{name}_fused": floors for name, floors in FLOORS.items() if "fwd" not in name}  # into one gradient
 # sm_90: instructions of the loop over K, at most, at the full rate of the tensor cores
 LONGEST = {
     **{f"matmul{kind}_14336": 110 for kind in ("", "_bias_gelu", "_input_grad", "_weight_grad")},
@@ -138,6 +139,7 @@ def test_every_tile_of_a_matrix_product_is_compiled() -> None:
 
 
 def test_16_bit_tiles_are_read_by_tma() -> None:
+    fp32 = ("_d32", "_d32_causal", "_d32_fused", "_384", "_192")
     tiles = [one for one in GOLDEN if one["target"] in ("sm_90", "sm_100") and one["mma"]]
-    wide = [one for one in tiles if not one["name"].endswith(("_d32", "_d32_causal", "_384", "_192"))]  # those are fp32
-    assert len(wide) == 2 * (9 + 20 + 6) and all(one["widest_load"] == 1024 for one in wide)
+    wide = [one for one in tiles if not one["name"].endswith(fp32)]
+    assert len(wide) == 2 * (15 + 20 + 6) and all(one["widest_load"] == 1024 for one in wide)

@@ -21,6 +21,7 @@ from megapar.kernels import rmsnorm as rms
 from megapar.kernels import use_backend
 from megapar.kernels._common import Launch, TensorDescriptor
 from megapar.kernels.attention import attention
+from megapar.kernels.attention.fused import fused_attention_
 from megapar.kernels.cross_entropy import (
     Objective,
     cross_entropy_gradient_,
@@ -54,22 +55,21 @@ def guarded_launches(before: bool) -> Iterator[list[str]]:
 
     def run(launch: Launch) -> None:
         names.append(launch.kernel.fn.__name__)
-        held: dict[int, tuple[Tensor, Tensor]] = {}
+        held: dict[int, Tensor] = {}
         tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor) and x.numel()]
         for x in sorted(tensors, key=extent):  # one that is passed twice, as residual and result, stays one
-            flat = x.as_strided((extent(x),), (1,))
-            held[x.data_ptr()] = (flat, guarded(flat, before))
+            held[x.data_ptr()] = guarded(x.as_strided((extent(x),), (1,)), before)
 
         def moved(value: Any) -> Any:
             if isinstance(value, TensorDescriptor):
                 return replace(value, base=moved(value.base))
             if isinstance(value, Tensor) and value.numel():
-                return held[value.data_ptr()][1].as_strided(value.shape, value.stride())
+                return held[value.data_ptr()].as_strided(value.shape, value.stride())
             return value
 
         plain(replace(launch, arguments={name: moved(value) for name, value in launch.arguments.items()}))
-        for flat, copy in held.values():
-            flat.copy_(copy)
+        for x in tensors:  # its elements alone: between its rows there may be another's, as in a fused gradient
+            x.copy_(moved(x))
 
     with mock.patch.object(Launch, "run", run):
         yield names
@@ -91,6 +91,17 @@ def attention_options(sizes: Sizes, tokens: int) -> None:
     starts = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     o = attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, window=(tokens // 3, None), softcap=5.0)
     torch.autograd.grad(o, [q, k, v], do)
+
+
+def fused_attention_options(sizes: Sizes, tokens: int) -> None:
+    """q and k turned where they are, one gradient; also of packed sequences."""
+    heads, channels = sizes.heads + 2 * sizes.kv_heads, sizes.head_dim
+    table = rope_table(tokens, channels, 1e4, torch.float32, torch.device("cpu"))
+    qkv, do = normal(sizes, 2 * tokens, heads * channels), normal(sizes, 2 * tokens, sizes.heads * channels)
+    for starts in (None, torch.tensor([0, tokens // 2, 2 * tokens], dtype=torch.int32)):
+        leaf = qkv.clone().requires_grad_()
+        o = fused_attention_(leaf * 1, sizes.heads, sizes.kv_heads, tokens, table=table, starts=starts)
+        torch.autograd.grad(o, leaf, do)
 
 
 def norm_options(sizes: Sizes, tokens: int) -> None:
@@ -133,6 +144,7 @@ def matmul_options(sizes: Sizes, tokens: int) -> None:
 
 OPTIONAL: dict[str, Callable[[Sizes, int], None]] = {
     "attention": attention_options,
+    "fused attention": fused_attention_options,
     "norms": norm_options,
     "rope": rope_options,
     "cross_entropy": cross_entropy_options,

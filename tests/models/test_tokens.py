@@ -6,7 +6,7 @@ import torch
 
 from megapar.mesh import Mesh
 from megapar.models.tokens import Tokens
-from megapar.parallel.attend import attend
+from megapar.parallel.attend import attend_
 from megapar.parallel.context import StageContext
 
 
@@ -30,10 +30,10 @@ def test_a_rope_table_is_made_once() -> None:
 
 def test_packed_sequences_do_not_see_each_other() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 6, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    qkv = torch.randn(12, (4 + 2 * 2) * 4, dtype=torch.float64)
     ends = [0, 2, 6, 9, 12]
     starts = torch.tensor(ends, dtype=torch.int32)
-    found = attend(q, k, v, starts=starts).flatten(0, 1)
+    found = attend_(qkv.clone(), 4, 2, 6, starts=starts)
     for start, end in pairwise(ends):
-        alone = [part.flatten(0, 1)[start:end].unsqueeze(0) for part in (q, k, v)]
-        torch.testing.assert_close(found[start:end], attend(*alone)[0], rtol=1e-12, atol=1e-12)
+        alone = attend_(qkv[start:end].clone(), 4, 2, end - start)
+        torch.testing.assert_close(found[start:end], alone, rtol=1e-12, atol=1e-12)

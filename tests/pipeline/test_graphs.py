@@ -79,6 +79,17 @@ def test_the_bits_are_those_of_eager_steps(name: str, pool: WorkerPool, tokens: 
         assert none == [0] * STEPS
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_bits_of_kernels_that_write_in_place(recompute: str, interpreter: WorkerPool, tokens: str) -> None:
+    """q and k are turned in the projection's result: a replay finds it as the product before has left it."""
+    small: dict[str, Any] = {"model.layers": 1, "train.dtype": "fp32", "kernels.backend": "interpret"}
+    small |= {"train.global_batch_size": 4, "train.recompute": recompute}
+    config = tiny_config(tokens, **small)
+    [(found, captured)] = interpreter.run(train, 1, config, True, timeout=300)
+    [(expected, _)] = interpreter.run(train, 1, config, False, timeout=300)
+    assert found[:-1] == expected[:-1] and torch.equal(found[-1], expected[-1]) and captured[0] >= 2
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

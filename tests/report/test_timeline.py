@@ -31,7 +31,8 @@ def test_a_schedule_is_drawn_to_scale(suffix: str, tmp_path: Path, capsys: pytes
     assert main(["schedule", "pipeline.schedule=zbv", "stages=2", "microbatches=4", f"plot={path}"]) == 0
     text = path.read_text()
     assert text.count("http") == 1  # the name of SVG's namespace; nothing is fetched
-    root = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert text.count("<svg") == (1 if suffix == "svg" else 2)  # a page has the lanes' names apart: they stay in view
+    root = ElementTree.fromstring(text[text.rindex("<svg") : text.rindex("</svg>") + 6])
     simulation = simulate(build("zbv", 2, 4))
     spans = [span for row in simulation.spans for span in row]
     drawn = bars(root)

@@ -16,8 +16,11 @@ CASES = [
     Case("bf16", 128, 8, 2, 513, offset=1),
     Case("bf16", 256, 8, 1, PACKED, PACKED, window=(33, 0)),
     Case("bf16", 192, 8, 1, 300, 1000, causal=False, window=(100, 50)),
+    Case("bf16", 128, 8, 2, 1000, fused=True),
+    Case("bf16", 128, 8, 2, PACKED, window=(200, 0), fused=True),
 ]
 REHEARSED = [Case("bf16", 16, 2, 1, 20), Case("bf16", 16, 2, 2, (1, 9, 0, 7), (1, 9, 0, 7))]
+REHEARSED += [Case("bf16", 16, 2, 1, (1, 9, 0, 7), fused=True)]
 
 SECTION = Section(
     "attention128", wave=2, seconds=100, run=lambda run: attention_section(run, CASES, REHEARSED),

@@ -13,8 +13,11 @@ CASES = [
     Case("fp32", 128, 4, 4, 300, causal=False),
     Case("fp32", 96, 4, 4, 300),
     Case("fp32", 256, 4, 2, 300),
+    Case("fp32", 64, 4, 2, 300, fused=True),
+    Case("fp32", 32, 4, 4, PACKED, fused=True),
 ]
 REHEARSED = [Case("fp32", 16, 2, 1, 15, 9, window=(4, None)), Case("fp32", 32, 2, 1, 7, causal=False)]
+REHEARSED += [Case("fp32", 16, 2, 1, 9, fused=True)]
 
 SECTION = Section(
     "attention32", wave=2, seconds=100, run=lambda run: attention_section(run, CASES, REHEARSED),

@@ -14,6 +14,8 @@ CASES = [
     Case("bf16", 96, 8, 8, 300, 777),
     Case("bf16", 64, 8, 2, 513, offset=1),
     Case("fp16", 64, 8, 2, 1000),
+    Case("bf16", 64, 8, 8, 777, fused=True),
+    Case("bf16", 80, 8, 2, 1000, fused=True),
 ]
 REHEARSED = [Case("bf16", 16, 2, 1, 12, softcap=5.0, offset=1), Case("fp16", 20, 2, 2, 9)]
 
