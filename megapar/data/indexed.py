@@ -15,7 +15,7 @@ Layout of `.idx` (version 1, little-endian, no padding):
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,50 @@ def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], dtype: np
         for path in temporary:
             path.unlink(missing_ok=True)
     return len(lengths)
+
+
+class IndexedWriter:
+    """Writes `prefix`.bin and `prefix`.idx, a sequence per document, so that an interrupted writer can go on.
+
+    What lies there of an earlier writer of the same documents is kept: `documents` says how many are written. `finish`
+    makes the index; `prefix`.lengths is then of no more use.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+        self.dtype, self._index = np.dtype(dtype).newbyteorder("<"), Path(f"{prefix}.idx")
+        paths = Path(f"{prefix}.bin"), Path(f"{prefix}.lengths")
+        self._bin, self._lengths = (open(path, "a+b") for path in paths)  # noqa: SIM115 - until `finish` or `close`
+        whole = self._written()
+        self._lengths.truncate(whole.nbytes)
+        self._bin.truncate(int(whole.sum(dtype=np.int64)) * self.dtype.itemsize)
+        self.documents = len(whole)
+
+    def _written(self) -> np.ndarray:
+        """Lengths of the documents that are there as a whole, int32 [documents]."""
+        self._lengths.seek(0)
+        data = self._lengths.read()
+        lengths = np.frombuffer(data[: len(data) // 4 * 4], dtype="<i4")
+        there = os.fstat(self._bin.fileno()).st_size // self.dtype.itemsize
+        return lengths[: int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), there, side="right"))]
+
+    def add(self, documents: Sequence[np.ndarray]) -> None:
+        """Append documents: integer arrays [tokens of the document]."""
+        for document in documents:
+            self._bin.write(np.ascontiguousarray(_cast(document, self.dtype)).data if len(document) else b"")
+        self._bin.flush()  # before their lengths, which say that they are there
+        self._lengths.write(np.array([len(document) for document in documents], dtype="<i4").tobytes())
+        self._lengths.flush()
+        self.documents += len(documents)
+
+    def finish(self) -> int:
+        """Write the index. Returns the number of documents."""
+        lengths = self._written().tolist()
+        self._index.write_bytes(_index_bytes(lengths, self.dtype))
+        return len(lengths)
+
+    def close(self) -> None:
+        self._bin.close()
+        self._lengths.close()
 
 
 def _index_bytes(lengths: list[int], dtype: np.dtype) -> bytes:

@@ -1,13 +1,15 @@
 """Text to token files, once: in the launcher, before any worker starts."""
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = ["Prepared", "check", "open_prepared", "prepare"]
 DESCRIBED = "megatron"  # the kind of token files that came without a manifest
 CODE_VERSION = 2  # of how these are described: raise it when a description would differ
 
+LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a quota, or for so large a file
 
 
@@ -90,9 +93,12 @@ def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = 
     folder = _cache_folder(config) / f"{source.name[:40]}-{key[:16]}"
     if ready := _reusable(folder / "tokens", key, say):
         return ready
-    with _new_folder(folder.parent, source.name) as temporary:
+    with _work_folder(folder.parent, source.name, key) as temporary:
+        if ready := _reusable(folder / "tokens", key, say):  # of another launcher, meanwhile
+            return ready
         make_token_files(temporary / "tokens", source, config, settings, key, say)
         _publish(temporary, folder, key)
+    (folder / LOCK).unlink(missing_ok=True)
     return open_prepared(folder / "tokens")
 
 
@@ -163,6 +169,44 @@ def _new_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
+def _work_folder(parent: Path, name: str, key: str) -> Iterator[Path]:
+    """A folder in `parent` for work that the next call with this name and key goes on with if this one is interrupted.
+
+    If another process is at it, a folder of our own. What is left there of other keys, with nobody at it, is removed.
+    Raises UserError as `_new_folder`.
+    """
+    stem = f".{name[:40]}-unfinished-"
+    folder = parent / f"{stem}{key[:16]}"
+    with ExitStack() as held:
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = held.enter_context(open(folder / LOCK, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody is at it, it can't be written, or there are no locks
+            with _new_folder(parent, name) as own:
+                yield own
+            return
+        for other in parent.glob(f"{glob.escape(stem)}*"):
+            if other != folder:
+                _remove_if_free(other)
+        try:
+            with _room_in(parent):
+                yield folder
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # where it was not renamed
+
+
+def _remove_if_free(folder: Path) -> None:
+    with suppress(OSError), open(folder / LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def _room_in(folder: Path) -> Iterator[None]:
     """Raise UserError, one line, where what happens inside meets a full disk."""
     try:
@@ -223,7 +267,7 @@ def _prepare_at(
         prefix.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("out", prefix, f"its folder can't be made: {error.strerror}") from None
-    with _new_folder(prefix.parent, prefix.name) as temporary:
+    with _work_folder(prefix.parent, prefix.name, key) as temporary:
         make_token_files(temporary / "tokens", source, config, settings, key, say)
         # Without a manifest while the files are replaced, and with it only when they are complete.
         Path(f"{prefix}.json").unlink(missing_ok=True)

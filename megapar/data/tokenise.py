@@ -1,11 +1,11 @@
 """Text -> token files: measure the documents, train or copy the tokenizer, tokenise, describe."""
 
 import hashlib
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
+from megapar.cores import num_cores
 from megapar.data.corpus import TextSource, skipped_text
-from megapar.data.indexed import token_dtype, write_indexed
+from megapar.data.indexed import IndexedWriter, token_dtype
 from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
@@ -23,7 +24,7 @@ from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
 CODE_VERSION = 1
 TRAINING_CHARS = 4_000_000  # text that the tokenizer is trained on: more changes little and costs time
 BATCH_CHARS = 4_000_000  # text tokenised at once
-NUM_THREADS = min(2, os.cpu_count() or 1)
+SAY_S = 5.0
 
 Log = Callable[[str], Any]
 
@@ -55,24 +56,22 @@ def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
 def make_token_files(
     prefix: Path, source: TextSource, config: DataConfig, settings: dict[str, Any], key: str, say: Log
 ) -> None:
-    """Write all files of a corpus at `prefix`, the manifest last."""
+    """Write all files of a corpus at `prefix`, the manifest last. It goes on with what an interrupted call left."""
     source.keep_text()
     if source.skipped:
         say(f"data: {source.name}: {skipped_text(source.skipped)}")
     sizes, hashes = _measure(source)
     say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
     model_path = Path(f"{prefix}.model")
-    if config.tokenizer == "bpe":
+    if config.tokenizer == "bpe" and not model_path.exists():
         begin = time.perf_counter()
-        train_bpe(
-            _training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path, num_threads=NUM_THREADS
-        )
+        train_bpe(_training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path)
         say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
-    else:
+    elif config.tokenizer != "bpe":
         shutil.copyfile(Path(config.tokenizer).expanduser(), model_path)
     tokenizer = Tokenizer(model_path)
     begin = time.perf_counter()
-    written = write_indexed(prefix, _tokenised(source, tokenizer), token_dtype(tokenizer.vocab_size))
+    written = _tokenise(prefix, source, tokenizer, sizes, say)
     if written != len(sizes) or source.changed():
         raise ConfigError("data.path", config.path, "the text changed while it was read; run again when it is at rest")
     np.save(f"{prefix}.split.npy", hashes)
@@ -91,6 +90,7 @@ def make_token_files(
         key=key,
     )
     write_manifest(prefix, manifest)
+    Path(f"{prefix}.lengths").unlink(missing_ok=True)
     say(f"data: {manifest['tokens'] / 1e6:.2f} M tokens in {time.perf_counter() - begin:.1f} s")
 
 
@@ -117,13 +117,34 @@ def _training_texts(source: TextSource, sizes: np.ndarray, hashes: np.ndarray, h
             yield text
 
 
-def _tokenised(source: TextSource, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each document with the end-of-text token behind, in the dtype of the file."""
+def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.ndarray, say: Log) -> int:
+    """Write the ids of each document, the end-of-text token behind it. Returns how many documents there are.
+
+    A line says how far it is, every SAY_S seconds. sizes: characters by document
+    """
     dtype = token_dtype(tokenizer.vocab_size)
-    for texts in _batches(source.documents()):
-        for ids in tokenizer.encode_batch(texts, num_threads=NUM_THREADS):
-            ids.append(tokenizer.end_of_text)
-            yield np.array(ids, dtype=dtype)
+    writer, total = IndexedWriter(prefix, dtype), max(1, int(sizes.sum()))
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+
+    def share() -> str:
+        return f"{ends[min(writer.documents, len(sizes))] / total:.0%} of {total / 1e6:.1f} M characters"
+
+    if writer.documents:
+        say(f"data: {source.name}: goes on behind {share()}")
+    said = time.monotonic()
+    try:
+        for texts in _batches(islice(source.documents(), writer.documents, None)):
+            tokens = tokenizer.encode_batch(texts, num_threads=num_cores())
+            writer.add([np.array([*ids, tokenizer.end_of_text], dtype=dtype) for ids in tokens])
+            if time.monotonic() - said > SAY_S:
+                say(f"data: {source.name}: tokenized {share()}")
+                said = time.monotonic()
+        return writer.finish()
+    except KeyboardInterrupt:
+        say(f"data: {source.name}: interrupted behind {share()}; the same command goes on from there")
+        raise
+    finally:
+        writer.close()
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

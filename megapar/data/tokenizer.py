@@ -39,7 +39,7 @@ TRAINER: dict[str, Any] = {
 MAX_LINE = 1000  # characters of one training sentence; SentencePiece drops those above 4192 bytes
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, model_path: Path, *, num_threads: int = 2) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
     """Train a BPE model on `texts` and write it to `model_path` (temporary file, then rename).
 
     The same texts and settings give the same file, byte for byte. Raises ConfigError for `data.vocab_size` where the
@@ -57,7 +57,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, model_path: Path, *, num_th
             sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
             vocab_size=vocab_size,
-            num_threads=num_threads,
+            num_threads=2,  # a fixed number: it is written into the file
             minloglevel=2,
             **TRAINER,
         )

@@ -37,9 +37,10 @@ def page(title: str, body: list[str], width: float, height: float) -> str:
     """The same as an HTML page: a wide picture is scrolled inside the window, and what is left of the lanes stays."""
     names = [element for element in body if element.startswith(f'<text x="{LEFT - 8:.1f}"')]
     rest = [element for element in body if element not in names]
+    size = f'width="{LEFT - 6}" height="{height:.0f}"'
     column = (
-        f'<svg width="{LEFT}" height="{height:.0f}" font-family="system-ui, '
-        f'sans-serif" font-size="12"><rect width="{LEFT}" height="{height:.0f}" fill="{PAPER}"/>{"".join(names)}</svg>'
+        f'<svg {size} font-family="system-ui, sans-serif" font-size="12"><rect {size} fill="{PAPER}"/>'
+        f"{''.join(names)}</svg>"
     )
     style = (
         "body{margin:0}.picture{position:relative;overflow-x:auto;width:100vw}svg{display:block}"
