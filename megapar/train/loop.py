@@ -10,6 +10,7 @@ import torch
 from megapar.checkpoint import load, save
 from megapar.config.schema import TrainConfig
 from megapar.console import console
+from megapar.files import write_atomic
 from megapar.generate.text import keep_tokenizer
 from megapar.train.hooks import hook_kinds
 from megapar.train.metrics import MetricsWriter, finite
@@ -77,6 +78,8 @@ class Loop:
 
     def _summarise(self, writer: MetricsWriter, summary: dict[str, Any]) -> None:
         path = Path(self.config.out or self.folder / "summary.json")
-        path.write_text(json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
-        writer.close()
-        print(summary_text(summary, self.config), file=console(), flush=True)
+        try:
+            write_atomic(path, json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
+        finally:  # also if there is no room for it
+            writer.close()
+            print(summary_text(summary, self.config), file=console(), flush=True)

@@ -177,6 +177,7 @@ REFUSED = {
         "train.seq_length=100000",
         "needs 100001 tokens",
     ],
+    "train task.sample_tokens=2 task.sample_prompt=a\udcffb CORPUS": ["task.sample_prompt='a\\udcffb'", "character 1"],
     "train task.sample_tokens=5 model.vocab_size=61 data.path=TOKENS": ["task.sample_tokens=5", "without a tokenizer"],
     "train data.path=ONE_FILE train.eval_every=1 data.vocab_size=300": ["data.split=0.05", "none can be held out"],
     "train out=/nodir/x.json": ["out=/nodir/x.json", "no such folder"],

@@ -173,3 +173,16 @@ def test_a_line_on_the_terminal_counts_skipped_steps(tokens: str, tmp_path: Path
         "step      1  loss 1.0000  10 tokens/s",
         "step      2  loss 1.0000  10 tokens/s  1 skipped",
     ]
+
+
+def test_a_summary_without_room_for_it_is_shown_all_the_same(
+    tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise UserError(f"{path}: can't be written")
+
+    monkeypatch.setattr(loop, "write_atomic", full)
+    values: dict[str, Any] = {"train.steps": 2, "run.dir": str(tmp_path), "logger.wandb.mode": "disabled"}
+    with pytest.raises(UserError, match=r"summary\.json: can't be written"):
+        loop.Loop(tiny_config(tokens, **values), 0).run()
+    assert "after 2 steps" in capsys.readouterr().out

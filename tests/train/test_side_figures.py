@@ -1,0 +1,47 @@
+"""A figure beside the training that can't be had costs nothing but itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megapar.cli import main
+from megapar.config.schema import TrainConfig
+from megapar.launch.pool import WorkerPool
+from megapar.train.trainer import Trainer
+from tests.tiny import VOCABULARY, tiny_config
+
+TEXT = Path(__file__).parents[2] / "megapar" / "config"
+
+
+def bits_per_character(rank: int, world_size: int, config: TrainConfig, characters: int) -> float | None:
+    """Of a loss of 2, with tokens of so many characters each."""
+    trainer = Trainer(config, rank)
+    samples: Any = trainer.task
+    samples._samples["valid"].char_counts = np.full(VOCABULARY, characters, dtype=np.int32)
+    found = trainer.task.figures(2.0)["val_bits_per_char"]
+    trainer.close()
+    return found
+
+
+def test_text_without_characters_has_no_bits_per_character(pool: WorkerPool, tokens: str) -> None:
+    """Ends of documents alone; before, a division by zero ended the run."""
+    values: dict[str, Any] = {"train.eval_every": 1, "train.eval_samples": 2, "data.split": 0.2}
+    config = tiny_config(tokens, **values)
+    assert pool.run(bits_per_character, 1, config, 0) == [None]
+    assert pool.run(bits_per_character, 1, config, 4) == [pytest.approx(2 / 4 / np.log(2))]
+
+
+@pytest.mark.more
+def test_a_sample_of_a_diverged_model_is_said_and_the_summary_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ["model.layers=1", "model.hidden=16", "train.seq_length=8", "train.global_batch_size=4", "train.steps=3"]
+    values += ["optim.lr=1e30", "optim.weight_decay=0", "task.sample_tokens=2", "logger=disabled"]
+    places = [f"data.path={TEXT}", f"data.cache={tmp_path}", "data.vocab_size=400", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", *values, *places]) == 0, capsys.readouterr().err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["sample"] is None
+    assert "not finite: training diverged" in summary["sample_problem"]
