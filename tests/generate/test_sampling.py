@@ -74,7 +74,7 @@ SAMPLES = [
     SampleConfig(max_tokens=10, temperature=1.0, seed=1),
     SampleConfig(max_tokens=10, temperature=1.5, top_k=20, top_p=0.9, seed=2),
 ]
-PROMPT = [3, 60, 17]
+PROMPT = [5, 60, 17]
 WIDE: dict[str, Any] = {"model.init_std": 0.5}  # logits that are far apart
 SEQUENCE_PARALLEL = {"parallel.sequence_parallel": True}
 # 8 positions over 3 ranks: the padded context is longer than the table of learned positions
