@@ -1,31 +1,20 @@
-"""Are the gradients of a model's operations those of what they compute?
-
-One process runs one small batch through the whole model and its loss in fp64, with weights off their initial values,
-and keeps what every operation with a backward of its own (a `torch.autograd.Function`, of ours or of a user's) and
-every module was called with. Each call is then made again alone, and its gradients, of every floating input and of
-every weight, are held against central finite differences of the same forward, and against torch's autograd where that
-can differentiate the forward. What is inside of a call comes before it, so the innermost wrong one is named; the whole
-model comes last.
-
-`megapar verify` begins with this: the one-process run that layouts are compared with runs the same operations.
-"""
+"""The gradients of recorded calls against finite differences and autograd."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
 
 from megapar.config.check import with_layout
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.kernels import requested_backend, use_backend
-from megapar.parallel.overlap import _AllGatherMatmul, _CopyMatmul, _MatmulAllReduce, _MatmulReduceScatter
+from megapar.operations.calls import SEED, Call, record
 from megapar.parallel.record import Normal
 from megapar.parallel.weight_grad import LocalParameter, Piece
 from megapar.part import BuildStage, ModelPart
@@ -33,19 +22,17 @@ from megapar.tasks import task_kind
 
 # Central differences along a direction of the tensor's own size (times STEP) are off by STEP^2 / 6 times the ratio of
 # third and first derivatives, and by rounding, EPS / STEP: 1e-10 and 2e-11. BOUND leaves four digits for ratios of
-# derivatives, as in a softmax. Right ones reach 2e-9 in the models of `conf/`; a mistake is a factor or a term.
+# derivatives, as in a softmax. Right ones reach 1e-8 alone, and 2e-7 as a whole model; a mistake is a factor or a term.
 STEP, BOUND = 1e-5, 1e-6
 EPS = 2.0**-52
 # Autograd of the same forward does the same sums in another order.
 AUTOGRAD_BOUND = 1e-10
-# Off in all of them: a kink (of a ReLU) between the two ends of one difference is in the way of that one alone.
+# A gradient is wrong that is off with all of them: a smaller one is nearer where derivatives are large, and a kink (of
+# a ReLU) between the two ends of one difference is in the way of that one alone.
 STEPS = (STEP, STEP / 8, STEP / 64)
 DIRECTIONS = 2
 POSITIONS, SAMPLES = 8, 2  # of the batch, at most
-SEED = 17
 
-# In one process the linear layers of sequence parallelism are those without it: these are what its ranks would run.
-_SEQUENCE_PARALLEL = {_CopyMatmul: _AllGatherMatmul, _MatmulAllReduce: _MatmulReduceScatter}
 _MODES = ("at once", "at once, added to an earlier one", "deferred", "deferred, added to an earlier one")
 
 
@@ -80,31 +67,6 @@ class Report:
     wrong: list[Wrong] = field(default_factory=list)
 
 
-@dataclass
-class _Call:
-    """A call that was made. arguments: its tensors' values before it, flattened; inputs: those with a gradient;
-    weights: parameters that it may read; plain: the forward as autograd can differentiate it, if it can."""
-
-    where: str
-    what: str
-    run: Callable[..., Any]
-    plain: Callable[..., Any] | None
-    arguments: list[Any]
-    spec: Any
-    inputs: list[int]
-    weights: list[LocalParameter]
-    signature: tuple[Any, ...]
-    inner: list["_Call"] = field(default_factory=list)
-
-    def make(self, values: dict[int, Tensor], run: Callable[..., Any] | None = None) -> list[Tensor]:
-        """Its floating outputs with these inputs. Every tensor is fresh, as a call may write to it."""
-        leaves = [_fresh(values.get(at, leaf)) for at, leaf in enumerate(self.arguments)]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        torch.default_generator.manual_seed(SEED)  # of a module that draws, the same every time
-        outputs = (run or self.run)(*args, **kwargs)
-        return [out for out in tree_flatten(outputs)[0] if isinstance(out, Tensor) and out.is_floating_point()]
-
-
 def check_operations(config: TrainConfig, build_stage: BuildStage | None = None) -> Report:
     """Check every operation that the config's model uses, in this process and on its CPU, in fp64 and torch's form of
     the kernels.
@@ -133,18 +95,17 @@ class _Checker:
         self.context, self.parameters = part.context, part.context.parameters
         self.weight_grads = part.context.weight_grads
         self.random = torch.Generator().manual_seed(SEED)
-        self.sequence_parallel = config.parallel.sequence_parallel
-        [self.stage] = part.stages.values()
-        self.stage.train()
-        self.task = task_kind(config.task.name).make(config, part.context, self.stage)
-        self.batch = self.task.batches(1)[0]
         self.result = Report()
         for parameter in self.parameters:
             for piece in parameter.pieces:
                 self._move_off_initial(parameter, piece)
+        [stage] = part.stages.values()
+        stage.train()
+        task = task_kind(config.task.name).make(config, part.context, stage)
+        self.whole = record(stage, task, self.parameters, config.parallel.sequence_parallel)
 
     def report(self) -> Report:
-        whole = self._record()
+        whole = self.whole
         self._walk(whole.inner, {})
         if not self.result.wrong and (wrong := self._check(whole, whole.weights, together=True)):
             # Something that looked like a call that was right: now every single one, and the weights one by one.
@@ -155,87 +116,14 @@ class _Checker:
 
     def _move_off_initial(self, parameter: LocalParameter, piece: Piece) -> None:
         """Random weights of a size at which nonlinearities matter; norms' not 1, biases not 0."""
-        rows = _values(parameter)[piece.start : piece.stop]
+        rows = values_of(parameter)[piece.start : piece.stop]
         noise = torch.rand(rows.shape, generator=self.random, dtype=rows.dtype) - 0.5
         if isinstance(piece.record.init, Normal):
             rows.normal_(0.0, piece.record.shape[-1] ** -0.5, generator=self.random)
         else:
             rows.copy_(torch.where(rows == 0, noise, rows * (1 + noise)))
 
-    # ------------------------------------------------------------------------------------------------------- the calls
-    def _record(self) -> _Call:
-        """Run the model once. The whole, with the calls inside of it."""
-
-        def model(received: Any, batch: Any) -> Tensor:
-            return self.task.loss(self.stage(received, batch), batch)
-
-        whole = self._call("", "the whole model", model, None, ({}, self.batch), {}, self.parameters, ())
-        open_calls = [whole]
-
-        def begin(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            of = {id(tensor) for tensor in module.parameters()}
-            weights = [parameter for parameter in self.parameters if id(parameter.tensor) in of]
-            name = type(module).__name__
-            call = self._call(path, name, module, None, args, kwargs, weights, (type(module),))
-            open_calls[-1].inner.append(call)
-            open_calls.append(call)
-
-        def apply(cls: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            by_tensor = {id(parameter.tensor): parameter for parameter in self.parameters}
-            owners = [arg if isinstance(arg, LocalParameter) else by_tensor.get(id(arg)) for arg in args]
-            weights = [owner for owner in dict.fromkeys(owners) if owner is not None]
-            for function in (cls, _SEQUENCE_PARALLEL.get(cls) if self.sequence_parallel else None):
-                if function is not None:
-                    signature = (function, *(arg if isinstance(arg, type) else type(arg) for arg in args))
-                    call = self._call(
-                        open_calls[-1].where, _name(function, args), function.apply, _forward(function), args, kwargs,
-                        weights, signature,
-                    )  # fmt: skip
-                    open_calls[-1].inner.append(call)
-            return original(*args, **kwargs)
-
-        handles = []
-        for path, module in self.stage.named_modules():
-            if path:
-                handles += [
-                    module.register_forward_pre_hook(
-                        lambda module, args, kwargs, path=path: begin(path, module, args, kwargs), with_kwargs=True
-                    ),
-                    module.register_forward_hook(lambda module, args, output: open_calls.pop() and None),
-                ]
-        try:
-            with _watching_functions(apply):
-                model({}, self.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return whole
-
-    def _call(
-        self,
-        where: str,
-        what: str,
-        run: Callable[..., Any],
-        plain: Callable[..., Any] | None,
-        args: Any,
-        kwargs: Any,
-        weights: Sequence[LocalParameter],
-        signature: tuple[Any, ...],
-    ) -> _Call:
-        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-        own = {id(parameter.tensor) for parameter in self.parameters}
-        inputs, arguments = [], []
-        for at, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and id(leaf) not in own:
-                if leaf.requires_grad and leaf.is_floating_point():
-                    inputs.append(at)
-                leaf = leaf.detach().clone()
-            arguments.append(leaf)
-        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in arguments)
-        signature = (*signature, shapes, tuple(parameter.shape for parameter in weights))
-        return _Call(where, what, run, plain, arguments, spec, inputs, list(weights), signature)
-
-    def _walk(self, calls: Sequence[_Call], seen: dict[Any, bool] | None) -> bool:
+    def _walk(self, calls: Sequence[Call], seen: dict[Any, bool] | None) -> bool:
         """Check these and what is inside of them; whether all are right. seen: of what calls looked like that need not
         be checked again, whether those were right; None: check every one."""
         right = True
@@ -254,7 +142,7 @@ class _Checker:
         return right
 
     # ---------------------------------------------------------------------------------------------------- the gradients
-    def _check(self, call: _Call, weights: Sequence[LocalParameter], together: bool = False) -> list[Wrong]:
+    def _check(self, call: Call, weights: Sequence[LocalParameter], together: bool = False) -> list[Wrong]:
         """Gradients of a call's inputs and of these weights. together: the weights along one direction."""
         groups = self._groups(call, weights, together)
         if not groups:
@@ -262,7 +150,7 @@ class _Checker:
         try:
             gradients, cotangents = self._gradients(call)
         except Exception:
-            if not call.where and not call.signature[0]:
+            if call is self.whole:
                 raise
             return []  # it can't be made alone: what is around it is checked
         if not cotangents:
@@ -290,7 +178,7 @@ class _Checker:
         return found
 
     def _groups(
-        self, call: _Call, weights: Sequence[LocalParameter], together: bool
+        self, call: Call, weights: Sequence[LocalParameter], together: bool
     ) -> list[tuple[str, list["_Member"]]]:
         """What is varied along one direction, by name: each input, and each logical parameter or all of them."""
         inputs = [at for at in call.inputs if call.arguments[at].numel()]
@@ -301,13 +189,13 @@ class _Checker:
         pieces = []
         for weight in weights:
             for piece in weight.pieces:
-                member = _Member(-1, (weight, piece), _values(weight)[piece.start : piece.stop])
+                member = _Member(-1, (weight, piece), values_of(weight)[piece.start : piece.stop])
                 pieces.append((piece.record.name, [member]))
         if together and pieces:
             return [*groups, ("its weights", [member for _, members in pieces for member in members])]
         return groups + pieces
 
-    def _gradients(self, call: _Call) -> tuple[dict[str, dict[Any, Tensor]], dict[int, Tensor]]:
+    def _gradients(self, call: Call) -> tuple[dict[str, dict[Any, Tensor]], dict[int, Tensor]]:
         """By mode the gradients by input and by weight; and what the outputs were multiplied with, by output."""
         found: dict[str, dict[Any, Tensor]] = {}
         cotangents: dict[int, Tensor] = {}
@@ -345,7 +233,7 @@ class _Checker:
 
     def _errors(
         self,
-        call: _Call,
+        call: Call,
         members: Sequence["_Member"],
         gradients: dict[str, dict[Any, Tensor]],
         cotangents: dict[int, Tensor],
@@ -366,14 +254,14 @@ class _Checker:
             errors = {mode: here[mode] if not here[mode] <= errors[mode] else errors[mode] for mode in errors}
         return errors
 
-    def _agrees(self, call: _Call, members: Sequence["_Member"], plain: dict[Any, Tensor], cotangents: Any) -> bool:
+    def _agrees(self, call: Call, members: Sequence["_Member"], plain: dict[Any, Tensor], cotangents: Any) -> bool:
         """Whether autograd's gradient of the forward is that of finite differences: the forward may hide from it."""
         return self._errors(call, members, {"": plain}, cotangents)[""] <= BOUND
 
     @torch.no_grad()
     def _slope(
         self,
-        call: _Call,
+        call: Call,
         members: Sequence["_Member"],
         directions: Sequence[Tensor],
         cotangents: dict[int, Tensor],
@@ -399,7 +287,7 @@ class _Checker:
             square += float((high * cotangent).square().sum())
         return slope, 16 * EPS * math.sqrt(square) / step
 
-    def _autograd(self, call: _Call, cotangents: dict[int, Tensor]) -> dict[Any, Tensor] | None:
+    def _autograd(self, call: Call, cotangents: dict[int, Tensor]) -> dict[Any, Tensor] | None:
         """Torch's own gradients of an operation's forward, None where it can't differentiate that."""
         if call.plain is None:
             return None
@@ -469,61 +357,13 @@ def _size(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) or 1.0
 
 
-def _values(parameter: LocalParameter) -> Tensor:
+def values_of(parameter: LocalParameter) -> Tensor:
     """The memory of a parameter, in the shape of its pieces."""
     return parameter.tensor.detach().view(parameter.shape)
 
 
 def _shape(name: Any, grad: Tensor) -> Any:
     return name.shape if isinstance(name, LocalParameter) else grad.shape
-
-
-def _fresh(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) else leaf
-
-
-def _name(function: Any, args: Sequence[Any]) -> str:
-    """An operation's: of an owned one that of its three functions."""
-    for arg in args:
-        if hasattr(arg, "add_weight_grad"):
-            return arg.__name__ if isinstance(arg, type) else type(arg).__name__
-    return function.__name__.lstrip("_").removeprefix("Owned")
-
-
-class _Context:
-    """What a forward does with its context, for nothing."""
-
-    needs_input_grad = (True,) * 64
-
-    def save_for_backward(self, *tensors: Any) -> None: ...
-    def mark_dirty(self, *tensors: Any) -> None: ...
-    def mark_non_differentiable(self, *tensors: Any) -> None: ...
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-
-def _forward(function: Any) -> Callable[..., Any]:
-    """The forward of an autograd function, as a plain one."""
-    if function.setup_context is not torch.autograd.Function.setup_context:
-        return function.forward
-    return lambda *args: function.forward(_Context(), *args)
-
-
-@contextmanager
-def _watching_functions(seen: Callable[..., Any]) -> Iterator[None]:
-    """Have seen(function, its apply, args, kwargs) called in the place of every autograd function but torch's own."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        run = original.__get__(None, cls)
-        if cls.__module__.partition(".")[0] == "torch":
-            return run(*args, **kwargs)
-        return seen(cls, run, args, kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 @contextmanager
