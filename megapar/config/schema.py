@@ -65,7 +65,6 @@ class ModelConfig:
     module: str | None = option(
         None,
         "PACKAGE:FUNCTION that builds a stage from (config, context), importable from here; default: the Transformer",
-        empty="names no function; give PACKAGE:FUNCTION, or leave it out for the Transformer",
         verbatim=True,
         fixed=True,
     )

@@ -110,7 +110,7 @@ REFUSED = {
     "train train.steps=1 train.trace=[2,2]": ["train.trace=[2,2]", "within 1 to train.steps=1,", "[1,1]"],
     "train train.trace=7": ["train.trace=7", "a list such as [5,3]"],
     "train data=text": ["data.path=", "folder"],
-    "train model.module=": ["model.module=", "names no function", "PACKAGE:FUNCTION"],
+    "train model.module=": ["model.module=", "empty", "leave it out"],
     "train model.module=json": ["model.module=json", "use PACKAGE:FUNCTION", "my_model:build_stage"],
     "train model.module=no_such.model:build": [
         "model.module=no_such.model:build",
