@@ -11,6 +11,7 @@ drifts is detected even if nothing reads it.
 import json
 import math
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -243,7 +244,13 @@ def run(config: VerifyConfig, build_stage: BuildStage | None = None) -> int:
     """The command: checks the operations, prints a table row per layout, writes `out`, returns 1 if anything is wrong.
 
     build_stage: as of `ModelPart`; a function at the top level of a module, for the ranks to find it
+
+    Raises UserError for another function, and for a model that can't run at all.
     """
+    try:
+        pickle.dumps(build_stage)
+    except Exception as error:
+        raise UserError("build_stage: ranks can't find it; use a function at the top level of a module") from error
     report: dict[str, Any] = {"dtype": config.train.dtype, "bounds": BOUNDS[config.train.dtype], "layouts": []}
     start = time.perf_counter()
     try:

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from megapar import verify
+from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.kernels import rope
 from megapar.models import attention, layer, mlp
 from megapar.operations import Report, check_operations
 from megapar.parallel import cross_entropy, layers, overlap
 from megapar.parallel.weight_grad import AddBias, Lookup, WeightGrads
+from megapar.train.trainer import Trainer
 from tests.cli.conftest import clean_environment
 from tests.parallel import wrong_models
 from tests.parallel.layouts import STYLES, verify_config
+from tests.tiny import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"model.layers": 2, "model.kv_heads": 4, "model.heads": 4, "model.hidden": 16}
@@ -304,6 +307,22 @@ def test_verify_compares_layouts_of_a_users_model(
     assert out[-2] == "1 of 1 layouts agree with the one-process run"
     written = json.loads((tmp_path / "verify.json").read_text())
     assert written["operations"]["wrong"] == [] and written["operations"]["error"] < written["operations"]["bound"]
+
+
+def test_a_model_that_cannot_be_checked_is_one_line(prefix: str, tmp_path: Path) -> None:
+    config = config_in(tmp_path, prefix, ["tp2"])
+    with pytest.raises(UserError, match=r"^build_stage: ranks can't find it; use a function at the top level"):
+        verify.run(config, lambda config, context: wrong_models.right(config, context))
+    with pytest.raises(UserError, match=r"^the model can't run in one process: .*no such width"):
+        verify.run(config, wrong_models.fails)
+
+
+def test_a_run_trains_what_model_module_names(tokens: str) -> None:
+    trainer = Trainer(tiny_config(tokens, **{"model.module": f"{wrong_models.__name__}:right"}), 0)
+    before = trainer.step(1).loss
+    assert type(trainer.stages[0].layers["1"]) is wrong_models.Adapter  # type: ignore[attr-defined]
+    assert trainer.step(2).loss != before
+    trainer.close()
 
 
 # ------------------------------------------------------------------------------------------------------ docs/howto

@@ -103,4 +103,5 @@ def one_layer_wrong(config: TrainConfig, context: StageContext) -> TransformerSt
     return stage
 
 
-not_a_function = 3
+def fails(config: TrainConfig, context: StageContext) -> TransformerStage:
+    raise RuntimeError("no such width")
