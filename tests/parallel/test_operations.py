@@ -250,8 +250,9 @@ def test_a_small_mistake_is_seen_by_autograd(prefix: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- a user's own
-def test_a_users_right_model_is_right(prefix: str) -> None:
-    assert report(prefix, build=wrong_models.right).wrong == []
+@pytest.mark.parametrize("build", [wrong_models.right, wrong_models.right_in_fp32])
+def test_a_users_right_model_is_right(build: Any, prefix: str) -> None:
+    assert report(prefix, build=build).wrong == []
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,7 @@ def test_a_users_right_model_is_right(prefix: str) -> None:
             wrong_models.wrong_function,
             r"^layers\.0 \(WrongCube\): the gradient of its input is off by 6.*\(finite diff",
         ),
+        (wrong_models.wrong_in_fp32, r"^layers\.0 \(WrongSingle\): the gradient of its input "),
         (wrong_models.detached, r"^layers\.0 \(Adapter\): the gradient of its input "),
         (wrong_models.one_layer_wrong, r"^layers\.1\.mlp \(Times\): the gradient of layers\.1\.scale\.weight "),
     ],

@@ -33,6 +33,27 @@ class WrongCube(Cube):
         return grad * ctx.saved_tensors[0] ** 2
 
 
+class Single(torch.autograd.Function):
+    """x^3 in fp32, in whatever dtype x is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x.float() ** 3).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad.float() * 3 * ctx.saved_tensors[0].float() ** 2).to(grad.dtype)
+
+
+class WrongSingle(Single):
+    """The same, and its gradient without the 3."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Single.backward(ctx, grad) / 3
+
+
 class Adapter(nn.Module):
     """A layer, and behind it plain torch around a function."""
 
@@ -55,6 +76,14 @@ def _adapted(config: TrainConfig, context: StageContext, function: Any) -> Trans
 
 def right(config: TrainConfig, context: StageContext) -> TransformerStage:
     return _adapted(config, context, Cube.apply)
+
+
+def right_in_fp32(config: TrainConfig, context: StageContext) -> TransformerStage:
+    return _adapted(config, context, Single.apply)
+
+
+def wrong_in_fp32(config: TrainConfig, context: StageContext) -> TransformerStage:
+    return _adapted(config, context, WrongSingle.apply)
 
 
 def wrong_function(config: TrainConfig, context: StageContext) -> TransformerStage:
