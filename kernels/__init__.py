@@ -49,6 +49,11 @@ def use_backend(name: str) -> None:
     _requested = name
 
 
+def requested_backend() -> str:
+    """What `use_backend` chose: auto at first."""
+    return _requested
+
+
 def use_tile_scheduler(name: str) -> None:
     """Choose how the programs of a matmul in Triton come by their tiles: static, each by a fixed stride, or dynamic,
     from an atomic counter. The results are the same bits. Raises ValueError for an unknown name."""

@@ -3,25 +3,58 @@
 What trains, generates, verifies or plans begins with a `ModelPart`.
 """
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 
 import torch
 
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import KernelsConfig, TrainConfig
 from megapar.config.stages import make_schedule, ties
 from megapar.kernels import interprets, use_backend, use_tile_scheduler
 from megapar.kernels._common import check_overflow
 from megapar.kernels._counters import reserve_counters
 from megapar.mesh import Mesh
-from megapar.models.stage import build_stage
+from megapar.models.stage import build_stage as build_transformer
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.context import StageContext
 from megapar.parallel.plain import adopt
 from megapar.parallel.weight_grad import WeightGrads
 from megapar.pipeline.stage import Stage
 
+BuildStage = Callable[[TrainConfig, StageContext], Stage]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def find_builder(module: str | None) -> BuildStage:
+    """What `model.module` names, `package:function`: it builds a stage from (config, context). None: the Transformer.
+
+    The package may be a file or a folder of the current folder. Raises ConfigError where it can't be imported, whatever
+    it raises itself, and for what can't be called.
+    """
+    if module is None:
+        return build_transformer
+    package, _, name = module.partition(":")
+    if not all(part.isidentifier() for part in [*package.split("."), *name.split(".")]):
+        raise ConfigError("model.module", module, "use PACKAGE:FUNCTION, such as my_model:build_stage")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(package)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        problem = f"{package} can't be imported ({type(error).__name__}: {line})"
+        raise ConfigError("model.module", module, problem) from error
+    for attribute in name.split("."):
+        if not hasattr(found, attribute):
+            raise ConfigError("model.module", module, f"{package} has no {name}")
+        found = getattr(found, attribute)
+    if not callable(found):
+        problem = f"a {type(found).__name__} can't be called; name a function that builds a stage"
+        raise ConfigError("model.module", module, problem)
+    return found
 
 
 def make_mesh(config: TrainConfig, rank: int) -> Mesh:
@@ -44,7 +77,7 @@ def _choose_kernels(kernels: KernelsConfig, device: torch.device) -> None:
 class ModelPart:
     """A rank's part of the model: its stages by number and the flat buffers of their parameters.
 
-    build_stage: makes a stage from (config, context); the default is the configured Transformer.
+    build_stage: makes a stage from (config, context); the default is what `model.module` names, or the Transformer.
     mesh: reuse an existing mesh of the same layout; torch cannot recreate destroyed groups.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
     weight_grads: what adds weight gradients, if not the plain one of training.
@@ -54,7 +87,7 @@ class ModelPart:
         self,
         config: TrainConfig,
         rank: int,
-        build_stage: Callable[[TrainConfig, StageContext], Stage] = build_stage,
+        build_stage: BuildStage | None = None,
         *,
         mesh: Mesh | None = None,
         weights_only: bool = False,
@@ -78,6 +111,7 @@ class ModelPart:
         )
         for name, stages in ties(config).items():
             self.context.tie(name, stages)
+        build_stage = build_stage or find_builder(config.model.module)
         self.stages: dict[int, Stage] = {}
         for number in self.schedule.stages_of(self.mesh["pp"].index):
             self.context.stage = number

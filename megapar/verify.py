@@ -1,4 +1,7 @@
-"""`megapar verify`: does every layout compute what one process computes?
+"""`megapar verify`: does every layout compute what one process computes, and are the operations' gradients right?
+
+First every operation that the model uses is checked alone (`megapar/operations.py`): a wrong backward would be the same
+one in every layout, and in the run that they are compared with.
 
 The one-process run writes every gradient and updated weight of its first steps, in logical coordinates. Every rank of
 every layout then compares all that it holds with its place in there: replicas and tied copies too, so a copy that
@@ -8,23 +11,28 @@ drifts is detected even if nothing reads it.
 import json
 import math
 import os
+import pickle
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from megapar.config.check import with_layout
+from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.launch.pool import PoolError, WorkerPool
 from megapar.launch.rank import one_line
 from megapar.launch.rundir import REFERENCE
+from megapar.operations import BOUND, Report, check_operations
+from megapar.part import BuildStage
 from megapar.train.metrics import finite
 from megapar.train.trainer import Trainer
 
@@ -36,6 +44,7 @@ BOUNDS = {
 }
 
 
+MOST = 5  # wrong gradients that are shown; verify.json has all
 JOB_TIMEOUT_S = 3600.0  # of a layout's whole job; a stuck collective ends by train.timeout_s
 
 
@@ -90,9 +99,11 @@ class RunRecord:
         return array[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
 
 
-def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) -> list[tuple[float, float]]:
-    """One process: writes the record, returns (loss, gradient norm) by step."""
-    trainer = Trainer(config, rank)
+def run_reference(
+    rank: int, world_size: int, config: TrainConfig, folder: str, **stages: Any
+) -> list[tuple[float, float]]:
+    """One process: writes the record, returns (loss, gradient norm) by step. stages: build_stage, or nothing."""
+    trainer = Trainer(config, rank, **stages)
     shapes = {held.piece.record.name: held.piece.record.shape for held in trainer.buffers.held()}
     (Path(folder) / "shapes.json").write_text(json.dumps(shapes))
     record = RunRecord(Path(folder), shapes)
@@ -111,10 +122,10 @@ def run_reference(rank: int, world_size: int, config: TrainConfig, folder: str) 
     return history
 
 
-def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str) -> list[Compared]:
-    """One rank of a layout: trains the same steps and compares everything it holds."""
+def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str, **stages: Any) -> list[Compared]:
+    """One rank of a layout: trains the same steps and compares everything it holds. stages: as of `run_reference`."""
     record = RunRecord.open(Path(folder))
-    trainer = Trainer(config, rank)
+    trainer = Trainer(config, rank, **stages)
     history = []
 
     def compare(step: int, kind: str, buckets: Sequence[Tensor], found: Compared) -> None:
@@ -191,15 +202,24 @@ def reference_of(config: VerifyConfig) -> VerifyConfig:
     return changed(one, {"train.device": "cpu", "kernels.backend": "torch"})
 
 
-def compare_layouts(config: VerifyConfig, pool: WorkerPool, folder: str) -> Iterator[Verdict]:
-    """Run the reference and every layout of a resolved configuration; verdicts come as they are found."""
-    reference = pool.run(run_reference, 1, reference_of(config), folder, timeout=JOB_TIMEOUT_S)[0]
+def compare_layouts(
+    config: VerifyConfig, pool: WorkerPool, folder: str, build_stage: BuildStage | None = None
+) -> Iterator[Verdict]:
+    """Run the reference and every layout of a resolved configuration; verdicts come as they are found.
+
+    build_stage: as of `ModelPart`; a function at the top level of a module, as it travels by pickle
+    """
+
+    def job(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if build_stage is None else partial(function, build_stage=build_stage)
+
+    reference = pool.run(job(run_reference), 1, reference_of(config), folder, timeout=JOB_TIMEOUT_S)[0]
     record = RunRecord.open(Path(folder))
     for text in config.layouts or []:
         layout, start = Layout.parse(text), time.perf_counter()
         try:
             ranks = pool.run(
-                run_layout,
+                job(run_layout),
                 layout.world,
                 with_layout(config, layout),
                 folder,
@@ -220,8 +240,51 @@ def what_failed(error: PoolError) -> str:
     return f"rank {error.rank}: {line}"
 
 
-def run(config: VerifyConfig) -> int:
-    """The command: prints a table row per layout, writes `out`, returns 1 if a layout failed."""
+def run(config: VerifyConfig, build_stage: BuildStage | None = None) -> int:
+    """The command: checks the operations, prints a table row per layout, writes `out`, returns 1 if anything is wrong.
+
+    build_stage: as of `ModelPart`; a function at the top level of a module, for the ranks to find it
+
+    Raises UserError for another function, and for a model that can't run at all.
+    """
+    try:
+        pickle.dumps(build_stage)
+    except Exception as error:
+        raise UserError("build_stage: ranks can't find it; use a function at the top level of a module") from error
+    report: dict[str, Any] = {"dtype": config.train.dtype, "bounds": BOUNDS[config.train.dtype], "layouts": []}
+    start = time.perf_counter()
+    try:
+        operations = check_operations(config, build_stage)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the model can't run in one process: {one_line(error)}") from error
+    seconds = time.perf_counter() - start
+    report["operations"] = asdict(operations) | {"bound": BOUND, "seconds": seconds}
+    _show(operations, seconds)
+    if operations.wrong:
+        print("no layout was compared: the one-process run would have the same gradients")
+    else:
+        report["layouts"] = [asdict(verdict) for verdict in _table(config, build_stage)]
+    _write(config, report)
+    return 1 if operations.wrong or not all(verdict["passed"] for verdict in report["layouts"]) else 0
+
+
+def _show(operations: Report, seconds: float) -> None:
+    if not operations.wrong:
+        what = f"{operations.gradients} gradients of {operations.checked} operations and modules"
+        print(
+            f"{what} in fp64 against finite differences; bound {BOUND:.0e}: {operations.error:.1e} {seconds:.1f}s  pass"
+        )
+        return
+    for wrong in operations.wrong[:MOST]:
+        print(f"FAIL  {wrong}")
+    if len(operations.wrong) > MOST:
+        print(f"FAIL  and {len(operations.wrong) - MOST} more gradients")
+
+
+def _table(config: VerifyConfig, build_stage: BuildStage | None) -> list[Verdict]:
+    """Compare the layouts, with a row of the table for each."""
     bounds = BOUNDS[config.train.dtype]
     layouts = [Layout.parse(text) for text in config.layouts or []]
     width = max([len(str(layout)) for layout in layouts] + [len("layout")])
@@ -236,7 +299,7 @@ def run(config: VerifyConfig) -> int:
         tempfile.TemporaryDirectory(prefix=REFERENCE, dir=config.run.dir) as folder,
         WorkerPool(max([layout.world for layout in layouts] + [1]), config.kernels.backend == "interpret") as pool,
     ):
-        for verdict in compare_layouts(config, pool, folder):
+        for verdict in compare_layouts(config, pool, folder, build_stage):
             verdicts.append(verdict)
             numbers = "".join(
                 f"{value:>10.1e}" for value in (verdict.gradient, verdict.grad_norm, verdict.update, verdict.loss)
@@ -245,8 +308,7 @@ def run(config: VerifyConfig) -> int:
             print(f"{verdict.layout:<{width}}{numbers} {verdict.seconds:>5.1f}s  {end}", flush=True)
     failed = sum(not verdict.passed for verdict in verdicts)
     print(f"{len(verdicts) - failed} of {len(verdicts)} layouts agree with the one-process run")
-    _write(config, {"dtype": config.train.dtype, "bounds": bounds, "layouts": [asdict(v) for v in verdicts]})
-    return 1 if failed else 0
+    return verdicts
 
 
 def _write(config: VerifyConfig, report: dict) -> None:

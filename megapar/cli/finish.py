@@ -80,6 +80,10 @@ def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
         draft, 1 if world_size is None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size
     )
     check(draft, num_gpus=gpus, world_size=world_size)
+    if config.model.module is not None:
+        from megapar.part import find_builder
+
+        find_builder(config.model.module)
     refuse_bad_out(config.out, config.run.dir)
     from megapar.train.sinks import sink_kinds
 

@@ -62,6 +62,13 @@ class ModelConfig:
         0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)", above=0, at_most=1000
     )
 
+    module: str | None = option(
+        None,
+        "PACKAGE:FUNCTION that builds a stage from (config, context), importable from here; default: the Transformer",
+        verbatim=True,
+        fixed=True,
+    )
+
     @property
     def gated(self) -> bool:
         """Whether the MLP has a third matrix, the gate's."""

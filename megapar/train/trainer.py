@@ -10,14 +10,11 @@ from torch import Tensor
 
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
-from megapar.models.stage import build_stage
 from megapar.optim.adamw import Optimizer, StepResult, learning_rate
-from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
-from megapar.part import ModelPart
+from megapar.part import BuildStage, ModelPart
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.graphs import Graphs, why_not
-from megapar.pipeline.stage import Stage
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
 from megapar.tasks import task_kind
@@ -74,7 +71,7 @@ class Trainer(ModelPart):
         self,
         config: TrainConfig,
         rank: int,
-        build_stage: Callable[[TrainConfig, StageContext], Stage] = build_stage,
+        build_stage: BuildStage | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> None:

@@ -110,6 +110,17 @@ REFUSED = {
     "train train.steps=1 train.trace=[2,2]": ["train.trace=[2,2]", "within 1 to train.steps=1,", "[1,1]"],
     "train train.trace=7": ["train.trace=7", "a list such as [5,3]"],
     "train data=text": ["data.path=", "folder"],
+    "train model.module=": ["model.module=", "empty", "leave it out"],
+    "train model.module=json": ["model.module=json", "use PACKAGE:FUNCTION", "my_model:build_stage"],
+    "train model.module=no_such.model:build": [
+        "model.module=no_such.model:build",
+        "can't be imported",
+        "No module named",
+    ],
+    "train model.module=json:build": ["model.module=json:build", "json has no build"],
+    "verify model.module=json:nothing": ["model.module=json:nothing", "json has no nothing"],
+    "verify model.module=json:__name__": ["model.module=json:__name__", "a str can't be called"],
+    "verify model.module=a-b:c": ["model.module=a-b:c", "use PACKAGE:FUNCTION"],
     # layouts
     "train parallel.tp=3": ["model.heads=4", "parallel.tp=3", "use 3 or 6"],
     "train parallel.tp=4 model.ffn=90": ["model.ffn=90", "parallel.tp=4", "use 88 or 92"],
