@@ -239,9 +239,11 @@ def check_verify(config: VerifyConfig, *, num_gpus: int) -> None:
     check_ranks(Layout(), config.train.device, "train.device", num_gpus=num_gpus, world_size=None)
     if config.train.dtype == "bf16":
         raise ConfigError("train.dtype", "bf16", "verify compares in fp64 or fp32; use one of them")
+    problem = "verify starts every layout from its initial values; leave it out"
     if config.checkpoint.load is not None:
-        problem = "verify starts every layout from its initial values; leave it out"
         raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
+    if config.checkpoint.weights is not None:
+        raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
     if config.pipeline.rebalance:
         raise ConfigError("pipeline.rebalance", config.pipeline.rebalance, "verify moves no layers; leave it out")
     if config.layouts is not None and not config.layouts:
