@@ -23,6 +23,7 @@ from megapar.optim.adamw import learning_rate
 from megapar.train.metrics import rows_before
 
 ELSEWHERE = "choose another run.dir, or train.resume=never, which moves what is there aside"
+MOST = 6  # differences that are named
 ORIGINS = ("load", "weights")  # keys of `checkpoint`: where a run comes from before it has state of its own
 
 
@@ -140,9 +141,9 @@ def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | Non
         before, after = (f"{hashes.get(kind, 'none'):.8}" for hashes in (manifest.data, now))
         different.append(f"the {kind} of data.path={config.data.path}, by SHA-256 {before} -> {after}")
     if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        more = f" and {len(different) - MOST} more" if len(different) > MOST else ""
         problem = (
-            f"holds a run that does not go on with other values (saved -> now): {', '.join(different[:3])}{more}; "
+            f"holds a run that does not go on with other values (saved -> now): {', '.join(different[:MOST])}{more}; "
             f"use the saved ones, {ELSEWHERE}"
         )
         raise ConfigError("run.dir", folder, problem)
