@@ -180,6 +180,9 @@ def check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
         )
+    if config.checkpoint.load is not None and config.checkpoint.weights is not None:
+        problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
+        raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
     trace = train.trace
     if trace is not None and (len(trace) != 2 or not 1 <= trace[0] <= trace[1] <= train.steps):
         problem = f"needs the first and the last step to trace, within 1 to train.steps={train.steps}, such as "
