@@ -105,7 +105,7 @@ def is_own(folder: Path, path: str | None) -> bool:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run can go on from a checkpoint."""
-    return any(path.parent.name != LATEST for path in (folder / "checkpoints").glob(f"step-*/{MANIFEST}"))
+    return bool(_checkpoints(folder))
 
 
 def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | None, manifest: Manifest | None) -> None:
@@ -113,32 +113,26 @@ def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | Non
 
     saved: its config.yaml; manifest: of the checkpoint that it would go on from. Data are the same if their tokens are.
     """
-    if manifest is not None:
-        if saved is None:
-            refuse_other_model(manifest, config, folder)
-            refuse_other_order(manifest, config, folder)
-        now = data_hashes(config.data.prefix)
-        same_data = bool(now) and now == manifest.data
-    else:
-        same_data = False
-    different = (
-        []
-        if saved is None
-        else [
-            f"{key} {show(value_of(saved, key))} -> {show(value_of(config, key))}"
-            for key, facts in keys(TrainConfig).items()
-            if (facts.fixed or (facts.kept and not (same_data and key.startswith("data."))))
-            and value_of(saved, key) != value_of(config, key)
-        ]
-    )
-    if saved is not None:
-        for name in ORIGINS:
-            was, now_path = getattr(saved.checkpoint, name), getattr(config.checkpoint, name)
-            if not _same_origin(folder, was, now_path, manifest is not None):
-                different.append(f"checkpoint.{name} {show(was)} -> {show(now_path)}")
-    if manifest is not None and not different and manifest.data and now and not same_data:
-        kind = next(kind for kind in {**now, **manifest.data} if now.get(kind) != manifest.data.get(kind))
-        before, after = (f"{hashes.get(kind, 'none'):.8}" for hashes in (manifest.data, now))
+    if saved is None and manifest is not None:
+        refuse_other_model(manifest, config, folder)
+        refuse_other_order(manifest, config, folder)
+    if saved is None:
+        return
+    then, now = manifest.data if manifest is not None else {}, data_hashes(config.data.prefix)
+    same_data = bool(now) and now == then
+    different = [
+        f"{key} {show(value_of(saved, key))} -> {show(value_of(config, key))}"
+        for key, facts in keys(TrainConfig).items()
+        if (facts.fixed or (facts.kept and not (same_data and key.startswith("data."))))
+        and value_of(saved, key) != value_of(config, key)
+    ]
+    for name in ORIGINS:
+        was, to = getattr(saved.checkpoint, name), getattr(config.checkpoint, name)
+        if not _same_origin(folder, was, to, manifest is not None):
+            different.append(f"checkpoint.{name} {show(was)} -> {show(to)}")
+    if not different and then and now and not same_data:
+        kind = next(kind for kind in {**now, **then} if now.get(kind) != then.get(kind))
+        before, after = (f"{hashes.get(kind, 'none'):.8}" for hashes in (then, now))
         different.append(f"the {kind} of data.path={config.data.path}, by SHA-256 {before} -> {after}")
     if different:
         more = f" and {len(different) - MOST} more" if len(different) > MOST else ""
@@ -203,6 +197,12 @@ def _has_row(folder: Path, step: int) -> bool:
         return False
 
 
+def _checkpoints(folder: Path) -> set[Path]:
+    """The complete step folders of a run."""
+    found = (folder / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return {path.parent for path in found if STEP_FOLDER.fullmatch(path.parent.name)}
+
+
 def _holds_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists() or has_checkpoint(folder)
 
@@ -224,12 +224,11 @@ def _newest(folder: Path) -> tuple[Path | None, list[str]]:
     The one that `latest` names comes before newer ones.
     """
     said: list[str] = []
-    if not has_checkpoint(folder):
+    there = _checkpoints(folder)
+    if not there:
         return None, said
-    whole = {path.parent for path in (folder / "checkpoints").glob(f"step-*/{MANIFEST}")}
-    steps = {path for path in whole if STEP_FOLDER.fullmatch(path.name)}
     first = find_checkpoint(folder / "checkpoints")
-    for path in [first, *sorted(steps - {first}, key=lambda path: int(path.name[5:]), reverse=True)]:
+    for path in [first, *sorted(there - {first}, key=lambda path: int(path.name[5:]), reverse=True)]:
         try:
             manifest = read_manifest(path)
             for name, facts in manifest.files.items():
