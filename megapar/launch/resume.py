@@ -5,7 +5,7 @@ read under the directory's lock, before a rank is started.
 """
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,12 +57,14 @@ def decide(config: TrainConfig) -> Start:
                 raise ConfigError(f"checkpoint.{name}", path, problem)
         return _from_origin("aside", config)
     saved = _saved(folder)
-    asked = config.checkpoint.load
-    if saved is not None and is_own(folder, asked) and asked != saved.checkpoint.load:
-        start = _from_origin("back", config)
-        refuse_other_run(folder, config, saved, read_manifest(Path(str(start.load))))
-        return start
     state, damaged = _newest(folder)
+    asked = config.checkpoint.load
+    if is_own(folder, asked) and (saved is None or asked != saved.checkpoint.load):
+        start = _from_origin("back", config)
+        earlier = Path(str(start.load))
+        if state is None or earlier.resolve() != state.resolve():
+            refuse_other_run(folder, config, saved, read_manifest(earlier))
+            return replace(start, said=[*start.said, *_changes(config, saved)])
     manifest = None if state is None else read_manifest(state)
     refuse_other_run(folder, config, saved, manifest)
     if manifest is None or state is None:

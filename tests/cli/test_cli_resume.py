@@ -224,6 +224,7 @@ def test_going_back_keeps_what_came_after(typed: Typed, whole: Path, tmp_path: P
     back = f"checkpoint.load={folder}/checkpoints/step-00000002"
     code, said = typed(folder, back, "optim.lr=2e-2", entry=STOPS)
     assert code == 130 and "run: goes back to step 2; what came after it is moved aside" in said
+    assert "run: changed since: optim.lr 0.01 -> 0.02" in said
     aside = folder / "before-1"
     assert rows(aside) == rows(whole) and (aside / "checkpoints" / "step-00000006").exists()
     assert find_checkpoint(folder).name == "step-00000003"
