@@ -114,6 +114,7 @@ def test_it_goes_on_in_any_layout(first: str, then: str, typed: Typed, tmp_path:
     assert len((folder / "steps.csv").read_text().splitlines()) == 1 + 6  # rows of the first start, too
 
 
+@pytest.mark.more
 def test_ctrl_c_writes_a_checkpoint(tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sent to all processes, as a terminal does. The last line is the command that goes on, also without a run.dir."""
     line = [sys.executable, "-m", "megapar.cli", "train", *TINY, f"data.path={tokens}", "parallel=dp2"]
@@ -187,6 +188,7 @@ def test_another_run_is_refused(typed: Typed, whole: Path, tmp_path: Path) -> No
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.more
 def test_the_same_data_elsewhere_are_the_same(typed: Typed, tmp_path: Path) -> None:
     """By their hash; and other data in the same place are not."""
     (tmp_path / "moved").mkdir()
@@ -218,6 +220,7 @@ def test_never_moves_what_is_there_aside(typed: Typed, tmp_path: Path) -> None:
     assert code == 2 and "train.resume=never would move it aside" in said[-1]
 
 
+@pytest.mark.more
 def test_going_back_keeps_what_came_after(typed: Typed, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert typed(folder)[0] == 0
@@ -234,6 +237,7 @@ def test_going_back_keeps_what_came_after(typed: Typed, whole: Path, tmp_path: P
     assert rows(folder) != rows(whole)
 
 
+@pytest.mark.more
 def test_a_run_without_a_checkpoint_starts_anew_and_says_so(typed: Typed, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -250,6 +254,7 @@ def test_a_run_without_a_checkpoint_starts_anew_and_says_so(typed: Typed, tmp_pa
     assert steps(folder) == [1, 2]
 
 
+@pytest.mark.more
 def test_a_damaged_checkpoint_is_passed_over(typed: Typed, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert typed(folder, entry=STOPS)[0] == 130
@@ -261,6 +266,7 @@ def test_a_damaged_checkpoint_is_passed_over(typed: Typed, whole: Path, tmp_path
     assert rows(folder) == rows(whole) and state(folder) == state(whole)
 
 
+@pytest.mark.more
 def test_a_run_killed_before_its_summary_gets_one(typed: Typed, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert typed(folder)[0] == 0
@@ -273,6 +279,7 @@ def test_a_run_killed_before_its_summary_gets_one(typed: Typed, whole: Path, tmp
     assert all(one[key] == other[key] for key in ("steps", "loss", "evaluations"))
 
 
+@pytest.mark.more
 def test_old_checkpoints_are_removed(typed: Typed, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert typed(folder, "checkpoint.every=1", "checkpoint.keep=2")[0] == 0
