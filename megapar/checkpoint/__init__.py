@@ -1,7 +1,16 @@
 """State on disk in logical coordinates: written in one layout, read in any."""
 
 from megapar.checkpoint.format import Manifest, find_checkpoint, read_manifest
-from megapar.checkpoint.load import load, load_weights
-from megapar.checkpoint.save import save
+from megapar.checkpoint.load import load, load_parameters, load_weights
+from megapar.checkpoint.save import keep_newest, save
 
-__all__ = ["Manifest", "find_checkpoint", "load", "load_weights", "read_manifest", "save"]
+__all__ = [
+    "Manifest",
+    "find_checkpoint",
+    "keep_newest",
+    "load",
+    "load_parameters",
+    "load_weights",
+    "read_manifest",
+    "save",
+]

@@ -21,11 +21,12 @@ from megapar.parallel.buffers import StageBuffers
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: after `step` training steps, which consumed `samples` training samples."""
+    """Where a run goes on: after `step` training steps, of which `skipped` did nothing, and `samples` samples."""
 
     folder: Path
     step: int
     samples: int
+    skipped: int
 
 
 def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> Resumed:
@@ -43,10 +44,24 @@ def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) ->
     _fill(folder, manifest, buffers, optimizer.state())
     optimizer.steps = manifest.optimizer_steps
     optimizer.publish()
-    return Resumed(folder, manifest.step, manifest.samples)
+    return Resumed(folder, manifest.step, manifest.samples, manifest.step - manifest.optimizer_steps)
 
 
-def load_weights(path: str | Path, buffers: StageBuffers, config: TrainConfig) -> Manifest:
+def load_weights(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> Manifest:
+    """Bring only the weights of a checkpoint into an optimizer that has made no step, and its parameters.
+
+    Collective, raises as `load` does, but the data may be others.
+    """
+    buffers = optimizer.buffers
+    folder, manifest = _open(path, buffers)
+    with all_or_none(buffers.mesh["world"], buffers.mesh.device):
+        refuse_other_model(manifest, config, folder)
+    _fill(folder, manifest, buffers, {"weight": optimizer.state()["weight"]})
+    optimizer.publish()
+    return manifest
+
+
+def load_parameters(path: str | Path, buffers: StageBuffers, config: TrainConfig) -> Manifest:
     """Bring only the weights of a checkpoint into a stage's parameters. Collective, raises as `load` does."""
     assert not buffers.zero, "weights are loaded whole"
     folder, manifest = _open(path, buffers)

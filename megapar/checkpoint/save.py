@@ -20,12 +20,14 @@ from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import (
     LATEST,
     MANIFEST,
+    STEP_FOLDER,
     UNFINISHED,
     Manifest,
     StoredBox,
     StoredFile,
     StoredParameter,
     file_facts,
+    find_checkpoint,
     key,
     manifest_text,
 )
@@ -80,6 +82,24 @@ def save(folder: Path, optimizer: StatefulOptimizer, config: TrainConfig, step: 
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def keep_newest(folder: Path, count: int) -> list[str]:
+    """Remove all but the newest `count` step folders, and never the one that `latest` names. Returns what failed.
+
+    A folder first loses its name, so that what has a name is whole; the next save sweeps what a crash leaves of it.
+    """
+    problems = []
+    steps = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).exists()]
+    kept = {*sorted(steps, key=lambda path: int(path.name[5:]))[-count:], find_checkpoint(folder)}
+    for path in sorted(set(steps) - kept):
+        nameless = folder / f"{path.name}{UNFINISHED}{secrets.token_hex(4)}-former"
+        try:
+            os.rename(path, nameless)
+            shutil.rmtree(nameless)
+        except OSError as error:
+            problems.append(f"checkpoint.keep={count}: {path} can't be removed ({error.strerror}); remove it by hand")
+    return problems
 
 
 def _begin(folder: Path, temporary: Path) -> None:

@@ -30,7 +30,8 @@ class Call:
 
 
 class Plan(Protocol):
-    """Makes the job for the ranks of a command from its composed configuration. Raises UserError.
+    """Makes the job for the ranks of a command from its composed configuration; None: there is nothing to do. Raises
+    UserError.
 
     claims: holds the run directory until it is closed; None: the caller holds it already
     world_size: ranks that something else has started; None: none runs yet
@@ -38,7 +39,7 @@ class Plan(Protocol):
 
     def __call__(
         self, config: Any, call: Call, claims: ExitStack | None, *, world_size: int | None = None
-    ) -> "Job": ...
+    ) -> "Job | None": ...
 
 
 @dataclass(frozen=True)

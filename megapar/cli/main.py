@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
     except RankFailure as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print("\n".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -207,7 +207,7 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
 
     claims = ExitStack()  # of rank 0, for as long as it lives
 
-    def plan(world_size: int) -> "Job":
+    def plan(world_size: int) -> "Job | None":
         from megapar.cli.command import Call
         from megapar.cli.compose import compose, split
 

@@ -1,11 +1,13 @@
 """Sweeps: `megapar train -m parallel=tp2,pp2 optim.lr=1e-3,3e-3`, through Hydra's own multirun.
 
 Hydra's sweeper and launcher plugins decide which points run and where; each point is an ordinary run with its own
-ranks. A point's folder is named by a hash of its overrides and a ledger keeps what became of it, so the same command
-with the same run.dir goes on where it stopped.
+ranks. A point's folder is named by a hash of its overrides and a ledger keeps what became of it; the sweep's folder has
+a hash of its points in its name. So the same command goes on where it stopped: points that are done stay, and an
+interrupted one goes on from its checkpoint.
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -24,12 +26,15 @@ from megapar.cli.compose import Overrides, compose, one_line_errors, read, refus
 from megapar.cli.finish import check_early
 from megapar.cli.ledger import Ledger, State
 from megapar.cli.output import say
+from megapar.cli.table import as_csv, results, table
 from megapar.config import ConfigError, UserError
+from megapar.files import write_atomic
 from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
 from megapar.launch.local import launch
 from megapar.launch.machine import num_gpus
 
+FINISHED = "sweep.csv"  # the table, written when every point is done
 QUIET = {
     "hydra.output_subdir": "null",  # no .hydra folders: a point's run directory has all of it
     "hydra/hydra_logging": "disabled",
@@ -87,8 +92,9 @@ class Point:
             own = {"run.dir": str(folder), "logger.wandb.group": Path(self.parent).resolve().name}
             config = read("train", plain, own | self.verbatim | {"run.dir": str(folder)})
             job = train.plan(config, Call(overrides.as_list(), self.entry), None)
-            launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
-            train.draw(job)
+            if job is not None:
+                launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
+                train.draw(job)
         except (UserError, RankFailure) as error:
             say(str(error))
             return "failed", str(error).splitlines()[-1]
@@ -109,16 +115,24 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
             "out", verbatim["out"], "every point would write this file; leave it out, each has summary.json"
         )
     parent = verbatim.pop("run.dir", None)
-    check_points(Overrides(overrides.hydra, verbatim))
-    folder = Path(parent).expanduser() if parent else rundir.default_folder(verbatim.get("run.name", "run") + "-sweep")
+    points = check_points(Overrides(overrides.hydra, verbatim))
+    folder = Path(parent).expanduser() if parent else own_folder(Overrides(overrides.hydra, verbatim), points)
     _make(folder)
-    say(f"sweep: {folder}")
+    before = Ledger(folder).latest().values()
+    done = sum(row["state"] == "done" for row in before)
+    say(f"sweep: {folder}" + (f" goes on: {done} of {len(points or before)} points are done" if before else ""))
     point = Point(str(folder), verbatim, uuid.uuid4().hex[:8], os.getpid(), entry)
     arguments = [
         f"{key}={value}" for key, value in QUIET.items() if not any(a.startswith(key) for a in overrides.hydra)
     ]
     arguments += [f"hydra.sweep.dir={_quoted(str(folder))}", *overrides.hydra]
-    _multirun(point, arguments)
+    try:
+        _multirun(point, arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(train.command_line(overrides.as_list(), str(folder), "-m")) from None
+    everything = Ledger(folder).latest()
+    if len(everything) >= len(points or []) and all(row["state"] == "done" for row in everything.values()):
+        write_atomic(folder / FINISHED, as_csv(folder, everything))
     rows = {name: row for name, row in Ledger(folder).latest().items() if row.get("call") == point.call}
     print(table(folder, rows))
     return 0 if rows and all(row["state"] == "done" for row in rows.values()) else 1
@@ -129,27 +143,39 @@ def point_id(overrides: Overrides) -> str:
     return hashlib.sha256("\n".join(sorted(overrides.as_list())).encode()).hexdigest()[:10]
 
 
-def check_points(overrides: Overrides) -> None:
-    """Refuse the sweep when one of its points can't run, before the first starts.
+def own_folder(overrides: Overrides, points: list[list[str]] | None) -> Path:
+    """The newest folder of this very sweep that is not finished, or a new one.
 
-    Only for Hydra's own sweeper, which runs every combination; what another sweeper will choose is not known yet.
+    points: that it has, where they are known
+    """
+    if points is None:
+        texts = [text for text in overrides.as_list() if not text.startswith(("hydra/launcher", "hydra.launcher"))]
+    else:
+        texts = [point_id(Overrides(point, overrides.verbatim)) for point in points]
+    key = hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:10]
+    name = f"{key}-{overrides.verbatim.get('run.name', 'run').replace('/', '-')}-sweep"
+    for folder in sorted(Path("runs").glob(f"*-{glob.escape(name)}*"), reverse=True):
+        if not (folder / FINISHED).exists():
+            return folder
+        say(f"sweep: the same one is finished in {folder}")
+        break
+    return rundir.default_folder(name)
+
+
+def check_points(overrides: Overrides) -> list[list[str]] | None:
+    """Refuse the sweep when one of its points can't run, before the first starts. Returns the points' overrides.
+
+    Only for Hydra's own sweeper, which runs every combination; what another sweeper will choose is not known yet: None.
     """
     if any(text.startswith("hydra/sweeper=") for text in overrides.hydra):
-        return
-    gpus = num_gpus()
-    for point in _combinations([text for text in overrides.hydra if not text.startswith("hydra")]):
+        return None
+    gpus, points = num_gpus(), _combinations([text for text in overrides.hydra if not text.startswith("hydra")])
+    for point in points:
         try:
             check_early(compose("train", Overrides(point, overrides.verbatim)), gpus)
         except UserError as error:
             raise UserError(f"{error} (in the point {' '.join(point)})") from None
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """What the table shows of a finished point, from its summary.json: loss, val_loss (the last), tokens_per_s."""
-    summary = rundir.read_json(folder / "summary.json")
-    evaluations = summary.get("evaluations") or [{}]
-    found = {"loss": summary.get("loss"), "val_loss": evaluations[-1].get("val_loss")}
-    return found | {"tokens_per_s": summary.get("tokens_per_s")}
+    return points
 
 
 def objective(folder: Path) -> float:
@@ -157,30 +183,6 @@ def objective(folder: Path) -> float:
     found = results(folder)
     value = found["loss"] if found["val_loss"] is None else found["val_loss"]
     return float("nan") if value is None else float(value)
-
-
-def table(folder: Path, rows: dict[str, dict[str, Any]]) -> str:
-    """The points of a sweep, one a line: state, final loss, speed, seconds, what sets it apart."""
-    common = set.intersection(*(set(row["overrides"]) for row in rows.values())) if len(rows) > 1 else set()
-    lines = [f"{'point':<10}  {'state':<11}  {'loss':>8}  {'val_loss':>8}  {'tokens/s':>9}  {'seconds':>7}  overrides"]
-    for name, row in rows.items():
-        found = results(folder / name) if row["state"] == "done" else {}
-        numbers = [
-            _number(found.get("loss"), ".4f", 8),
-            _number(found.get("val_loss"), ".4f", 8),
-            _number(found.get("tokens_per_s"), ",.0f", 9),
-            _number(row.get("seconds"), ".1f", 7),
-        ]
-        own = " ".join(override for override in row["overrides"] if override not in common)
-        lines.append(f"{name:<10}  {row['state']:<11}  {'  '.join(numbers)}  {own}")
-        if row.get("error"):
-            lines.append(f"{'':<10}  {row['error']}")
-    counts = {state: sum(row["state"] == state for row in rows.values()) for state in ("done", "failed", "interrupted")}
-    skipped = sum(bool(row.get("skipped")) for row in rows.values())
-    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return "\n".join(
-        [*lines, f"{total}{f' ({skipped} of them before)' if skipped else ''}; ledger: {folder}/ledger.jsonl"]
-    )
 
 
 def _combinations(overrides: list[str]) -> list[list[str]]:
@@ -233,7 +235,3 @@ def _quoted(text: str) -> str:
     text = re.sub(r"(\\*)(\$\{)", lambda found: 2 * found[1] + "\\" + found[2], text)
     text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{text}'"
-
-
-def _number(value: Any, form: str, width: int) -> str:
-    return f"{value:>{width}{form}}" if isinstance(value, int | float) else f"{'-':>{width}}"

@@ -189,6 +189,9 @@ def check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
         )
+    if config.checkpoint.load is not None and config.checkpoint.weights is not None:
+        problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
+        raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
     trace = train.trace
     if trace is not None and (len(trace) != 2 or not 1 <= trace[0] <= trace[1] <= train.steps):
         problem = f"needs the first and the last step to trace, within 1 to train.steps={train.steps}, such as "
@@ -248,9 +251,11 @@ def check_verify(config: VerifyConfig, *, num_gpus: int) -> None:
     check_ranks(Layout(), config.train.device, "train.device", num_gpus=num_gpus, world_size=None)
     if config.train.dtype == "bf16":
         raise ConfigError("train.dtype", "bf16", "verify compares in fp64 or fp32; use one of them")
+    problem = "verify starts every layout from its initial values; leave it out"
     if config.checkpoint.load is not None:
-        problem = "verify starts every layout from its initial values; leave it out"
         raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
+    if config.checkpoint.weights is not None:
+        raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
     if config.pipeline.rebalance:
         raise ConfigError("pipeline.rebalance", config.pipeline.rebalance, "verify moves no layers; leave it out")
     if config.layouts is not None and not config.layouts:

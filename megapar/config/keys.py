@@ -27,7 +27,8 @@ class Option:
     path: a leading ~ is the home folder
     fixed: a checkpoint is only loaded by a config with the same value: it says what the weights mean, or which samples
         come next
-    identity: part of what a run is; a run directory is not used again by a config with another value
+    kept: a run only goes on with the same value, as with that of every fixed key
+    identity: part of what a run is: another value is said when a run goes on, and verify doesn't use a directory again
     also: what other programs call this key, for suggestions
     """
 
@@ -40,6 +41,7 @@ class Option:
     verbatim: bool = False
     path: bool = False
     fixed: bool = False
+    kept: bool = False
     identity: bool = True
     also: tuple[str, ...] = ()
 

@@ -55,11 +55,15 @@ class ModelConfig:
     bias: bool = option(False, "biases in the linear layers", fixed=True)
     tied: bool = option(False, "the output head shares the embedding's weight", fixed=True)
     dropout: float = option(
-        0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1
+        0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1, kept=True
     )
-    attention_dropout: float = option(0.0, "not supported: must be 0")
+    attention_dropout: float = option(0.0, "not supported: must be 0", kept=True)
     init_std: float = option(
-        0.02, "std of initial weights; residual projections get init_std / sqrt(2*layers)", above=0, at_most=1000
+        0.02,
+        "std of initial weights; residual projections get init_std / sqrt(2*layers)",
+        above=0,
+        at_most=1000,
+        kept=True,
     )
 
     module: str | None = option(
@@ -162,6 +166,7 @@ class DataConfig:
         "text file or folder, PREFIX of .bin/.idx token files, or stdlib (Python's own sources)",
         empty="names no data; give a file, a folder, a PREFIX of token files, or stdlib",
         verbatim=True,
+        kept=True,
     )
     source: str = option(
         "tokens",
@@ -170,9 +175,9 @@ class DataConfig:
         fixed=True,
     )
     tokenizer: str = option(
-        "bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file", verbatim=True
+        "bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file", verbatim=True, kept=True
     )
-    vocab_size: int = option(1024, "size of the tokenizer to train", at_least=1)
+    vocab_size: int = option(1024, "size of the tokenizer to train", at_least=1, kept=True)
     split: float = option(
         0.05, "share of the documents held out for validation, chosen by hash", at_least=0, below=1, fixed=True
     )
@@ -191,7 +196,7 @@ class DataConfig:
 class TaskConfig:
     """What is learned."""
 
-    name: str = option("lm", "a file of megapar/tasks/; lm: next-token prediction")
+    name: str = option("lm", "a file of megapar/tasks/; lm: next-token prediction", kept=True)
     sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
     sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 
@@ -238,7 +243,12 @@ class TrainSection:
         1234, "seed of initial values, sample order and dropout", at_least=0, at_most=2**63 - 1, fixed=True
     )
     dtype: Literal["fp64", "fp32", "bf16"] = option(
-        "fp32", "compute dtype; bf16 keeps fp32 master weights and gradients", also=("precision",)
+        "fp32", "compute dtype; bf16 keeps fp32 master weights and gradients", kept=True, also=("precision",)
+    )
+    resume: Literal["auto", "never"] = option(
+        "auto",
+        "auto: a run.dir that holds this run goes on from its newest checkpoint; never: what is there is moved aside",
+        identity=False,
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     eval_every: int = option(
@@ -275,7 +285,14 @@ class CheckpointConfig:
     """State on disk."""
 
     every: int = option(0, "steps between checkpoints; 0: only at the end", at_least=0)
+    keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
     load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
+    weights: str | None = option(
+        None,
+        "checkpoint folder to take weights alone from, as for fine-tuning: step 0, on any data",
+        verbatim=True,
+        path=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -296,8 +313,8 @@ class LoggerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     wandb: WandbConfig = group(WandbConfig, "Weights & Biases")
-    tensorboard: bool = option(False, "event files in run.dir/tensorboard (needs tensorboardX)", identity=False)
-    csv: bool = option(False, "tables in run.dir: steps.csv, evaluations.csv", identity=False)
+    tensorboard: bool = option(False, "event files in run.dir/tensorboard (needs tensorboardX)")
+    csv: bool = option(False, "tables in run.dir: steps.csv, evaluations.csv")
     progress: bool = option(True, "progress bar on a terminal", identity=False)
 
 
@@ -347,7 +364,7 @@ class TrainConfig:
     )
     out: str | None = option(
         None,
-        "file for the run's summary as JSON; default: run.dir/summary.json",
+        "file for the run's summary as JSON, besides run.dir/summary.json",
         verbatim=True,
         path=True,
         identity=False,

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from megapar.checkpoint import Manifest, load_weights
+from megapar.checkpoint import Manifest, load_parameters
 from megapar.config.check import with_layout
 from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
@@ -31,7 +31,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     trained = in_layout(load_config(run_dir), config)
     tokenizer = run_tokenizer(run_dir, trained)
     part = ModelPart(trained, rank, weights_only=True)
-    manifest = load_weights(config.checkpoint.load or run_dir, part.buffers, trained)
+    manifest = load_parameters(config.checkpoint.load or run_dir, part.buffers, trained)
     executor = Executor(part.stages, part.mesh, part.context.weight_grads)
     with all_or_none(part.mesh["world"], part.mesh.device):
         refuse_other_tokenizer(tokenizer, manifest)

@@ -105,10 +105,11 @@ def first_host(nodes: str) -> str:
         raise UserError(f"{problem}; set MEGAPAR_MASTER_ADDR to the first host") from None
 
 
-def launch(situation: str, plan: Callable[[int], Job], words: list[str]) -> int:
+def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) -> int:
     """Be one rank of a run that torchrun or srun started. Returns the exit code: 2 when the run was refused.
 
-    plan: called on global rank 0 only, with the number of ranks; makes the job or raises UserError
+    plan: called on global rank 0 only, with the number of ranks; makes the job (None: there is nothing to do)
+        or raises UserError
     words: of the command line, which must be the same on all ranks
     """
     here = place(situation)
@@ -118,18 +119,21 @@ def launch(situation: str, plan: Callable[[int], Job], words: list[str]) -> int:
     if here.rank == 0:
         try:
             refuse_other_commands(store, here)
-            job = plan(here.world_size)
+            planned = plan(here.world_size)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
-            return _refuse(store, here, str(error))
+            return _leave(store, here, {"refusal": str(error)})
         except BaseException as error:
-            _refuse(store, here, f"rank 0 failed while it planned the run: {type(error).__name__}")
+            _leave(store, here, {"refusal": f"rank 0 failed while it planned the run: {type(error).__name__}"})
             raise
+        if planned is None:
+            return _leave(store, here, {"done": True})
+        job = planned
         store.set("plan", json.dumps({"job": asdict(job)}))
     else:
         plan_text = json.loads(_wait(store, "plan", PLAN_S))
-        if "refusal" in plan_text:
-            return _refuse(store, here, None)
+        if "job" not in plan_text:
+            return _leave(store, here, plan_text)
         job = Job(**plan_text["job"])
     job = replace(job, threads=threads_per_rank(here.local_world_size))
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
@@ -217,11 +221,14 @@ def _wait(store: Any, key: str, seconds: float) -> bytes:
     return store.get(key)
 
 
-def _refuse(store: Any, here: Place, line: str | None) -> int:
-    """Leave together: a rank that exits first may take the store, or the others' chance to exit with 2, with it."""
+def _leave(store: Any, here: Place, plan: dict[str, Any]) -> int:
+    """Leave together: a rank that exits first may take the store, or the others' chance to exit as it does, with it.
+
+    plan: that rank 0 publishes: `refusal`, a line, or `done`. Returns the exit code.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has exited
-    if line is not None:
-        store.set("plan", json.dumps({"refusal": line}))
+    if here.rank == 0:
+        store.set("plan", json.dumps(plan))
     deadline = time.monotonic() + REFUSAL_S
     store.add("leaving", 1)
     while time.monotonic() < deadline:
@@ -235,4 +242,4 @@ def _refuse(store: Any, here: Place, line: str | None) -> int:
         time.sleep(0.2)  # keep serving while the others read the count
     sys.stdout.flush()
     sys.stderr.flush()
-    return 2
+    return 2 if "refusal" in plan else 0

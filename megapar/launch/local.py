@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import Any
 
 from megapar.config.errors import UserError
@@ -20,9 +21,11 @@ from megapar.kernels import INTERPRET
 from megapar.launch.failure import RankFailure
 from megapar.launch.machine import out_of_memory_kills, threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
+from megapar.stop import StopRequest
 
 # Ranks of one machine meet over the loopback, whatever the host's name resolves to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+INTERRUPTED = "interrupted"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -46,7 +49,8 @@ def launch(job: Job, quiet: bool = False) -> None:
     quiet: nothing of the ranks on the terminal, as when several runs share it
 
     Raises UserError for what a user can mend, RankFailure when a rank failed (all others are ended then),
-    KeyboardInterrupt for Ctrl-C, SystemExit for other signals that end us.
+    KeyboardInterrupt for Ctrl-C, SystemExit for other signals that end us. The first Ctrl-C asks ranks that listen to
+    stop and save (see `megapar.stop`); the next, or the first where none listens, ends them.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,7 +73,9 @@ def launch(job: Job, quiet: bool = False) -> None:
         _no_names_asked_for(),
         environment_with(kept),
     ):
-        ignored = tuple(one.name for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN)
+        request = StopRequest(Path(scratch))
+        minded = _minding_ctrl_c(request)
+        ignored = tuple(one.name for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN or one in minded)
         job = replace(
             job,
             quiet=quiet,
@@ -85,9 +91,11 @@ def launch(job: Job, quiet: bool = False) -> None:
         except ChildFailedError as error:
             _raise_cause(job, error, killed_before)
         except SignalException as error:
-            if error.sigval == signal.SIGINT:
+            if error.sigval == signal.SIGINT or str(error) == INTERRUPTED:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + error.sigval.value) from None
+        if request.answered():
+            raise KeyboardInterrupt
 
 
 def _settings(job: Job, scratch: str, start_method: str) -> Any:
@@ -108,7 +116,7 @@ def _settings(job: Job, scratch: str, start_method: str) -> Any:
         start_method=start_method,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         shutdown_timeout=5,
-        # Torch's handlers would undo what nohup, or a shell's `&`, has asked for.
+        # Torch's handlers would undo what nohup, or a shell's `&`, has asked for, and ours.
         signals_to_handle=",".join(one.name for one in SIGNALS if one.name not in job.ignored),
     )
 
@@ -136,6 +144,22 @@ def _who_kills(before: int | None, after: int | None) -> str:
     if before is None or after is None:
         return " (kill -9, or the kernel for want of memory)"
     return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"
+
+
+def _minding_ctrl_c(request: StopRequest) -> list[signal.Signals]:
+    """Take over Ctrl-C until the handlers are put back. Returns the signal in a list, which is empty where we can't."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def asked(number: int, frame: object) -> None:
+        if not request.ask():
+            # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
+            raise SignalException(INTERRUPTED, signal.SIGTERM)
+        os.write(2, b"stopping behind this step, with a checkpoint; Ctrl-C again: at once\n")  # print is not reentrant
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return []
+    signal.signal(signal.SIGINT, asked)
+    return [signal.SIGINT]
 
 
 @contextmanager

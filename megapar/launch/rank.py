@@ -24,6 +24,7 @@ from megapar.console import set_console
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
 from megapar.schedule.build import hand_over
+from megapar.stop import StopRequest, set_stop_request
 
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(
@@ -49,10 +50,12 @@ class Job:
     log_name: str = "rank"  # logs/LOG_NAME-N.log
     threads: int = 1
     quiet: bool = False  # nothing on the terminal, as when several runs share it
-    reports: str | None = None  # folder for the reports of failed ranks
+    reports: str | None = (
+        None  # folder for what ranks and launcher tell each other: why one failed, that all shall stop
+    )
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
     schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
-    ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, as by nohup
+    ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, or minds for all
 
     def log(self, rank: int) -> Path:
         """The log of a rank."""
@@ -81,6 +84,7 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
         os.environ.setdefault(name, value)
     terminal = redirect_output(job.log(rank))
     set_console(terminal if rank == 0 and not job.quiet else None)
+    set_stop_request(StopRequest(Path(job.reports) if job.reports is not None else None))
     try:
         _run_entry(job, rank, world_size, store)
     except KeyboardInterrupt:
@@ -96,9 +100,8 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
 def run_elastic(job: Job) -> None:
     """The function that torch elastic calls in each of its processes."""
     die_with_parent()
-    if "SIGINT" not in job.ignored:
-        # Ctrl-C reaches every process of the terminal: the launcher says what happened, ranks end without a word.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches every process of the terminal: the launcher says what happens then, and tells the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if "SIGINT" in job.ignored else signal.SIG_DFL)
     run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 

@@ -2,14 +2,17 @@
 
 import errno
 import fcntl
+import itertools
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import yaml
 
@@ -23,8 +26,13 @@ from megapar.launch.machine import environment
 T = TypeVar("T", bound=TrainConfig)
 
 METRICS = "metrics.jsonl"
-RESULTS = ("summary.json", "run.svg", "verify.json")
+SUMMARY = "summary.json"  # written last: a run that has it is finished
+RESULTS = (SUMMARY, "run.svg", "verify.json")
 TRACED = ("trace.json", "costs.json")
+FACTS = ("config.yaml", "overrides.yaml", "environment.json")
+FOLDERS = ("logs", "checkpoints")
+ASIDE = "before-"  # what the folder begins with that an earlier run of the directory is moved to
+ANOTHER = "choose another run.dir or remove that folder"
 REFERENCE = "reference-"  # what verify's folder for the one-process run begins with
 
 
@@ -32,17 +40,24 @@ class InUse(ConfigError):
     """Another process is writing to the run directory."""
 
 
-def create(
-    config: T, overrides: list[str], backends: dict[str, str], claims: ExitStack | None, steps_done: int = 0
-) -> T:
-    """Make the run directory of a resolved config and write config.yaml, overrides.yaml and environment.json.
+def create(config: T, overrides: list[str], backends: dict[str, str], claims: ExitStack | None) -> T:
+    """Make the run directory of a resolved config that starts anew there: `claim`, `clear` and `write`.
+
+    Raises ConfigError for one that holds another configuration, that is in use, or that can't be written.
+    """
+    config = claim(config, claims)
+    refuse_other_config(config)
+    clear(Path(str(config.run.dir)), None, config.train.trace)
+    write(config, overrides, backends)
+    return config
+
+
+def claim(config: T, claims: ExitStack | None) -> T:
+    """Make a config's run directory and hold it. Returns the config with `run.dir` filled in.
 
     claims: holds the directory until it is closed, see `claimed`; None: the caller holds it already
-    steps_done: by the checkpoint that the run starts from
 
-    Returns the config with `run.dir` filled in. A directory that holds the same configuration is used again: the run
-    starts anew there, or goes on behind the checkpoint of the same directory that it loads. Checkpoints stay.
-    Raises ConfigError for one that holds another configuration, that is in use, or that can't be written.
+    Raises ConfigError for one that is in use, or that can't be written.
     """
     if config.run.dir is None:
         config = changed(config, {"run.dir": str(default_folder(config.run.name))})
@@ -50,15 +65,18 @@ def create(
     make_writable(folder)
     if claims is not None:
         claims.enter_context(claimed(folder))
-    refuse_other_config(config)
-    _clear(folder, steps_done if _own_checkpoint(folder, config.checkpoint.load) else None, config.train.trace)
-    for name in ("logs", "checkpoints"):
+    return config
+
+
+def write(config: TrainConfig, overrides: list[str], backends: dict[str, str]) -> None:
+    """Write config.yaml, overrides.yaml and environment.json into a run directory. Raises UserError."""
+    folder = Path(str(config.run.dir))
+    for name in FOLDERS:
         make_writable(folder / name)
     write_atomic(folder / "config.yaml", dump(config))
     write_atomic(folder / "overrides.yaml", yaml.safe_dump(overrides, allow_unicode=True, width=1 << 30))
     facts = environment(config.train.device, backends)
     write_atomic(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
-    return config
 
 
 def refuse_other_config(config: TrainConfig) -> None:
@@ -66,20 +84,16 @@ def refuse_other_config(config: TrainConfig) -> None:
     path = Path(str(config.run.dir)) / "config.yaml"
     if config.run.dir is None or not path.exists():
         return
-    remedy = "choose another run.dir or remove that folder"
     try:
         there = load(type(config), path)
     except UserError as error:
-        raise ConfigError("run.dir", config.run.dir, f"holds a run of another kind ({error}); {remedy}") from None
+        raise ConfigError("run.dir", config.run.dir, f"holds a run of another kind ({error}); {ANOTHER}") from None
     old = {key: value_of(there, key) for key, facts in keys(type(config)).items() if facts.identity}
     new = {key: value_of(config, key) for key in old}
-    for values in (old, new):  # going on from an own checkpoint is the same run
-        if _own_checkpoint(path.parent, values["checkpoint.load"]):
-            values["checkpoint.load"] = None
     different = [f"{key} was {show(old[key])}, now {show(new[key])}" for key in old if old[key] != new[key]]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        problem = f"holds a run of another configuration ({', '.join(different[:3])}{more}); {remedy}"
+        problem = f"holds a run of another configuration ({', '.join(different[:3])}{more}); {ANOTHER}"
         raise ConfigError("run.dir", config.run.dir, problem)
 
 
@@ -92,7 +106,7 @@ def claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             problem = "another run is writing there; wait for its end, or choose another folder"
             raise InUse("run.dir", folder, problem) from None
@@ -102,13 +116,56 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _own_checkpoint(folder: Path, load: str | None) -> bool:
-    """Whether a checkpoint to load lies in this run directory."""
-    return load is not None and Path(load).resolve().is_relative_to(folder.resolve())
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run directory. Writes nothing."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
-def _clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> None:
-    """Remove what an earlier start of the run wrote, so that each step is there once. wandb keeps starts apart itself.
+def _lock(file: IO[str]) -> None:
+    """Lock a file. Tries twice: who only looks (`is_held`) has it for a moment. Raises OSError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.1)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def move_aside(folder: Path, after: int | None = None) -> None:
+    """Move what a run has left in its directory to before-1, before-2, ... in there. Other files stay.
+
+    after: a step: only the later checkpoints and the run's results, with a copy of the metrics
+    """
+    from megapar.checkpoint.format import STEP_FOLDER  # torch: not for every refusal
+    from megapar.generate.text import TOKENIZER
+    from megapar.train.sinks import sink_kinds
+
+    number = next(number for number in itertools.count(1) if not (folder / f"{ASIDE}{number}").exists())
+    aside = folder / f"{ASIDE}{number}"
+    make_writable(aside)
+    if after is None:
+        names = [METRICS, *RESULTS, *TRACED, *FACTS, TOKENIZER, *FOLDERS]
+        names += [name for sink in sink_kinds() for name in sink.leaves]
+    else:
+        (aside / "checkpoints").mkdir()
+        steps = (path for path in (folder / "checkpoints").glob("step-*") if STEP_FOLDER.fullmatch(path.name))
+        names = [f"checkpoints/{path.name}" for path in steps if int(path.name[5:]) > after]
+        names += [name for name in RESULTS if (folder / name).exists()]
+        if (folder / METRICS).exists():
+            shutil.copyfile(folder / METRICS, aside / METRICS)
+    for name in names:
+        if (folder / name).exists():
+            os.rename(folder / name, aside / name)
+
+
+def clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> None:
+    """Remove what an earlier start of the run wrote, so that each step is there once. Checkpoints stay.
 
     going_on_after: steps of which the metrics stay, with the logs; None: the run starts anew
     trace: the steps to trace; where all of them are done, what they left stays
@@ -128,10 +185,9 @@ def _clear(folder: Path, going_on_after: int | None, trace: list[int] | None) ->
 
 
 def _stays(line: str, steps_done: int) -> bool:
-    """Whether a row of metrics.jsonl is of a step that is not taken again; the last evaluation is made again."""
+    """Whether a row of metrics.jsonl is of a step that is not taken again."""
     try:
-        row = json.loads(line)
-        return row["step"] <= steps_done and ("val_loss" not in row or row["step"] < steps_done)
+        return bool(json.loads(line)["step"] <= steps_done)
     except (ValueError, KeyError):  # half a line, as a kill leaves it
         return False
 

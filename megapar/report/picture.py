@@ -37,14 +37,14 @@ def _loss_panel(
     losses: list[tuple[int, float]], held_out: list[tuple[int, float]], top: float
 ) -> tuple[list[str], float]:
     height = 220.0
-    last = max(step for step, _ in losses)
+    first, last = min(step for step, _ in losses) - 1, max(step for step, _ in losses)  # from where the run began
     values = [value for _, value in losses + held_out]
     low, high = min(values), max(values)
     margin = (high - low) * 0.05 or 0.1
     low, high = low - margin, high + margin
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
 
     def y(value: float) -> float:
         return top + 20 + height * (high - value) / (high - low)
@@ -53,7 +53,7 @@ def _loss_panel(
     for value in ticks(low, high, 6):
         body.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end", MUTED))
-    for step in (step for step in ticks(0, last, 10) if step == int(step)):
+    for step in (step for step in ticks(first, last, 10) if step == int(step)):
         body.append(text(x(step), top + height + 38, f"{step:g}", "middle", MUTED))
     body.append(text(LEFT - 8, top + height + 38, "step", "end", MUTED))
     points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in losses)

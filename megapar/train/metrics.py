@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,16 +22,17 @@ if TYPE_CHECKING:
     from tqdm import tqdm as Bar
 
 _WAITS = (*RANK_ORDER, "world")  # world: the gradient norm, where ranks meet once per step
-_COLUMNS = ("loss", "phase", "busy", "idle", *_WAITS)
+_COLUMNS = ("loss", "phase", "busy", "idle", *_WAITS, "stop")
 
 
-def local_figures(loss: float, spans: list[Span]) -> list[float]:
-    """This rank's figures in the order of `_COLUMNS`: its part of the loss, then seconds."""
+def local_figures(loss: float, spans: list[Span], stop: bool = False) -> list[float]:
+    """This rank's figures in the order of `_COLUMNS`: its part of the loss, seconds, whether it is to stop."""
     seconds: dict[str, float] = {}
     for span in spans:
         seconds[span.kind] = seconds.get(span.kind, 0.0) + span.seconds
     busy = sum(seconds.get(kind, 0.0) for kind in BUSY)
-    return [loss, seconds.get("phase", 0.0), busy, seconds.get(IDLE, 0.0), *(seconds.get(axis, 0.0) for axis in _WAITS)]
+    waits = (seconds.get(axis, 0.0) for axis in _WAITS)
+    return [loss, seconds.get("phase", 0.0), busy, seconds.get(IDLE, 0.0), *waits, float(stop)]
 
 
 def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
@@ -71,6 +73,11 @@ def summarise(figures: Tensor) -> dict[str, Any]:
         "bubble": float((1.0 - column["busy"] / phase).mean()),
         "exposed_comm_s": exposed,
     }
+
+
+def any_to_stop(figures: Tensor) -> bool:
+    """Whether a rank has been asked to stop: the same on all of them."""
+    return bool(figures[..., _COLUMNS.index("stop")].any())
 
 
 def total_loss(figures: Tensor) -> float:
@@ -139,6 +146,10 @@ class MetricsWriter:
         else:
             print(text, file=self._console, flush=True)
 
+    def sync(self) -> None:
+        """Have the rows so far on disk, as before a checkpoint that a run goes on from without them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -151,6 +162,14 @@ class MetricsWriter:
         self._file.flush()
         for sink in self._sinks:
             sink.log(row)
+
+
+def rows_before(folder: Path, step: int, figure: str) -> Iterator[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl up to a step that have a figure."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if figure in row and row["step"] <= step:
+                yield row
 
 
 def finite(value: Any) -> Any:

@@ -147,3 +147,31 @@ def late(config: Any, rank: int, world_size: int) -> None:
         time.sleep(0.5)
         raise ValueError("the culprit's own words")
     dist.all_reduce(torch.ones(1))
+
+
+def stops_behind_3(config: Any, rank: int, world_size: int) -> None:
+    """Train, and have rank 0 ask for a stop in step 3, as the launcher does at Ctrl-C."""
+    from unittest import mock
+
+    from megapar.stop import stop_request
+    from megapar.train.loop import run
+    from megapar.train.trainer import Trainer
+
+    plain = Trainer.step
+
+    def step(self: Trainer, number: int, *rest: Any) -> Any:
+        if number == 3 and rank == 0:
+            assert stop_request().ask()
+        return plain(self, number, *rest)
+
+    with mock.patch.object(Trainer, "step", step):
+        run(config, rank, world_size)
+
+
+def listens_and_sleeps(config: Any, rank: int, world_size: int) -> None:
+    """Say that a request to stop is heard, and then stay."""
+    from megapar.stop import stop_request
+
+    if rank == 0:
+        stop_request().listen(True)
+    sleeps(config, rank, world_size)

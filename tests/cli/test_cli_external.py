@@ -102,6 +102,19 @@ def test_srun_ranks_run_one_config(start: Callable, tmp_path: Path) -> None:
     assert (tmp_path / "run/config.yaml").exists() and (tmp_path / "run/logs/rank-1.log").exists()
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("environment", [torchrun_env, srun_env])
+def test_all_ranks_leave_a_finished_run(environment: Callable, start: Callable, tmp_path: Path) -> None:
+    for number in (1, 2):
+        port = free_port()
+        words = ["parallel=dp2", "train.steps=2", "run.dir=run"]
+        codes, _, err = finish([start("rows", *words, env=environment(rank, 2, port)) for rank in (0, 1)])
+        assert codes == [0, 0], err
+        (tmp_path / "run" / "summary.json").touch()
+        assert ("run: run is finished: 2 steps are done; " in err[0]) == (number == 2) and "finished" not in err[1]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2 * 2  # a stub's two rows on two ranks
+
+
 @pytest.mark.parametrize("environment", [torchrun_env, srun_env])
 def test_ranks_with_other_commands_are_refused_by_all(environment: Callable, start: Callable, tmp_path: Path) -> None:
     port, common = free_port(), ["parallel.dp=3", "train.global_batch_size=12", "run.dir=run"]

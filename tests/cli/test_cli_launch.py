@@ -91,10 +91,10 @@ def test_run_directory_of_another_config_is_refused(run: Callable) -> None:
     assert run("ok", "train", FOLDER, "train.steps=3").code == 0
     again = run("ok", "train", FOLDER, "train.steps=3")
     assert again.code == 0
-    other = run("ok", "train", FOLDER, "train.steps=4")
+    other = run("ok", "train", FOLDER, "train.steps=3", "train.seed=4")
     assert other.code == 2
     line = other.err.strip().splitlines()[-1]
-    assert "run.dir=run" in line and "train.steps was 3, now 4" in line and "choose another" in line
+    assert "run.dir=run" in line and "train.seed 1234 -> 4" in line and "choose another" in line
 
 
 @pytest.mark.parametrize("stub", ["raises", "late", "killed", "mistake"])

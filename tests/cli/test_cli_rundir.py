@@ -6,18 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from megapar.checkpoint import Manifest
 from megapar.cli import main
 from megapar.cli.output import refuse_bad_out
 from megapar.config import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.files import write_atomic
-from megapar.launch import rundir
+from megapar.launch import resume, rundir
 from tests.tiny import VOCABULARY, tiny_config
 
 FOLDER = "run.dir=run"
@@ -46,7 +45,7 @@ def test_two_runs_do_not_share_a_directory(start: Callable, run: Callable, tmp_p
     assert run("rows", "train", FOLDER).code == 0
 
 
-def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_anew(run: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("rows", "train", FOLDER).code == 0
     for name in (
@@ -60,7 +59,8 @@ def test_a_run_started_again_starts_anew(run: Callable, tmp_path: Path) -> None:
     ):
         (folder / name).touch()
     (folder / "reference-x").mkdir()  # of a verify that was killed
-    assert run("rows", "train", FOLDER).code == 0
+    again = run("rows", "train", FOLDER)
+    assert again.code == 0 and "run: run: was interrupted before its first checkpoint, so it starts anew" in again.err
     assert steps(folder) == [1, 2]
     assert (folder / "logs/rank-0.log").read_text().count("a line of the log") == 1
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -84,8 +84,8 @@ def test_an_interrupted_point_starts_anew(run: Callable, start: Callable, tmp_pa
 
 @pytest.mark.more
 def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real run; what can't be loaded is refused before a directory is made; its own checkpoint goes on in place, and
-    generate is started with it."""
+    """A real run; what can't be loaded is refused before a directory is made; one of its own takes it back in
+    place, and generate is started with it."""
     folder, other = tmp_path / "run", tmp_path / "other"
     whole = ["train", *SMALL, f"data.path={tokens}", f"run.dir={folder}"]
     assert main(whole) == 0
@@ -110,8 +110,9 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
     again = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row).get("loss") for row in again] == [json.loads(row).get("loss") for row in losses]
     assert step_2.exists()
-    assert main(whole) == 0  # from the beginning once more
-    assert steps(folder) == [1, 2, 3, 4]
+    rows = (folder / "metrics.jsonl").read_bytes()
+    assert main(whole) == 0  # finished
+    assert (folder / "metrics.jsonl").read_bytes() == rows
 
     def generate(*overrides: str) -> subprocess.CompletedProcess[str]:
         stub = [sys.executable, str(Path(__file__).parent / "stub_main.py"), "write"]
@@ -131,25 +132,37 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
     assert log.exists()
 
 
-def test_what_another_checkpoint_makes_is_another_run(tokens: str, tmp_path: Path) -> None:
-    config = tiny_config(tokens, **{"run.dir": str(tmp_path / "run")})
-    with ExitStack() as claims:
-        rundir.create(config, [], {}, claims)
-    rundir.refuse_other_config(changed(config, {"checkpoint.load": str(tmp_path / "run")}))
-    with pytest.raises(ConfigError, match=r"checkpoint.load was null, now /elsewhere"):
-        rundir.refuse_other_config(changed(config, {"checkpoint.load": "/elsewhere"}))
+@pytest.mark.parametrize(
+    ("load", "step", "same"), [(None, 2, True), ("run", 2, True), ("/elsewhere", 2, False), ("/elsewhere", None, False)]
+)
+def test_what_another_checkpoint_makes_is_another_run(
+    load: str | None, step: int | None, same: bool, tokens: str, tmp_path: Path
+) -> None:
+    """A run that began elsewhere is known by its own checkpoint also without that; from a third place it is another."""
+    config = tiny_config(tokens, **{"run.dir": str(tmp_path / "run"), "checkpoint.load": "/first"})
+    path = load if load is None or load[0] == "/" else str(tmp_path / load)
+    now = changed(config, {"checkpoint.load": path})
+    manifest = None if step is None else Manifest(step, step, 8, 0, "single", {}, {}, {}, {}, {})
+    if same:
+        resume.refuse_other_run(tmp_path / "run", now, config, manifest)
+    else:
+        with pytest.raises(ConfigError, match=r"checkpoint.load /first -> /elsewhere"):
+            resume.refuse_other_run(tmp_path / "run", now, config, manifest)
 
 
 @pytest.mark.parametrize("traced,stays", [([1, 2], True), ([2, 3], False)])
-def test_the_trace_of_steps_not_taken_again_stays(traced: list[int], stays: bool, tokens: str, tmp_path: Path) -> None:
-    own = tmp_path / "run" / "checkpoints" / "step-00000002"
-    values: dict[str, Any] = {"run.dir": str(tmp_path / "run"), "checkpoint.load": str(own), "train.trace": traced}
-    own.mkdir(parents=True)
+def test_the_trace_of_steps_not_taken_again_stays(traced: list[int], stays: bool, tmp_path: Path) -> None:
     for name in rundir.TRACED:
-        (tmp_path / "run" / name).touch()
-    with ExitStack() as claims:
-        rundir.create(tiny_config(tokens, **values), [], {}, claims, steps_done=2)
-    assert [(tmp_path / "run" / name).exists() for name in rundir.TRACED] == [stays, stays]
+        (tmp_path / name).touch()
+    rundir.clear(tmp_path, 2, traced)
+    assert [(tmp_path / name).exists() for name in rundir.TRACED] == [stays, stays]
+
+
+def test_who_looks_does_not_hold(tmp_path: Path) -> None:
+    assert not rundir.is_held(tmp_path)
+    with rundir.claimed(tmp_path):
+        assert rundir.is_held(tmp_path)
+    assert not rundir.is_held(tmp_path)
 
 
 def test_out_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

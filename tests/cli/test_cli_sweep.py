@@ -1,6 +1,8 @@
 """Sweeps: points, ledger, going on after failures and interruptions, joblib."""
 
+import csv
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megapar.cli import main
 from megapar.cli.compose import split
 from megapar.cli.ledger import Ledger
 from megapar.cli.sweep import check_points, point_id, table
 from megapar.launch.rundir import InUse, claimed
+from tests.cli.test_cli_resume import STOPS, TINY, steps
 
 SWEEP = ["-m", "run.dir=sweep", "train.steps=1", "optim.lr=1,2,3"]
 
@@ -108,6 +112,66 @@ def test_default_folder_and_single_run_folder(run: Callable, tmp_path: Path) -> 
     point = next(folder.glob("*/config.yaml")).parent
     refused = run("lr_fails", "train", "-m", f"run.dir={point}", "optim.lr=1,3")
     assert refused.code == 2 and "is a single run" in refused.err
+
+
+def test_a_sweep_finds_its_own_unfinished_folder(run: Callable, tmp_path: Path) -> None:
+    """Without run.dir, by what is swept, in any order of values; a finished one is said, and another is made."""
+    sweep = ["-m", "train.steps=1", "run.name=[x]"]
+    assert run("lr_fails", "train", *sweep, "optim.lr=1,2").code == 1
+    assert run("lr_fails", "train", *sweep, "optim.lr=1,3").code == 0  # another sweep
+    (tmp_path / "fixed").touch()
+    again = run("lr_fails", "train", *sweep, "optim.lr=2,1")
+    assert again.code == 0 and "goes on: 1 of 2 points are done" in again.err
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    third = run("lr_fails", "train", *sweep, "optim.lr=1,2")
+    assert third.code == 0 and "sweep: the same one is finished in runs/" in third.err
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 3 and all(folder.name.endswith("-[x]-sweep") for folder in folders)
+
+
+def test_the_table_of_a_sweep(run: Callable, tmp_path: Path) -> None:
+    """`megapar sweep`: as `train -m` prints it, and as CSV; a point killed while it ran is interrupted."""
+    done = run("lr_fails", "train", *SWEEP)
+    before = (tmp_path / "sweep" / "ledger.jsonl").read_bytes()
+    shown = run("lr_fails", "sweep", "sweep", "out=sweep.csv")
+    assert shown.code == 0 and shown.out in done.out
+    assert (tmp_path / "sweep" / "ledger.jsonl").read_bytes() == before
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        table = {row["optim.lr"]: row for row in csv.DictReader(file)}
+    assert [table[lr]["state"] for lr in "123"] == ["done", "failed", "done"]
+    assert (table["3"]["loss"], table["3"]["val_loss"], table["3"]["train.steps"]) == ("3.0", "0.75", "1")
+    assert "lr of 2" in table["2"]["error"]
+    row = latest(tmp_path / "sweep")["optim.lr=3"]
+    Ledger(tmp_path / "sweep").append(row["point"], "running", overrides=row["overrides"], call="x")
+    assert f"{row['point']}  interrupted " in run("lr_fails", "sweep", "sweep").out
+    with claimed(tmp_path / "sweep" / row["point"]):
+        assert f"{row['point']}  running " in run("lr_fails", "sweep", "sweep").out
+    for words, line in {
+        "": "run.dir=null: says which sweep; give the folder of one: megapar sweep DIR",
+        "nowhere": "run.dir=nowhere: holds no sweep (no ledger.jsonl); name the folder of one",
+    }.items():
+        refused = run("lr_fails", "sweep", *words.split())
+        assert (refused.code, refused.err.strip()) == (2, line)
+
+
+@pytest.mark.more
+def test_an_interrupted_point_goes_on_from_its_checkpoint(
+    tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole sweep ends with the first point's Ctrl-C; its last line goes on, and so does the same command."""
+    monkeypatch.chdir(tmp_path)
+    line = ["train", "-m", *TINY, f"data.path={tokens}", "optim.lr=1e-2,2e-2"]
+    for entry in (STOPS, STOPS):  # the second start ends the first point, and is stopped in the second
+        assert main(line, entry=entry) == 130
+        said = capsys.readouterr().err.strip().splitlines()
+        assert said[-2] == "interrupted" and said[-1].startswith("megapar train -m ")
+    assert any(text.startswith("run: goes on from step 3 of 6") for text in said)
+    assert main(shlex.split(said[-1])[1:]) == 0
+    assert "2 done (1 of them before)" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    for point in folder.glob("*/metrics.jsonl"):
+        assert steps(point.parent) == [1, 2, 3, 4, 5, 6]
+    assert (folder / "sweep.csv").exists()
 
 
 def test_verbatim_keys_reach_every_point(run: Callable, tmp_path: Path) -> None:

@@ -66,6 +66,23 @@ def test_one_rank(tmp_path: Path) -> None:
     assert "Simulated: the same schedule with the median costs over steps 1 to 2" in said
 
 
+def test_the_loss_begins_where_the_run_does(tmp_path: Path) -> None:
+    """After step 100 of another run: its last evaluation is at the left edge, and no room is left for steps before."""
+    rows = ['{"step": 100, "val_loss": 3.0}', *(f'{{"step": {step}, "loss": 2.0}}' for step in range(101, 111))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    path = draw(tmp_path)
+    assert path is not None
+    root = ElementTree.fromstring(path.read_text())
+    (line,) = root.iter(f"{SVG}polyline")
+    xs = [float(point.split(",")[0]) for point in line.attrib["points"].split()]
+    (circle,) = root.iter(f"{SVG}circle")
+    tenth = (960 - LEFT - RIGHT) / 10
+    assert float(circle.attrib["cx"]) == LEFT
+    assert xs == pytest.approx([LEFT + tenth * number for number in range(1, 11)], abs=0.06)
+    numbers = [text for text, _ in texts(path)]
+    assert "100" in numbers and "110" in numbers and "0" not in numbers
+
+
 def stage_trace(pp: int, dp: int, tp: int) -> RankTrace:
     """A rank of two stages with one micro-batch: each action takes 1 s."""
     first, last = (0.0, 3.0) if pp == 0 else (1.0, 2.0)

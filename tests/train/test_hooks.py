@@ -10,7 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megapar.checkpoint import save
 from megapar.config.errors import UserError
+from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.schedule.costs import read_costs
@@ -160,6 +162,21 @@ def test_a_run_whose_steps_are_mostly_skipped_stops(pool: WorkerPool, tokens: st
     assert said[0].startswith("step 5: 4 of the last 5 steps were skipped, as their gradients were not finite; lower")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 1, 2, 3]
+
+
+def test_skipped_steps_are_counted_over_all_starts(tokens: str, tmp_path: Path) -> None:
+    """A checkpoint behind step 3 that two updates were made for."""
+    values: dict[str, Any] = {"train.steps": 5, "run.dir": str(tmp_path), "logger.wandb.mode": "disabled"}
+    config = tiny_config(tokens, **values)
+    trainer = Trainer(config, 0)
+    for step in (1, 2):
+        trainer.step(step)
+    saved = save(tmp_path / "checkpoints", trainer.optimizer, config, 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    loop.Loop(changed(config, {"checkpoint.load": str(saved)}), 0).run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("skipped_steps") for row in rows] == [None, 1, 1]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
 
 
 def test_a_line_on_the_terminal_counts_skipped_steps(tokens: str, tmp_path: Path) -> None:

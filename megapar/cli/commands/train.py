@@ -1,11 +1,13 @@
 """`megapar train`: train a model."""
 
-from contextlib import ExitStack
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapar.cli.command import Call, Command
-from megapar.config.errors import ConfigError, UserError
+from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,29 +23,44 @@ def run(config: TrainConfig, call: Call) -> int:
 
     with ExitStack() as claims:
         job = plan(config, call, claims)
-        launch(job)
-        draw(job)
+        if job is not None:
+            with saying_how_to_go_on(job, call.overrides):
+                launch(job)
+            draw(job)
     return 0
 
 
-def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job":
-    """The job for the ranks, the run directory being made, see `Plan`. Raises UserError."""
+def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job | None":
+    """The job for the ranks, the run directory being made, see `Plan`; None: the run is finished. Raises UserError."""
     from megapar.cli.finish import finish, rank_environment
     from megapar.cli.output import say
     from megapar.config.file import dump
+    from megapar.config.keys import changed
     from megapar.kernels import select_backends
-    from megapar.launch import rundir
+    from megapar.launch import resume, rundir
     from megapar.launch.rank import Job, name_of
 
     config = finish(config, world_size)
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
-    config = rundir.create(config, call.overrides, backends, claims, steps_done=steps_done(config))
+    resume.decide(config)  # what is refused is refused before a directory is made
+    config = rundir.claim(config, claims)
+    start = resume.decide(config)
+    for line in start.said:
+        say(line)
+    if start.way == "done":
+        resume.copy_summary(config)
+        return None
+    resume.prepare(config, start)
+    rundir.write(config, call.overrides, backends)
+    ranks = changed(config, {"checkpoint.load": start.load})
+    if start.load is not None:
+        ranks = changed(ranks, {"checkpoint.weights": None})
     layout = config.parallel.layout
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
     return Job(
         kind=name_of(TrainConfig),
-        config=dump(config),
+        config=dump(ranks),
         entry=call.entry or ENTRY,
         folder=str(config.run.dir),
         device=config.train.device,
@@ -65,27 +82,23 @@ def schedules_for(config: TrainConfig) -> dict[str, str]:
     return searched()
 
 
-def steps_done(config: TrainConfig) -> int:
-    """Training steps of the checkpoint that a finished config starts from, 0 without one.
-
-    Raises UserError where it can't be read, is of another model or other data, or leaves nothing to do.
-    """
-    if config.checkpoint.load is None:
-        return 0
-    from megapar.checkpoint import find_checkpoint, read_manifest
-    from megapar.checkpoint.load import refuse_other_model, refuse_other_order
+@contextmanager
+def saying_how_to_go_on(job: "Job", overrides: list[str]) -> Iterator[None]:
+    """Give an interruption the command that goes on with the run, if it has a checkpoint to go on from."""
+    from megapar.launch.resume import has_checkpoint
 
     try:
-        folder = find_checkpoint(config.checkpoint.load)
-        manifest = read_manifest(folder)
-    except UserError as error:
-        raise ConfigError("checkpoint.load", config.checkpoint.load, str(error)) from None
-    refuse_other_model(manifest, config, folder)
-    refuse_other_order(manifest, config, folder)
-    if manifest.step >= config.train.steps:
-        problem = f"{folder} has done {manifest.step} steps already; use more, or an earlier checkpoint"
-        raise ConfigError("train.steps", config.train.steps, problem)
-    return manifest.step
+        yield
+    except KeyboardInterrupt:
+        if has_checkpoint(Path(job.folder)):
+            raise KeyboardInterrupt(command_line(overrides, job.folder)) from None
+        raise
+
+
+def command_line(overrides: list[str], folder: str, *options: str) -> str:
+    """The command that goes on with what was started with these overrides in a folder."""
+    own = [text for text in overrides if text.partition("=")[0] not in ("run.dir", "train.resume")]
+    return shlex.join(["megapar", "train", *options, *own, f"run.dir={folder}"])
 
 
 def draw(job: "Job") -> None:

@@ -4,7 +4,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from megapar.train.hooks.hook import Hook
-from megapar.train.metrics import gather_figures, local_figures, total_loss
+from megapar.train.metrics import gather_figures, local_figures, rows_before, total_loss
 from megapar.train.trainer import Step
 
 if TYPE_CHECKING:
@@ -22,8 +22,13 @@ class Evaluate(Hook):
         self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
 
     def start(self) -> None:
-        if self.loop.config.train.eval_every:
-            self._evaluate(self.loop.first_step - 1)
+        """A run that goes on in its own directory has its evaluations so far there."""
+        done = self.loop.first_step - 1
+        if self.loop.goes_on and self.loop.writer is not None:
+            for row in rows_before(self.loop.folder, done, "val_loss"):
+                self._keep(row)
+        if self.loop.config.train.eval_every and not self.loop.goes_on:
+            self._evaluate(done)
 
     def after(self, step: int, done: Step) -> None:
         train = self.loop.config.train
@@ -41,11 +46,14 @@ class Evaluate(Hook):
         if self.loop.writer is not None:
             loss = total_loss(figures)
             row = {"step": step, "val_loss": loss, **trainer.task.figures(loss)}
-            if self.first is None:
-                self.first = row
-            else:
-                self.recent.append(row)
+            self._keep(row)
             self.loop.writer.evaluation(row)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        if self.first is None:
+            self.first = row
+        else:
+            self.recent.append(row)
 
 
 HOOK = Evaluate

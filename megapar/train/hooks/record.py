@@ -16,8 +16,9 @@ from megapar.parallel.agreement import gather_texts
 from megapar.part import DTYPES
 from megapar.pipeline.graphs import why_not
 from megapar.schedule.simulate import simulate
+from megapar.stop import stop_request
 from megapar.train.hooks.hook import Hook
-from megapar.train.metrics import gather_figures, local_figures, summarise
+from megapar.train.metrics import any_to_stop, gather_figures, local_figures, rows_before, summarise
 from megapar.train.trainer import Step
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ MOST = 1000  # rows that are kept for the summary; metrics.jsonl has them all
 
 class Record(Hook):
     """On rank 0, of this start of the run. steps: how many; first: the row of the one that warms up; recent: the last
-    MOST of those behind it. late: figures are looked at a step later."""
+    MOST of those behind it. before_this: steps of the starts before, if it goes on in its directory; last: the row of
+    the last of them. late: figures are looked at a step later."""
 
     order = 10
 
@@ -38,7 +40,9 @@ class Record(Hook):
         self.steps = 0
         self.first: dict[str, Any] = {}
         self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
-        self.skipped = 0
+        self.before_this = 0
+        self.last: dict[str, Any] = {}
+        self.skipped = loop.skipped_before
         self._recent_skips: deque[bool] = deque(maxlen=LOOKED_AT)
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
         self.on_gpu = self.late = loop.config.train.device == "cuda"
@@ -47,6 +51,11 @@ class Record(Hook):
 
     def moved(self) -> None:
         self.bubble_ideal = simulate(self.loop.trainer.schedule).mean_bubble
+
+    def start(self) -> None:
+        if self.loop.goes_on and self.loop.writer is not None:
+            for row in rows_before(self.loop.folder, self.loop.first_step - 1, "loss"):
+                self.before_this, self.last = self.before_this + 1, row
 
     def before(self, step: int) -> None:
         self._start = time.perf_counter()
@@ -67,7 +76,9 @@ class Record(Hook):
 
     def _read(self, step: int, done: Step, seconds: float | None) -> None:
         """seconds: that the step took; None: that the device took."""
-        figures = gather_figures(local_figures(done.loss, done.spans), self.loop.trainer.mesh)
+        asked = stop_request().asked()
+        figures = gather_figures(local_figures(done.loss, done.spans, asked), self.loop.trainer.mesh)
+        self.loop.stopping = any_to_stop(figures)
         self.skipped += done.result.skipped
         self._stop_if_diverged(step, done.result.skipped)
         if self.loop.writer is not None:
@@ -113,7 +124,8 @@ class Record(Hook):
         engines = self._engines()
         if self.loop.writer is None:
             return {}
-        config, rows = self.loop.config, self.recent or [self.first]
+        # The last start may have ended between its last checkpoint and its summary.
+        config, rows = self.loop.config, self.recent or [self.first or self.last]
         train = config.train
 
         def median_of(key: str, part: str | None = None) -> float:
@@ -122,7 +134,7 @@ class Record(Hook):
         return {
             "layout": dict(config.parallel.layout),
             "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in backends()},
-            "steps": self.steps,
+            "steps": self.before_this + self.steps,
             "layers_per_stage": stage_layers(config),
             "skipped_steps": self.skipped,
             "loss": rows[-1]["loss"],
@@ -134,7 +146,7 @@ class Record(Hook):
             "bubble_ideal": rows[-1]["bubble_ideal"],
             "exposed_comm_s": {axis: median_of("exposed_comm_s", axis) for axis in rows[0]["exposed_comm_s"]},
             "cores_per_rank": self.cores_per_rank,
-            "dp_bytes_per_step": self.loop.trainer.sync.sent // self.steps,
+            "dp_bytes_per_step": self.loop.trainer.sync.sent // max(1, self.steps),
             "tp_overlap": engines,
             "cuda_graphs": self._graphs(),
             "skipped_text": self._skipped_text(),

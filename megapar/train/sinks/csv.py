@@ -14,6 +14,7 @@ class Csv(Sink):
     """A column per figure of the first row of a kind. A run that goes on begins with the rows of metrics.jsonl."""
 
     name = "csv"
+    leaves = ("steps.csv", "evaluations.csv")
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:

@@ -11,9 +11,11 @@ class Sink:
     """Takes rows in order, on a thread of its own: it may be slow, or fail, and training goes on.
 
     first_step: of this start of the run; warn: told once, in one line, when the sink fails
+    leaves: names in the run directory of what it writes
     """
 
     name: str
+    leaves: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig, first_step: int, warn: Callable[[str], None]) -> None:
         self.config, self.first_step, self._warn = config, first_step, warn

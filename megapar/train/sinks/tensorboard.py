@@ -12,6 +12,7 @@ from megapar.train.sinks.sink import Sink, flat
 
 class TensorBoard(Sink):
     name = "tensorboard"
+    leaves = ("tensorboard",)
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:

@@ -21,6 +21,7 @@ class Wandb(Sink):
     """A run of the run directory's name, in the sweep's group, with the resolved config."""
 
     name = "wandb"
+    leaves = ("wandb", ID)
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:

@@ -1,0 +1,269 @@
+"""How a run starts in its directory: from what it is given, anew, or where it was interrupted.
+
+The same command typed again is the same run: it goes on from its newest checkpoint. What its directory holds decides,
+read under the directory's lock, before a rank is started.
+"""
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
+from megapar.checkpoint.format import LATEST, MANIFEST, STEP_FOLDER
+from megapar.checkpoint.load import refuse_other_model, refuse_other_order
+from megapar.checkpoint.save import data_hashes
+from megapar.config.errors import ConfigError, UserError, show
+from megapar.config.file import load
+from megapar.config.keys import keys, value_of
+from megapar.config.schema import TrainConfig
+from megapar.files import write_atomic
+from megapar.launch import rundir
+from megapar.optim.adamw import learning_rate
+from megapar.train.metrics import rows_before
+
+ELSEWHERE = "choose another run.dir, or train.resume=never, which moves what is there aside"
+MOST = 6  # differences that are named
+ORIGINS = ("load", "weights")  # keys of `checkpoint`: where a run comes from before it has state of its own
+
+
+@dataclass(frozen=True)
+class Start:
+    """What becomes of the run directory, and where the ranks begin.
+
+    way: new: nothing is there; anew: no checkpoint is there; aside: what is there is moved aside; on: from the newest
+        checkpoint; back: from an earlier one of its own that was asked for; done: there is nothing to do
+    step: training steps done
+    load: the checkpoint to load; None: initial values, or the weights of `checkpoint.weights`
+    said: lines about it
+    """
+
+    way: Literal["new", "anew", "aside", "on", "back", "done"]
+    step: int = 0
+    load: str | None = None
+    said: list[str] = field(default_factory=list)
+
+
+def decide(config: TrainConfig) -> Start:
+    """How a finished config starts. Only reads. Raises UserError where it can't."""
+    folder = None if config.run.dir is None else Path(config.run.dir)
+    if folder is None or not _holds_run(folder):
+        return _from_origin("new", config)
+    if config.train.resume == "never":
+        for name in ORIGINS:
+            path = getattr(config.checkpoint, name)
+            if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+                problem = "train.resume=never would move it aside; choose another run.dir"
+                raise ConfigError(f"checkpoint.{name}", path, problem)
+        return _from_origin("aside", config)
+    saved = _saved(folder)
+    state, damaged = _newest(folder)
+    asked = config.checkpoint.load
+    if is_own(folder, asked) and (saved is None or asked != saved.checkpoint.load):
+        start = _from_origin("back", config)
+        earlier = Path(str(start.load))
+        if state is None or earlier.resolve() != state.resolve():
+            refuse_other_run(folder, config, saved, read_manifest(earlier))
+            return replace(start, said=[*start.said, *_changes(config, saved)])
+    manifest = None if state is None else read_manifest(state)
+    refuse_other_run(folder, config, saved, manifest)
+    if manifest is None or state is None:
+        return _without_checkpoint(folder, config, saved)
+    steps = config.train.steps
+    if manifest.step > steps:
+        problem = f"{folder} has done {manifest.step} steps already; use more, {ELSEWHERE}"
+        raise ConfigError("train.steps", steps, problem)
+    if manifest.step == steps and (folder / rundir.SUMMARY).exists():
+        return Start("done", steps, said=_done(folder, config, saved))
+    what = f"from step {manifest.step} of {steps}, which {state} has"
+    return Start("on", manifest.step, str(state), [*damaged, f"run: goes on {what}", *_changes(config, saved)])
+
+
+def prepare(config: TrainConfig, start: Start) -> None:
+    """Make the run directory, held by the caller, ready for the start."""
+    folder = Path(str(config.run.dir))
+    if start.way == "aside":
+        rundir.move_aside(folder)
+    elif start.way == "back":
+        rundir.move_aside(folder, after=start.step)
+        write_atomic(folder / "checkpoints" / LATEST, Path(str(start.load)).name + "\n")
+    rundir.clear(folder, start.step if start.way in ("on", "back") else None, config.train.trace)
+
+
+def copy_summary(config: TrainConfig) -> None:
+    """Give a run that is done already its `out`."""
+    summary = Path(str(config.run.dir)) / rundir.SUMMARY
+    if config.out is not None and Path(config.out).resolve() != summary.resolve():
+        shutil.copyfile(summary, config.out)
+
+
+def is_own(folder: Path, path: str | None) -> bool:
+    """Whether a checkpoint to load is one of the run of this directory."""
+    if path is None:
+        return False
+    own, there = folder.resolve(), Path(path).resolve()
+    return there == own or there.is_relative_to(own / "checkpoints")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint."""
+    return bool(_checkpoints(folder))
+
+
+def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | None, manifest: Manifest | None) -> None:
+    """Raise ConfigError where a config has other values than the run there of what must stay the same.
+
+    saved: its config.yaml; manifest: of the checkpoint that it would go on from. Data are the same if their tokens are.
+    """
+    if saved is None and manifest is not None:
+        refuse_other_model(manifest, config, folder)
+        refuse_other_order(manifest, config, folder)
+    if saved is None:
+        return
+    then, now = manifest.data if manifest is not None else {}, data_hashes(config.data.prefix)
+    same_data = bool(now) and now == then
+    different = [
+        f"{key} {show(value_of(saved, key))} -> {show(value_of(config, key))}"
+        for key, facts in keys(TrainConfig).items()
+        if (facts.fixed or (facts.kept and not (same_data and key.startswith("data."))))
+        and value_of(saved, key) != value_of(config, key)
+    ]
+    for name in ORIGINS:
+        was, to = getattr(saved.checkpoint, name), getattr(config.checkpoint, name)
+        if not _same_origin(folder, was, to, manifest is not None):
+            different.append(f"checkpoint.{name} {show(was)} -> {show(to)}")
+    if not different and then and now and not same_data:
+        kind = next(kind for kind in {**now, **then} if now.get(kind) != then.get(kind))
+        before, after = (f"{hashes.get(kind, 'none'):.8}" for hashes in (then, now))
+        different.append(f"the {kind} of data.path={config.data.path}, by SHA-256 {before} -> {after}")
+    if different:
+        more = f" and {len(different) - MOST} more" if len(different) > MOST else ""
+        problem = (
+            f"holds a run that does not go on with other values (saved -> now): {', '.join(different[:MOST])}{more}; "
+            f"use the saved ones, {ELSEWHERE}"
+        )
+        raise ConfigError("run.dir", folder, problem)
+
+
+def _same_origin(folder: Path, was: str | None, now: str | None, has_state: bool) -> bool:
+    """Whether a run came from where the config says, or needs no more to know it."""
+    was, now = (None if is_own(folder, path) else path for path in (was, now))
+    if was is None or now is None:
+        return was == now or (now is None and has_state)
+    return Path(was).resolve() == Path(now).resolve()
+
+
+def _from_origin(way: Literal["new", "aside", "anew", "back"], config: TrainConfig) -> Start:
+    """From `checkpoint.load`, `checkpoint.weights` or initial values. Raises UserError where that can't be."""
+    said = [f"run: {config.run.dir}: what was there is moved aside"] if way == "aside" else []
+    if config.checkpoint.weights is not None:
+        refuse_other_model(*_origin("weights", config, config.checkpoint.weights))
+    if config.checkpoint.load is None:
+        return Start(way, said=said)
+    manifest, config, folder = _origin("load", config, config.checkpoint.load)
+    refuse_other_model(manifest, config, folder)
+    refuse_other_order(manifest, config, folder)
+    if manifest.step >= config.train.steps:
+        problem = f"{folder} has done {manifest.step} steps already; use more, or an earlier checkpoint"
+        raise ConfigError("train.steps", config.train.steps, problem)
+    if way == "back":
+        said = [f"run: goes back to step {manifest.step}; what came after it is moved aside"]
+    return Start(way, manifest.step, str(folder), said)
+
+
+def _origin(name: str, config: TrainConfig, path: str) -> tuple[Manifest, TrainConfig, Path]:
+    try:
+        folder = find_checkpoint(path)
+        return read_manifest(folder), config, folder
+    except UserError as error:
+        raise ConfigError(f"checkpoint.{name}", path, str(error)) from None
+
+
+def _without_checkpoint(folder: Path, config: TrainConfig, saved: TrainConfig | None) -> Start:
+    """A run that was interrupted before its first checkpoint, or whose checkpoints were removed."""
+    if (folder / rundir.SUMMARY).exists() and saved is not None and _has_row(folder, saved.train.steps):
+        if saved.train.steps == config.train.steps:
+            return Start("done", config.train.steps, said=_done(folder, config, saved))
+        problem = f"{folder} is finished and has no checkpoint left to go on from; {ELSEWHERE}"
+        raise ConfigError("train.steps", config.train.steps, problem)
+    start = _from_origin("anew", config)
+    said = f"run: {folder}: was interrupted before its first checkpoint, so it starts anew"
+    return Start("anew", start.step, start.load, [said, *_changes(config, saved)])
+
+
+def _has_row(folder: Path, step: int) -> bool:
+    """Whether the metrics have this step."""
+    try:
+        return any(row["step"] == step for row in rows_before(folder, step, "loss"))
+    except (OSError, ValueError, KeyError):  # none, or half a line, as a kill leaves it
+        return False
+
+
+def _checkpoints(folder: Path) -> set[Path]:
+    """The complete step folders of a run."""
+    found = (folder / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return {path.parent for path in found if STEP_FOLDER.fullmatch(path.parent.name)}
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or has_checkpoint(folder)
+
+
+def _saved(folder: Path) -> TrainConfig | None:
+    """The config of the run there; None where only its checkpoints are."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        return load(TrainConfig, path)
+    except UserError as error:
+        raise ConfigError("run.dir", folder, f"holds a run of another kind ({error}); {rundir.ANOTHER}") from None
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there, in their sizes; and what is said of others.
+
+    The one that `latest` names comes before newer ones.
+    """
+    said: list[str] = []
+    there = _checkpoints(folder)
+    if not there:
+        return None, said
+    first = find_checkpoint(folder / "checkpoints")
+    for path in [first, *sorted(there - {first}, key=lambda path: int(path.name[5:]), reverse=True)]:
+        try:
+            manifest = read_manifest(path)
+            for name, facts in manifest.files.items():
+                if not (path / name).exists() or (path / name).stat().st_size != facts.size:
+                    raise UserError(f"{path / name}: missing, truncated or changed")
+            return path, said
+        except UserError as error:
+            said.append(f"run: {error}")
+    problem = f"has no whole checkpoint to go on from ({said[0].removeprefix('run: ')}); {ELSEWHERE}"
+    raise ConfigError("run.dir", folder, problem)
+
+
+def _changes(config: TrainConfig, saved: TrainConfig | None) -> list[str]:
+    """What has changed since the run's last start and may: one line of keys, one of the learning rate's new end."""
+    if saved is None:
+        return []
+    origins = [f"checkpoint.{name}" for name in ORIGINS]
+    different = [
+        f"{key} {show(was)} -> {show(now)}"
+        for key, facts in keys(TrainConfig).items()
+        if facts.identity and key not in origins and (was := value_of(saved, key)) != (now := value_of(config, key))
+    ]
+    said = [f"run: changed since: {', '.join(different)}"] if different else []
+    old, new = saved.train.steps, config.train.steps
+    if old != new:
+        ends = [learning_rate(one.optim, one.train.steps, one.train.steps) for one in (saved, config)]
+        said.append(
+            f"run: the learning rate's curve now ends at step {new} with {ends[1]:.3g}; it ended at step {old} with "
+            f"{ends[0]:.3g}"
+        )
+    return said
+
+
+def _done(folder: Path, config: TrainConfig, saved: TrainConfig | None) -> list[str]:
+    more = "more train.steps make it longer, train.resume=never starts it anew and moves what is there aside"
+    return [*_changes(config, saved), f"run: {folder} is finished: {config.train.steps} steps are done; {more}"]
