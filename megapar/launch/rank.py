@@ -50,9 +50,7 @@ class Job:
     log_name: str = "rank"  # logs/LOG_NAME-N.log
     threads: int = 1
     quiet: bool = False  # nothing on the terminal, as when several runs share it
-    reports: str | None = (
-        None  # folder for what ranks and launcher tell each other: why one failed, that all shall stop
-    )
+    reports: str | None = None  # folder where a failed rank says why, and the launcher that all are to stop
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
     schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
     ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, or minds for all

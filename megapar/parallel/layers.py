@@ -170,7 +170,7 @@ class _OwnedRMSNorm(torch.autograd.Function):
     def backward(ctx, dy, dh=None):
         h, weight, rstd = ctx.saved_tensors
         dx = rmsnorm_input_grad(dy, h, weight, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
-        ctx.weight_grads.submit(lambda into: into.add_(rmsnorm_weight_grad(dy, h, rstd)), ctx.owner)
+        ctx.weight_grads.submit_vectors(lambda: [rmsnorm_weight_grad(dy, h, rstd)], ctx.owner)
         return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 4
 
 
@@ -186,10 +186,5 @@ class _OwnedLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dh=None):
         h, weight, mean, rstd = ctx.saved_tensors
         dx = layernorm_input_grad(dy, h, weight, mean, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
-
-        def add_to(dweight: Tensor, dbias: Tensor) -> None:
-            for into, gradient in zip((dweight, dbias), layernorm_weight_grad(dy, h, mean, rstd), strict=True):
-                into.add_(gradient)
-
-        ctx.weight_grads.submit(add_to, *ctx.owners)
+        ctx.weight_grads.submit_vectors(lambda: layernorm_weight_grad(dy, h, mean, rstd), *ctx.owners)
         return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 6

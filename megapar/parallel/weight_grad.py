@@ -6,8 +6,9 @@ is added to the parameter's main gradient, a view of one flat buffer, and nowher
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -113,6 +114,15 @@ class WeightGrads:
             self._run(submitted)
         else:
             self._queued[self._defer_to].append(submitted)
+
+    def submit_vectors(self, gradients: Callable[[], Sequence[Tensor]], *parameters: LocalParameter) -> None:
+        """The same of gradients that are computed apart, as a norm's: `gradients()` has one for each parameter."""
+
+        def put(*main_grads: Tensor, into: Callable[[Tensor, Tensor], object]) -> None:
+            for main_grad, gradient in zip(main_grads, gradients(), strict=True):
+                into(main_grad, gradient)
+
+        self.submit(partial(put, into=Tensor.add_), *parameters, write=partial(put, into=Tensor.copy_))
 
     def add(self, parameter: LocalParameter, grad: Tensor) -> None:
         """Add a gradient that autograd has computed already."""
