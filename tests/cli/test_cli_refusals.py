@@ -195,6 +195,7 @@ REFUSED = {
     "verify out=/nodir/x.json": ["out=/nodir/x.json", "no such folder"],
     "train out=/": ["out=/", "is a folder"],
     "verify checkpoint.load=x": ["checkpoint.load=x", "initial values"],
+    "verify checkpoint.weights=x": ["checkpoint.weights=x", "initial values"],
     "train checkpoint.load=/nodir CORPUS": ["checkpoint.load=/nodir", "no such folder"],
     "train checkpoint.load=/dev CORPUS": ["checkpoint.load=/dev", "holds no checkpoint"],
     "train logger.wandb.mode=online": ["logger.wandb.mode=online", "no key", "wandb login", "offline"],

@@ -52,7 +52,7 @@ def test_nor_does_one_that_may_have_to_forget_its_error_feedback(
 
 def test_main_gradients_are_written_and_not_cleared(interpreter: WorkerPool, tokens: str) -> None:
     """By the first micro-batch; but for the embedding's, whose rows are added to where tokens are."""
-    small = {"train.micro_batch_size": 1, "train.global_batch_size": 1, "optim.clip_grad": 0.0}
+    small: dict[str, Any] = {"train.micro_batch_size": 1, "train.global_batch_size": 1, "optim.clip_grad": 0.0}
     config = tiny_config(tokens, **(small | {"train.dtype": "bf16", "kernels.backend": "interpret"}))
     assert interpreter.run(kernels, 1, config)[0]["zero_"] == 1
 
