@@ -116,6 +116,17 @@ def scale_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str
     return found
 
 
+def test_a_layers_op_is_its_derivative() -> None:
+    made: dict[str, Any] = dict(vars(layers))
+    exec(snippets("add-a-layer.md")[1], made)
+    x, weight, grad = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    y, into = made["Scale"].forward(x, weight[0]), torch.zeros(3, dtype=torch.float64)
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), grad)
+    made["Scale"].add_weight_grad(grad.detach(), x.detach(), into)
+    torch.testing.assert_close(into, of_weight[0])
+    torch.testing.assert_close(made["Scale"].input_grad(grad, x, weight[0]), of_x)
+
+
 def test_a_layer(pool: WorkerPool, tokens: str) -> None:
     """Its gradient is the same where the tokens are split over tp."""
     expected = pool.run(scale_gradients, 1, tiny_config(tokens))[0]
