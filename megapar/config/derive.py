@@ -62,6 +62,17 @@ def resolve(
     return _derive_sizes(config, ranks)
 
 
+def in_one_process(config: T, num_gpus: int = 0) -> T:
+    """A config as one process would have it, as far as its sizes need: cheap to make, whatever the model's size."""
+    check_values(config)
+    values: dict[str, Any] = {f"parallel.{axis}": 1 for axis in AXES} | {"parallel.auto": False}
+    values |= {f"model.{name}": size for name, size in _model_sizes(config.model).items()}
+    if config.train.device == "auto":
+        on_cpu = isinstance(config, VerifyConfig)
+        values["train.device"] = "cpu" if on_cpu else _device(config.kernels.backend, num_gpus)
+    return changed(config, values)
+
+
 def resolve_generate(config: GenerateConfig, *, num_gpus: int = 0, world_size: int | None = None) -> GenerateConfig:
     """The same for generation. One replica writes, so dp is 1; `parallel=auto` takes tp, as the answer comes sooner."""
     check_values(config)
