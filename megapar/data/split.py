@@ -20,7 +20,8 @@ def token_hashes(tokens: np.ndarray, document_offsets: np.ndarray) -> np.ndarray
     """64-bit hashes of documents known only as tokens, uint64 [documents]: of every id, its place, and the length.
 
     tokens: integer [tokens]; document_offsets: int64 [documents + 1]. The sum over a document of splitmix64 of
-    (place, id), so a corpus is read once, in chunks, whatever the lengths: 1e9 tokens take 5 to 10 s.
+    (place, id), so a corpus is read once, in chunks, whatever the lengths.
+    (`time megapar data data.path=PREFIX` of 1e9 tokens in 1e6 documents: 10 s, the manifest included.)
     """
     lengths = np.diff(document_offsets)
     sums = np.zeros(len(lengths), dtype=np.uint64)

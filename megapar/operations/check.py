@@ -149,10 +149,10 @@ class _Checker:
             return []
         try:
             gradients, cotangents = self._gradients(call)
-        except Exception:
+        except Exception:  # whatever a call that can't be repeated alone may raise: what is around it is checked
             if call is self.whole:
                 raise
-            return []  # it can't be made alone: what is around it is checked
+            return []
         if not cotangents:
             return []
         self.result.checked += 1
