@@ -273,6 +273,8 @@ def run(config: VerifyConfig, build_stage: BuildStage | None = None) -> int:
 def _show(operations: Report, seconds: float) -> None:
     if not operations.wrong:
         what = f"{operations.gradients} gradients of {operations.checked} operations and modules"
+        if operations.not_alone:
+            what += f" ({len(operations.not_alone)} more can't run alone: {', '.join(operations.not_alone[:MOST])})"
         print(
             f"{what} in fp64 against finite differences; bound {BOUND:.0e}: {operations.error:.1e} {seconds:.1f}s  pass"
         )

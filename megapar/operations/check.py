@@ -50,21 +50,26 @@ class Wrong:
 
     def __str__(self) -> str:
         when = f", {' and '.join(self.modes)}" if self.modes else ""
-        place = f"{self.where} ({self.what})" if self.where else self.what
         return (
-            f"{place}: the gradient of {self.of} is off by {self.error:.1e} of its size "
+            f"{_place(self.where, self.what)}: the gradient of {self.of} is off by {self.error:.1e} of its size "
             f"({self.against}{when}); look at its backward"
         )
 
 
 @dataclass
 class Report:
-    """checked: calls; gradients: inputs and weights in them; error: the largest relative one of the right ones."""
+    """checked: calls; not_alone: those that can't be repeated outside of their model, and are checked within what is
+    around them; gradients: inputs and weights; error: the largest relative one of the right ones."""
 
     checked: int = 0
+    not_alone: list[str] = field(default_factory=list)
     gradients: int = 0
     error: float = 0.0
     wrong: list[Wrong] = field(default_factory=list)
+
+
+def _place(where: str, what: str) -> str:
+    return f"{where} ({what})" if where else what
 
 
 def check_operations(config: TrainConfig, build_stage: BuildStage | None = None) -> Report:
@@ -152,6 +157,7 @@ class _Checker:
         except Exception:  # whatever a call that can't be repeated alone may raise: what is around it is checked
             if call is self.whole:
                 raise
+            self.result.not_alone.append(_place(call.where, call.what))
             return []
         if not cotangents:
             return []

@@ -1,12 +1,30 @@
-"""What a finished run says on the terminal."""
+"""What a finished run leaves and says."""
 
+import json
 import re
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from megapar.config.schema import TrainConfig
+from megapar.console import console
 from megapar.data.corpus import skipped_text
+from megapar.files import write_atomic
 from megapar.tasks import task_kind
+from megapar.train.metrics import MetricsWriter, finite
+
+
+def leave_summary(summary: dict[str, Any], config: TrainConfig, writer: MetricsWriter) -> None:
+    """Write the figures of a finished run, end its rows, and say it on the terminal."""
+    assert config.run.dir is not None
+    text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
+    try:
+        if config.out is not None:
+            write_atomic(Path(config.out), text)
+        write_atomic(Path(config.run.dir) / "summary.json", text)
+    finally:  # also if there is no room for it
+        writer.close()
+        print(summary_text(summary, config), file=console(), flush=True)
 
 
 def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:

@@ -311,6 +311,12 @@ def test_verify_compares_layouts_of_a_users_model(
     assert written["operations"]["wrong"] == [] and written["operations"]["error"] < written["operations"]["bound"]
 
 
+def test_what_cannot_run_alone_is_said(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.run(config_in(tmp_path, prefix, []), wrong_models.not_alone) == 0
+    assert " (1 more can't run alone: layers.1.leans (Leans)) in fp64 " in capsys.readouterr().out.splitlines()[0]
+    assert json.loads((tmp_path / "verify.json").read_text())["operations"]["not_alone"] == ["layers.1.leans (Leans)"]
+
+
 def test_a_model_that_cannot_be_checked_is_one_line(prefix: str, tmp_path: Path) -> None:
     config = config_in(tmp_path, prefix, ["tp2"])
     with pytest.raises(UserError, match=r"^build_stage: ranks can't find it; use a function at the top level"):

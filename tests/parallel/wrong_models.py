@@ -132,5 +132,37 @@ def one_layer_wrong(config: TrainConfig, context: StageContext) -> TransformerSt
     return stage
 
 
+class Leans(nn.Module):
+    """Runs only within a call of `pushed`, which leaves it a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.left.pop()
+
+    def pushed(self, x: Tensor) -> Tensor:
+        self.left.append(2.0)
+        return self(x)
+
+
+class Holds(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.leans = layer, Leans()
+
+    def forward(self, x: Tensor, tokens: Any) -> Tensor:
+        return self.leans.pushed(self.layer(x, tokens))
+
+
+def not_alone(config: TrainConfig, context: StageContext) -> TransformerStage:
+    """The last layer holds a module that can't be called outside of it."""
+    stage = build_stage(config, context)
+    last = str(config.model.layers - 1)
+    stage.layers[last] = Holds(stage.layers[last])
+    return stage
+
+
 def fails(config: TrainConfig, context: StageContext) -> TransformerStage:
     raise RuntimeError("no such width")

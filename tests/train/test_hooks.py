@@ -16,7 +16,7 @@ from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.schedule.costs import read_costs
-from megapar.train import loop
+from megapar.train import loop, summary
 from megapar.train.hooks import Hook, hook_kinds, record
 from megapar.train.hooks.record import Record
 from megapar.train.metrics import MetricsWriter
@@ -69,7 +69,8 @@ def test_a_run_with_an_empty_stage_leaves_everything(
 
 def test_every_hook_is_found_and_has_its_own_place() -> None:
     kinds = hook_kinds()
-    assert [kind.__name__ for kind in kinds] == ["Record", "Evaluate", "Save", "Trace", "Rebalance", "Sample"]
+    names = ["Record", "Evaluate", "Save", "Trace", "Rebalance", "Sample", "Interrupt"]
+    assert [kind.__name__ for kind in kinds] == names
     assert len({kind.order for kind in kinds}) == len(kinds)
 
 
@@ -198,7 +199,7 @@ def test_a_summary_without_room_for_it_is_shown_all_the_same(
     def full(path: Path, text: str) -> None:
         raise UserError(f"{path}: can't be written")
 
-    monkeypatch.setattr(loop, "write_atomic", full)
+    monkeypatch.setattr(summary, "write_atomic", full)
     values: dict[str, Any] = {"train.steps": 2, "run.dir": str(tmp_path), "logger.wandb.mode": "disabled"}
     with pytest.raises(UserError, match=r"summary\.json: can't be written"):
         loop.Loop(tiny_config(tokens, **values), 0).run()

@@ -270,7 +270,7 @@ def test_a_run_that_starts_later_traces_what_is_left(
     values: dict[str, Any] = {"train.trace": [2, 3], "run.dir": str(tmp_path)}
     config = tiny_config(tokens, **values)
     trainer = SimpleNamespace(mesh=Mesh(), schedule=build("1f1b", 1, 1))
-    loop: Any = SimpleNamespace(config=config, first_step=first_step, trainer=trainer, folder=tmp_path)
+    loop: Any = SimpleNamespace(config=config, start=SimpleNamespace(step=first_step), trainer=trainer, folder=tmp_path)
     tracer = Tracer(loop)
     assert list(tracer.steps) == traced
     names = [("F", "0F0"), ("B", "0B0"), ("phase", "pipeline")]

@@ -23,11 +23,11 @@ class Evaluate(Hook):
 
     def start(self) -> None:
         """A run that goes on in its own directory has its evaluations so far there."""
-        done = self.loop.first_step - 1
-        if self.loop.goes_on and self.loop.writer is not None:
+        done = self.loop.start.step - 1
+        if self.loop.start.goes_on and self.loop.writer is not None:
             for row in rows_before(self.loop.folder, done, "val_loss"):
                 self._keep(row)
-        if self.loop.config.train.eval_every and not self.loop.goes_on:
+        if self.loop.config.train.eval_every and not self.loop.start.goes_on:
             self._evaluate(done)
 
     def after(self, step: int, done: Step) -> None:

@@ -42,7 +42,7 @@ class Record(Hook):
         self.recent: deque[dict[str, Any]] = deque(maxlen=MOST)
         self.before_this = 0
         self.last: dict[str, Any] = {}
-        self.skipped = loop.skipped_before
+        self.skipped = loop.start.skipped
         self._recent_skips: deque[bool] = deque(maxlen=LOOKED_AT)
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
         self.on_gpu = self.late = loop.config.train.device == "cuda"
@@ -53,8 +53,8 @@ class Record(Hook):
         self.bubble_ideal = simulate(self.loop.trainer.schedule).mean_bubble
 
     def start(self) -> None:
-        if self.loop.goes_on and self.loop.writer is not None:
-            for row in rows_before(self.loop.folder, self.loop.first_step - 1, "loss"):
+        if self.loop.start.goes_on and self.loop.writer is not None:
+            for row in rows_before(self.loop.folder, self.loop.start.step - 1, "loss"):
                 self.before_this, self.last = self.before_this + 1, row
 
     def before(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: every `checkpoint.every` steps and after the last one. (The loop makes one when it is interrupted.)"""
+"""Checkpoints: every `checkpoint.every` steps and after the last one."""
 
 from megapar.train.hooks.hook import Hook
 from megapar.train.trainer import Step

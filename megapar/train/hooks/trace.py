@@ -34,7 +34,7 @@ class Trace(Hook):
         super().__init__(loop)
         assert loop.config.train.trace is not None
         first, last = loop.config.train.trace
-        self.steps = range(max(first, loop.first_step), last + 1)
+        self.steps = range(max(first, loop.start.step), last + 1)
         self._meetings: list[tuple[float, float]] = []
         self._done: dict[int, Step] = {}
 
