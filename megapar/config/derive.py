@@ -38,7 +38,7 @@ def resolve(
     Raises ConfigError where nothing can be derived. Call `check` afterwards.
     """
     check_values(config)
-    sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
+    sizes = model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
     if config.train.trace is None:
@@ -66,7 +66,7 @@ def in_one_process(config: T, num_gpus: int = 0) -> T:
     """A config as one process would have it, as far as its sizes need: cheap to make, whatever the model's size."""
     check_values(config)
     values: dict[str, Any] = {f"parallel.{axis}": 1 for axis in AXES} | {"parallel.auto": False}
-    values |= {f"model.{name}": size for name, size in _model_sizes(config.model).items()}
+    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()}
     if config.train.device == "auto":
         on_cpu = isinstance(config, VerifyConfig)
         values["train.device"] = "cpu" if on_cpu else _device(config.kernels.backend, num_gpus)
@@ -114,7 +114,7 @@ def for_device(config: T) -> T:
     return changed(config, {key: value for key, value in defaults.items() if given[key] is None})
 
 
-def _model_sizes(model: ModelConfig) -> dict[str, Any]:
+def model_sizes(model: ModelConfig) -> dict[str, Any]:
     if model.head_dim is None and model.hidden % model.heads:
         problem = f"not divisible by model.heads={model.heads}; change one, or set model.head_dim"
         raise ConfigError("model.hidden", model.hidden, problem)
@@ -126,6 +126,8 @@ def _model_sizes(model: ModelConfig) -> dict[str, Any]:
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,
         "ffn": inner,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "attention_out_bias": model.bias if model.attention_out_bias is None else model.attention_out_bias,
     }
 
 
