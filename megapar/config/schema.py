@@ -343,3 +343,27 @@ class GenerateConfig:
     out: str | None = option(
         None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
     )
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """`megapar import`: make a run directory from a Hugging Face folder."""
+
+    hf: str | None = option(
+        None, "folder with config.json and safetensors, as transformers saves them", verbatim=True, path=True
+    )
+    run: RunConfig = group(RunConfig, "run.dir: the directory to make")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`megapar export`: write a run's weights as a Hugging Face folder."""
+
+    run: RunConfig = group(RunConfig, "run.dir: the run to export")
+    hf: str | None = option(None, "folder to make", verbatim=True, path=True)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights; auto: as the checkpoint has them")
+    shard_gb: float = option(5.0, "most gigabytes of a file", above=0)
+    family: str | None = option(
+        None, "model_type of config.json; default: that of the folder it was imported from, or one that has this model"
+    )

@@ -116,7 +116,7 @@ class Family:
         }
         again = in_full(to_model(self.model_keys(config)))
         for name, value in in_full(model).items():
-            if not _same(again[name], value):
+            if not same(again[name], value):
                 raise UserError(f"no {self.model_type} has model.{name}={show(value)}")
         return config
 
@@ -146,7 +146,7 @@ def in_full(model: ModelConfig) -> Keys:
     return {name: value for name, value in keys.items() if name not in without_effect}
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
 
 

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megapar.checkpoint.boxes import Box
-from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, families
+from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, families, in_full, same, to_model
 from megapar.config.check import with_layout
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
@@ -77,6 +77,16 @@ def logical_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
     context.tie("embedding", [0])
     build_stage(config, context)
     return {piece.record.name: piece.record.shape for local in context.parameters for piece in local.pieces}
+
+
+def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
+    """The weights of a folder for a resolved config's model. Raises ConfigError where theirs is another one."""
+    theirs, ours = in_full(to_model(model_keys(folder)[0])), in_full(config.model)
+    for name, value in theirs.items():
+        if not same(value, ours.get(name, value)):
+            problem = f"{folder} has model.{name}={show(value)}; use model={folder}"
+            raise ConfigError(f"model.{name}", ours[name], problem)
+    return HfWeights(folder, logical_shapes(config))
 
 
 @dataclass(frozen=True)
