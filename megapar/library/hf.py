@@ -36,4 +36,5 @@ def from_hf(
     with torch.no_grad():
         for owned in owned_boxes(model.part.buffers):
             weights.read(owned.record.name, owned.box, owned.view(model.part.buffers.params))
+    model.read_bytes = weights.read_bytes
     return model

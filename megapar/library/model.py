@@ -81,6 +81,7 @@ class Model(nn.Module):
         self.embedding: Embedding | None = next((s.embedding for s in stages if s.embedding is not None), None)
         self.layers = nn.ModuleDict({index: layer for s in stages for index, layer in s.layers.items()})
         self.head: Head | HiddenStates | None = next((s.head for s in stages if s.head is not None), None)
+        self.read_bytes = 0  # of the files that the weights are from
         self._calls = 0
 
     def forward(
