@@ -163,7 +163,8 @@ class CheckpointReader:
         for stored in self.manifest.parameters[name].boxes:
             common = box.overlap(stored.box)
             if common is not None:
-                out[common.within(box)] = self._slice(kind, name, stored, common)
+                for piece in common.pieces():
+                    out[piece.within(box)] = self._slice(kind, name, stored, piece)
                 missing -= common.numel
         if missing:
             raise UserError(f"{self.folder}: {missing} values of {name} are in no file or in two; {RESAVE}")

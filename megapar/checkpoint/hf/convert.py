@@ -44,6 +44,7 @@ from megapar.config.schema import ExportConfig, TrainConfig
 from megapar.files import write_atomic
 
 KEPT = "hf"  # in a run's directory: the small files of the folder that it was imported from
+NAMES = "names.json"  # there: what the folder's names of tensors began with
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -73,6 +74,7 @@ def import_folder(source: Path, run_dir: Path, say: Say) -> TrainConfig:
     try:
         begin(folder, temporary)
         _copy_small(source, run_dir / KEPT)
+        _write_json(run_dir / KEPT / NAMES, {"prefix": weights.prefix})
         manifest = _write_checkpoint(temporary, weights, shapes, dtype, config)
         write_atomic(run_dir / "config.yaml", dump(config))
         finish(temporary, final, manifest)
@@ -100,6 +102,7 @@ def _write_checkpoint(
             out = torch.empty(entry.shape, dtype=TORCH_DTYPES[dtype])
             weights.read(names[entry.name], boxes[names[entry.name]], out)
             yield out
+            del out
 
     for number, part in enumerate(shards(entries, SHARD)):
         path = folder / f"rank-{number:05d}.safetensors"
@@ -143,7 +146,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
     if target.exists() and any(target.iterdir()):
         raise ConfigError("hf", target, "holds something already; name another folder")
     family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
-    there, on_disk = places(family, shapes, family.prefixes[0])
+    there, on_disk = places(family, shapes, _prefix(run_dir / KEPT, family))
     dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
     entries = [Entry(name, shape, dtype) for name, shape in on_disk.items()]
     parts = shards(entries, int(config.shard_gb * 1e9))
@@ -161,12 +164,13 @@ def export_run(config: ExportConfig, say: Say) -> None:
                     rows = whole[place.before : place.before + shapes[name][0]]
                     reader.read("weight", name, Box((0,) * len(shapes[name]), shapes[name]), rows)
             yield out
+            del out
 
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         if (run_dir / KEPT).is_dir():
-            shutil.copytree(run_dir / KEPT, temporary, dirs_exist_ok=True)
+            shutil.copytree(run_dir / KEPT, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAMES))
         for name, part in zip(names, parts, strict=True):
             write_tensors(temporary / name, part, values(part), {"format": "pt"})
         _write_json(temporary / CONFIG, disk_config | _dtype_key(disk_config, dtype))
@@ -208,6 +212,14 @@ def _disk_config(trained: TrainConfig, kept: Path, named: str | None) -> tuple[F
         except UserError as error:
             problems.append(f"{error}")
     raise UserError(f"no family of Hugging Face's is known to have this model: {'; '.join(problems)}")
+
+
+def _prefix(kept: Path, family: Family) -> str:
+    try:
+        found = json.loads((kept / NAMES).read_text(encoding="utf-8"))["prefix"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    return found if found in family.prefixes else family.prefixes[0]
 
 
 def _dtype_key(config: dict[str, Any], dtype: str) -> dict[str, str]:

@@ -109,6 +109,7 @@ class Family:
         config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # defaults may be beyond the vocabulary
             **{one.disk: one.write(model) for one in self.fields},
             **{name: value[0] if isinstance(value, tuple) else value for name, value in self.must.items()},
             **self.write(model),

@@ -155,7 +155,10 @@ class HfWeights:
 
     def read(self, name: str, box: Box, out: Tensor) -> None:
         """Fill out [box.shape] with a box of a logical parameter. Raises UserError."""
-        place = self.places[name]
+        for piece in box.pieces():
+            self._read(self.places[name], piece, out[piece.within(box)])
+
+    def _read(self, place: OnDisk, box: Box, out: Tensor) -> None:
         header = self.headers[place.disk]
         ranges = [slice(start, start + length) for start, length in zip(box.offset, box.shape, strict=True)]
         ranges[0] = slice(ranges[0].start + place.before, ranges[0].stop + place.before)

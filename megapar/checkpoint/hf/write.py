@@ -63,6 +63,7 @@ def write_tensors(path: Path, entries: list[Entry], values: Iterator[Tensor], me
             for entry, value in zip(entries, values, strict=True):
                 assert tuple(value.shape) == entry.shape and value.element_size() == ITEM[entry.dtype], entry
                 file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+                del value  # before the next one is made
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
