@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from megapar.files import special, write_atomic
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.partition import uniform
 
@@ -142,11 +143,14 @@ def read_costs(path: str, ranks: int) -> Costs:
     is 1 a rank and micro-batch; whatever else is left out has Costs' default. Raises ScheduleError.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = special(Path(path))
+        data = None if kind else json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ScheduleError(f"{path}: not readable as costs: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise ScheduleError(f"{path}: no JSON: {error}") from None
+    if kind:
+        raise ScheduleError(f"{path}: is a {kind}; write the costs to a file")
     if not isinstance(data, dict):
         raise ScheduleError(f"{path}: needs an object with the lists {', '.join(BY_STAGE[:3])}")
     known = {field.name for field in fields(Costs)}
@@ -194,4 +198,4 @@ def write_costs(costs: Costs, path: Path) -> None:
         else value
         for name, value in asdict(costs).items()
     }
-    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(data) + "\n")

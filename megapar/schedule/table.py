@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapar.files import special
 from megapar.schedule.actions import COMPUTE, Action, Row, Rows, Schedule, ScheduleError
 
 _OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
@@ -50,8 +51,11 @@ def rows_of(text: str) -> Rows:
 
 def read(path: str) -> Table:
     """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check_rows` says the rest."""
+    there = Path(path).expanduser()
     try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
+        if kind := special(there):
+            raise ScheduleError(f"{path}: is a {kind}; write the table to a file")
+        with there.open(newline="", encoding="utf-8-sig") as file:
             cells = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(f"{path}: not readable as a table: {getattr(error, 'strerror', None) or error}") from None

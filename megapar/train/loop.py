@@ -108,9 +108,9 @@ class Loop:
     def _summarise(self, writer: MetricsWriter, summary: dict[str, Any]) -> None:
         text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
         try:
-            if self.config.out is not None:
-                write_atomic(Path(self.config.out), text)
             write_atomic(self.folder / "summary.json", text)
+            if self.config.out is not None:  # its folder may have gone
+                write_atomic(Path(self.config.out), text)
         finally:  # also if there is no room for it
             writer.close()
             print(summary_text(summary, self.config), file=console(), flush=True)
