@@ -7,9 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megapar.files import special, write_atomic
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.partition import uniform
+from megapar.schedule.table import refuse_special
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,13 @@ def read_costs(path: str, ranks: int) -> Costs:
     The lists have a number for each part of the model (a layer, a stage), all equally long. Without `activation` memory
     is 1 a rank and micro-batch; whatever else is left out has Costs' default. Raises ScheduleError.
     """
+    refuse_special(Path(path), "costs")
     try:
-        kind = special(Path(path))
-        data = None if kind else json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ScheduleError(f"{path}: not readable as costs: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise ScheduleError(f"{path}: no JSON: {error}") from None
-    if kind:
-        raise ScheduleError(f"{path}: is a {kind}; write the costs to a file")
     if not isinstance(data, dict):
         raise ScheduleError(f"{path}: needs an object with the lists {', '.join(BY_STAGE[:3])}")
     known = {field.name for field in fields(Costs)}
@@ -198,4 +196,4 @@ def write_costs(costs: Costs, path: Path) -> None:
         else value
         for name, value in asdict(costs).items()
     }
-    write_atomic(path, json.dumps(data) + "\n")
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapar.files import special
 from megapar.schedule.actions import COMPUTE, Action, Row, Rows, Schedule, ScheduleError
 
 _OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
@@ -49,12 +48,17 @@ def rows_of(text: str) -> Rows:
     return [[Action.parse(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
+def refuse_special(path: Path, what: str) -> None:
+    """Raise ScheduleError for a FIFO or device, of which a reader may wait for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ScheduleError(f"{path}: is a FIFO or a device; write the {what} to a file")
+
+
 def read(path: str) -> Table:
     """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check_rows` says the rest."""
     there = Path(path).expanduser()
+    refuse_special(there, "table")
     try:
-        if kind := special(there):
-            raise ScheduleError(f"{path}: is a {kind}; write the table to a file")
         with there.open(newline="", encoding="utf-8-sig") as file:
             cells = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

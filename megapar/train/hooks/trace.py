@@ -96,7 +96,7 @@ class Trace(Hook):
         try:
             write(trace, self.loop.folder / "trace.json")
             write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
-        except UserError as error:  # no reason to end a run
+        except (UserError, OSError) as error:  # no reason to end a run
             if self.loop.writer is not None:
                 self.loop.writer.say(f"trace       none: {error}")
 
