@@ -105,7 +105,9 @@ def check_pipeline(config: TrainConfig) -> None:
     most = layers if partition == "uniform" else len(parts(config))
     if stages > most:
         problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
-        if chunks > 1:
+        if chunks > layers:
+            problem = f"with pipeline.chunks={chunks} more stages than model.layers={layers}; use fewer chunks"
+        elif chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)
