@@ -19,6 +19,7 @@ from megapar.data.indexed import IndexedWriter, token_dtype
 from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
+from megapar.files import special
 
 # Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
 CODE_VERSION = 1
@@ -38,7 +39,10 @@ def token_file_settings(config: DataConfig, source: TextSource) -> dict[str, Any
 def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer != "bpe":
         try:
-            model = Path(config.tokenizer).expanduser().read_bytes()
+            path = Path(config.tokenizer).expanduser()
+            if kind := special(path):
+                raise ConfigError("data.tokenizer", config.tokenizer, f"is a {kind}; write the model to a file")
+            model = path.read_bytes()
         except OSError as error:
             problem = f"must be bpe or the path of a SentencePiece .model file ({error.strerror})"
             raise ConfigError("data.tokenizer", config.tokenizer, problem) from None

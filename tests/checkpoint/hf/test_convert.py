@@ -36,7 +36,7 @@ def export(run: Path, target: Path, **values: Any) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -192,7 +192,7 @@ print(most[0] - before)
 
 def test_memory_is_that_of_the_largest_parameter(tmp_path: Path) -> None:
     """Of 150 MB with a largest parameter of 25 MB: that, and the 4 MB that are read at a time."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
     model = build("llama", **sizes, num_key_value_heads=8, vocab_size=12000)
     save(model, tmp_path / "large" / "source", "200MB")
     save(build("llama"), tmp_path / "small" / "source")
