@@ -192,7 +192,12 @@ print(most[0] - before)
 
 def test_memory_is_that_of_the_largest_parameter(tmp_path: Path) -> None:
     """Of 150 MB with a largest parameter of 25 MB: that, and the 4 MB that are read at a time."""
-    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
     model = build("llama", **sizes, num_key_value_heads=8, vocab_size=12000)
     save(model, tmp_path / "large" / "source", "200MB")
     save(build("llama"), tmp_path / "small" / "source")
