@@ -32,6 +32,7 @@ setup(
         "tensorboard": ["tensorboardX"],
         "dev": [
             "tensorboardX",
+            "transformers",  # a reference, in tests alone
             "pytest",
             "hypothesis",
             "ruff",
