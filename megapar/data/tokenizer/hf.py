@@ -46,6 +46,8 @@ class JsonTokenizer(Tokenizer):
         try:
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(spec))
             vocabulary = self._model.get_vocab(with_added_tokens=True)
+            if not vocabulary:
+                raise ValueError("it has no tokens")
             self.vocab_size = max(vocabulary.values()) + 1
         except Exception as error:  # the library raises no narrower one
             problem = f"tokenizers {tokenizers.__version__} can't read it ({_line(error)}); give another {JSON}"
@@ -54,7 +56,7 @@ class JsonTokenizer(Tokenizer):
         unknown = _unknown(spec["model"])
         named = {self._names[name] for name in CONTROLS if name in self._names}
         special = {token["content"] for token in spec["added_tokens"] if token["special"]} - {unknown}
-        self._controls = {content: vocabulary[content] for content in special | named if content in vocabulary}
+        self._controls = {content: vocabulary[content] for content in sorted(special | named) if content in vocabulary}
         # An unknown character is no control token, though the same token may be named as that of padding.
         self._never = {token for content, token in self._controls.items() if content != unknown}
         self._bytes = token_bytes(spec, vocabulary, set(self._controls.values()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MOST = 10_000_000  # characters
 
@@ -21,6 +21,13 @@ class Generation(jinja2.ext.Extension):
     def parse(self, parser: Any) -> Any:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """A reach out of it ends the rendering, also where Jinja would write nothing in its place."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
 
 def raise_exception(message: object) -> None:
@@ -39,7 +46,7 @@ def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **
 def render(template: str, prompts: list[str], variables: dict[str, str]) -> list[str]:
     """The conversation that begins with each prompt. Raises what a template may raise."""
     extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     compiled = environment.from_string(template)
@@ -61,7 +68,7 @@ def main() -> None:
         answer: dict[str, Any] = {"texts": render(given["template"], given["prompts"], given["variables"])}
     except Exception as error:  # whatever a template does
         kind = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__
-        answer = {"error": " ".join([kind, *str(error).split()]).strip()[:500]}
+        answer = {"error": " ".join([kind, *str(error).split()]).strip(" .")[:500]}
     json.dump(answer, sys.stdout)
 
 
