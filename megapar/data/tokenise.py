@@ -54,18 +54,21 @@ def make_token_files(
     source.keep_text()
     if source.skipped:
         say(f"data: {source.name}: {skipped_text(source.skipped)}")
+    tokenizer = None if config.tokenizer == "bpe" else open_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        _ = tokenizer.end_of_text  # refuses where there is none
+        copy_beside(tokenizer.path, prefix)
     sizes, hashes = _measure(source)
     say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
     model_path = Path(f"{prefix}.model")
-    if config.tokenizer != "bpe":
-        model_path = copy_beside(find_tokenizer(config.tokenizer), prefix)
-    elif not model_path.exists():
+    if tokenizer is None and not model_path.exists():
         begin = time.perf_counter()
         train_bpe(_training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path)
         say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
-    tokenizer = open_tokenizer(model_path)
+    tokenizer = tokenizer or open_tokenizer(model_path)
     if tokenizer.char_counts() is None:
-        say(f"data: {source.name}: {model_path.name} changes text on its way in: no bits per character can be given")
+        name = tokenizer.path.name
+        say(f"data: {source.name}: {name} changes text on its way in, so no bits per character can be given")
     begin = time.perf_counter()
     written = _tokenise(prefix, source, tokenizer, sizes, say)
     if written != len(sizes) or source.changed():

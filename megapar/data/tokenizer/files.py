@@ -76,19 +76,16 @@ def identity(path: Path) -> dict[str, Any]:
     try:
         hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files_of(path).items()}
     except OSError as error:
-        problem = (
-            f"must be bpe or the path of a SentencePiece .model, of a {JSON} or of their folder ({error.strerror})"
-        )
+        problem = f"must be bpe or the path of a SentencePiece .model, a {JSON} or their folder ({error.strerror})"
         raise ConfigError("data.tokenizer", path, problem) from None
     main, *beside = hashes
     return {"sha256": hashes[main]} | ({"beside": {name: hashes[name] for name in beside}} if beside else {})
 
 
-def copy_beside(path: Path, prefix: str | Path) -> Path:
-    """Copy a tokenizer's files to beside token files. Returns the main one's new path."""
+def copy_beside(path: Path, prefix: str | Path) -> None:
+    """Copy a tokenizer's files to beside token files."""
     for name, file in files_of(path).items():
         shutil.copyfile(file, f"{prefix}{ENDINGS[name]}")
-    return Path(f"{prefix}{ENDINGS[next(iter(files_of(path)))]}")
 
 
 def copy_into(path: Path, folder: Path) -> None:
