@@ -225,6 +225,7 @@ def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
             '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
             r"read it \(it has no tokens\)",
         ),
+        ("tokenizer.json", '{"model": {}, "added_tokens": [1]}', r'"added_tokens" is no list of tokens'),
         ("tokenizer_config.json", "\xff", r"tokenizer_config\.json: broken JSON"),
         ("special_tokens_map.json", "", r"special_tokens_map\.json: broken JSON"),
     ],

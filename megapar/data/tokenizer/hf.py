@@ -37,12 +37,9 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.path, self._files = path, files_of(path)
-        spec = _object(path)
-        if not isinstance(spec.get("model"), dict):
-            raise refused(path, f'no tokenizer ("model" is missing); give a {JSON} of Hugging Face, or a .model file')
         self._settings = {name: _object(self._files[name]) for name in (CONFIG, SPECIAL) if name in self._files}
         self._names = self._special_tokens()
-        spec = _without_traps(spec, set(self._names.values()))
+        spec = _without_traps(_described(path), set(self._names.values()))
         try:
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(spec))
             vocabulary = self._model.get_vocab(with_added_tokens=True)
@@ -64,9 +61,9 @@ class JsonTokenizer(Tokenizer):
         if self._bytes is not None and f"<0x{SPACE_MARK.encode()[0]:X}>" in vocabulary:
             self._mark = [vocabulary[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode()]
         added = [token["content"] for token in spec["added_tokens"]]
-        probes = (PROBE, "", "a", " a", "a ", *(f"{content}  {content}a" for content in added))
-        if self._bytes is not None and any(self.decode(self.encode(probe)) != probe for probe in probes):
-            self._bytes = None
+        probes = [PROBE, "", "a", " a", "a ", *(f"{content}  {content}a" for content in added)]
+        if self._bytes is not None and [self.decode(ids) for ids in self.encode_batch(probes)] != probes:
+            self._bytes, self._mark = None, []
 
     def _special_tokens(self) -> dict[str, str]:
         """Text of bos_token and so on, and of unk_token, where the files beside the main one name them."""
@@ -95,7 +92,7 @@ class JsonTokenizer(Tokenizer):
         for text in texts:
             check_unicode(text)
         plain = [text for text in texts if not (self._mark and SPACE_MARK in text)]
-        encoded = iter(self._model.encode_batch_fast(plain, add_special_tokens=False))
+        encoded = iter(self._encodings(self._model.encode_batch_fast, plain))
         return [
             encode_around_marks(text, self.encode, self._mark)
             if self._mark and SPACE_MARK in text
@@ -103,11 +100,19 @@ class JsonTokenizer(Tokenizer):
             for text in texts
         ]
 
+    def _encodings(self, encode: Any, texts: list[str]) -> list[Any]:
+        """The library's encodings, by one of its methods. Raises ConfigError where the file lets it stumble."""
+        try:
+            found: list[Any] = encode(texts, add_special_tokens=False)
+            return found
+        except Exception as error:  # the library raises no narrower one
+            raise refused(self.path, f"can't encode a text ({_line(error)}); give another {JSON}") from None
+
     def _without_controls(self, text: str, ids: list[int]) -> list[int]:
         """The ids of `text`, in smaller pieces where a model such as Unigram finds a control token's text in it."""
         if self._never.isdisjoint(ids):
             return ids
-        encoding = self._model.encode(text, add_special_tokens=False)
+        [encoding] = self._encodings(self._model.encode_batch, [text])
         found = zip(encoding.ids, encoding.offsets, strict=True)
         cuts = [begin + 1 for token, (begin, _) in found if token in self._never]
         parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
@@ -146,7 +151,8 @@ class JsonTokenizer(Tokenizer):
 
     def _with_controls(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
-            ids: list[int] = self._model.encode(part, add_special_tokens=False).ids
+            [encoding] = self._encodings(self._model.encode_batch_fast, [part])
+            ids: list[int] = encoding.ids
             return ids
 
         self._model.encode_special_tokens = False
@@ -180,12 +186,24 @@ def _unknown(model: dict[str, Any]) -> str | None:
 def _without_traps(spec: dict[str, Any], special: set[str]) -> dict[str, Any]:
     """The file without what cuts, pads or varies encodings; added tokens of the texts `special` are special."""
     added = [
-        {**token, "special": bool(token.get("special")) or token.get("content") in special}
+        {**token, "special": bool(token.get("special")) or token["content"] in special}
         for token in spec.get("added_tokens") or []
-        if isinstance(token, dict) and isinstance(token.get("content"), str)
     ]
     model = {**spec["model"], "dropout": None} if "dropout" in spec["model"] else spec["model"]
     return {**spec, "truncation": None, "padding": None, "added_tokens": added, "model": model}
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What `tokenizer.json` says, the parts that we read being what they must. Raises ConfigError."""
+    spec = _object(path)
+    added = spec.get("added_tokens") or []
+    if not isinstance(spec.get("model"), dict):
+        raise refused(path, f'no tokenizer ("model" is missing); give a {JSON} of Hugging Face, or a .model file')
+    if not isinstance(added, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) for one in added
+    ):
+        raise refused(path, f'"added_tokens" is no list of tokens; give another {JSON}')
+    return spec
 
 
 def _read(path: Path) -> bytes:
