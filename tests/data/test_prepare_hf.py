@@ -114,6 +114,8 @@ def test_what_is_no_tokenizer_is_refused_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     (hf.gpt2_like(tmp_path / "broken") / "tokenizer.json").write_text(json.dumps({"model": {}})[:-1])
     hf.gpt2_like(tmp_path / "endless", eos_token=None)
+    lines: list[str] = []
     with pytest.raises(ConfigError, match=problem):
-        prepare(dataclasses.replace(config, tokenizer=given))
+        prepare(dataclasses.replace(config, tokenizer=given), log=lines.append)
+    assert not lines  # before the text was read
     assert not Path(config.cache or "").exists() or list(Path(config.cache or "").iterdir()) == []

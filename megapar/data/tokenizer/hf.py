@@ -39,7 +39,7 @@ class JsonTokenizer(Tokenizer):
         self.path, self._files = path, files_of(path)
         self._settings = {name: _object(self._files[name]) for name in (CONFIG, SPECIAL) if name in self._files}
         self._names = self._special_tokens()
-        spec = _without_traps(_described(path), set(self._names.values()))
+        spec = _without_traps(_described(path))
         try:
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(spec))
             vocabulary = self._model.get_vocab(with_added_tokens=True)
@@ -183,12 +183,9 @@ def _unknown(model: dict[str, Any]) -> str | None:
     return model.get("unk_token")
 
 
-def _without_traps(spec: dict[str, Any], special: set[str]) -> dict[str, Any]:
-    """The file without what cuts, pads or varies encodings; added tokens of the texts `special` are special."""
-    added = [
-        {**token, "special": bool(token.get("special")) or token["content"] in special}
-        for token in spec.get("added_tokens") or []
-    ]
+def _without_traps(spec: dict[str, Any]) -> dict[str, Any]:
+    """The file without what cuts, pads or varies encodings."""
+    added = [{**token, "special": bool(token.get("special"))} for token in spec.get("added_tokens") or []]
     model = {**spec["model"], "dropout": None} if "dropout" in spec["model"] else spec["model"]
     return {**spec, "truncation": None, "padding": None, "added_tokens": added, "model": model}
 

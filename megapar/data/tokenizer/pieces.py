@@ -14,19 +14,18 @@ def token_bytes(spec: Mapping[str, Any], vocabulary: Mapping[str, int], control:
     """UTF-8 bytes by id, empty for control tokens and unused ids; None where text may be changed on its way in.
 
     Known are byte-level models (a character for each byte) and such with byte fallback (<0xE2>, a mark for a space),
-    whose steps in front of the model only cut text. The caller still tries texts on the result.
+    whose steps in front of the model only cut text. The caller tries texts on the result, with every added token, which
+    may take spaces along.
 
     spec: the whole file. vocabulary: id by token, added tokens included.
     """
-    model, added = spec["model"], {token["content"]: token for token in spec["added_tokens"]}
+    model = spec["model"]
     steps = [*_flat(spec.get("normalizer"), "normalizers"), *_flat(spec.get("pre_tokenizer"), "pretokenizers")]
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None
     if not (byte_level or model.get("byte_fallback")) or not all(_only_cuts(step, byte_level) for step in steps):
         return None
-    if any((token.get("lstrip") or token.get("rstrip")) and not token["special"] for token in added.values()):
-        return None  # these take the spaces around them along
     found = [b""] * (max(vocabulary.values()) + 1)
     single = set()
     for content, token in vocabulary.items():
@@ -37,10 +36,8 @@ def token_bytes(spec: Mapping[str, Any], vocabulary: Mapping[str, int], control:
             single.add(found[token])
             continue
         found[token] = _bytes_of(content) if byte_level else content.replace(SPACE_MARK, " ").encode()
-        if byte_level and content not in added and len(found[token]) == 1:
+        if byte_level and len(found[token]) == 1:
             single.add(found[token])
-        if byte_level and content in added and found[token] != content.encode():
-            return None  # the same id for a text and for other bytes
     return found if len(single) == 256 else None
 
 
