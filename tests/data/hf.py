@@ -67,7 +67,8 @@ def llama_like(folder: Path, *, prepend: bool = False, **config: Any) -> Path:
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prepend else [])])
     spec = trained(tokenizer, trainers.BpeTrainer, ["<unk>", *CONTROLS, *BYTES], vocab_size=420)
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in BYTES]
-    named = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False, "special": True}
+    named = {"bos_token": "<s>", "eos_token": end, "unk_token": "<unk>"}
     return write(folder, spec, {**named, **config})
 
 
