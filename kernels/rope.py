@@ -31,10 +31,21 @@ from megapar.kernels.shapes import DEMO, LLAMA
 TILE, WARPS = 1 << 14 if INTERPRETED else 2048, 4
 
 
+def rope_frequencies(channels: int, theta: float) -> Tensor:
+    """Radians per position of every pair of channels, fp64 [channels / 2]: theta^(-2 i / channels)."""
+    return theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+
+
 def rope_table(length: int, channels: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[length, channels]: cosines in the first half of the channels, sines in the second. Computed in fp64."""
-    frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
-    angle = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(1) * frequency
+    """`table_of` the frequencies of this base."""
+    return table_of(rope_frequencies(channels, theta), length, dtype, device)
+
+
+def table_of(frequencies: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[length, channels]: cosines in the first half of the channels, sines in the second. Computed in fp64 from
+    frequencies [channels / 2]."""
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angle = positions.unsqueeze(1) * frequencies.to(device, torch.float64)
     return torch.cat([angle.cos(), angle.sin()], 1).to(dtype)
 
 

@@ -36,4 +36,5 @@ DEMO = Sizes(128, 4, 2, 32, 384, 1024, "fp32")
 MODELS = {"llama-8b": LLAMA, "gpt2": GPT2, "demo": DEMO}  # what the benchmarks run
 # of which single kernels are compiled, beside those of MODELS
 GEMMA = Sizes(3584, 16, 8, 256, 14336, 256000, "bf16")  # Gemma-2-9B
+BERT = Sizes(768, 12, 12, 64, 3072, 30522, "bf16")
 GPT2_TINY = Sizes(128, 4, 4, 32, 512, 1024, "fp32")

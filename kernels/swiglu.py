@@ -1,4 +1,4 @@
-"""The MLP's activations: SwiGLU and GEGLU (Shazeer 2020), gated, and GELU (Hendrycks & Gimpel 2016).
+"""The MLP's activations: SwiGLU and GEGLU (Shazeer 2020), gated, and GELU (Hendrycks & Gimpel 2016) in two forms.
 
 One pair of kernels for all. They move each byte once and are bound by memory, compute in fp32 and round once, where
 torch in 16 bits rounds the gate's activation too.
@@ -28,7 +28,7 @@ from megapar.kernels._common import (
 )
 from megapar.kernels._operators import call, custom_op
 from megapar.kernels.registry import Kernel
-from megapar.kernels.shapes import DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
+from megapar.kernels.shapes import BERT, DEMO, GEMMA, GPT2, GPT2_TINY, LLAMA
 
 # Rows and columns of a program's tile, and columns of a warp: at least 128 bits for each thread, also of AMD's wider
 # warps. The interpreter pays for every program.
@@ -66,7 +66,15 @@ def gelu(x: Tensor) -> Tensor:
     _check(x, x)
     if backend_of("gelu", x.device.type, x.dtype) == "torch":
         return F.gelu(x, approximate="tanh")
-    return call(gelu_op, x)
+    return call(gelu_op, x, "gelu")
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU itself (BERT's): x times the normal distribution's share below x. As `gelu` in all else."""
+    _check(x, x)
+    if backend_of("gelu_erf", x.device.type, x.dtype) == "torch":
+        return F.gelu(x)
+    return call(gelu_op, x, "gelu_erf")
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -78,20 +86,26 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# Both functions are x * sigmoid(s(x)): silu with s = x, and gelu with s = 2 sqrt(2/pi) (x + 0.044715 x^3), because
+# Two functions are x * sigmoid(s(x)): silu with s = x, and gelu with s = 2 sqrt(2/pi) (x + 0.044715 x^3), because
 # (1 + tanh(s/2)) / 2 = sigmoid(s). That needs one exponential, and no tanh, which Triton's language does not have.
+# gelu_erf is x * P(x), with P the distribution function of the normal distribution.
 
 
 @device_function
-def _sigmoid_and_slope(x, FUNCTION: tl.constexpr):
-    """(sigmoid(s(x)), ds/dx); FUNCTION: silu or gelu."""
-    if FUNCTION == "gelu":
-        square = x * x
-        s = x * (1.5957691216057308 + 0.07135481627260025 * square)
-        slope = 1.5957691216057308 + 0.21406444881780076 * square
+def _share_and_slope(x, FUNCTION: tl.constexpr):
+    """(sigmoid(s(x)), ds/dx), FUNCTION: silu or gelu; of gelu_erf (P(x), dP/dx)."""
+    if FUNCTION == "gelu_erf":
+        share = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
-        s, slope = x, 1.0
-    return 1.0 / (1.0 + tl.exp(-s)), slope
+        if FUNCTION == "gelu":
+            square = x * x
+            s = x * (1.5957691216057308 + 0.07135481627260025 * square)
+            slope = 1.5957691216057308 + 0.21406444881780076 * square
+        else:
+            s, slope = x, 1.0
+        share = 1.0 / (1.0 + tl.exp(-s))
+    return share, slope
 
 
 def _forward_flops(args: dict[str, Any]) -> float:
@@ -113,7 +127,7 @@ def activation_forward_kernel(
     rows, columns, exists = row_tile(num_rows, num_columns, ROWS, COLUMNS)
     x = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
     u = 1.0 if up is None else tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
-    share, _ = _sigmoid_and_slope(x, FUNCTION)
+    share, _ = _share_and_slope(x, FUNCTION)
     tl.store(out + rows * num_columns + columns, cast(x * share * u, out.dtype.element_ty), mask=exists)
 
 
@@ -128,9 +142,13 @@ def activation_backward_kernel(
     x = tl.load(gate + rows * gate_stride + columns, mask=exists, other=0.0).to(tl.float32)
     u = 1.0 if up is None else tl.load(up + rows * up_stride + columns, mask=exists, other=0.0).to(tl.float32)
     d = tl.load(dout + rows * num_columns + columns, mask=exists, other=0.0).to(tl.float32)
-    share, slope = _sigmoid_and_slope(x, FUNCTION)
+    share, slope = _share_and_slope(x, FUNCTION)
     value = x * share
-    tl.store(dgate + at, cast(d * u * (share + value * (1.0 - share) * slope), dgate.dtype.element_ty), mask=exists)
+    if FUNCTION == "gelu_erf":
+        gradient = d * u * (share + x * slope)
+    else:
+        gradient = d * u * (share + value * (1.0 - share) * slope)
+    tl.store(dgate + at, cast(gradient, dgate.dtype.element_ty), mask=exists)
     if dup is not None:
         tl.store(dup + at, cast(d * value, dup.dtype.element_ty), mask=exists)
 
@@ -139,7 +157,7 @@ def activation_backward_kernel(
 
 
 def launch(kernel: Any, function: str, gate: Tensor, up: Tensor | None, **tensors: Tensor | None) -> Launch:
-    """A launch of either kernel; function: silu or gelu. gate, up: rows may lie apart, columns together."""
+    """A launch of either kernel; function: silu, gelu or gelu_erf. gate, up: rows may lie apart, columns together."""
     num_rows, num_columns = gate.shape
     columns = min(COLUMNS, next_power_of_2(num_columns))
     arguments = {
@@ -197,20 +215,21 @@ def fused_backward_op(dout: Tensor, x: Tensor, function: str) -> Tensor:
 
 
 @custom_op("megapar::gelu")
-def gelu_op(x: Tensor) -> Tensor:
-    """gelu(x), contiguous."""
+def gelu_op(x: Tensor, function: str) -> Tensor:
+    """function(x), gelu or gelu_erf, contiguous."""
     out = x.new_empty(x.shape)
     if out.numel():
-        launch(activation_forward_kernel, "gelu", rows_of(x), None, out=out).run()
+        launch(activation_forward_kernel, function, rows_of(x), None, out=out).run()
     return out
 
 
 @custom_op("megapar::gelu_backward")
-def gelu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
+def gelu_backward_op(dout: Tensor, x: Tensor, function: str) -> Tensor:
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
     if dx.numel():
-        launch(activation_backward_kernel, "gelu", rows_of(x), None, dout=dout.contiguous(), dgate=dx, dup=None).run()
+        gradients = {"dout": dout.contiguous(), "dgate": dx, "dup": None}
+        launch(activation_backward_kernel, function, rows_of(x), None, **gradients).run()
     return dx
 
 
@@ -235,12 +254,12 @@ def _(dout, x, function):
 
 
 @gelu_op.register_fake
-def _(x):
+def _(x, function):
     return x.new_empty(x.shape)
 
 
 @gelu_backward_op.register_fake
-def _(dout, x):
+def _(dout, x, function):
     return x.new_empty(x.shape)
 
 
@@ -253,7 +272,7 @@ def _gated_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
     return *call(gated_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
-def _save_fused(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+def _save_one(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     x, ctx.function = inputs
     ctx.save_for_backward(x)
 
@@ -262,23 +281,24 @@ def _fused_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
     return call(fused_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
-def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gelu_backward(ctx: Any, dout: Tensor) -> Tensor:
-    return call(gelu_backward_op, dout, *ctx.saved_tensors)
+def _gelu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    return call(gelu_backward_op, dout, *ctx.saved_tensors, ctx.function), None
 
 
 gated_op.register_autograd(_gated_backward, setup_context=_save_gated)
-fused_op.register_autograd(_fused_backward, setup_context=_save_fused)
-gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
+fused_op.register_autograd(_fused_backward, setup_context=_save_one)
+gelu_op.register_autograd(_gelu_backward, setup_context=_save_one)
 
 
 # ----------------------------------------------------------------------------------------------------------- inspection
 
 # name -> (function, the models whose MLP has it)
-MODELS = {"swiglu": ("silu", (LLAMA, DEMO)), "geglu": ("gelu", (GEMMA,)), "gelu": ("gelu", (GPT2, GPT2_TINY))}
+MODELS = {
+    "swiglu": ("silu", (LLAMA, DEMO)),
+    "geglu": ("gelu", (GEMMA,)),
+    "gelu": ("gelu", (GPT2, GPT2_TINY)),
+    "gelu_erf": ("gelu_erf", (BERT,)),
+}
 
 
 def aot_specs(arch: str) -> dict[str, Launch]:
@@ -289,7 +309,7 @@ def aot_specs(arch: str) -> dict[str, Launch]:
             width, dtype = sizes.ffn, sizes.torch_dtype
             out = torch.empty(4096, width, dtype=dtype, device="meta")
             gate, up = out, None
-            if name != "gelu":
+            if name in ("swiglu", "geglu"):
                 gate, up = torch.empty(4096, 2 * width, dtype=dtype, device="meta").split(width, 1)
             specs[f"{name}_fwd_{width}"] = launch(activation_forward_kernel, function, gate, up, out=out)
             gradients = {"dout": out, "dgate": gate, "dup": up}  # as the inputs lie
@@ -297,4 +317,4 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     return specs
 
 
-KERNEL = Kernel("swiglu", functions=("swiglu", "geglu", "gelu"), specs=aot_specs, place=5)
+KERNEL = Kernel("swiglu", functions=("swiglu", "geglu", "gelu", "gelu_erf"), specs=aot_specs, place=5)

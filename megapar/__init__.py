@@ -3,6 +3,7 @@
 In a notebook or a script of your own (docs/library.md):
 
     model = megapar.build("tiny", layers=2)       a model, `megapar.Model`
+    model = megapar.from_hf("folder")             one with the weights of a Hugging Face folder
     optimizer = megapar.AdamW(model, lr=1e-3)     or torch's own
     megapar.schedule("zbv", ranks=4, microbatches=16).draw()
 
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megapar.config.errors import ConfigError, UserError
     from megapar.config.schema import ModelConfig
+    from megapar.library.hf import from_hf
     from megapar.library.model import Model, build
     from megapar.library.optimizer import AdamW
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "ConfigError", "Model", "ModelConfig", "UserError", "build", "schedule"]
+__all__ = ["AdamW", "ConfigError", "Model", "ModelConfig", "UserError", "build", "from_hf", "schedule"]
 
 _WHERE = {
     "AdamW": "megapar.library.optimizer",
@@ -28,6 +30,7 @@ _WHERE = {
     "ModelConfig": "megapar.config.schema",
     "UserError": "megapar.config.errors",
     "build": "megapar.library.model",
+    "from_hf": "megapar.library.hf",
 }
 
 

@@ -80,6 +80,7 @@ class ModelPart:
     build_stage: makes a stage from (config, context); the default is what `model.module` names, or the Transformer.
     mesh: reuse an existing mesh of the same layout; torch cannot recreate destroyed groups.
     weights_only: for weights that are loaded and not trained, see `StageBuffers`.
+    initial: with initial values; else zeros, of what is filled at once.
     weight_grads: what adds weight gradients, if not the plain one of training.
     """
 
@@ -91,6 +92,7 @@ class ModelPart:
         *,
         mesh: Mesh | None = None,
         weights_only: bool = False,
+        initial: bool = True,
         weight_grads: WeightGrads | None = None,
     ) -> None:
         train, parallel = config.train, config.parallel
@@ -119,7 +121,11 @@ class ModelPart:
                 self.stages[number] = build_stage(config, self.context)
             adopt(self.stages[number], self.context)
         self.buffers = StageBuffers(
-            self.context, bucket_size=parallel.bucket_size, zero=parallel.zero == 1, weights_only=weights_only
+            self.context,
+            bucket_size=parallel.bucket_size,
+            zero=parallel.zero == 1,
+            weights_only=weights_only,
+            initial=initial,
         )
 
     def close(self) -> None:

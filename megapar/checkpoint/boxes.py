@@ -39,6 +39,13 @@ class Box:
             shape.append(stop - start)
         return Box(tuple(offset), tuple(shape))
 
+    def pieces(self, most: int = 1 << 20) -> "Iterator[Box]":
+        """The box in blocks of whole rows, of at most `most` elements or of one row."""
+        rows = max(1, most // max(1, prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            length = min(rows, self.shape[0] - start)
+            yield Box((self.offset[0] + start, *self.offset[1:]), (length, *self.shape[1:]))
+
     def within(self, outer: "Box") -> tuple[slice, ...]:
         """The index of this box in a tensor that holds the outer one."""
         return tuple(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
+from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.save import StatefulOptimizer, data_hashes
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
@@ -47,18 +48,24 @@ def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) ->
     return Resumed(folder, manifest.step, manifest.samples, manifest.step - manifest.optimizer_steps)
 
 
-def load_weights(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> Manifest:
-    """Bring only the weights of a checkpoint into an optimizer that has made no step, and its parameters.
+def load_weights(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> None:
+    """Bring only the weights of a checkpoint, or of a Hugging Face folder, into an optimizer that has made no step, and
+    its parameters.
 
     Collective, raises as `load` does, but the data may be others.
     """
-    buffers = optimizer.buffers
-    folder, manifest = _open(path, buffers)
-    with all_or_none(buffers.mesh["world"], buffers.mesh.device):
-        refuse_other_model(manifest, config, folder)
-    _fill(folder, manifest, buffers, {"weight": optimizer.state()["weight"]})
+    buffers, weights = optimizer.buffers, optimizer.state()["weight"]
+    if is_hf_folder(path):
+        with all_or_none(buffers.mesh["world"], buffers.mesh.device), torch.no_grad():
+            found = open_weights(Path(path), config)
+            for owned in owned_boxes(buffers):
+                found.read(owned.record.name, owned.box, owned.view(weights))
+    else:
+        folder, manifest = _open(path, buffers)
+        with all_or_none(buffers.mesh["world"], buffers.mesh.device):
+            refuse_other_model(manifest, config, folder)
+        _fill(folder, manifest, buffers, {"weight": weights})
     optimizer.publish()
-    return manifest
 
 
 def load_parameters(path: str | Path, buffers: StageBuffers, config: TrainConfig) -> Manifest:
@@ -115,7 +122,7 @@ def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: Mappin
     """Read every owned box of every kind of state. Collective."""
     world, device = buffers.mesh["world"], buffers.mesh.device
     _check_parameters(folder, manifest, buffers)
-    reader = _Reader(folder, manifest)
+    reader = CheckpointReader(folder, manifest)
     with all_or_none(world, device), torch.no_grad():
         for owned in owned_boxes(buffers):
             for kind, parts in state.items():
@@ -141,7 +148,7 @@ def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -
         raise UserError(f"{folder}: the model has no parameter {foreign[0]}; {remedy}")
 
 
-class _Reader:
+class CheckpointReader:
     """Reads boxes of logical parameters from the files of a checkpoint, each file verified before its first use."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -156,7 +163,8 @@ class _Reader:
         for stored in self.manifest.parameters[name].boxes:
             common = box.overlap(stored.box)
             if common is not None:
-                out[common.within(box)] = self._slice(kind, name, stored, common)
+                for piece in common.pieces():
+                    out[piece.within(box)] = self._slice(kind, name, stored, piece)
                 missing -= common.numel
         if missing:
             raise UserError(f"{self.folder}: {missing} values of {name} are in no file or in two; {RESAVE}")

@@ -70,13 +70,13 @@ def save(folder: Path, optimizer: StatefulOptimizer, config: TrainConfig, step: 
     try:
         with all_or_none(world, device):
             if mesh.rank == 0:
-                _begin(folder, temporary)
+                begin(folder, temporary)
         with all_or_none(world, device):
             part = _write_part(temporary, optimizer, mesh.rank)
         parts = [json.loads(text) for text in gather_texts(json.dumps(part), world, device)]
         with all_or_none(world, device):
             if mesh.rank == 0:
-                _finish(temporary, final, _manifest(parts, optimizer, config, step))
+                finish(temporary, final, _manifest(parts, optimizer, config, step))
     except UserError:
         if mesh.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,7 +102,7 @@ def keep_newest(folder: Path, count: int) -> list[str]:
     return problems
 
 
-def _begin(folder: Path, temporary: Path) -> None:
+def begin(folder: Path, temporary: Path) -> None:
     """Sweep what crashes have left behind and make the folder to write to."""
     with _writing(temporary):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config:
         seed=config.train.seed,
         layout=str(config.parallel.layout),
         config=to_dict(config),
-        environment={"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        environment=environment(),
         kinds=dict.fromkeys(optimizer.state(), DTYPES[optimizer.buffers.context.wide_dtype]),
         parameters=parameters,
         files={
@@ -157,7 +157,12 @@ def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config:
     )
 
 
-def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
+def environment() -> dict[str, str]:
+    """Versions of what writes a checkpoint."""
+    return {"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def finish(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, give the folder its final name, point `latest` to it: each durable before the next."""
     for name, facts in manifest.files.items():
         path = temporary / name

@@ -5,6 +5,7 @@ grammar. Every key and file name is checked first, as Hydra accepts unknown keys
 And what Hydra itself refuses becomes one line.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -21,11 +22,13 @@ from megapar.cli.command import Command, commands
 from megapar.cli.experiments import EXPERIMENT, Experiments
 from megapar.config import ConfigError, Layout, UserError, parse, to_dict
 from megapar.config.errors import show
+from megapar.config.file import load_config
 from megapar.config.keys import changed, check_values, groups, keys, value_of
 from megapar.config.parse import nearest, unknown_key
 
 CONF = Path(str(files("megapar.conf")))
 LAYOUTS = "parallel"  # the group whose choices need no file
+MODEL = "model"  # the group whose choices may be folders
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def _composed(command: str, overrides: list[str]) -> dict[Any, Any]:
     from omegaconf import OmegaConf
 
     with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
-        composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=overrides), resolve=True)
+        named = [_with_names(text) for text in overrides]
+        composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=named), resolve=True)
     assert isinstance(composed, dict)
     return composed
 
@@ -126,6 +130,8 @@ def register(overrides: Iterable[str]) -> None:
     texts = [*overrides, *experiments.texts()]
     for name in {name for text in texts for name in re.findall(r"[a-z0-9]+", text) if is_layout(name)}:
         store.store(group=LAYOUTS, name=name, node=dict(Layout.parse(name)), provider="megapar")
+    for path in {path for text in texts for path in re.findall(r"^model=(.*)", text) if is_model_path(path)}:
+        store.store(group=MODEL, name=_name_of(path), node=read_model(path), provider="megapar")
     store.repo.pop(EXPERIMENT, None)  # of an earlier call in this process, maybe in another folder
     for name, node in experiments.outside(overrides).items():
         store.store(group=EXPERIMENT, name=name, node=node, package="_global_", provider="megapar")
@@ -141,6 +147,42 @@ def is_layout(name: str) -> bool:
     with suppress(ConfigError):
         return name != "single" and bool(Layout.parse(name))
     return False
+
+
+def is_model_path(name: str) -> bool:
+    """Whether a choice of the group `model` is a path: a run's directory, a Hugging Face folder or a YAML file."""
+    return not (CONF / MODEL / f"{name}.yaml").exists() and ("/" in name or Path(name).exists())
+
+
+def _name_of(path: str) -> str:
+    """What Hydra knows a path by: it takes slashes for groups."""
+    return f"path-{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
+
+
+def _with_names(override: str) -> str:
+    group, _, value = override.partition("=")
+    return f"{group}={_name_of(value)}" if group == MODEL and is_model_path(value) else override
+
+
+def read_model(name: str) -> dict[str, Any]:
+    """The keys of `model` of a path. Raises UserError."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(MODEL, name, f"can't be read ({' '.join(str(error).split())})") from None
+        if not isinstance(keys, dict):
+            raise ConfigError(MODEL, name, "holds no keys of a model; write lines such as layers: 4")
+        return keys
+    if (path / "config.yaml").exists():
+        return to_dict(load_config(path).model)
+    from megapar.checkpoint.hf.folder import CONFIG, model_keys  # torch
+
+    if not (path / CONFIG).exists():
+        problem = "no such folder" if not path.is_dir() else f"holds neither a run's config.yaml nor {CONFIG}"
+        raise ConfigError(MODEL, name, f"{problem}; name a file of conf/model/, a run, or a Hugging Face folder")
+    return model_keys(path)[0]
 
 
 def group_files(command: str) -> dict[str, list[str]]:
@@ -210,9 +252,12 @@ def _refuse_file(group: str, parsed: Any, known: list[str]) -> None:
     for name in chosen:
         if name is None or name == "null" or str(name) in known or (group == LAYOUTS and is_layout(str(name))):
             continue
+        if group == MODEL and is_model_path(str(name)):
+            continue
         near = [f for f in known if _similar(str(name), f)]
         hint = f"did you mean {near[0]}? " if near else ""
-        more = ", or write a layout such as tp2pp2dp2" if group == LAYOUTS else ""
+        others = {LAYOUTS: ", or write a layout such as tp2pp2dp2", MODEL: ", or give a folder or a .yaml file"}
+        more = others.get(group, "")
         there = Experiments.here(CONF).listing() if group == EXPERIMENT else f"conf/{group}/ has {', '.join(known)}"
         raise ConfigError(group, name, f"no such file; {hint}{there}{more}")
 

@@ -21,18 +21,22 @@ from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunk
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
+MOST_PASSES = 1_000_000  # micro-batches of a rank in a step: a schedule of more takes minutes to make
 
 
-def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None) -> None:
+def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None, task: bool = True) -> None:
     """Refuse what can't work in a resolved config.
 
-    num_gpus: GPUs visible here; world_size: ranks that something else has already started, None if we start them.
+    num_gpus: GPUs visible here; world_size: ranks that something else has already started, None if we start them
+    task: whether the model is to learn the config's task
     """
     check_values(config)
     check_model(config.model)
     # verify takes its layouts from elsewhere, and its list of layers per stage is for those.
     check_layout(with_layout(config, config.parallel.layout) if isinstance(config, VerifyConfig) else config)
     check_training(config)
+    if task:
+        check_task(config)
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
     if isinstance(config, VerifyConfig):
         check_verify(config, num_gpus=num_gpus)
@@ -47,6 +51,29 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(
             "model.head_dim", model.head_dim, "rotary embedding needs it even; or use model.position=learned"
         )
+    if model.qk_norm == "all" and model.norm_offset:
+        raise ConfigError("model.norm_offset", True, "qk_norm=all has no such norm; use qk_norm=head")
+    if model.norm_offset and model.norm == "layernorm":
+        raise ConfigError("model.norm_offset", True, "LayerNorm has no offset; use model.norm=rmsnorm")
+    if not model.window_pattern or set(model.window_pattern) - set("WF"):
+        raise ConfigError("model.window_pattern", model.window_pattern, "use letters W (window) and F (full), as WWF")
+    if model.window is not None and not model.causal:
+        raise ConfigError("model.window", model.window, "looks back alone; use it with model.causal=true")
+    scaling = model.rope_scaling
+    if scaling.kind in ("dynamic", "llama3") and scaling.original_length is None:
+        key = "model.rope_scaling.original_length"
+        raise ConfigError(key, None, f"{scaling.kind} needs the positions that the model was first trained on")
+    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        key = "model.rope_scaling.low_freq_factor"
+        raise ConfigError(key, scaling.low_freq_factor, f"use less than high_freq_factor={scaling.high_freq_factor}")
+    if scaling.kind == "dynamic" and model.head_dim == 2:
+        raise ConfigError("model.head_dim", 2, "dynamic rope scaling needs more channels")
+    if model.output == "hidden":
+        for key in ("tied", "output_bias", "logit_softcap"):
+            if value := getattr(model, key):
+                raise ConfigError(f"model.{key}", value, "model.output=hidden has no logits; leave it out")
+    elif model.pooler:
+        raise ConfigError("model.pooler", True, "pools hidden states; use it with model.output=hidden")
     if model.attention_dropout:
         raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")
 
@@ -72,6 +99,9 @@ def check_layout(config: TrainConfig) -> None:
     if batch % step:
         product = f"{' * '.join(factors)} = {' * '.join(map(str, factors.values()))} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
+    if (passes := num_microbatches(config)) > MOST_PASSES:
+        problem = f"{passes:,} micro-batches on each rank in one step, more than {MOST_PASSES:,}"
+        raise ConfigError("train.global_batch_size", batch, f"{problem}; raise train.micro_batch_size, or lower it")
     if parallel.grad_compression != "none":
         if train.dtype == "fp64":
             problem = "compresses fp32 main gradients, and train.dtype=fp64 has others; use none, or another dtype"
@@ -105,7 +135,9 @@ def check_pipeline(config: TrainConfig) -> None:
     most = layers if partition == "uniform" else len(parts(config))
     if stages > most:
         problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
-        if chunks > 1:
+        if chunks > layers:
+            problem = f"with pipeline.chunks={chunks} more stages than model.layers={layers}; use fewer chunks"
+        elif chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)
@@ -178,6 +210,14 @@ def _prove(name: str, ranks: int, microbatches: int, chunks: int) -> None:
     and each rank proves its own."""
     if name.startswith(CSV) or not generators()[name].searches:
         check_table(build(name, ranks, microbatches, chunks=chunks), training=True)
+
+
+def check_task(config: TrainConfig) -> None:
+    """Refuse a model that can't learn the task."""
+    for key, needed in (("causal", True), ("output", "lm")):
+        if config.task.name == "lm" and (value := getattr(config.model, key)) != needed:
+            problem = f"task.name=lm predicts the next token, which needs model.{key}={str(needed).lower()}"
+            raise ConfigError(f"model.{key}", value, problem)
 
 
 def check_training(config: TrainConfig) -> None:

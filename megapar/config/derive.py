@@ -12,12 +12,13 @@ from megapar.config.check import (
 )
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
-from megapar.config.layout import AXES, Layout, layouts_up_to
+from megapar.config.layout import AXES, Layout, layouts_of
 from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 
 C = TypeVar("C", TrainConfig, VerifyConfig, GenerateConfig)
+MOST_TRIED = 1000  # numbers of ranks, for the one that is named where none fits
 
 
 def resolve(
@@ -38,7 +39,7 @@ def resolve(
     Raises ConfigError where nothing can be derived. Call `check` afterwards.
     """
     check_values(config)
-    sizes = _model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
+    sizes = model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
     if config.train.trace is None:
@@ -66,7 +67,7 @@ def in_one_process(config: T, num_gpus: int = 0) -> T:
     """A config as one process would have it, as far as its sizes need: cheap to make, whatever the model's size."""
     check_values(config)
     values: dict[str, Any] = {f"parallel.{axis}": 1 for axis in AXES} | {"parallel.auto": False}
-    values |= {f"model.{name}": size for name, size in _model_sizes(config.model).items()}
+    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()}
     if config.train.device == "auto":
         on_cpu = isinstance(config, VerifyConfig)
         values["train.device"] = "cpu" if on_cpu else _device(config.kernels.backend, num_gpus)
@@ -114,7 +115,7 @@ def for_device(config: T) -> T:
     return changed(config, {key: value for key, value in defaults.items() if given[key] is None})
 
 
-def _model_sizes(model: ModelConfig) -> dict[str, Any]:
+def model_sizes(model: ModelConfig) -> dict[str, Any]:
     if model.head_dim is None and model.hidden % model.heads:
         problem = f"not divisible by model.heads={model.heads}; change one, or set model.head_dim"
         raise ConfigError("model.hidden", model.hidden, problem)
@@ -126,6 +127,8 @@ def _model_sizes(model: ModelConfig) -> dict[str, Any]:
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,
         "ffn": inner,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "attention_out_bias": model.bias if model.attention_out_bias is None else model.attention_out_bias,
     }
 
 
@@ -176,14 +179,19 @@ def _auto(config: T, ranks: int) -> Layout:
         *others, last = AXES
         problem = f"it chooses {', '.join(others)} and {last} itself; leave them out, or use auto=false"
         raise ConfigError("parallel.auto", True, problem)
-    everything = [Layout(), *layouts_up_to(ranks)]
     ranks_of_table = table_ranks(config.pipeline.schedule)
-    fitting = [layout for layout in everything if why_not(config, layout) is None]
-    if ranks_of_table is not None:
-        fitting = [layout for layout in fitting if layout["pp"] == ranks_of_table]
-    exact = [layout for layout in fitting if layout.world == ranks]
+
+    def fitting(number: int) -> list[Layout]:
+        there = layouts_of(number)
+        if ranks_of_table is not None:
+            there = [layout for layout in there if layout["pp"] == ranks_of_table]
+        return [layout for layout in there if why_not(config, layout) is None]
+
+    exact = fitting(ranks)
     if not exact:
-        most = max((layout.world for layout in fitting), default=0)
+        bound = config.model.heads * (config.model.layers + 2) * config.train.global_batch_size
+        fewer = range(min(ranks - 1, bound), 0, -1)[:MOST_TRIED]
+        most = next((number for number in fewer if fitting(number)), 0)
         problem = f"no {'*'.join(AXES)} of {ranks} ranks divides heads, ffn, layers and batch"
         raise ConfigError("parallel.auto", True, f"{problem}; " + (f"devices={most} works" if most else "change them"))
     return max(exact, key=lambda layout: (layout["dp"], layout["tp"]))

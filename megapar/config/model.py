@@ -39,38 +39,56 @@ class Part:
 def parts(config: TrainConfig) -> list[Part]:
     """The parts of a resolved config's model, in the order of a forward pass."""
     model = config.model
-    vocabulary = model.vocab_size or 0  # not known before the data has been read
-    table = vocabulary * model.hidden
-    positions = config.train.seq_length * model.hidden if model.position == "learned" else 0
+    table = (model.vocab_size or 0) * model.hidden  # not known before the data has been read
+    rows = model.token_types + (config.train.seq_length if model.position == "learned" else 0)
+    embedding = table + rows * model.hidden + (_norm(model) if model.embedding_norm else 0)
     tie: Any = {"tied": table, "ties": ("embedding",)} if model.tied else {}
-    linears, head = layer_linears(model).values(), head_linear(model)
+    linears = layer_linears(model).values()
     layer = Part(
         name="",
         kind="layer",
         receives=("hidden",),
-        weights=sum(linear.weights for linear in linears) + 2 * _norm(model),
+        weights=sum(linear.weights for linear in linears) + _norms(model),
         matmul=2.0 * sum(linear.matrix for linear in linears),
-        # A causal mask does not halve it: the torch kernels multiply all of it.
-        attention=4.0 * model.heads * (model.head_dim or 0) * config.train.seq_length,
         activation=_layer_activation(config),
     )
     return [
-        Part("embedding", "embedding", (), table + positions, **tie),
-        *(replace(layer, name=f"layers.{index}") for index in range(model.layers)),
-        Part(
-            "head",
-            "head",
-            ("hidden",),
-            head.weights + _norm(model),
-            **tie,
-            matmul=2.0 * head.matrix,
-            activation=_head_activation(config),
-        ),
+        Part("embedding", "embedding", (), embedding, **tie),
+        *(replace(layer, name=f"layers.{index}", attention=_attention(config, index)) for index in range(model.layers)),
+        _head(config, tie if model.output != "hidden" else {}),
     ]
+
+
+def _attention(config: TrainConfig, layer: int) -> float:
+    """FLOPs per token. A causal mask does not halve it: the torch kernels multiply all of it. Neither do they leave out
+    what a window hides, and Triton's do."""
+    model, length = config.model, config.train.seq_length
+    seen = min(length, model.window or length) if model.windowed(layer) and _fused_attention(config) else length
+    return 4.0 * model.heads * (model.head_dim or 0) * seen
+
+
+def _head(config: TrainConfig, tie: Any) -> Part:
+    model, dense = config.model, config.model.hidden * (config.model.hidden + 1)
+    norm = 0 if model.norm_order == "post" and model.output != "mlm" else _norm(model)
+    if model.output == "hidden":
+        weights, matmul = norm + (dense if model.pooler else 0), 0.0
+    else:
+        head = head_linear(model)
+        weights, matmul = head.weights + norm, 2.0 * head.matrix
+        weights += (model.vocab_size or 0) if model.output_bias else 0
+    if model.output == "mlm":
+        weights, matmul = weights + dense, matmul + 2.0 * model.hidden**2
+    return Part("head", "head", ("hidden",), weights, **tie, matmul=matmul, activation=_head_activation(config))
 
 
 def _norm(model: ModelConfig) -> int:
     return model.hidden * (2 if model.norm == "layernorm" else 1)
+
+
+def _norms(model: ModelConfig) -> int:
+    """Elements of a layer's norms."""
+    heads = {"none": 0, "head": 2, "all": model.heads + (model.kv_heads or 0)}[model.qk_norm]
+    return (4 if model.norm_order == "sandwich" else 2) * _norm(model) + heads * (model.head_dim or 0)
 
 
 def _tokens(config: TrainConfig) -> int:
@@ -90,8 +108,8 @@ def _layer_activation(config: TrainConfig) -> float:
     if train.recompute == "full":
         return _tokens(config) * model.hidden * outside * size
     # Norms: input and normalised values in the wide dtype; their outputs, read by qkv and up, in the other one.
-    norms = 2 * model.hidden * (outside * 2 * wide + size)
-    heads = 2 * (model.heads + model.kv_heads) * model.head_dim / tp * size
+    norms = (4 if model.norm_order == "sandwich" else 2) * model.hidden * (outside * 2 * wide + size)
+    heads = (2 if model.qk_norm == "none" else 4) * (model.heads + model.kv_heads) * model.head_dim / tp * size
     recomputed = train.recompute == "selective" or _fused_attention(config)
     probabilities = 0.0 if recomputed else model.heads * train.seq_length / tp * size
     mlp = (4 if model.gated else 2) * model.ffn / tp * size
@@ -111,7 +129,8 @@ def _head_activation(config: TrainConfig) -> float:
     model = config.model
     size, wide = WIDTHS[config.train.dtype]
     norm = model.hidden * (_share_outside(config) * 2 * wide + size)
-    return _tokens(config) * (norm + (model.vocab_size or 0) / config.parallel.tp * size)
+    logits = 0 if model.output == "hidden" else (model.vocab_size or 0) / config.parallel.tp
+    return _tokens(config) * (norm + logits * size)
 
 
 def state_bytes(config: TrainConfig) -> float:

@@ -74,9 +74,11 @@ def layer_linears(model: ModelConfig) -> dict[str, Linear]:
     )
     up = (*((Output("gate", ffn),) if model.gated else ()), Output("up", ffn))
     into_stream = (Output("out", model.hidden),), (Output("down", model.hidden),)
+    qkv_bias, out_bias = model.qkv_bias, model.attention_out_bias
+    assert qkv_bias is not None and out_bias is not None, "resolve the configuration first"
     return {
-        "attention.qkv": Linear("column", model.hidden, qkv, model.bias),
-        "attention.out": Linear("row", heads * channels, into_stream[0], model.bias, heads, residual=True),
+        "attention.qkv": Linear("column", model.hidden, qkv, qkv_bias),
+        "attention.out": Linear("row", heads * channels, into_stream[0], out_bias, heads, residual=True),
         "mlp.up": Linear("column", model.hidden, up, model.bias),
         "mlp.down": Linear("row", ffn, into_stream[1], model.bias, residual=True),
     }

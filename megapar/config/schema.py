@@ -10,74 +10,7 @@ from typing import Any, Literal
 
 from megapar.config.keys import group, option
 from megapar.config.layout import AXES, Layout
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder-only Transformer, Llama-style or GPT-2-style by its switches."""
-
-    layers: int = option(
-        4, "number of Transformer layers", at_least=1, fixed=True, also=("num_layers", "num_hidden_layers", "n_layer")
-    )
-    hidden: int = option(
-        128, "width of the residual stream", at_least=1, fixed=True, also=("hidden_size", "d_model", "n_embd")
-    )
-    heads: int = option(4, "query heads", at_least=1, fixed=True, also=("num_heads", "num_attention_heads", "n_head"))
-    kv_heads: int | None = option(
-        None,
-        "key/value heads (grouped-query attention); default: heads",
-        at_least=1,
-        fixed=True,
-        also=("num_key_value_heads", "num_query_groups"),
-    )
-    head_dim: int | None = option(None, "channels of a head; default: hidden / heads", at_least=1, fixed=True)
-    ffn: int | None = option(
-        None,
-        "inner width of the MLP; default: 4*hidden; gated: 8/3*hidden rounded up to 32",
-        at_least=1,
-        fixed=True,
-        also=("ffn_hidden_size", "intermediate_size"),
-    )
-    vocab_size: int | None = option(
-        None, "rows of the embedding; default: the tokenizer's size, never smaller", at_least=1, fixed=True
-    )
-    norm: Literal["rmsnorm", "layernorm"] = option(
-        "rmsnorm", "normalisation before attention, MLP and head", fixed=True
-    )
-    norm_eps: float = option(1e-5, "epsilon inside the normalisation", above=0, fixed=True)
-    position: Literal["rope", "learned"] = option(
-        "rope", "rotary embedding of q and k, or a learned table added once", fixed=True
-    )
-    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, fixed=True)
-    activation: Literal["swiglu", "geglu", "gelu"] = option(
-        "swiglu", "MLP nonlinearity; the first two have a gate", fixed=True
-    )
-    bias: bool = option(False, "biases in the linear layers", fixed=True)
-    tied: bool = option(False, "the output head shares the embedding's weight", fixed=True)
-    dropout: float = option(
-        0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1, kept=True
-    )
-    attention_dropout: float = option(0.0, "not supported: must be 0", kept=True)
-    init_std: float = option(
-        0.02,
-        "std of initial weights; residual projections get init_std / sqrt(2*layers)",
-        above=0,
-        at_most=1000,
-        kept=True,
-    )
-
-    module: str | None = option(
-        None,
-        "PACKAGE:FUNCTION that builds a stage from (config, context), importable from here; default: the Transformer",
-        verbatim=True,
-        fixed=True,
-    )
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP has a third matrix, the gate's."""
-        return self.activation in ("swiglu", "geglu")
-
+from megapar.config.model_schema import ModelConfig
 
 # A key for every axis. Of type Any, as the axes are data: the number of ranks, None if it is derived.
 AxisSizes: Any = make_dataclass(
@@ -413,4 +346,28 @@ class GenerateConfig:
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
     out: str | None = option(
         None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
+    )
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """`megapar import`: make a run directory from a Hugging Face folder."""
+
+    hf: str | None = option(
+        None, "folder with config.json and safetensors, as transformers saves them", verbatim=True, path=True
+    )
+    run: RunConfig = group(RunConfig, "run.dir: the directory to make")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`megapar export`: write a run's weights as a Hugging Face folder."""
+
+    run: RunConfig = group(RunConfig, "run.dir: the run to export")
+    hf: str | None = option(None, "folder to make", verbatim=True, path=True)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights; auto: as the checkpoint has them")
+    shard_gb: float = option(5.0, "most gigabytes of a file", above=0)
+    family: str | None = option(
+        None, "model_type of config.json; default: that of the folder it was imported from, or one that has this model"
     )

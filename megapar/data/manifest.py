@@ -112,7 +112,7 @@ def build_manifest(
         "vocab_size": vocab_size,
         "end_of_text": end_of_text,
         "max_token": max_token,
-        "files": {end: file_record(Path(f"{prefix}{end}")) for end in FILES if os.path.exists(f"{prefix}{end}")},
+        "files": {end: file_record(Path(f"{prefix}{end}")) for end in FILES if os.path.isfile(f"{prefix}{end}")},
     }
 
 

@@ -316,7 +316,7 @@ def _described(prefix: Path) -> dict[str, Any]:
     """What a description made unasked speaks of: another one is made as soon as this differs."""
     files = {}
     for end in (".bin", ".idx", *ENDINGS.values()):
-        if os.path.exists(path := f"{prefix}{end}"):
+        if os.path.isfile(path := f"{prefix}{end}"):
             info = os.stat(path)
             files[end] = [info.st_size, info.st_mtime_ns]
     return {"code": CODE_VERSION, "files": files}

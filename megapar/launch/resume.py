@@ -11,6 +11,7 @@ from typing import Literal
 
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
 from megapar.checkpoint.format import LATEST, MANIFEST, STEP_FOLDER
+from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.load import refuse_other_model, refuse_other_order
 from megapar.checkpoint.save import data_hashes
 from megapar.config.errors import ConfigError, UserError, show
@@ -156,7 +157,9 @@ def _same_origin(folder: Path, was: str | None, now: str | None, has_state: bool
 def _from_origin(way: Literal["new", "aside", "anew", "back"], config: TrainConfig) -> Start:
     """From `checkpoint.load`, `checkpoint.weights` or initial values. Raises UserError where that can't be."""
     said = [f"run: {config.run.dir}: what was there is moved aside"] if way == "aside" else []
-    if config.checkpoint.weights is not None:
+    if config.checkpoint.weights is not None and is_hf_folder(config.checkpoint.weights):
+        open_weights(Path(config.checkpoint.weights), config)
+    elif config.checkpoint.weights is not None:
         refuse_other_model(*_origin("weights", config, config.checkpoint.weights))
     if config.checkpoint.load is None:
         return Start(way, said=said)

@@ -57,3 +57,31 @@ def deal(ids: Tensor, labels: Tensor, step: int, peers: Axis, microbatches: int)
         part = {name: batch[name][first : first + size] for name in ("ids", "samples", "labels")}
         dealt.append(part | {"step": batch["step"], "tokens": counted})
     return dealt
+
+
+def side_inputs(ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Batch:
+    """What a batch has besides, see `Model.forward`. Raises ValueError for other shapes, and for a mask with holes."""
+    found = {}
+    for name, given in (("attention_mask", attention_mask), ("token_types", token_types)):
+        if given is not None and given.shape != ids.shape:
+            raise ValueError(f"{name}: {list(given.shape)}, and ids are {list(ids.shape)}; give one for every token")
+    if token_types is not None:
+        found["types"] = token_types.long()
+    if attention_mask is not None:
+        found["starts"] = starts_of_mask(attention_mask)
+    return found
+
+
+def starts_of_mask(mask: Tensor) -> Tensor:
+    """[B, S] of ones for tokens and zeros for padding -> int32 [3 B + 1], where sequences begin, some of them empty:
+    padding, tokens, padding of every sample."""
+    ones = mask.bool()
+    count, length = ones.sum(1), mask.shape[1]
+    first = torch.where(count > 0, ones.int().argmax(1), 0)
+    places = torch.arange(length, device=mask.device)
+    run = (places >= first.unsqueeze(1)) & (places < (first + count).unsqueeze(1))
+    if not torch.equal(run, ones):
+        raise ValueError("attention_mask: has holes; the tokens of a sample must be together, padding on either side")
+    begins = torch.arange(len(mask), device=mask.device) * length
+    starts = torch.stack([begins, begins + first, begins + first + count], 1).flatten()
+    return torch.cat([starts, starts.new_tensor([mask.numel()])]).int()

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig, TrainConfig
-from megapar.library.batch import check_ids, deal, whole
+from megapar.library.batch import check_ids, deal, side_inputs, whole
 from megapar.library.gradients import VisibleGrads
 from megapar.library.logits import LossFn, cross_entropy, gather_logits, own_loss
 from megapar.library.ranks import join, refuse_part
 from megapar.library.settings import default_microbatches, proven_schedule, settings
 from megapar.models.embedding import Embedding
-from megapar.models.head import Head
+from megapar.models.head import Head, HiddenStates
 from megapar.models.tokens import Tokens
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.grad_sync import GradSync
@@ -67,24 +67,37 @@ class Model(nn.Module):
     method but those of nn.Module is collective: all ranks call it alike, with the same arguments.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, initial: bool = True) -> None:
+        """initial: with initial values; else zeros, which somebody fills at once."""
         super().__init__()
         self.config = config
         self.rank, self._started = join(config)
         self.world = config.parallel.layout.world
         self.gradients = VisibleGrads(alone=self.world == 1)
-        self.part = ModelPart(config, self.rank, weight_grads=self.gradients)
+        self.part = ModelPart(config, self.rank, weight_grads=self.gradients, initial=initial)
         self.sync = GradSync(self.part.buffers)
         self.executor = Executor(self.part.stages, self.part.mesh, self.gradients, reduce=self.sync.finish)
         stages: list[Any] = list(self.part.stages.values())
         self.embedding: Embedding | None = next((s.embedding for s in stages if s.embedding is not None), None)
         self.layers = nn.ModuleDict({index: layer for s in stages for index, layer in s.layers.items()})
-        self.head: Head | None = next((s.head for s in stages if s.head is not None), None)
+        self.head: Head | HiddenStates | None = next((s.head for s in stages if s.head is not None), None)
+        self.read_bytes = 0  # of the files that the weights are from
         self._calls = 0
 
-    def forward(self, ids: Tensor, *, hidden: bool = False) -> Any:
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        hidden: bool = False,
+    ) -> Any:
         """ids int64 [B, S] of any B and S -> logits [B, S, V] in the model's dtype.
 
+        With model.output=hidden: hidden states [B, S, H], with a pooler (hidden states, pooled [B, H]).
+
+        attention_mask: [B, S], 1 for tokens and 0 for padding on either side of them, which tokens don't see. What
+            padding gives means nothing. token_types: int64 [B, S] of models that have them; default: all 0
         hidden: (logits, {"embedding": x, "layers.0": x, ...}) with x [B, S, H], the residual stream behind each part.
         With tp the logits are gathered: the whole vocabulary on every rank. Not for layouts with pp. Raises ValueError
         for ids that the model can't read.
@@ -93,13 +106,18 @@ class Model(nn.Module):
             raise UserError("model(ids): this rank has not all layers; use model.forward_backward, or model.evaluate")
         check_ids(ids, self.config, self.device)
         self.part.mesh.timeline.forget()
-        batch = whole(ids, self._count() if self.training else 0)
+        batch = whole(ids, self._count() if self.training else 0) | side_inputs(ids, attention_mask, token_types)
         tokens = Tokens.of(batch, self.part.context)
         x_tH = self.embedding(batch["ids"], tokens)
         behind = {"embedding": x_tH}
         for index, layer in self.layers.items():
             x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens)
-        logits = self._gathered(self.head(x_tH)).view(*ids.shape, -1)
+        if isinstance(self.head, HiddenStates):
+            outputs = self.head(x_tH, ids.shape[1])
+            last = outputs["hidden"].view(*ids.shape, -1)
+            logits: Any = (last, outputs["pooled"]) if "pooled" in outputs else last
+        else:
+            logits = self._gathered(self.head(x_tH)).view(*ids.shape, -1)
         return (logits, {name: x.view(*ids.shape, -1) for name, x in behind.items()}) if hidden else logits
 
     def forward_backward(
@@ -214,7 +232,7 @@ class Model(nn.Module):
     def _loss(self, loss_fn: LossFn | None, microbatches: int) -> Any:
         tp = self.part.mesh["tp"]
         if loss_fn is None:
-            return cross_entropy(self.head.first_id if self.head is not None else 0, tp)
+            return cross_entropy(getattr(self.head, "first_id", 0), tp)
         parts = microbatches * self.part.mesh.samples.size
         return own_loss(loss_fn, parts, self.config.model.vocab_size or 0, tp)
 

@@ -61,7 +61,7 @@ def settings(
     config = with_microbatches(config, default_microbatches(config))
     gpus = num_gpus()
     config = resolve(config, num_gpus=gpus, world_size=ranks.world)
-    check(config, num_gpus=gpus, world_size=ranks.world)
+    check(config, num_gpus=gpus, world_size=ranks.world, task=False)
     return config
 
 

@@ -1,25 +1,75 @@
-"""The residual stream to logits."""
+"""The last part: the residual stream to logits, or to hidden states."""
 
+import torch
 from torch import Tensor, nn
 
 from megapar.config.policy import head_linear
 from megapar.config.schema import ModelConfig
+from megapar.models.layer import norm
 from megapar.models.linear import column
+from megapar.models.mlp import ACTIVATIONS
+from megapar.parallel.collectives import gather_tokens
 from megapar.parallel.context import StageContext
-from megapar.parallel.layers import Norm
+from megapar.parallel.layers import ReplicatedLinear
+from megapar.parallel.record import Constant, Normal, ParameterRecord, Split
+from megapar.parallel.weight_grad import AddBias, LocalParameter, owned_op
+from megapar.pipeline.stage import Tensors
 
 
 class Head(nn.Module):
     """The last norm and the product to logits: x [t, H] -> [T, V]. Tied: it multiplies by the embedding's weight.
 
+    With `model.output=mlm` a dense layer with the MLP's activation stands before the norm (Devlin et al. 2019). With
+    `norm_order=post` the last layer has ended in a norm already, and there is no other one.
     first_id: the token of this rank's first logit.
     """
 
     def __init__(self, context: StageContext, model: ModelConfig) -> None:
         super().__init__()
-        self.norm = Norm(context, "norm", model.hidden, kind=model.norm, eps=model.norm_eps)
+        self.context, self.softcap = context, model.logit_softcap
+        self.dense: ReplicatedLinear | None = None
+        if model.output == "mlm":
+            init = Normal(model.init_std)
+            self.dense = ReplicatedLinear(context, "head.dense", model.hidden, model.hidden, init=init)
+            self.activation = ACTIVATIONS[model.activation]
+        ends_in_norm = model.norm_order == "post" and model.output == "lm"
+        self.norm = None if ends_in_norm else norm(context, model, "norm")
         self.logits = column(context, model, head_linear(model), "", tie="embedding" if model.tied else None)
         self.first_id = self.logits.owner.pieces[0].shard.box[0].start
+        self.bias_owner: LocalParameter | None = None
+        if model.output_bias:
+            assert model.vocab_size is not None
+            record = ParameterRecord("head.bias", (model.vocab_size,), Constant(0.0), (Split("tp", 0),))
+            self.bias_owner = context.parameter(self, "bias", record)
 
     def forward(self, x_tH: Tensor) -> Tensor:
-        return self.logits(self.norm(x_tH))
+        if self.dense is not None:
+            x_tH = self.activation(self.dense(x_tH))
+        logits_TV = self.logits(x_tH if self.norm is None else self.norm(x_tH))
+        if self.bias_owner is not None:
+            logits_TV = owned_op(AddBias, logits_TV, self.bias_owner, self.context.weight_grads)
+        if self.softcap is not None:  # what comes last keeps nothing, as the cross entropy overwrites it
+            logits_TV = torch.tanh(logits_TV / self.softcap) * self.softcap
+        return logits_TV
+
+
+class HiddenStates(nn.Module):
+    """x [t, H] -> {"hidden": [T, H]}, the same on every tensor-parallel rank; with `norm_order` post as it is, else
+    behind the last norm. With `model.pooler` also {"pooled": [B, H]}: tanh of a dense layer of every first token."""
+
+    def __init__(self, context: StageContext, model: ModelConfig) -> None:
+        super().__init__()
+        self.context = context
+        self.norm = None if model.norm_order == "post" else norm(context, model, "norm")
+        self.pooler: ReplicatedLinear | None = None
+        if model.pooler:
+            sizes = (model.hidden, model.hidden)
+            self.pooler = ReplicatedLinear(context, "pooler", *sizes, init=Normal(model.init_std), sees="all")
+
+    def forward(self, x_tH: Tensor, length: int) -> Tensors:
+        """length: tokens of a sample."""
+        x_tH = x_tH if self.norm is None else self.norm(x_tH)
+        x_TH = gather_tokens(x_tH, self.context.tp) if self.context.splits_tokens else x_tH
+        if self.pooler is None:
+            return {"hidden": x_TH}
+        return {"hidden": x_TH, "pooled": torch.tanh(self.pooler(x_TH[::length]))}

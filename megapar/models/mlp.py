@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from megapar.config.policy import layer_linears
 from megapar.config.schema import ModelConfig
-from megapar.kernels.swiglu import geglu, gelu, swiglu
+from megapar.kernels.swiglu import geglu, gelu, gelu_erf, swiglu
 from megapar.models.linear import column, row
 from megapar.parallel.context import StageContext
 
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu, "gelu_erf": gelu_erf}
 
 
 class MLP(nn.Module):
-    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, or GELU."""
+    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, or GELU in either form."""
 
     def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from megapar.config.model import Part
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.models.embedding import Embedding
-from megapar.models.head import Head
+from megapar.models.head import Head, HiddenStates
 from megapar.models.layer import TransformerLayer
 from megapar.models.tokens import Tokens
 from megapar.parallel.context import StageContext
@@ -20,7 +20,7 @@ class TransformerStage(nn.Module):
     """The parts of one stage, in order.
 
     forward(received, batch) -> what the next stage receives, such as {"hidden": [t, H]}; from the last one
-    {"logits": [T, V]}. Nothing is received in front of a model's first part.
+    {"logits": [T, V]}, or what `HiddenStates` gives. Nothing is received in front of a model's first part.
     sends: names of the tensors that the next stage receives.
     """
 
@@ -32,7 +32,7 @@ class TransformerStage(nn.Module):
         self.context, self.hidden, self.number = context, model.hidden, context.stage
         self.receives, self.sends = parts[0].receives, sends
         self.embedding: Embedding | None = None
-        self.head: Head | None = None
+        self.head: Head | HiddenStates | None = None
         # By number in the whole model, so that a module has the same path whatever stage it is on.
         self.layers = nn.ModuleDict()
         for part in parts:
@@ -43,7 +43,7 @@ class TransformerStage(nn.Module):
                     index = part.name.rpartition(".")[2]
                     self.layers[index] = TransformerLayer(context, model, int(index), train.recompute)
                 case "head":
-                    self.head = Head(context, model)
+                    self.head = HiddenStates(context, model) if model.output == "hidden" else Head(context, model)
 
     def received(self, batch: Batch) -> dict[str, TensorSpec]:
         """What the stage receives for this batch."""
@@ -64,6 +64,8 @@ class TransformerStage(nn.Module):
         with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
                 x_tH = layer(x_tH, tokens)
+        if isinstance(self.head, HiddenStates):
+            return self.head(x_tH, tokens.length)
         return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}
 
 

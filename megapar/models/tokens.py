@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megapar.parallel.context import StageContext
+from megapar.parallel.rotary import Rotary
 
 Batch = dict[str, Tensor]
 
@@ -20,6 +21,8 @@ class Tokens:
     step: the optimizer step, 0 in an evaluation
     starts: where packed sequences begin, int32 [sequences + 1] with the end of the last (`kernels/attention`); None:
         every sample is one
+    positions: of the tokens in their texts, int64 [B, S], where they are not those in the samples: with `starts` alone
+    types: token types, int64 [B, S]; None: all 0
     """
 
     context: StageContext
@@ -27,11 +30,14 @@ class Tokens:
     length: int
     step: int
     starts: Tensor | None = None
+    positions: Tensor | None = None
+    types: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, context: StageContext) -> "Tokens":
-        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`."""
-        return cls(context, batch["samples"], batch["ids"].shape[1], int(batch["step"]), batch.get("starts"))
+        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions` and `types`."""
+        length, more = batch["ids"].shape[1], (batch.get(name) for name in ("starts", "positions", "types"))
+        return cls(context, batch["samples"], length, int(batch["step"]), *more)
 
     @property
     def count(self) -> int:
@@ -44,15 +50,36 @@ class Tokens:
         return self.context.local_tokens(self.count)
 
     @cached_property
-    def local_positions(self) -> Tensor:
+    def local_places(self) -> Tensor:
         """Position of every local token in its sample, [t]."""
         return torch.arange(self.length, device=self.samples.device).repeat(self.samples.numel())[self.local]
+
+    @property
+    def local_positions(self) -> Tensor:
+        """Position of every local token in its text, [t]."""
+        return self.local_places if self.positions is None else self.positions.reshape(-1)[self.local]
+
+    @cached_property
+    def local_types(self) -> Tensor:
+        """Type of every local token, [t]."""
+        if self.types is None:
+            return torch.zeros_like(self.local_places)
+        return self.types.reshape(-1)[self.local]
 
     @cached_property
     def local_samples(self) -> Tensor:
         """Global sample number of every local token, [t]."""
         return self.samples.repeat_interleave(self.length)[self.local]
 
-    def rope_table(self, channels: int, theta: float) -> Tensor:
-        """[S, channels] of `rope_table`."""
-        return self.context.rope_table(self.length, channels, theta)
+    def rope_table(self, rotary: Rotary) -> tuple[Tensor, int]:
+        """(turns, rows of a text that they are for): [S, channels] for every sample alike, or those of all T tokens."""
+        table = self.context.rope_table(self.length, rotary)
+        if self.positions is None:
+            return table, self.length
+        if rotary not in self._turns:
+            self._turns[rotary] = table[self.positions.reshape(-1)]
+        return self._turns[rotary], self.count
+
+    @cached_property
+    def _turns(self) -> dict[Rotary, Tensor]:
+        return {}

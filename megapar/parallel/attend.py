@@ -17,15 +17,25 @@ def attend_(
     *,
     table: Tensor | None = None,
     starts: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """qkv [T, (N + 2 K) D], the heads of q, then of k, then of v -> [T, N D], causal; query head n reads key head
-    n // (N / K). qkv is given up.
+    """qkv [T, (N + 2 K) D], the heads of q, then of k, then of v -> [T, N D]; query head n reads key head n // (N / K).
+    qkv is given up.
 
     length: positions of a sample
     table: of rotary positions, [length, D], by which q and k are turned first; None: they are not
     starts: where packed sequences begin, see `kernels/attention`; no query sees a key of another one. None: every
         sample is a sequence
+    causal: a token sees none behind it; window: it sees so many up to itself; scale, softcap: of the scores, see
+        `kernels/attention`
     recompute: in backward again, with nothing kept of it
     """
-    return fused_attention_(qkv, heads, kv_heads, length, table=table, starts=starts, causal=True, recompute=recompute)
+    sides = None if window is None else (window - 1, None)
+    return fused_attention_(
+        qkv, heads, kv_heads, length, table=table, starts=starts, causal=causal, window=sides, scale=scale,
+        softcap=softcap, recompute=recompute,
+    )  # fmt: skip

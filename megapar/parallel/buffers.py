@@ -85,12 +85,16 @@ class StageBuffers:
     """The buckets of one rank's stages.
 
     zero: with True the ranks of a bucket's axis own equal slices of it, else all own everything.
-    weights_only: for weights that are loaded and not trained: no main gradients, no initial values (zeros).
+    weights_only: for weights that are loaded and not trained: no main gradients, no initial values.
+    initial: with initial values, else zeros.
     """
 
-    def __init__(self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False) -> None:
+    def __init__(
+        self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False, initial: bool = True
+    ) -> None:
         self.context, self.mesh, self.weights_only = context, context.mesh, weights_only
         self.zero = zero and self.mesh.data.size > 1
+        self._initial = initial and not weights_only
         self.buckets: list[Bucket] = []
         self._lay_out(bucket_size)
         for bucket in self.buckets:
@@ -138,7 +142,7 @@ class StageBuffers:
             if isinstance(piece.record.init, Given):
                 assert parameter.values is not None
                 view.copy_(parameter.values.view(parameter.shape))
-            elif not self.weights_only:
+            elif self._initial:
                 fill(piece.record, piece.shard, self.context.seed, view[piece.start : piece.stop])
         shape = parameter.shape if parameter.values is None else parameter.values.shape
         tensor = nn.Parameter(view.view(shape))

@@ -8,6 +8,7 @@ Shapes are per rank. R is the size of the axis. On an axis of size 1 every funct
 |----------------------|-------------------------|-----------------------|
 | all-reduce           | `reduce_from_region`    | identity              |
 | reduce-scatter dim 0 | `reduce_scatter_tokens` | all-gather dim 0      |
+| all-gather dim 0     | `gather_tokens`         | this rank's part      |
 
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3; Korthikanti et al. 2022, section 4.2 (sequence parallelism).
 """
@@ -148,3 +149,22 @@ def reduce_scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
     Dual: all-gather of the gradient.
     """
     return _ReduceScatterTokens.apply(x, axis) if axis.size > 1 else x
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.chunk(ctx.axis.size)[ctx.axis.index].contiguous(), None
+
+
+def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """All tokens on every rank of a sequence-parallel region, for what they all do alike: [T/R, H] -> [T, H].
+
+    Dual: this rank's part of the gradient, which is the same on all of them.
+    """
+    return _GatherTokens.apply(x, axis) if axis.size > 1 else x

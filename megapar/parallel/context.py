@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megapar.kernels.rope import rope_table
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.overlap import Overlap, Overlaps
 from megapar.parallel.record import ParameterRecord, Shard
+from megapar.parallel.rotary import Rotary
 from megapar.parallel.weight_grad import LocalParameter, Piece, WeightGrads
 
 
@@ -37,7 +37,7 @@ class StageContext:
     def __post_init__(self) -> None:
         self.overlaps = Overlaps(self.mesh, self.tp_overlap, self.weight_grads)
         self._holders: dict[str, Axis | None] = {}
-        self._rope_tables: dict[tuple[int, int, float], Tensor] = {}
+        self._rope_tables: dict[tuple[int, Rotary], Tensor] = {}
 
     @property
     def tp(self) -> Axis:
@@ -67,11 +67,11 @@ class StageContext:
         share = tokens // self.tp.size
         return slice(self.tp.index * share, (self.tp.index + 1) * share)
 
-    def rope_table(self, length: int, channels: int, theta: float) -> Tensor:
-        """`rope_table` in the wide dtype [length, channels], made once for each size."""
-        key = (length, channels, theta)
+    def rope_table(self, length: int, rotary: Rotary) -> Tensor:
+        """`Rotary.table` in the wide dtype [length, channels], made once for each."""
+        key = (length, rotary)
         if key not in self._rope_tables:
-            self._rope_tables[key] = rope_table(length, channels, theta, self.wide_dtype, self.device)
+            self._rope_tables[key] = rotary.table(length, self.wide_dtype, self.device)
         return self._rope_tables[key]
 
     def tie(self, name: str, stages: Iterable[int]) -> None:

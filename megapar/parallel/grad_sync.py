@@ -1,8 +1,8 @@
 """Gradient reduction: which sums a main gradient still needs, and when each can start.
 
 A main gradient holds the sum over this rank's micro-batches. Three more sums follow from the records:
-1. over axes that could have divided the parameter and did not, where ranks saw different tokens or heads: parameters
-   that every rank holds, under sequence parallelism; and the copies of a kv head;
+1. over axes that could have divided the parameter and did not, where ranks saw different tokens or heads
+   (`ParameterRecord.sees`): parameters that every rank holds, under sequence parallelism; and the copies of a kv head;
 2. over the stages that hold a copy of a tied parameter;
 3. over the bucket's axis, started while the rest of the last backward still runs.
 With ZeRO-1 the third is a reduce-scatter, and each rank is left with the slice whose optimizer state it owns.
@@ -158,14 +158,14 @@ class GradSync:
     def _sum_axes(self, piece: Piece) -> list[Axis]:
         """The ranks that hold this piece too and whose gradients of it are parts of a sum.
 
-        Copies of a block saw different heads; a parameter that tp does not divide saw different tokens under sequence
-        parallelism.
+        Copies of a block saw different heads; a parameter that tp does not divide saw different heads, or different
+        tokens under sequence parallelism.
         """
         axes = []
         for name, copies in piece.shard.copies.items():
-            context = self.buffers.context
-            partial = piece.record.split(name) is not None or (name == context.tp.name and context.splits_tokens)
-            if copies.count > 1 and partial:
+            context, record = self.buffers.context, piece.record
+            differs = {"local": context.splits_tokens, "heads": True, "all": False}[record.sees]
+            if copies.count > 1 and (record.split(name) is not None or (name == context.tp.name and differs)):
                 axes.append(self.mesh.part_of(name, copies.count))
         return axes
 

@@ -5,16 +5,15 @@ R tensor-parallel ranks. Under sequence parallelism the tokens outside the colum
 Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.
 """
 
-import torch
+from typing import Literal
+
 from torch import Tensor, nn
 
-from megapar.kernels.layernorm import layernorm, layernorm_input_grad, layernorm_weight_grad
-from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_grad
 from megapar.parallel.collectives import reduce_from_region, reduce_scatter_tokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from megapar.parallel.record import Constant, Init, ParameterRecord, Split
-from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, owned_op
+from megapar.parallel.weight_grad import AddBias, LocalParameter, Lookup, Multiply, owned_op
 
 
 class ColumnParallelLinear(nn.Module):
@@ -116,75 +115,41 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_scatter_tokens(x, tp) if self.context.splits_tokens else reduce_from_region(x, tp)
 
 
-class PositionEmbedding(nn.Module):
-    """A learned table, the whole on every rank: positions [t] of this rank's tokens -> [t, H]."""
+class ReplicatedEmbedding(nn.Module):
+    """A learned table, the whole on every rank: row numbers [t] of this rank's tokens -> [t, H]."""
 
-    def __init__(self, context: StageContext, name: str, positions: int, hidden: int, *, init: Init) -> None:
+    def __init__(self, context: StageContext, name: str, rows: int, hidden: int, *, init: Init) -> None:
         super().__init__()
         self.context = context
-        self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (positions, hidden), init))
+        self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (rows, hidden), init))
 
-    def forward(self, positions: Tensor) -> Tensor:
-        return owned_op(Lookup, positions, self.owner, self.context.weight_grads)
+    def forward(self, rows: Tensor) -> Tensor:
+        return owned_op(Lookup, rows, self.owner, self.context.weight_grads)
 
 
-class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with a bias: x [t, H] -> [t, H], statistics in at least fp32.
+class ReplicatedLinear(nn.Module):
+    """y = x @ W.T + b, the whole on every rank: x [n, in] -> [n, out]. For what is small, behind the last layer.
 
-    The weight is the same on every rank. Source: Zhang & Sennrich 2019; Ba et al. 2016.
+    sees: `local` for this rank's tokens, `all` for rows that are the same on every tensor-parallel rank
     """
 
-    def __init__(self, context: StageContext, name: str, hidden: int, *, kind: str, eps: float) -> None:
+    def __init__(
+        self,
+        context: StageContext,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        init: Init,
+        sees: Literal["local", "all"] = "local",
+    ) -> None:
         super().__init__()
-        self.context, self.eps = context, eps
-        self.owner = context.parameter(self, "weight", ParameterRecord(f"{name}.weight", (hidden,), Constant(1.0)))
-        self.bias_owner: LocalParameter | None = None
-        if kind == "layernorm":
-            self.bias_owner = context.parameter(self, "bias", ParameterRecord(f"{name}.bias", (hidden,), Constant(0.0)))
+        self.context = context
+        weight = ParameterRecord(f"{name}.weight", (out_features, in_features), init, sees=sees)
+        self.owner = context.parameter(self, "weight", weight)
+        bias = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0), sees=sees)
+        self.bias_owner = context.parameter(self, "bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._apply_to(x, None)[0]
-
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual), [t, H] each, in one pass."""
-        y, h = self._apply_to(x, residual)
-        return y, h
-
-    def _apply_to(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
-        weight_grads = self.context.weight_grads
-        if self.bias_owner is None:
-            return _OwnedRMSNorm.apply(x, residual, self.owner.tensor, self.owner, self.eps, weight_grads)
-        tensors, owners = (self.owner.tensor, self.bias_owner.tensor), (self.owner, self.bias_owner)
-        return _OwnedLayerNorm.apply(x, residual, *tensors, *owners, self.eps, weight_grads)
-
-
-class _OwnedRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, owner, eps, weight_grads):
-        y, h, rstd = rmsnorm(x, weight, eps, residual)
-        ctx.save_for_backward(h, weight, rstd)
-        ctx.owner, ctx.weight_grads = owner, weight_grads
-        return (y,) if residual is None else (y, h)
-
-    @staticmethod
-    def backward(ctx, dy, dh=None):
-        h, weight, rstd = ctx.saved_tensors
-        dx = rmsnorm_input_grad(dy, h, weight, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
-        ctx.weight_grads.submit_vectors(lambda: [rmsnorm_weight_grad(dy, h, rstd)], ctx.owner)
-        return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 4
-
-
-class _OwnedLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, owner, bias_owner, eps, weight_grads):
-        y, h, mean, rstd = layernorm(x, weight, bias, eps, residual)
-        ctx.save_for_backward(h, weight, mean, rstd)
-        ctx.owners, ctx.weight_grads = (owner, bias_owner), weight_grads
-        return (y,) if residual is None else (y, h)
-
-    @staticmethod
-    def backward(ctx, dy, dh=None):
-        h, weight, mean, rstd = ctx.saved_tensors
-        dx = layernorm_input_grad(dy, h, weight, mean, rstd, dh) if any(ctx.needs_input_grad[:2]) else None
-        ctx.weight_grads.submit_vectors(lambda: layernorm_weight_grad(dy, h, mean, rstd), *ctx.owners)
-        return dx, dx if ctx.needs_input_grad[1] else None, *(None,) * 6
+        y = owned_op(Multiply, x, self.owner, self.context.weight_grads)
+        return owned_op(AddBias, y, self.bias_owner, self.context.weight_grads)

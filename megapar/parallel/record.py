@@ -8,6 +8,7 @@ on tensors, and no code matches on parameter names.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from megapar.config.layout import AXES, Layout
 
@@ -100,6 +101,9 @@ class ParameterRecord:
     name: unique in the model, the same in every layout.
     shape: logical shape.
     splits: the axes that divide it; on the ranks of other axes it is whole.
+    sees: what an op that reads it on every tensor-parallel rank sees there, if they do not divide it: `local`, this
+        rank's tokens outside the tensor-parallel regions; `heads`, those of this rank; `all`, the same on every rank.
+        Gradients are parts of a sum where ranks see different things.
     tie: name of the group of stages that hold a copy of it (tied embeddings), or None.
     """
 
@@ -108,6 +112,7 @@ class ParameterRecord:
     init: Init
     splits: tuple[Split, ...] = ()
     tie: str | None = None
+    sees: Literal["local", "heads", "all"] = "local"
 
     @property
     def numel(self) -> int:

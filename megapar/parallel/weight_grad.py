@@ -204,6 +204,22 @@ class AddBias:
         into.add_(grad.sum(0, dtype=into.dtype))
 
 
+class Multiply:
+    """y = x @ weight.T: x [T, in], weight [out, in] -> [T, out]."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+    @staticmethod
+    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    @staticmethod
+    def add_weight_grad(grad: Tensor, x: Tensor, into: Tensor) -> None:
+        into.addmm_(grad.t().to(into.dtype), x.to(into.dtype))
+
+
 class Lookup:
     """Rows of a table: x [T] row numbers, weight [V, H] -> [T, H]; a row number outside [0, V) gives zeros."""
 

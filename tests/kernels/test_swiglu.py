@@ -17,6 +17,7 @@ from megapar.kernels.swiglu import (
     geglu,
     gelu,
     gelu_backward_op,
+    gelu_erf,
     gelu_op,
     swiglu,
 )
@@ -28,6 +29,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] =
     "swiglu": (swiglu, lambda gate, up: F.silu(gate) * up, 2),
     "geglu": (geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, 2),
     "gelu": (gelu, lambda x: F.gelu(x, approximate="tanh"), 1),
+    "gelu_erf": (gelu_erf, F.gelu, 1),
 }
 
 
@@ -116,8 +118,9 @@ def check_operators(rank: int, world_size: int) -> None:
         torch.library.opcheck(gated_backward_op, (dout, gate, up, function))
         torch.library.opcheck(fused_op, (torch.randn(3, 10, requires_grad=True), function))
         torch.library.opcheck(fused_backward_op, (dout, torch.randn(3, 10), function))
-    torch.library.opcheck(gelu_op, (gate.clone().requires_grad_(),))
-    torch.library.opcheck(gelu_backward_op, (dout, gate))
+    for function in ("gelu", "gelu_erf"):
+        torch.library.opcheck(gelu_op, (gate.clone().requires_grad_(), function))
+        torch.library.opcheck(gelu_backward_op, (dout, gate, function))
     for ours, _, count in FUNCTIONS.values():
         inputs = (gate, up)[:count]
         assert torch.equal(torch.compile(ours, backend="aot_eager", fullgraph=True)(*inputs), ours(*inputs))

@@ -8,6 +8,7 @@ from megapar.mesh import Mesh
 from megapar.models.tokens import Tokens
 from megapar.parallel.attend import attend_
 from megapar.parallel.context import StageContext
+from megapar.parallel.rotary import Rotary
 
 
 def test_coordinates() -> None:
@@ -22,10 +23,10 @@ def test_a_rope_table_is_made_once() -> None:
     """One for each (length, channels, base), however many layers and forwards ask for it."""
     context = StageContext(Mesh(), torch.float64)
     first = Tokens(context, torch.tensor([0]), 8, 1)
-    table = first.rope_table(4, 10000.0)
-    assert table.shape == (8, 4) and table.dtype == torch.float64
-    assert Tokens(context, torch.tensor([3]), 8, 2).rope_table(4, 10000.0) is table
-    assert first.rope_table(4, 500000.0) is not table
+    table, length = first.rope_table(Rotary(4, 10000.0))
+    assert table.shape == (8, 4) and table.dtype == torch.float64 and length == 8
+    assert Tokens(context, torch.tensor([3]), 8, 2).rope_table(Rotary(4, 10000.0))[0] is table
+    assert first.rope_table(Rotary(4, 500000.0))[0] is not table
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:

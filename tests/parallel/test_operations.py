@@ -19,7 +19,7 @@ from megapar.config.keys import changed
 from megapar.kernels import rope
 from megapar.models import attention, layer, mlp
 from megapar.operations import Report, check_operations
-from megapar.parallel import cross_entropy, layers, overlap
+from megapar.parallel import cross_entropy, norms, overlap
 from megapar.parallel.weight_grad import AddBias, Lookup, WeightGrads
 from megapar.train.trainer import Trainer
 from tests.cli.conftest import clean_environment
@@ -109,7 +109,7 @@ def no_mean_term(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor
     return dy * weight * rstd.unsqueeze(1) + (0 if dh is None else dh)
 
 
-RMSNORM_INPUT_GRAD = layers.rmsnorm_input_grad
+RMSNORM_INPUT_GRAD = norms.rmsnorm_input_grad
 
 
 def into_transposed(self: Any, into: Tensor, accumulate: bool) -> None:
@@ -196,23 +196,23 @@ MUTANTS: dict[str, tuple[Callable[[], Any], str, dict[str, Any], str]] = {
         r"^layers\.0\.attention\.qkv \(AddBias\): the gradient of layers\.0\.attention\.q\.bias",
     ),
     "rmsnorm input": (
-        lambda: mock.patch.object(layers, "rmsnorm_input_grad", no_mean_term), "llama", {},
+        lambda: mock.patch.object(norms, "rmsnorm_input_grad", no_mean_term), "llama", {},
         r"^layers\.0\.norm1 \(RMSNorm\): the gradient of its input ",
     ),
     "rmsnorm residual": (
-        lambda: mock.patch.object(layers, "rmsnorm_input_grad", no_residual), "llama", {},
+        lambda: mock.patch.object(norms, "rmsnorm_input_grad", no_residual), "llama", {},
         r"^layers\.0\.norm2 \(RMSNorm\): the gradient of its input 1 .*\n.*its input 2 ",
     ),
     "rmsnorm weight": (
-        lambda: patched(layers, "rmsnorm_weight_grad", scaled), "llama", {},
+        lambda: patched(norms, "rmsnorm_weight_grad", scaled), "llama", {},
         r"^layers\.0\.norm1 \(RMSNorm\): the gradient of layers\.0\.norm1\.weight",
     ),
     "layernorm input": (
-        lambda: patched(layers, "layernorm_input_grad", scaled), "gpt2", {},
+        lambda: patched(norms, "layernorm_input_grad", scaled), "gpt2", {},
         r"^layers\.0\.norm1 \(LayerNorm\): the gradient of its input ",
     ),
     "layernorm weight and bias": (
-        lambda: patched(layers, "layernorm_weight_grad", scaled), "gpt2", {},
+        lambda: patched(norms, "layernorm_weight_grad", scaled), "gpt2", {},
         r"^layers\.0\.norm1 \(LayerNorm\): .*layers\.0\.norm1\.weight .*\n.*layers\.0\.norm1\.bias",
     ),
     "attention": (

@@ -39,6 +39,11 @@ def gelu(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
     return _activation("gelu", activations.gelu, lambda x: F.gelu(x, approximate="tanh"), (x,), dout, None)
 
 
+def gelu_erf(sizes: Sizes, tokens: int, dtype: str, device: str) -> Problem:
+    x, dout = (normal(tokens, sizes.ffn, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    return _activation("gelu_erf", activations.gelu_erf, F.gelu, (x,), dout, None)
+
+
 def _activation(
     function: str,
     ours: Callable[..., Tensor],
@@ -64,4 +69,4 @@ def _activation(
     return Problem(providers if liger is None else providers | {"liger_kernel": liger}, plans)
 
 
-BENCH = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu}
+BENCH = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu, "gelu_erf": gelu_erf}

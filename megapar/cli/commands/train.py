@@ -103,18 +103,19 @@ def command_line(overrides: list[str], folder: str, *options: str) -> str:
 
 def draw(job: "Job") -> None:
     """Draw the picture of a finished run, and say where it is."""
+    from megapar.cli.output import show
     from megapar.report.picture import draw as draw_run
 
     folder = Path(job.folder)
     try:
         path = draw_run(folder)
     except (OSError, UserError) as error:  # the training is done all the same
-        print(f"picture     none: {error}")
+        show(f"picture     none: {error}")
         return
     if path is not None:
-        print(f"picture     {path}")
+        show(f"picture     {path}")
     if (folder / "trace.json").exists():
-        print(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
+        show(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
 
 
 def sweep(overrides: "Overrides", entry: str | None) -> int:

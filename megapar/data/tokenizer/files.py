@@ -11,6 +11,7 @@ from typing import Any
 
 from megapar.config.errors import ConfigError
 from megapar.data.tokenizer.contract import Tokenizer, refused
+from megapar.files import special
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # a tokenizer.json's, if there
@@ -50,13 +51,13 @@ def find_tokenizer(path: str | Path) -> Path:
 
 def tokenizer_in(folder: Path) -> Path | None:
     """The tokenizer's file in a folder, such as a run directory; None where there is none."""
-    return next((folder / name for name in (JSON, MODEL) if (folder / name).exists()), None)
+    return next((folder / name for name in (JSON, MODEL) if (folder / name).is_file()), None)
 
 
 def tokenizer_beside(prefix: str | Path | None) -> Path | None:
     """The tokenizer's file beside token files, whether or not their manifest names it; None where there is none."""
     files = [Path(f"{prefix}{ENDINGS[name]}") for name in (MODEL, JSON)]
-    return next((file for file in files if file.exists()), None)
+    return next((file for file in files if file.is_file()), None)
 
 
 def files_of(path: Path) -> dict[str, Path]:
@@ -65,7 +66,7 @@ def files_of(path: Path) -> dict[str, Path]:
         return {MODEL: path}
     before = path.name.removesuffix(JSON) if path.name.endswith(JSON) else ""
     beside = {name: path.with_name(before + name) for name in BESIDE}
-    return {JSON: path} | {name: file for name, file in beside.items() if file.exists()}
+    return {JSON: path} | {name: file for name, file in beside.items() if file.is_file()}
 
 
 def identity(path: Path) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def identity(path: Path) -> dict[str, Any]:
     Raises ConfigError where one can't be read.
     """
     try:
+        if kind := special(path):
+            raise refused(path, f"is a {kind}; write the tokenizer to a file")
         hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files_of(path).items()}
     except OSError as error:
         problem = f"must be bpe or the path of a SentencePiece .model, a {JSON} or their folder ({error.strerror})"

@@ -1,0 +1,241 @@
+"""`megapar import` and `megapar export`: a Hugging Face folder to a run's directory and back, one tensor at a time."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar.checkpoint.boxes import Box
+from megapar.checkpoint.format import (
+    Manifest,
+    StoredBox,
+    StoredParameter,
+    file_facts,
+    find_checkpoint,
+    key,
+    read_manifest,
+)
+from megapar.checkpoint.hf.family import Family, families, in_full, to_model
+from megapar.checkpoint.hf.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TORCH_DTYPES,
+    HfWeights,
+    logical_shapes,
+    model_keys,
+    places,
+    read_config,
+)
+from megapar.checkpoint.hf.write import Entry, shards, write_tensors
+from megapar.checkpoint.load import CheckpointReader
+from megapar.checkpoint.save import begin, environment, finish
+from megapar.config.derive import resolve
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.file import dump, load_config
+from megapar.config.keys import changed
+from megapar.config.parse import to_dict
+from megapar.config.schema import ExportConfig, TrainConfig
+from megapar.files import write_atomic
+
+KEPT = "hf"  # in a run's directory: the small files of the folder that it was imported from
+NAMES = "names.json"  # there: what the folder's names of tensors began with
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SHARD = 5_000_000_000
+
+Say = Callable[[str], None]
+
+
+def import_folder(source: Path, run_dir: Path, say: Say) -> TrainConfig:
+    """Make a run's directory from a Hugging Face folder: config.yaml, a checkpoint of the weights, the small files.
+
+    The checkpoint holds whole parameters in the folder's dtype, which any layout loads. Peak memory: the largest
+    parameter. Returns the config. Raises UserError before anything is written where the folder can't be read.
+    """
+    keys, length = model_keys(source)
+    config = changed(TrainConfig(), {"model": to_model(keys), "train.seq_length": length, "run.dir": str(run_dir)})
+    config = resolve(config)
+    shapes = logical_shapes(config)
+    weights = HfWeights(source, shapes)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError("run.dir", run_dir, "holds something already; name another folder")
+    folder = run_dir / "checkpoints"
+    final = folder / "step-00000000"
+    temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
+    dtypes = {header.dtype for header in weights.headers.values()}
+    dtype = weights.dtype if len(dtypes) == 1 and weights.dtype in TORCH_DTYPES else "F32"
+    try:
+        begin(folder, temporary)
+        _copy_small(source, run_dir / KEPT)
+        _write_json(run_dir / KEPT / NAMES, {"prefix": weights.prefix})
+        manifest = _write_checkpoint(temporary, weights, shapes, dtype, config)
+        write_atomic(run_dir / "config.yaml", dump(config))
+        finish(temporary, final, manifest)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(shapes)} tensors, {dtype}, to {final}")
+    return config
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _write_checkpoint(
+    folder: Path, weights: HfWeights, shapes: dict[str, tuple[int, ...]], dtype: str, config: TrainConfig
+) -> Manifest:
+    parameters, files = {}, {}
+    boxes = {name: Box((0,) * len(shape), shape) for name, shape in shapes.items()}
+    names = {key("weight", name, box): name for name, box in boxes.items()}
+    entries = [Entry(stored, shapes[name], dtype) for stored, name in names.items()]
+
+    def values(part: list[Entry]) -> Iterator[Tensor]:
+        for entry in part:
+            out = torch.empty(entry.shape, dtype=TORCH_DTYPES[dtype])
+            weights.read(names[entry.name], boxes[names[entry.name]], out)
+            yield out
+            del out
+
+    for number, part in enumerate(shards(entries, SHARD)):
+        path = folder / f"rank-{number:05d}.safetensors"
+        write_tensors(path, part, values(part), {})
+        files[path.name] = file_facts(path)
+        for entry in part:
+            name = names[entry.name]
+            parameters[name] = StoredParameter(shapes[name], [StoredBox(path.name, boxes[name])])
+    return Manifest(
+        step=0,
+        optimizer_steps=0,
+        samples=0,
+        seed=config.train.seed,
+        layout="single",
+        config=to_dict(config),
+        environment=environment(),
+        kinds={"weight": dtype},
+        parameters=parameters,
+        files=files,
+    )
+
+
+def _copy_small(source: Path, target: Path) -> None:
+    """Copy the tokenizer and what else is small, and not the index of weights."""
+    target.mkdir(parents=True)
+    for pattern in _SMALL:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name != INDEX and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+
+
+def export_run(config: ExportConfig, say: Say) -> None:
+    """Write a run's weights as a Hugging Face folder. Peak memory: the largest tensor. Raises UserError."""
+    assert config.run.dir is not None and config.hf is not None
+    run_dir, target = Path(config.run.dir), Path(config.hf)
+    trained = load_config(run_dir)
+    folder = find_checkpoint(config.checkpoint.load or run_dir)
+    manifest = read_manifest(folder)
+    shapes = logical_shapes(trained)
+    refuse_other_shapes(manifest, shapes, folder)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError("hf", target, "holds something already; name another folder")
+    family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
+    there, on_disk = places(family, shapes, _prefix(run_dir / KEPT, family))
+    dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
+    entries = [Entry(name, shape, dtype) for name, shape in on_disk.items()]
+    parts = shards(entries, int(config.shard_gb * 1e9))
+    total = len(parts)
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    names = names if total > 1 else [SINGLE]
+    reader = CheckpointReader(folder, manifest)
+
+    def values(part: list[Entry]) -> Iterator[Tensor]:
+        for entry in part:
+            out = torch.empty(entry.shape, dtype=TORCH_DTYPES[dtype])
+            for name, place in there.items():
+                if place.disk == entry.name:
+                    whole = out.t() if place.transposed else out
+                    rows = whole[place.before : place.before + shapes[name][0]]
+                    reader.read("weight", name, Box((0,) * len(shapes[name]), shapes[name]), rows)
+            yield out
+            del out
+
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        if (run_dir / KEPT).is_dir():
+            shutil.copytree(run_dir / KEPT, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAMES))
+        for name, part in zip(names, parts, strict=True):
+            write_tensors(temporary / name, part, values(part), {"format": "pt"})
+        _write_json(temporary / CONFIG, disk_config | _dtype_key(disk_config, dtype))
+        if total > 1:
+            _write_json(temporary / INDEX, _index(names, parts))
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: can't be written ({error.strerror}); make room, or name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(on_disk)} tensors, {dtype}, to {target}")
+
+
+def refuse_other_shapes(manifest: Manifest, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise UserError where a checkpoint does not hold these parameters and no others."""
+    for name in manifest.parameters.keys() | shapes.keys():
+        there = manifest.parameters[name].shape if name in manifest.parameters else None
+        if there != shapes.get(name):
+            raise UserError(f"{folder}: {name} has shape {there}, in the run's config.yaml {shapes.get(name)}")
+
+
+def _disk_config(trained: TrainConfig, kept: Path, named: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family and config.json: that of the folder that was imported, where the model is still the same."""
+    original: dict[str, Any] = {}
+    if (kept / CONFIG).exists():
+        family, original = read_config(kept)
+        if named in (None, family.model_type) and in_full(trained.model) == in_full(to_model(model_keys(kept)[0])):
+            return family, original
+        named = named or family.model_type
+    if named is not None and named not in families():
+        raise ConfigError("family", named, f"no such family; there are {', '.join(families())}")
+    problems = []
+    for family in families().values() if named is None else [families()[named]]:
+        try:
+            about = {name: value for name, value in original.items() if name.endswith("_token_id")}
+            return family, about | family.disk_config(trained.model, trained.train.seq_length)
+        except UserError as error:
+            problems.append(f"{error}")
+    raise UserError(f"no family of Hugging Face's is known to have this model: {'; '.join(problems)}")
+
+
+def _prefix(kept: Path, family: Family) -> str:
+    try:
+        found = json.loads((kept / NAMES).read_text(encoding="utf-8"))["prefix"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    return found if found in family.prefixes else family.prefixes[0]
+
+
+def _dtype_key(config: dict[str, Any], dtype: str) -> dict[str, str]:
+    return {"torch_dtype" if "torch_dtype" in config else "dtype": _TORCH_NAMES[dtype]}
+
+
+def _index(names: list[str], parts: list[list[Entry]]) -> dict[str, Any]:
+    entries = [entry for part in parts for entry in part]
+    return {
+        "metadata": {
+            "total_size": sum(entry.nbytes for entry in entries),
+            "total_parameters": sum(_numel(entry.shape) for entry in entries),
+        },
+        "weight_map": {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part},
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""Safetensors files written a tensor at a time, so that none needs the memory of the whole."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megapar.config.errors import UserError
+
+ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes, by what safetensors calls a dtype
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is to be written. dtype: as safetensors names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM[self.dtype]
+
+
+def shards(entries: Iterable[Entry], most: int) -> list[list[Entry]]:
+    """The entries in order, in files of at most `most` bytes, or of one entry."""
+    found: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not found or size + entry.nbytes > most:
+            found.append([])
+            size = 0
+        found[-1].append(entry)
+        size += entry.nbytes
+    return found
+
+
+def write_tensors(path: Path, entries: list[Entry], values: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file: values yields every entry's tensor in its dtype, on the CPU, in the same order.
+
+    The format: 8 bytes with the length of a JSON header, the header, then the tensors' bytes. Raises UserError.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        position += entry.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry, value in zip(entries, values, strict=True):
+                assert tuple(value.shape) == entry.shape and value.element_size() == ITEM[entry.dtype], entry
+                file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+                del value  # before the next one is made
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or name another folder") from None

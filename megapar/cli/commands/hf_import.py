@@ -1,0 +1,36 @@
+"""`megapar import`: a Hugging Face folder becomes a run's directory."""
+
+from pathlib import Path
+
+from megapar.cli.command import Call, Command
+from megapar.config.errors import ConfigError
+from megapar.config.schema import ImportConfig
+
+
+def run(config: ImportConfig, call: Call) -> int:
+    """Write the run directory. Returns the exit code."""
+    for key, value in (("hf", config.hf), ("run.dir", config.run.dir)):
+        if value is None:
+            raise ConfigError(key, None, "megapar import reads the folder hf=DIR and makes the directory run.dir=RUN")
+    from megapar.checkpoint.hf.convert import import_folder
+    from megapar.cli.output import say
+
+    assert config.hf is not None and config.run.dir is not None
+    import_folder(Path(config.hf), Path(config.run.dir), say)
+    print(f"megapar train model={config.run.dir} checkpoint.weights={config.run.dir} data.path=TEXT")
+    return 0
+
+
+COMMAND = Command(
+    name="import",
+    config=ImportConfig,
+    run=run,
+    order=6,
+    positional="hf",
+    about="make a run directory from a Hugging Face folder",
+    examples=[
+        ("megapar import hf=Llama-3.2-1B run.dir=runs/llama", "config, weights and tokenizer; no pickles, no code"),
+        ("megapar generate runs/llama prompt='Once' parallel=tp2", "then in any layout"),
+    ],
+    most_used=["hf", "run.dir"],
+)

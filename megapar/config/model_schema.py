@@ -1,0 +1,140 @@
+"""The keys `model.*`: what a Transformer of one stack of layers is made of. conf/model/ has families and sizes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megapar.config.keys import group, option
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary frequencies for longer texts than a model was first trained on."""
+
+    kind: Literal["none", "linear", "dynamic", "llama3"] = option(
+        "none",
+        "linear: positions divided by factor; dynamic: a base that grows with the text (NTK); llama3: low frequencies",
+        fixed=True,
+    )
+    factor: float = option(1.0, "how many times longer", at_least=1, fixed=True)
+    original_length: int | None = option(
+        None, "positions that the model was first trained on (dynamic, llama3)", at_least=1, fixed=True
+    )
+    low_freq_factor: float = option(
+        1.0, "llama3: longer waves than original_length / this are scaled in full", above=0, fixed=True
+    )
+    high_freq_factor: float = option(
+        4.0, "llama3: shorter waves than original_length / this are left alone", above=0, fixed=True
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Transformer of one stack of layers, a decoder or an encoder, of a family by its switches."""
+
+    layers: int = option(
+        4, "number of Transformer layers", at_least=1, fixed=True, also=("num_layers", "num_hidden_layers", "n_layer")
+    )
+    hidden: int = option(
+        128, "width of the residual stream", at_least=1, fixed=True, also=("hidden_size", "d_model", "n_embd")
+    )
+    heads: int = option(4, "query heads", at_least=1, fixed=True, also=("num_heads", "num_attention_heads", "n_head"))
+    kv_heads: int | None = option(
+        None,
+        "key/value heads (grouped-query attention); default: heads",
+        at_least=1,
+        fixed=True,
+        also=("num_key_value_heads", "num_query_groups"),
+    )
+    head_dim: int | None = option(None, "channels of a head; default: hidden / heads", at_least=1, fixed=True)
+    ffn: int | None = option(
+        None,
+        "inner width of the MLP; default: 4*hidden; gated: 8/3*hidden rounded up to 32",
+        at_least=1,
+        fixed=True,
+        also=("ffn_hidden_size", "intermediate_size"),
+    )
+    vocab_size: int | None = option(
+        None, "rows of the embedding; default: the tokenizer's size, never smaller", at_least=1, fixed=True
+    )
+    norm: Literal["rmsnorm", "layernorm"] = option(
+        "rmsnorm", "normalisation before attention, MLP and head", fixed=True
+    )
+    norm_order: Literal["pre", "post", "output", "sandwich"] = option(
+        "pre",
+        "norms of what attention and MLP read, of the sums behind them (post), of their outputs, or of both (sandwich)",
+        fixed=True,
+    )
+    norm_offset: bool = option(False, "RMSNorm multiplies by 1 + weight (Gemma)", fixed=True)
+    norm_eps: float = option(1e-5, "epsilon inside the normalisation", above=0, fixed=True)
+    position: Literal["rope", "learned"] = option(
+        "rope", "rotary embedding of q and k, or a learned table added once", fixed=True
+    )
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, fixed=True)
+    rope_scaling: RopeScalingConfig = group(RopeScalingConfig, "rotary frequencies of longer texts")
+    causal: bool = option(True, "a token sees only itself and those before it; false: an encoder", fixed=True)
+    window: int | None = option(
+        None, "tokens that a token sees, itself included, in layers with a window; default: all", at_least=1, fixed=True
+    )
+    window_pattern: str = option(
+        "W", "which layers have the window: W, or F for those that see all, repeated: WWWWWF", fixed=True
+    )
+    window_rope_theta: float | None = option(
+        None,
+        "rope_theta of layers with a window, never scaled; default: as the others",
+        above=0,
+        fixed=True,
+    )
+    qk_norm: Literal["none", "head", "all"] = option(
+        "none", "RMSNorm of q and k before they turn: of every head, or of all heads together", fixed=True
+    )
+    attention_scale: float | None = option(
+        None, "what scores are multiplied by; default: 1/sqrt(head_dim)", above=0, fixed=True
+    )
+    attention_softcap: float | None = option(
+        None, "scores become softcap * tanh(scores / softcap); default: as they are", above=0, fixed=True
+    )
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = option(
+        "swiglu", "MLP nonlinearity; the first two have a gate; gelu is the form with a tanh", fixed=True
+    )
+    bias: bool = option(False, "biases in the linear layers of attention and MLP", fixed=True)
+    qkv_bias: bool | None = option(None, "biases of q, k and v; default: bias", fixed=True)
+    attention_out_bias: bool | None = option(None, "bias of attention's output; default: bias", fixed=True)
+    tied: bool = option(False, "the output head shares the embedding's weight", fixed=True)
+    embedding_scale: float = option(1.0, "what token embeddings are multiplied by", above=0, fixed=True)
+    embedding_norm: bool = option(False, "a norm behind the embedding (BERT)", fixed=True)
+    token_types: int = option(0, "rows of a table of token types, added to the embedding", at_least=0, fixed=True)
+    output: Literal["lm", "mlm", "hidden"] = option(
+        "lm", "last part: logits; mlm: those behind a dense layer and a norm (BERT); or the hidden states", fixed=True
+    )
+    output_bias: bool = option(False, "a bias of every logit", fixed=True)
+    logit_softcap: float | None = option(
+        None, "logits become softcap * tanh(logits / softcap); default: as they are", above=0, fixed=True
+    )
+    pooler: bool = option(False, "with output=hidden: tanh of a dense layer of every first token", fixed=True)
+    dropout: float = option(
+        0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1, kept=True
+    )
+    attention_dropout: float = option(0.0, "not supported: must be 0", kept=True)
+    init_std: float = option(
+        0.02,
+        "std of initial weights; residual projections get init_std / sqrt(2*layers)",
+        above=0,
+        at_most=1000,
+        kept=True,
+    )
+
+    module: str | None = option(
+        None,
+        "PACKAGE:FUNCTION that builds a stage from (config, context), importable from here; default: the Transformer",
+        verbatim=True,
+        fixed=True,
+    )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a third matrix, the gate's."""
+        return self.activation in ("swiglu", "geglu")
+
+    def windowed(self, layer: int) -> bool:
+        """Whether tokens of a layer see only a window."""
+        return self.window is not None and self.window_pattern[layer % len(self.window_pattern)] == "W"
