@@ -8,6 +8,8 @@ from megapar.config.schema import TrainConfig
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.files import JSON, MODEL, copy_into, tokenizer_beside, tokenizer_in
 
+IMPORTED = "hf"  # in a run directory: what `megapar import` keeps of the folder that a model came from
+
 
 class TextStream:
     """Turns tokens into text as they come: a piece is written when its characters are complete.
@@ -49,8 +51,11 @@ def keep_tokenizer(config: TrainConfig) -> None:
 
 
 def run_tokenizer(run_dir: Path, config: TrainConfig) -> Tokenizer:
-    """The tokenizer of a run: the copy in its directory, else the one beside the token files. Raises UserError."""
-    path = tokenizer_in(run_dir) or tokenizer_beside(config.data.prefix)
+    """The tokenizer of a run: in its directory, of what it was imported with, or beside its token files.
+
+    Raises UserError.
+    """
+    path = tokenizer_in(run_dir) or tokenizer_in(run_dir / IMPORTED) or tokenizer_beside(config.data.prefix)
     if path is None:
         raise UserError(f"{run_dir / MODEL}: missing; put the tokenizer of the run's token files there, or as {JSON}")
     tokenizer = open_tokenizer(path)

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megapar.config.errors import UserError
+from megapar.config.keys import changed
+from megapar.config.schema import TrainConfig
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
-from megapar.generate.text import TextStream
+from megapar.data.tokenizer.files import copy_beside
+from megapar.generate.text import TextStream, run_tokenizer
 from tests.data import hf
 
 TEXT = "alpha beta, naïve 中文 🎉\n  </s> x\u2581y"
@@ -36,6 +40,24 @@ def test_the_pieces_are_the_text_of_all_tokens(tmp_path: Path, make: Callable[[P
         before = tokenizer.decode(tokens[:cut])
         if "\ufffd" not in before:
             assert before + "".join(written(tokenizer, tokens[cut:], tokens[:cut])) == tokenizer.decode(tokens)
+
+
+def test_where_a_run_has_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its directory before where `megapar import` put it before beside the token files, which may be gone."""
+    monkeypatch.chdir(tmp_path)
+    hf.write(tmp_path / "other", {}, {})
+    (tmp_path / "other" / "tokenizer.json").rename(tmp_path / "None.tokenizer.json")  # of no run without token files
+    run, prefix = tmp_path / "run", tmp_path / "tokens"
+    with pytest.raises(
+        UserError, match=r"run/tokenizer\.model: missing; put the tokenizer of the run's token files there"
+    ):
+        run_tokenizer(run, TrainConfig())
+    config = changed(TrainConfig(), {"data.prefix": str(prefix)})
+    for folder in (tmp_path / "made", run / "hf", run):
+        hf.word_like(folder)
+        copy_beside(tmp_path / "made" / "tokenizer.json", prefix)
+        expected = tmp_path / "tokens.tokenizer.json" if folder.name == "made" else folder / "tokenizer.json"
+        assert run_tokenizer(run, config).path == expected
 
 
 def test_a_word_keeps_its_space_behind_a_prompt(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def tokenizer_in(folder: Path) -> Path | None:
 
 def tokenizer_beside(prefix: str | Path | None) -> Path | None:
     """The tokenizer's file beside token files, whether or not their manifest names it; None where there is none."""
+    if prefix is None:
+        return None
     files = [Path(f"{prefix}{ENDINGS[name]}") for name in (MODEL, JSON)]
     return next((file for file in files if file.is_file()), None)
 
