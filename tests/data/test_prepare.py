@@ -353,7 +353,8 @@ def test_without_a_manifest_nothing_is_checked(tmp_path: Path) -> None:
 def test_nothing_here_imports_torch_or_an_unused_tokenizer() -> None:
     modules = "corpus indexed manifest prepare samples split tokenise tokenizer"
     imports = "; ".join(f"import megapar.data.{name}" for name in modules.split())
-    code = f"import sys; {imports}; print([name for name in ('torch', 'sentencepiece') if name in sys.modules])"
+    libraries = ("torch", "sentencepiece", "tokenizers", "jinja2")
+    code = f"import sys; {imports}; print([name for name in {libraries} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
