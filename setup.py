@@ -35,6 +35,7 @@ setup(
             "tensorboardX",
             "tokenizers",
             "jinja2",
+            "transformers",  # a reference, in tests alone
             "pytest",
             "hypothesis",
             "ruff",

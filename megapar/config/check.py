@@ -21,7 +21,7 @@ from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunk
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
-MOST_PASSES = 1_000_000  # micro-batches of a rank in a step: a schedule of more takes minutes to make
+MOST_PASSES = 100_000  # micro-batches of a rank in a step: a schedule of more takes minutes to make
 
 
 def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None, task: bool = True) -> None:

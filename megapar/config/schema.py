@@ -117,6 +117,9 @@ class DataConfig:
     split: float = option(
         0.05, "share of the documents held out for validation, chosen by hash", at_least=0, below=1, fixed=True
     )
+    document_mask: bool = option(
+        False, "documents that share a sample don't see each other, and each begins at position 0", kept=True
+    )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"
     )

@@ -39,8 +39,8 @@ class SampleSet:
             raise ConfigError("train.seq_length", seq_length, "must be at least 1")
         self.prefix, self.split, self.seq_length = str(prefix), split, seq_length
         corpus = IndexedTokens(prefix)
-        self._tokens = corpus.tokens
-        mask = self._documents_of_split(corpus, holdout)
+        self._tokens, self._offsets = corpus.tokens, corpus.document_offsets
+        mask = self._mask = self._documents_of_split(corpus, holdout)
         self.num_documents = int(mask.sum())
         self._ends, self._shift = _runs(corpus.document_offsets, mask)
         self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
@@ -62,6 +62,18 @@ class SampleSet:
         for row, index in zip(out, numbers, strict=True):
             self._read(self.window(index) * self.seq_length, row)
         return out
+
+    def begins(self, index: int) -> np.ndarray:
+        """Where in the first `seq_length` tokens of a sample documents begin, int64: 0 first, as if one did there."""
+        first = self.window(index) * self.seq_length
+        low, high = self._begins.searchsorted([first + 1, first + self.seq_length])
+        return np.append(0, self._begins[low:high] - first)
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """Where the split's documents begin in its tokens, int64 [documents]; of empty ones once for each."""
+        lengths = np.diff(self._offsets)[self._mask]
+        return np.cumsum(lengths) - lengths
 
     def window(self, index: int) -> int:
         """Which window, 0..num_samples-1, sample `index` is."""
