@@ -36,6 +36,10 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.task.sample_tokens and prepared.tokenizer_path is None:
         problem = "these token files came without a tokenizer, so nothing can be written; use 0"
         raise ConfigError("task.sample_tokens", config.task.sample_tokens, problem)
+    if prepared.tokenizer_path is not None and (config.task.sample_tokens or config.train.eval_every):
+        from megapar.data.tokenizer import open_tokenizer
+
+        open_tokenizer(prepared.tokenizer_path)  # the ranks will: refuses where a library is missing
     if config.task.sample_tokens:
         refuse_bad_prompt(config.task.sample_prompt)
     config = changed(config, {"data.prefix": str(prepared.prefix)})

@@ -8,9 +8,10 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.data.indexed import IndexedTokens
-from megapar.data.manifest import read_manifest
+from megapar.data.manifest import read_manifest, tokenizer_named
 from megapar.data.order import SampleOrder
 from megapar.data.split import held_out, load_hashes, token_hashes
+from megapar.data.tokenizer import open_tokenizer
 
 
 class SampleSet:
@@ -80,16 +81,14 @@ class SampleSet:
 
     @cached_property
     def char_counts(self) -> np.ndarray | None:
-        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer.
+        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer, or its
+        tokenizer changes text.
 
-        A file PREFIX.model that the manifest does not name is no tokenizer of this corpus.
+        A file beside the corpus that the manifest does not name is no tokenizer of it.
         """
         manifest = read_manifest(self.prefix)
-        if manifest is None or ".model" not in manifest["files"]:
-            return None
-        from megapar.data.tokenizer import Tokenizer
-
-        return Tokenizer(f"{self.prefix}.model").char_counts()
+        path = None if manifest is None else tokenizer_named(self.prefix, manifest)
+        return None if path is None else open_tokenizer(path).char_counts()
 
     def _documents_of_split(self, corpus: IndexedTokens, holdout: float) -> np.ndarray:
         hashes = load_hashes(self.prefix, corpus.num_documents)

@@ -28,7 +28,7 @@ class Prepared:
     prefix: of its files, if it has any: PREFIX.json may hold hashes that go into checkpoints
     vocab_size: entries of the tokenizer; None where it is unknown
     max_token: the largest token, below `model.vocab_size`; None where that need not be checked
-    tokenizer_path: the SentencePiece model; None where there is none
+    tokenizer_path: the tokenizer's file; None where there is none
     """
 
     prefix: str
