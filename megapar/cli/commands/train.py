@@ -36,6 +36,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     from megapar.cli.output import say
     from megapar.config.file import dump
     from megapar.config.keys import changed
+    from megapar.convert import keep_origin
     from megapar.kernels import select_backends
     from megapar.launch import resume, rundir
     from megapar.launch.rank import Job, name_of
@@ -52,6 +53,9 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         return None
     resume.prepare(config, start)
     rundir.write(config, call.overrides, backends)
+    for origin in (config.checkpoint.weights, config.checkpoint.load):
+        if origin is not None:
+            keep_origin(origin, Path(str(config.run.dir)))
     ranks = changed(config, {"checkpoint.load": start.load})
     if start.load is not None:
         ranks = changed(ranks, {"checkpoint.weights": None})

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megapar
-from megapar.checkpoint.hf.convert import import_folder
 from megapar.config.errors import UserError
+from megapar.convert import import_folder
 from tests.checkpoint.hf.models import build, save
 
 

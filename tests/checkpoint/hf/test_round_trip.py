@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 
 import megapar
-from megapar.checkpoint.hf.convert import export_run, import_folder
 from megapar.checkpoint.hf.family import families, in_full, to_model
 from megapar.checkpoint.hf.folder import model_keys
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import ExportConfig, ModelConfig, RunConfig
+from megapar.convert import export_run, import_folder
 from megapar.launch.pool import WorkerPool
 from megapar.library.settings import base, settings
 from megapar.train.loop import Loop
@@ -168,7 +168,7 @@ BOUNDED = """
 import sys, threading
 from pathlib import Path
 import torch
-from megapar.checkpoint.hf.convert import export_run, import_folder
+from megapar.convert import export_run, import_folder
 from megapar.config.schema import ExportConfig, RunConfig
 
 def held():  # bytes that are in no file, as mapped ones are
