@@ -34,6 +34,9 @@ def test_from_import_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"data: the tokenizer of the weights, {imported}/hf/tokenizer.json" in capsys.readouterr().err
     assert main([*line, "logger=disabled"]) == 0
     assert "is finished" in capsys.readouterr().err
+    whole = [word.replace("checkpoint.weights", "checkpoint.load").replace(tuned, f"{tuned}2") for word in line]
+    assert main([*whole, f"data.tokenizer={imported}/hf"]) == 2
+    assert "holds weights alone, and no optimizer's state; use checkpoint.weights" in capsys.readouterr().err
     assert main(["export", tuned, f"hf={exported}"]) == 0
     kept = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
     assert all((Path(exported) / name).read_bytes() == (source / name).read_bytes() for name in kept)
