@@ -3,16 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.save import StatefulOptimizer, data_hashes
+from megapar.checkpoint.slices import Slices
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
@@ -153,7 +153,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Slices] = {}
 
     def read(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` [box.shape] with a box of a parameter. Raises UserError."""
@@ -164,23 +164,23 @@ class CheckpointReader:
             common = box.overlap(stored.box)
             if common is not None:
                 for piece in common.pieces():
-                    out[piece.within(box)] = self._slice(kind, name, stored, piece)
+                    self._read(kind, name, stored, piece, out[piece.within(box)])
                 missing -= common.numel
         if missing:
             raise UserError(f"{self.folder}: {missing} values of {name} are in no file or in two; {RESAVE}")
 
-    def _slice(self, kind: str, name: str, stored: StoredBox, wanted: Box) -> Tensor:
+    def _read(self, kind: str, name: str, stored: StoredBox, wanted: Box, out: Tensor) -> None:
         if stored.file not in self._files:
             self._files[stored.file] = self._verified(stored.file)
         try:
-            tensor = self._files[stored.file].get_slice(key(kind, name, stored.box))
-            if tuple(tensor.get_shape()) != stored.box.shape or tensor.get_dtype() != self.manifest.kinds[kind]:
+            file, tensor = self._files[stored.file], key(kind, name, stored.box)
+            if file.facts(tensor) != (stored.box.shape, self.manifest.kinds[kind]):
                 raise SafetensorError("another shape or dtype than in the manifest")
-            return tensor[wanted.within(stored.box)]
+            file.read(tensor, wanted.within(stored.box), out)
         except SafetensorError as error:
             raise UserError(f"{self.folder / stored.file}: {kind} of {name}: {error}; {RESAVE}") from None
 
-    def _verified(self, name: str) -> Any:
+    def _verified(self, name: str) -> Slices:
         path, expected = self.folder / name, self.manifest.files[name]
         try:
             found = file_facts(path)
@@ -189,7 +189,7 @@ class CheckpointReader:
             elif found.sha256 != expected.sha256:
                 problem = "changed, its SHA-256 is not the one in the manifest"
             else:
-                return safe_open(path, framework="pt")
+                return Slices(path)
         except FileNotFoundError:
             problem = "missing"
         except (OSError, SafetensorError) as error:

@@ -127,8 +127,6 @@ def model_sizes(model: ModelConfig) -> dict[str, Any]:
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,
         "ffn": inner,
-        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
-        "attention_out_bias": model.bias if model.attention_out_bias is None else model.attention_out_bias,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megapar.config.derive import model_sizes
 from megapar.config.errors import UserError, show
+from megapar.config.keys import changed
 from megapar.config.parse import parse
 from megapar.config.schema import ModelConfig
 
@@ -131,13 +132,22 @@ NOT_ON_DISK = {
 
 
 def to_model(keys: Keys) -> ModelConfig:
-    """Raises UserError for keys of another type."""
-    return parse(ModelConfig, {name: value for name, value in keys.items() if value is not None})
+    """The model of these keys, with nothing said that is so by default. Raises UserError for keys of another type."""
+    model = parse(ModelConfig, {name: value for name, value in keys.items() if value is not None})
+    full = in_full(model)
+    defaults = {
+        "qkv_bias": model.bias,
+        "attention_out_bias": model.bias,
+        "attention_scale": full["head_dim"] ** -0.5,
+    }
+    return changed(model, {name: None for name, value in defaults.items() if same(full[name], value)})
 
 
 def in_full(model: ModelConfig) -> Keys:
     """Every key that changes logits, with what is derived; what has no effect is left out."""
     keys = {**vars(model), **model_sizes(model)}
+    for name in ("qkv_bias", "attention_out_bias"):
+        keys[name] = model.bias if keys[name] is None else keys[name]
     keys["attention_scale"] = model.attention_scale or keys["head_dim"] ** -0.5
     without_effect = set(NOT_ON_DISK)
     if model.position != "rope":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megapar.checkpoint.boxes import Box
 from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, families, in_full, same, to_model
+from megapar.checkpoint.slices import Slices
 from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.layout import Layout
@@ -144,7 +145,7 @@ class HfWeights:
         self.headers = self._headers()
         self.prefix = self._prefix()
         self.places, on_disk = places(self.family, shapes, self.prefix)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Slices] = {}
         self._refuse_other(on_disk, tied="head.weight" not in shapes)
 
     @property
@@ -164,16 +165,12 @@ class HfWeights:
         ranges[0] = slice(ranges[0].start + place.before, ranges[0].stop + place.before)
         index = tuple(reversed(ranges)) if place.transposed else tuple(ranges)
         try:
-            part = self._open(header.file).get_slice(header.actual)[index]
+            if header.file not in self._files:
+                self._files[header.file] = Slices(self.folder / header.file)
+            read = self._files[header.file].read(header.actual, index, out, transposed=place.transposed)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / header.file}: {header.actual}: {error}; download it again") from None
-        self.read_bytes += part.numel() * part.element_size()
-        out.copy_(part.t() if place.transposed else part)
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file]
+        self.read_bytes += read
 
     def _headers(self) -> dict[str, Header]:
         """By today's names."""

@@ -20,7 +20,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import ExportConfig, ModelConfig, RunConfig
 from megapar.convert import export_run, import_folder
 from megapar.launch.pool import WorkerPool
-from megapar.library.settings import base, settings
+from megapar.library.settings import settings
 from megapar.train.loop import Loop
 from tests.checkpoint.hf.models import MODELS, build, distance, reference, save
 from tests.tiny import tiny_config
@@ -116,12 +116,13 @@ PRESETS = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in PRESETS.items() for name in names])
 def test_presets_are_of_their_family(kind: str, name: str) -> None:
-    values = {"vocab_size": 1024} | base(name)
-    model = settings(
-        values.pop("_", name), {}, layout="single", dtype="fp32", device="cpu", seq_length=512, seed=None,
-        schedule="1f1b", chunks=None,
-    ).model  # fmt: skip
-    assert families()[kind].disk_config(model, 512)["model_type"] == kind
+    """And what their config.json is read as is the preset, key for key."""
+    options: dict[str, Any] = {"layout": "single", "dtype": "fp32", "device": "cpu", "seq_length": 512, "seed": None}
+    options |= {"schedule": "1f1b", "chunks": None}
+    model = settings(name, {}, **options).model
+    family = families()[kind]
+    again = to_model(family.model_keys(family.disk_config(model, 512)))
+    assert settings(again, {}, **options).model == model
 
 
 def test_a_model_of_no_family(tmp_path: Path) -> None:
