@@ -44,7 +44,7 @@ def by_definition(train: str, order: int, characters: int) -> dict[tuple[str, st
     """Chen and Goodman's equations for every context and character of an alphabet, in fractions: slow and plain."""
     padded = "^" * order + train  # what nobody asks for stands before the text
     ends = range(order, len(padded))
-    alphabet = sorted(set(train)) + ["?"]
+    alphabet = [*sorted(set(train)), "?"]
 
     def level(length: int, top: bool) -> Counter[str]:
         grams = [padded[end - length + 1 : end + 1] for end in ends]

@@ -34,12 +34,12 @@ def test_the_loss_falls(smoke: Path) -> None:
     rows = [json.loads(line) for line in (smoke / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     first, *_, last = [row["val_bits_per_char"] for row in rows if "val_bits_per_char" in row]
-    assert losses[-1] < losses[0] - 2
+    assert losses[-1] < losses[0] - 1.5
     assert 2 < last < first - 1 < 5
 
 
 def test_the_held_out_text_is_the_end_of_a_play(smoke: Path) -> None:
-    """All of it: what evaluations predict are all characters but those of the first token and the last windows' rest."""
+    """All of it but its first token and what is behind the last window, less than one."""
     run = results.Run.read(smoke)
     texts = results.Texts.of(run)
     tokens = run.samples("valid").num_tokens
