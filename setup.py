@@ -30,8 +30,12 @@ setup(
     extras_require={
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
+        "hf": ["tokenizers", "jinja2"],
         "dev": [
             "tensorboardX",
+            "tokenizers",
+            "jinja2",
+            "transformers",  # a reference, in tests alone
             "pytest",
             "hypothesis",
             "ruff",

@@ -1,6 +1,7 @@
 """Files that others may read too: whole or not at all, with the modes that the umask leaves."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from megapar.config.errors import UserError
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
 
-    Raises UserError, as on a full disk.
+    A device or FIFO is written to, and not replaced. Raises UserError, as on a full disk.
     """
     try:
-        _write_atomic(path, text)
+        if path.exists() and special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _write_atomic(path, text)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}); make room or choose another folder") from None
 
@@ -30,6 +34,14 @@ def _write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def special(path: Path) -> str | None:
+    """What a path is that is neither a file nor a folder, of which a reader may wait for ever. Raises OSError."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return "FIFO" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def follow_umask(path: str | Path) -> None:

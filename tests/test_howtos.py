@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from megapar.checkpoint.hf.family import in_full, to_model
+from megapar.checkpoint.hf.folder import logical_shapes, places
 from megapar.cli.command import commands
 from megapar.cli.compose import compose, split
 from megapar.cli.finish import check_early
 from megapar.config import layout, schema
+from megapar.config.derive import resolve
 from megapar.config.keys import keys
 from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.data import source
@@ -80,6 +83,19 @@ def test_an_axis() -> None:
     (snippet,) = snippets("add-an-axis.md")
     (kind,) = eval(snippet, vars(layout) | {})
     assert (kind.name, kind.splits) == ("cp", "tokens")
+
+
+def test_a_family() -> None:
+    """Its config.json is read as the model that it was written for, and every parameter has a place."""
+    (snippet,) = snippets("add-a-family.md")
+    made: dict[str, Any] = {}
+    exec(snippet, made)
+    (family,) = made["FAMILIES"]
+    config = resolve(TrainConfig(), vocab_size=100)
+    again = to_model(family.model_keys(family.disk_config(config.model, 64)))
+    assert in_full(again) == in_full(config.model)
+    there, _ = places(family, logical_shapes(config), "")
+    assert there["layers.1.norm2.weight"].disk == "model.layers.1.post_attention_layernorm.weight"
 
 
 class Scaled(nn.Module):

@@ -218,7 +218,7 @@ def data_hashes(prefix: str | None) -> dict[str, str]:
     """SHA-256 of the token file and of the tokenizer, from the manifest beside them; empty where there is none."""
     try:
         files = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["files"]
-        named = {"tokens": ".bin", "tokenizer": ".model"}
-        return {name: files[ending]["sha256"] for name, ending in named.items() if ending in files}
+        named = {".bin": "tokens", ".tokenizer.json": "tokenizer", ".model": "tokenizer"}
+        return {name: files[ending]["sha256"] for ending, name in named.items() if ending in files}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -28,6 +28,7 @@ def finish(config: T, world_size: int | None = None) -> T:
         start_fork_server(draft.parallel.layout.world)  # imports torch while we prepare the data
     from megapar.data.source import find_source
 
+    config = _with_tokenizer_of_weights(config)
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     sizes = {"vocab_size": prepared.vocab_size, "max_token": prepared.max_token}
@@ -36,6 +37,10 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.task.sample_tokens and prepared.tokenizer_path is None:
         problem = "these token files came without a tokenizer, so nothing can be written; use 0"
         raise ConfigError("task.sample_tokens", config.task.sample_tokens, problem)
+    if prepared.tokenizer_path is not None and (config.task.sample_tokens or config.train.eval_every):
+        from megapar.data.tokenizer import open_tokenizer
+
+        open_tokenizer(prepared.tokenizer_path)  # the ranks will: refuses where a library is missing
     if config.task.sample_tokens:
         refuse_bad_prompt(config.task.sample_prompt)
     config = changed(config, {"data.prefix": str(prepared.prefix)})
@@ -43,6 +48,20 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.train.eval_every:
         source.open(config, "valid")
     return config
+
+
+def _with_tokenizer_of_weights(config: T) -> T:
+    """Weights to go on from come with a tokenizer: what would train another one takes that."""
+    data, weights = config.data, config.checkpoint.weights
+    if weights is None or data.tokenizer != "bpe" or data.source != "tokens" or data.prefix is not None:
+        return config
+    from megapar.convert import tokenizer_of
+    from megapar.data.indexed import has_token_files
+
+    if has_token_files(data.path) or (path := tokenizer_of(weights)) is None:
+        return config
+    say(f"data: the tokenizer of the weights, {path}")
+    return changed(config, {"data.tokenizer": str(path)})
 
 
 def refuse_bad_prompt(prompt: str) -> None:

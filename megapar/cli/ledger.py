@@ -28,7 +28,7 @@ class Ledger:
             os.fsync(file.fileno())
 
     def latest(self) -> dict[str, dict[str, Any]]:
-        """The last line of each point, by id. Lines that a crash left incomplete are skipped."""
+        """The last line of each point, by id. Lines that a crash left incomplete, or none of ours, are skipped."""
         rows: dict[str, dict[str, Any]] = {}
         if not self.path.exists():
             return rows
@@ -37,7 +37,8 @@ class Ledger:
                 row = json.loads(line)
             except ValueError:
                 continue
-            rows[row["point"]] = row
+            if isinstance(row, dict) and "state" in row and "point" in row:
+                rows[row["point"]] = row
         return rows
 
 

@@ -37,21 +37,13 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
     """
     _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in HELP:
-        from megapar.cli.help import overview
-
-        print(overview())
-        return 0
-    if arguments[0] in ("--version", "-V"):
-        import megapar
-
-        print(f"megapar {megapar.__version__}")
-        return 0
     from megapar.config.errors import UserError
     from megapar.launch.failure import RankFailure
 
     try:
-        return _run(arguments, entry)
+        code = _run(arguments, entry)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -91,6 +83,16 @@ def _run(arguments: list[str], entry: str | None) -> int:
     from megapar.launch.situation import situation
 
     where = situation()
+    if arguments and arguments[0] in ("--version", "-V"):
+        import megapar
+
+        print(f"megapar {megapar.__version__}")
+        return 0
+    if arguments[0] in HELP if arguments else where not in ("torchrun", "srun"):
+        from megapar.cli.help import overview
+
+        print(overview())
+        return 0
     if where in ("torchrun", "srun"):
         return _external(where, arguments, entry)
     if where == "worker":
@@ -193,16 +195,17 @@ def _local(call: Invocation, entry: str | None) -> int:
 
 
 def _external(where: str, arguments: list[str], entry: str | None) -> int:
-    """One rank of many that run this same command line: only the first may speak, and only it composes."""
+    """One rank of many that run this same command line: only the first may speak, and only it composes.
+
+    What is wrong with the line is said where all ranks have met: who left alone would leave the others waiting.
+    """
     from megapar.config.errors import UserError
     from megapar.launch import external
 
     first = external.place(where).rank == 0
-    try:
-        command, words = _for_many_ranks(where, understand(arguments))
-    except UserError as error:
+    if any(word in HELP[:2] or word.startswith("--info") for word in arguments):
         if first:
-            print(error, file=sys.stderr)
+            print(f"{where}: help and --info are not for many ranks; ask without {where}", file=sys.stderr)
         return 2
 
     claims = ExitStack()  # of rank 0, for as long as it lives
@@ -211,6 +214,9 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
         from megapar.cli.command import Call
         from megapar.cli.compose import compose, split
 
+        if not arguments:
+            raise UserError(f"{where}: no command; start the ranks with one, such as train")
+        command, words = _for_many_ranks(where, understand(arguments))
         assert command.plan is not None
         overrides = split(words)
         config = compose(command.name, overrides)
@@ -224,10 +230,8 @@ def _for_many_ranks(where: str, call: Invocation) -> "tuple[Command, list[str]]"
     """The command and its overrides. Raises UserError where a command line is not for many ranks."""
     from megapar.config.errors import UserError
 
-    if call.info or call.command is None:
-        raise UserError(f"{where}: help and --info are not for many ranks; ask without {where}")
     if call.multirun:
         raise UserError(f"-m: a sweep starts its own ranks; run it without {where}")
-    if call.command.plan is None:
+    if call.command is None or call.command.plan is None:
         raise UserError(f"{call.words}: starts its own processes; run it without {where}")
     return call.command, call.arguments

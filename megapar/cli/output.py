@@ -3,13 +3,28 @@
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from megapar.config.errors import ConfigError
 
 
 def say(line: str) -> None:
     """A line about what is going on, beside the results on standard output."""
-    print(line, file=sys.stderr, flush=True)
+    _print(line, sys.stderr)
+
+
+def show(text: str) -> None:
+    """Results of a run, which is done also where nobody reads them any more."""
+    _print(text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print, or go on without the terminal or pipe if it has gone, as a rank does."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        # What is still buffered must have somewhere to go, or every later flush fails too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def refuse_bad_out(out: str | None, run_dir: str | None, key: str = "out") -> None:

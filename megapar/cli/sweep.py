@@ -25,7 +25,7 @@ from megapar.cli.commands import train
 from megapar.cli.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register
 from megapar.cli.finish import check_early
 from megapar.cli.ledger import Ledger, State
-from megapar.cli.output import say
+from megapar.cli.output import say, show
 from megapar.cli.table import as_csv, results, table
 from megapar.config import ConfigError, UserError
 from megapar.files import write_atomic
@@ -69,23 +69,27 @@ class Point:
                 say(f"point {point}: running in another process, left to it")
                 return float("nan")
             before = ledger.latest().get(point, {})
-            if before.get("state") == "done" and (folder / "summary.json").exists():
-                ledger.append(point, "done", **about, seconds=before.get("seconds"), skipped=True)
-                return objective(folder)
             ledger.append(point, "running", **about)
             start = time.monotonic()
-            state, error = self._run(composed, overrides, folder)
-            seconds = round(time.monotonic() - start, 1)
-            ledger.append(point, state, **about, seconds=seconds, **({"error": str(error)} if error else {}))
+            state, error, ran = self._run(composed, overrides, folder)
+            if before.get("state") == state == "done" and not ran:
+                details = {"seconds": before.get("seconds"), "skipped": True}
+            else:
+                details = {"seconds": round(time.monotonic() - start, 1)}
+            ledger.append(point, state, **about, **details, **({"error": str(error)} if error else {}))
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise error
             return objective(folder) if state == "done" else float("nan")
 
-    def _run(self, composed: Any, overrides: Overrides, folder: Path) -> tuple[State, str | BaseException | None]:
-        """Run a point: its state, and what failed in one line or what interrupted it."""
+    def _run(self, composed: Any, overrides: Overrides, folder: Path) -> tuple[State, str | BaseException | None, bool]:
+        """Run a point that is not done: its state, what failed in one line or what interrupted it, and whether it ran.
+
+        Whether it is done its folder says, and not the ledger: what it was made from may have changed.
+        """
         from omegaconf import OmegaConf
 
         say(f"point {folder.name}: {' '.join(overrides.as_list())}")
+        job = None
         try:
             with one_line_errors():
                 plain: Any = OmegaConf.to_container(composed, resolve=True)
@@ -97,13 +101,13 @@ class Point:
                 train.draw(job)
         except (UserError, RankFailure) as error:
             say(str(error))
-            return "failed", str(error).splitlines()[-1]
+            return "failed", str(error).splitlines()[-1], True
         except (KeyboardInterrupt, SystemExit) as interruption:
-            return "interrupted", interruption
+            return "interrupted", interruption, True
         except Exception as error:
             traceback.print_exc()
-            return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
-        return "done", None
+            return "failed", f"{type(error).__name__}: {error}".splitlines()[0], True
+        return "done", None, job is not None
 
 
 def sweep(overrides: Overrides, entry: str | None = None) -> int:
@@ -134,7 +138,7 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
     if len(everything) >= len(points or []) and all(row["state"] == "done" for row in everything.values()):
         write_atomic(folder / FINISHED, as_csv(folder, everything))
     rows = {name: row for name, row in Ledger(folder).latest().items() if row.get("call") == point.call}
-    print(table(folder, rows))
+    show(table(folder, rows))
     return 0 if rows and all(row["state"] == "done" for row in rows.values()) else 1
 
 

@@ -21,6 +21,7 @@ from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunk
 from megapar.schedule.check import check as check_table
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
+MOST_PASSES = 100_000  # micro-batches of a rank in a step: a schedule of more takes minutes to make
 
 
 def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None, task: bool = True) -> None:
@@ -98,6 +99,9 @@ def check_layout(config: TrainConfig) -> None:
     if batch % step:
         product = f"{' * '.join(factors)} = {' * '.join(map(str, factors.values()))} = {step}"
         raise ConfigError("train.global_batch_size", batch, f"not a multiple of {product}; use {_near(batch, step)}")
+    if (passes := num_microbatches(config)) > MOST_PASSES:
+        problem = f"{passes:,} micro-batches on each rank in one step, more than {MOST_PASSES:,}"
+        raise ConfigError("train.global_batch_size", batch, f"{problem}; raise train.micro_batch_size, or lower it")
     if parallel.grad_compression != "none":
         if train.dtype == "fp64":
             problem = "compresses fp32 main gradients, and train.dtype=fp64 has others; use none, or another dtype"
@@ -131,7 +135,9 @@ def check_pipeline(config: TrainConfig) -> None:
     most = layers if partition == "uniform" else len(parts(config))
     if stages > most:
         problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
-        if chunks > 1:
+        if chunks > layers:
+            problem = f"with pipeline.chunks={chunks} more stages than model.layers={layers}; use fewer chunks"
+        elif chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)

@@ -12,12 +12,13 @@ from megapar.config.check import (
 )
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
-from megapar.config.layout import AXES, Layout, layouts_up_to
+from megapar.config.layout import AXES, Layout, layouts_of
 from megapar.config.schema import GenerateConfig, ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 
 C = TypeVar("C", TrainConfig, VerifyConfig, GenerateConfig)
+MOST_TRIED = 1000  # numbers of ranks, for the one that is named where none fits
 
 
 def resolve(
@@ -178,14 +179,19 @@ def _auto(config: T, ranks: int) -> Layout:
         *others, last = AXES
         problem = f"it chooses {', '.join(others)} and {last} itself; leave them out, or use auto=false"
         raise ConfigError("parallel.auto", True, problem)
-    everything = [Layout(), *layouts_up_to(ranks)]
     ranks_of_table = table_ranks(config.pipeline.schedule)
-    fitting = [layout for layout in everything if why_not(config, layout) is None]
-    if ranks_of_table is not None:
-        fitting = [layout for layout in fitting if layout["pp"] == ranks_of_table]
-    exact = [layout for layout in fitting if layout.world == ranks]
+
+    def fitting(number: int) -> list[Layout]:
+        there = layouts_of(number)
+        if ranks_of_table is not None:
+            there = [layout for layout in there if layout["pp"] == ranks_of_table]
+        return [layout for layout in there if why_not(config, layout) is None]
+
+    exact = fitting(ranks)
     if not exact:
-        most = max((layout.world for layout in fitting), default=0)
+        bound = config.model.heads * (config.model.layers + 2) * config.train.global_batch_size
+        fewer = range(min(ranks - 1, bound), 0, -1)[:MOST_TRIED]
+        most = next((number for number in fewer if fitting(number)), 0)
         problem = f"no {'*'.join(AXES)} of {ranks} ranks divides heads, ffn, layers and batch"
         raise ConfigError("parallel.auto", True, f"{problem}; " + (f"devices={most} works" if most else "change them"))
     return max(exact, key=lambda layout: (layout["dp"], layout["tp"]))

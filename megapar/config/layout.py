@@ -7,8 +7,7 @@ The keys of `parallel`, the names of layouts, the order of ranks, the mesh's gro
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
-from math import prod
+from math import isqrt, prod
 from typing import Literal
 
 from megapar.config.errors import ConfigError
@@ -141,10 +140,20 @@ class Layout(Mapping[str, int]):
 
 def layouts_up_to(ranks: int) -> list[Layout]:
     """Every layout of 2 to `ranks` ranks, fewest ranks first, over the axes that split something."""
-    names = [name for name, kind in AXES.items() if kind.splits is not None]
-    found = [
-        Layout(**dict(zip(names, sizes, strict=True)))
-        for sizes in product(range(1, ranks + 1), repeat=len(names))
-        if 1 < prod(sizes) <= ranks
-    ]
+    found = [layout for world in range(2, ranks + 1) for layout in layouts_of(world)]
     return sorted(found, key=lambda layout: (layout.world, layout.sizes))
+
+
+def layouts_of(ranks: int) -> list[Layout]:
+    """Every layout of so many ranks over the axes that split something, by its factors."""
+    names = [name for name, kind in AXES.items() if kind.splits is not None]
+    return [Layout(**dict(zip(names, sizes, strict=True))) for sizes in _products(ranks, len(names))]
+
+
+def _products(number: int, count: int) -> list[tuple[int, ...]]:
+    """Every way to write a number as a product of so many."""
+    if count == 1:
+        return [(number,)]
+    small = [factor for factor in range(1, isqrt(number) + 1) if number % factor == 0]
+    factors = {*small, *(number // factor for factor in small)}
+    return [(first, *rest) for first in factors for rest in _products(number // first, count - 1)]

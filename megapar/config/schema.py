@@ -108,11 +108,17 @@ class DataConfig:
         fixed=True,
     )
     tokenizer: str = option(
-        "bpe", "bpe: train sentencepiece BPE on the text; or the path of a .model file", verbatim=True, kept=True
+        "bpe",
+        "bpe: train sentencepiece BPE on the text; or a .model, a tokenizer.json (Hugging Face's), or their folder",
+        verbatim=True,
+        kept=True,
     )
     vocab_size: int = option(1024, "size of the tokenizer to train", at_least=1, kept=True)
     split: float = option(
         0.05, "share of the documents held out for validation, chosen by hash", at_least=0, below=1, fixed=True
+    )
+    document_mask: bool = option(
+        False, "documents that share a sample don't see each other, and each begins at position 0", kept=True
     )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"
@@ -332,6 +338,7 @@ class GenerateConfig:
     """`megapar generate`: let a trained model write."""
 
     prompt: str = option("", "text to continue, verbatim", verbatim=True)
+    chat: bool = option(False, "the prompt is a user's message, put into the tokenizer's chat template")
     sample: SampleConfig = group(SampleConfig, "sampling")
     parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")

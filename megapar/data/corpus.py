@@ -2,13 +2,13 @@
 
 import codecs
 import os
-import stat
 import sysconfig
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megapar.config.errors import ConfigError
+from megapar.files import special
 
 STDLIB = "stdlib"  # as `data.path`: a word, and never a file of that name
 LARGE_FILE = 1_000_000  # bytes; a larger file is cut, so that some of it can be held out
@@ -115,7 +115,7 @@ def find_text(path: str) -> TextSource:
             f"{path}{half[0]} exists, but not its partner" if half else "no such file, folder or PREFIX of .bin/.idx"
         )
         raise ConfigError("data.path", path, problem)
-    if kind := _special(root):
+    if kind := special(root):
         raise ConfigError("data.path", path, f"is a {kind}; text is read more than once: write it to a file")
     return TextSource("file", root.name, root, [TextFile(root.name, root, _stamp(root))])
 
@@ -174,7 +174,7 @@ class _Walk:
             self.skipped[self._name(path)] = "hidden"
         elif not path.exists():
             self.skipped[self._name(path)] = "a link to nothing"
-        elif kind := _special(path):
+        elif kind := special(path):
             self.skipped[self._name(path)] = f"a {kind}"
         else:
             self._found.append(TextFile(self._name(path), path, _stamp(path)))
@@ -182,14 +182,6 @@ class _Walk:
 
 def _refuse(error: OSError) -> None:
     raise ConfigError("data.path", error.filename, f"can't be read: {error.strerror}")
-
-
-def _special(path: Path) -> str | None:
-    """What a path is that is no regular file."""
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return None
-    return "FIFO" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

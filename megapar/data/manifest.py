@@ -12,11 +12,12 @@ import numpy as np
 from megapar.config.errors import ConfigError, UserError
 from megapar.data.indexed import IndexedTokens
 from megapar.data.split import load_hashes
+from megapar.data.tokenizer.files import ENDINGS, JSON, MODEL
 
 FORMAT = "megapar-tokens"
 VERSION = 1
 # Endings of the files of a corpus; the manifest itself ends in .json.
-FILES = (".bin", ".idx", ".split.npy", ".model")
+FILES = (".bin", ".idx", ".split.npy", *ENDINGS.values())
 BLOCK = 65536  # bytes that the quick check hashes at one place
 NUM_BLOCKS = 64  # such places per file
 NUM_SECTIONS = 64  # running digests per file: they tell where a change begins
@@ -111,7 +112,7 @@ def build_manifest(
         "vocab_size": vocab_size,
         "end_of_text": end_of_text,
         "max_token": max_token,
-        "files": {end: file_record(Path(f"{prefix}{end}")) for end in FILES if os.path.exists(f"{prefix}{end}")},
+        "files": {end: file_record(Path(f"{prefix}{end}")) for end in FILES if os.path.isfile(f"{prefix}{end}")},
     }
 
 
@@ -169,6 +170,12 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
         if not isinstance(record, dict) or not set(record) >= RECORD:
             raise UserError(f"{path}: the record of {end} is incomplete; delete the file to have it made anew")
     return manifest
+
+
+def tokenizer_named(prefix: str | Path, manifest: dict[str, Any]) -> Path | None:
+    """The tokenizer's file that a manifest names; None where it names none."""
+    endings = (ENDINGS[name] for name in (MODEL, JSON))
+    return next((Path(f"{prefix}{end}") for end in endings if end in manifest["files"]), None)
 
 
 def check(prefix: str | Path, mode: Literal["quick", "full"] = "quick") -> dict[str, Any]:

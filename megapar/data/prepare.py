@@ -20,10 +20,11 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
 from megapar.data.corpus import STDLIB, TextSource, find_text, skipped_text
 from megapar.data.indexed import IndexedTokens, has_token_files
-from megapar.data.manifest import FILES, build_manifest, check, read_manifest, write_manifest
+from megapar.data.manifest import FILES, build_manifest, check, read_manifest, tokenizer_named, write_manifest
 from megapar.data.split import check_holdout, token_hashes
 from megapar.data.tokenise import Log, make_token_files, token_file_settings
-from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer import open_tokenizer
+from megapar.data.tokenizer.files import ENDINGS, tokenizer_beside
 
 __all__ = ["Prepared", "check", "open_prepared", "prepare"]
 
@@ -36,11 +37,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in a qu
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus ready to train on: files `prefix`.bin, .idx, .json (the manifest) and, where known, .model.
+    """A corpus ready to train on: files `prefix`.bin, .idx, .json (the manifest) and, where known, the tokenizer's.
 
     vocab_size      entries of the tokenizer; None for token files that came without one
     max_token       largest id in the corpus; `model.vocab_size` must be above it
-    tokenizer_path  the SentencePiece model; None where there is none
+    tokenizer_path  the tokenizer's file, PREFIX.model or PREFIX.tokenizer.json; None where there is none
     """
 
     prefix: str
@@ -114,7 +115,7 @@ def open_prepared(prefix: str | Path) -> Prepared:
         max_token=manifest["max_token"],
         tokens=manifest["tokens"],
         documents=manifest["documents"],
-        tokenizer_path=Path(f"{prefix}.model") if ".model" in manifest["files"] else None,
+        tokenizer_path=tokenizer_named(prefix, manifest),
         manifest=manifest,
     )
 
@@ -272,7 +273,10 @@ def _prepare_at(
         # Without a manifest while the files are replaced, and with it only when they are complete.
         Path(f"{prefix}.json").unlink(missing_ok=True)
         for end in (*FILES, ".json"):
-            os.replace(f"{temporary / 'tokens'}{end}", f"{prefix}{end}")
+            if os.path.exists(made := f"{temporary / 'tokens'}{end}"):
+                os.replace(made, f"{prefix}{end}")
+            else:  # of another tokenizer than before
+                Path(f"{prefix}{end}").unlink(missing_ok=True)
     return open_prepared(prefix)
 
 
@@ -311,15 +315,15 @@ def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
 def _described(prefix: Path) -> dict[str, Any]:
     """What a description made unasked speaks of: another one is made as soon as this differs."""
     files = {}
-    for end in (".bin", ".idx", ".model"):
-        if os.path.exists(path := f"{prefix}{end}"):
+    for end in (".bin", ".idx", *ENDINGS.values()):
+        if os.path.isfile(path := f"{prefix}{end}"):
             info = os.stat(path)
             files[end] = [info.st_size, info.st_mtime_ns]
     return {"code": CODE_VERSION, "files": files}
 
 
 def _describe(prefix: Path, name: str, described: dict[str, Any], say: Log) -> None:
-    """Make split hashes and manifest of token files whose tokenizer is not known, or is in `prefix`.model."""
+    """Make split hashes and manifest of token files whose tokenizer is not known, or lies beside them."""
     say(f"data: {name}: token files without a manifest: reading them once to make it")
     corpus = IndexedTokens(prefix)
     if corpus.num_tokens == 0:
@@ -330,16 +334,16 @@ def _describe(prefix: Path, name: str, described: dict[str, Any], say: Log) -> N
     os.replace(temporary, f"{prefix}.split.npy")
     source = {"kind": DESCRIBED, "name": name}
     manifest = build_manifest(prefix, source=source, tokenizer=None, vocab_size=None, end_of_text=None, key=None)
-    if ".model" in described["files"]:
-        _check_model(prefix, manifest["max_token"])
+    if (tokenizer := tokenizer_beside(prefix)) is not None:
+        _check_tokenizer(tokenizer, prefix, manifest["max_token"])
     write_manifest(prefix, manifest | {"described": described})
 
 
-def _check_model(prefix: Path, max_token: int) -> None:
+def _check_tokenizer(path: Path, prefix: Path, max_token: int) -> None:
     """Raises UserError if a tokenizer that lies beside token files can't be theirs."""
-    entries = Tokenizer(f"{prefix}.model").vocab_size
+    entries = open_tokenizer(path).vocab_size
     if entries <= max_token:
         raise UserError(
-            f"{prefix}.model: a tokenizer of {entries} entries, and {prefix}.bin has token {max_token}: "
+            f"{path}: a tokenizer of {entries} entries, and {prefix}.bin has token {max_token}: "
             "of another corpus; move it away or put theirs there"
         )

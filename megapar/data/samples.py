@@ -8,9 +8,10 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.data.indexed import IndexedTokens
-from megapar.data.manifest import read_manifest
+from megapar.data.manifest import read_manifest, tokenizer_named
 from megapar.data.order import SampleOrder
 from megapar.data.split import held_out, load_hashes, token_hashes
+from megapar.data.tokenizer import open_tokenizer
 
 
 class SampleSet:
@@ -38,8 +39,8 @@ class SampleSet:
             raise ConfigError("train.seq_length", seq_length, "must be at least 1")
         self.prefix, self.split, self.seq_length = str(prefix), split, seq_length
         corpus = IndexedTokens(prefix)
-        self._tokens = corpus.tokens
-        mask = self._documents_of_split(corpus, holdout)
+        self._tokens, self._offsets = corpus.tokens, corpus.document_offsets
+        mask = self._mask = self._documents_of_split(corpus, holdout)
         self.num_documents = int(mask.sum())
         self._ends, self._shift = _runs(corpus.document_offsets, mask)
         self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
@@ -62,22 +63,32 @@ class SampleSet:
             self._read(self.window(index) * self.seq_length, row)
         return out
 
+    def begins(self, index: int) -> np.ndarray:
+        """Where in the first `seq_length` tokens of a sample documents begin, int64: 0 first, as if one did there."""
+        first = self.window(index) * self.seq_length
+        low, high = self._begins.searchsorted([first + 1, first + self.seq_length])
+        return np.append(0, self._begins[low:high] - first)
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """Where the split's documents begin in its tokens, int64 [documents]; of empty ones once for each."""
+        lengths = np.diff(self._offsets)[self._mask]
+        return np.cumsum(lengths) - lengths
+
     def window(self, index: int) -> int:
         """Which window, 0..num_samples-1, sample `index` is."""
         return self.order.item(index)
 
     @cached_property
     def char_counts(self) -> np.ndarray | None:
-        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer.
+        """Characters that each token stands for, int32 [vocab]; None where the corpus came without a tokenizer, or its
+        tokenizer changes text.
 
-        A file PREFIX.model that the manifest does not name is no tokenizer of this corpus.
+        A file beside the corpus that the manifest does not name is no tokenizer of it.
         """
         manifest = read_manifest(self.prefix)
-        if manifest is None or ".model" not in manifest["files"]:
-            return None
-        from megapar.data.tokenizer import Tokenizer
-
-        return Tokenizer(f"{self.prefix}.model").char_counts()
+        path = None if manifest is None else tokenizer_named(self.prefix, manifest)
+        return None if path is None else open_tokenizer(path).char_counts()
 
     def _documents_of_split(self, corpus: IndexedTokens, holdout: float) -> np.ndarray:
         hashes = load_hashes(self.prefix, corpus.num_documents)

@@ -28,7 +28,7 @@ class Prepared:
     prefix: of its files, if it has any: PREFIX.json may hold hashes that go into checkpoints
     vocab_size: entries of the tokenizer; None where it is unknown
     max_token: the largest token, below `model.vocab_size`; None where that need not be checked
-    tokenizer_path: the SentencePiece model; None where there is none
+    tokenizer_path: the tokenizer's file; None where there is none
     """
 
     prefix: str
@@ -44,7 +44,8 @@ class Samples(Protocol):
 
     def batch(self, indices: Iterable[int]) -> Any:
         """Samples by number, counted from 0 over all epochs, in the form that the task reads: of the task `lm` int64
-        [number of indices, seq_length + 1]."""
+        [number of indices, seq_length + 1]. With `data.document_mask` the task also asks for `begins(index)`: where in
+        a sample's first seq_length tokens its documents begin, int64, 0 first."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Text -> token files: measure the documents, train or copy the tokenizer, tokenise, describe."""
 
-import hashlib
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,12 +11,13 @@ import numpy as np
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
-from megapar.cores import num_cores
 from megapar.data.corpus import TextSource, skipped_text
 from megapar.data.indexed import IndexedWriter, token_dtype
 from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
-from megapar.data.tokenizer import TRAINER, Tokenizer, train_bpe
+from megapar.data.tokenizer import Tokenizer, open_tokenizer
+from megapar.data.tokenizer.files import copy_beside, find_tokenizer, identity
+from megapar.data.tokenizer.train import TRAINER, train_bpe
 
 # Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
 CODE_VERSION = 1
@@ -37,12 +36,7 @@ def token_file_settings(config: DataConfig, source: TextSource) -> dict[str, Any
 
 def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer != "bpe":
-        try:
-            model = Path(config.tokenizer).expanduser().read_bytes()
-        except OSError as error:
-            problem = f"must be bpe or the path of a SentencePiece .model file ({error.strerror})"
-            raise ConfigError("data.tokenizer", config.tokenizer, problem) from None
-        return {"sha256": hashlib.sha256(model).hexdigest()}
+        return identity(find_tokenizer(config.tokenizer))
     import sentencepiece
 
     return {
@@ -60,16 +54,21 @@ def make_token_files(
     source.keep_text()
     if source.skipped:
         say(f"data: {source.name}: {skipped_text(source.skipped)}")
+    tokenizer = None if config.tokenizer == "bpe" else open_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        _ = tokenizer.end_of_text  # refuses where there is none
+        copy_beside(tokenizer.path, prefix)
     sizes, hashes = _measure(source)
     say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
     model_path = Path(f"{prefix}.model")
-    if config.tokenizer == "bpe" and not model_path.exists():
+    if tokenizer is None and not model_path.exists():
         begin = time.perf_counter()
         train_bpe(_training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path)
         say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
-    elif config.tokenizer != "bpe":
-        shutil.copyfile(Path(config.tokenizer).expanduser(), model_path)
-    tokenizer = Tokenizer(model_path)
+    tokenizer = tokenizer or open_tokenizer(model_path)
+    if tokenizer.char_counts() is None:
+        name = tokenizer.path.name
+        say(f"data: {source.name}: {name} changes text on its way in, so no bits per character can be given")
     begin = time.perf_counter()
     written = _tokenise(prefix, source, tokenizer, sizes, say)
     if written != len(sizes) or source.changed():
@@ -134,7 +133,7 @@ def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.
     said = time.monotonic()
     try:
         for texts in _batches(islice(source.documents(), writer.documents, None)):
-            tokens = tokenizer.encode_batch(texts, num_threads=num_cores())
+            tokens = tokenizer.encode_batch(texts)
             writer.add([np.array([*ids, tokenizer.end_of_text], dtype=dtype) for ids in tokens])
             if time.monotonic() - said > SAY_S:
                 say(f"data: {source.name}: tokenized {share()}")

@@ -1,6 +1,7 @@
 """`megapar generate`: one rank of a model that writes."""
 
 import hashlib
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -14,9 +15,9 @@ from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
-from megapar.generate.text import TextStream, run_tokenizer
+from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
 from megapar.generate.tokens import generate_tokens
-from megapar.parallel.agreement import all_or_none
+from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
 
@@ -24,7 +25,8 @@ from megapar.pipeline.executor import Executor
 def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     """Write the continuation of `config.prompt` as rank `rank` of `world_size`, the default process group being up.
 
-    Rank 0 writes prompt and continuation as they come to the terminal, or to `config.out`. Raises UserError.
+    Rank 0 writes prompt and continuation, of a chat the answer alone, as they come to the terminal, or to
+    `config.out`. Raises UserError.
     """
     assert config.run.dir is not None
     run_dir = Path(config.run.dir)
@@ -36,11 +38,14 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     with all_or_none(part.mesh["world"], part.mesh.device):
         refuse_other_tokenizer(tokenizer, manifest)
         end_of_text = tokenizer.end_of_text
-        prompt = tokenizer.encode(config.prompt) or [end_of_text]
+        prompt = prompt_tokens(tokenizer, config.prompt, config.chat) if rank == 0 else []
         out = _open(config.out) if config.out is not None and rank == 0 else None
+    # Of one rank: a template may write the time of day.
+    prompt = json.loads(gather_texts(json.dumps(prompt), part.mesh["world"], part.mesh.device)[0])
     with out or nullcontext(console()) as file:
-        stream = TextStream(tokenizer, lambda text: print(text, end="", file=file, flush=True))
-        print(config.prompt, end="", file=file, flush=True)
+        stream = TextStream(tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
+        if not config.chat:
+            print(config.prompt, end="", file=file, flush=True)
         generate_tokens(
             executor,
             part.context,

@@ -1,40 +1,43 @@
 """Tokens to text as they come, and the tokenizer of a run."""
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
-from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer import Tokenizer, open_tokenizer
+from megapar.data.tokenizer.files import JSON, MODEL, copy_into, tokenizer_beside, tokenizer_in
 
-TOKENIZER = "tokenizer.model"  # in the run directory
+IMPORTED = "hf"  # in a run directory: what `megapar import` keeps of the folder that a model came from
 
 
 class TextStream:
     """Turns tokens into text as they come: a piece is written when its characters are complete.
 
-    The pieces together are `tokenizer.decode` of all tokens. A character may be spelled in several byte tokens.
+    The pieces together are `tokenizer.decode` of all tokens, those of `before`, whose text is not written, in front. A
+    character may be spelled in several byte tokens, and the text of a token depends on those before it (a first word
+    loses its space), so each time all are decoded.
     """
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object], before: Sequence[int] = ()) -> None:
         self._tokenizer, self._write = tokenizer, write
-        self._pending: list[int] = []
+        self._tokens = list(before)
+        self._written = tokenizer.decode(self._tokens)
 
     def put(self, token: int) -> None:
-        self._pending.append(token)
-        text = self._tokenizer.decode(self._pending)
-        if not text.endswith("\ufffd"):
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if not text.endswith("\ufffd") and text.startswith(self._written):
             self._emit(text)
 
     def finish(self) -> None:
         """Write what is left, complete or not."""
-        self._emit(self._tokenizer.decode(self._pending))
+        self._emit(self._tokenizer.decode(self._tokens))
 
     def _emit(self, text: str) -> None:
-        self._pending = []
-        if text:
-            self._write(text)
+        new, self._written = text[len(self._written) :], text
+        if new:
+            self._write(new)
 
 
 def keep_tokenizer(config: TrainConfig) -> None:
@@ -42,21 +45,31 @@ def keep_tokenizer(config: TrainConfig) -> None:
 
     Nothing for token files that came without one. Call it on one rank.
     """
-    model = Path(f"{config.data.prefix}.model")
-    if config.run.dir is not None and model.exists():
-        shutil.copyfile(model, Path(config.run.dir) / TOKENIZER)
+    path = tokenizer_beside(config.data.prefix)
+    if config.run.dir is not None and path is not None:
+        copy_into(path, Path(config.run.dir))
 
 
 def run_tokenizer(run_dir: Path, config: TrainConfig) -> Tokenizer:
-    """The tokenizer of a run: the copy in its directory, else the one beside the token files. Raises UserError."""
-    places = [run_dir / TOKENIZER, Path(f"{config.data.prefix}.model")]
-    path = next((place for place in places if place.exists()), None)
+    """The tokenizer of a run: in its directory, of what it was imported with, or beside its token files.
+
+    Raises UserError.
+    """
+    path = tokenizer_in(run_dir) or tokenizer_in(run_dir / IMPORTED) or tokenizer_beside(config.data.prefix)
     if path is None:
-        raise UserError(f"{places[0]}: missing; put the SentencePiece model there that made the run's token files")
-    tokenizer = Tokenizer(path)
+        raise UserError(f"{run_dir / MODEL}: missing; put the tokenizer of the run's token files there, or as {JSON}")
+    tokenizer = open_tokenizer(path)
     size = config.model.vocab_size
     if size is not None and tokenizer.vocab_size > size:
         raise UserError(
             f"{path}: has {tokenizer.vocab_size} tokens, the run's model {size}; put the tokenizer of its data there"
         )
     return tokenizer
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, chat: bool = False) -> list[int]:
+    """What the model continues: the prompt, or the conversation that it begins; of no text, the end of one before.
+
+    Raises UserError.
+    """
+    return tokenizer.chat(prompt) if chat else tokenizer.encode(prompt) or [tokenizer.end_of_text]

@@ -14,7 +14,10 @@ from typing import Any
 import megapar
 from megapar.cores import num_cores
 
-PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "einops", "safetensors", "wandb")
+PACKAGES = (
+    *("torch", "triton", "numpy", "hydra-core", "omegaconf", "sentencepiece", "tokenizers", "einops", "safetensors"),
+    "wandb",
+)
 
 
 def num_gpus() -> int:

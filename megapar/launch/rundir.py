@@ -143,14 +143,14 @@ def move_aside(folder: Path, after: int | None = None) -> None:
     after: a step: only the later checkpoints and the run's results, with a copy of the metrics
     """
     from megapar.checkpoint.format import STEP_FOLDER  # torch: not for every refusal
-    from megapar.generate.text import TOKENIZER
+    from megapar.data.tokenizer.files import NAMES
     from megapar.train.sinks import sink_kinds
 
     number = next(number for number in itertools.count(1) if not (folder / f"{ASIDE}{number}").exists())
     aside = folder / f"{ASIDE}{number}"
     make_writable(aside)
     if after is None:
-        names = [METRICS, *RESULTS, *TRACED, *FACTS, TOKENIZER, *FOLDERS]
+        names = [METRICS, *RESULTS, *TRACED, *FACTS, *NAMES, *FOLDERS]
         names += [name for sink in sink_kinds() for name in sink.leaves]
     else:
         (aside / "checkpoints").mkdir()

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megapar.config.layout import AXES, INSIDE_STAGES
+from megapar.files import write_atomic
 from megapar.report.svg import COLOURS, GRID, LEFT, MUTED, PAPER, RIGHT, WIDTH, document, legend, text, ticks
 from megapar.report.timeline import IDLE, Bar, Lane, action_bar, draw_lanes, readable_width
 from megapar.schedule.actions import Action
@@ -29,7 +30,7 @@ def draw(run_dir: Path) -> Path | None:
         more, width, height = _timeline_panels(read(traced), height + 50)
         body += more
     path = run_dir / "run.svg"
-    path.write_text(document(body, width, height), encoding="utf-8")
+    write_atomic(path, document(body, width, height))
     return path
 
 

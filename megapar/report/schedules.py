@@ -127,8 +127,12 @@ def compare(config: ScheduleConfig) -> Comparison:
     if config.stages * config.microbatches * (config.chunks or 1) > MOST_PASSES:
         problem = f"with {config.stages} stages and {config.chunks or 1} chunks too many to compare; use fewer"
         raise ConfigError("microbatches", config.microbatches, problem)
+    try:
+        wanted = _wanted(config)
+    except ScheduleError as error:  # of a table that can't be read
+        raise ConfigError("pipeline.schedule", name, str(error)) from None
     candidates, refused = [], {}
-    for known, chunks in _wanted(config):
+    for known, chunks in wanted:
         try:
             candidates.append(_candidate(config, known, chunks, given))
         except ScheduleError as error:

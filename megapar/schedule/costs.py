@@ -9,6 +9,7 @@ from typing import Any
 
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.partition import uniform
+from megapar.schedule.table import refuse_special
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def read_costs(path: str, ranks: int) -> Costs:
     The lists have a number for each part of the model (a layer, a stage), all equally long. Without `activation` memory
     is 1 a rank and micro-batch; whatever else is left out has Costs' default. Raises ScheduleError.
     """
+    refuse_special(Path(path), "costs")
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -48,10 +48,18 @@ def rows_of(text: str) -> Rows:
     return [[Action.parse(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
+def refuse_special(path: Path, what: str) -> None:
+    """Raise ScheduleError for a FIFO or device, of which a reader may wait for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ScheduleError(f"{path}: is a FIFO or a device; write the {what} to a file")
+
+
 def read(path: str) -> Table:
     """Read a table. Raises ScheduleError, one line with row and cell, for what is none; `check_rows` says the rest."""
+    there = Path(path).expanduser()
+    refuse_special(there, "table")
     try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
+        with there.open(newline="", encoding="utf-8-sig") as file:
             cells = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(f"{path}: not readable as a table: {getattr(error, 'strerror', None) or error}") from None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megapar.config.errors import ConfigError
 from megapar.config.schema import TrainConfig
 from megapar.data.source import Samples, Split, find_source
 from megapar.parallel.context import StageContext
@@ -81,6 +82,14 @@ class LanguageModeling:
         count = min(self.config.train.eval_samples, available)
         return np.arange(count) * available // count
 
+    def _documents(self, split: Split, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        samples = self._samples[split]
+        begins = getattr(samples, "begins", None)
+        if begins is None:
+            problem = f"samples of data.source={self.config.data.source} have no documents; leave it out"
+            raise ConfigError("data.document_mask", True, problem)
+        return packed([[begins(number) for number in row] for row in numbers], self.config.train.seq_length)
+
     def _share(self, samples: int) -> np.ndarray:
         """[M, B]: of sample numbers 0..samples-1 this rank's micro-batches, dealt out micro-batch by micro-batch."""
         size, peers = self.config.train.micro_batch_size, self.mesh.samples
@@ -93,9 +102,26 @@ class LanguageModeling:
         windows = self._samples[split].batch(numbers.reshape(-1)).reshape(*numbers.shape, -1)
         labels = windows[..., 1:] if counted is None else np.where(counted[..., None], windows[..., 1:], _IGNORED)
         arrays = {"ids": windows[..., :-1], "labels": labels, "samples": numbers}
+        if self.config.data.document_mask:
+            arrays |= self._documents(split, numbers)
         # Numbers of the host, which no kernel waits for.
         scalars = {"step": torch.tensor(step), "tokens": torch.tensor(float(tokens), dtype=torch.float64)}
         return [batch | scalars for batch in send(arrays, self.mesh.device)]
+
+
+def packed(begins: list[list[np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """starts int32 [M, sequences + 1] and positions int64 [M, B, S] from where the documents of M micro-batches of B
+    samples of S tokens begin. Of fewer sequences than others have the last ones are empty; how many that are is a power
+    of two, so that few shapes occur."""
+    found = [np.concatenate([first + number * length for number, first in enumerate(batch)]) for batch in begins]
+    tokens = len(begins[0]) * length
+    most = 1 << max(len(starts) for starts in found).bit_length()
+    padded = np.full((len(found), most + 1), tokens, dtype=np.int32)
+    positions = np.empty((len(found), tokens), dtype=np.int64)
+    for row, place, starts in zip(padded, positions, found, strict=True):
+        row[: len(starts)] = starts
+        place[:] = np.arange(tokens) - np.repeat(starts, np.diff(np.append(starts, tokens)))
+    return {"starts": padded, "positions": positions.reshape(len(found), -1, length)}
 
 
 TASK = TaskKind(

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from megapar.config.errors import UserError
 from megapar.config.layout import AXES, Layout
+from megapar.files import write_atomic
 from megapar.schedule.actions import KINDS, TRANSFERS, Action, Schedule
 from megapar.schedule.costs import Costs
 from megapar.schedule.measured import measured_costs, spread
@@ -101,12 +103,18 @@ def write(trace: Trace, path: Path) -> None:
         "versions": trace.versions,
     }
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}, separators=(",", ":"))
-    path.write_text(text + "\n", encoding="utf-8")
+    write_atomic(path, text + "\n")
 
 
 def read(path: Path) -> Trace:
-    """The inverse of `write`, to a tenth of a microsecond."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    """The inverse of `write`, to a tenth of a microsecond. Raises UserError for another file, or half of one."""
+    try:
+        return _read(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no trace of a run ({type(error).__name__}: {error})") from None
+
+
+def _read(data: dict[str, Any]) -> Trace:
     about = data["otherData"]
     layout, schedule = Layout(**about["layout"]), about["schedule"]
     rows = tuple(tuple(Action.parse(text) for text in row.split()) for row in schedule["rows"])

@@ -19,9 +19,9 @@ def leave_summary(summary: dict[str, Any], config: TrainConfig, writer: MetricsW
     assert config.run.dir is not None
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     try:
-        if config.out is not None:
-            write_atomic(Path(config.out), text)
         write_atomic(Path(config.run.dir) / "summary.json", text)
+        if config.out is not None:  # its folder may have gone
+            write_atomic(Path(config.out), text)
     finally:  # also if there is no room for it
         writer.close()
         print(summary_text(summary, config), file=console(), flush=True)

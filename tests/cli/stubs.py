@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,15 @@ def lr_fails(config: Any, rank: int, world_size: int) -> None:
             raise ValueError("lr of 2")
         evaluations = [{"val_loss": 9.0}, {"val_loss": config.optim.lr / 4}]
         summary = {"loss": config.optim.lr, "tokens_per_s": 1234.0, "evaluations": evaluations}
+        rows(config, rank, world_size, steps=[config.train.steps])
         Path(config.run.dir, "summary.json").write_text(json.dumps(summary))
 
 
-def rows(config: Any, rank: int, world_size: int) -> None:
+def rows(config: Any, rank: int, world_size: int, steps: Sequence[int] = (1, 2)) -> None:
     """Append two rows to the metrics and leave what else a run leaves."""
     folder = Path(config.run.dir)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.writelines(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2))
+        file.writelines(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
     print("a line of the log", config.optim.lr)
 
 

@@ -130,6 +130,15 @@ def test_ranks_with_other_commands_are_refused_by_all(environment: Callable, sta
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_rank_whose_command_line_is_wrong_does_not_leave_alone(wrong: int, start: Callable) -> None:
+    """It left before it met the others, which then waited for 300 s."""
+    port, own = free_port(), {wrong: ["-m"]}
+    codes, _, err = finish([start("ok", *own.get(rank, []), env=srun_env(rank, 2, port)) for rank in (0, 1)])
+    assert codes == [2, 2]
+    assert "rank 1: its command line has" in err[0] and "; start all ranks alike" in err[0] and err[1] == ""
+
+
 def test_which_word_differs() -> None:
     assert _difference(["train", "a=1"], ["train"]) == "its command line lacks a=1, which rank 0 has"
     assert _difference(["train"], ["train", "a=1"]) == "its command line has a=1, where rank 0 has no more"
@@ -181,7 +190,8 @@ def test_a_refusal_reaches_every_rank(start: Callable, tmp_path: Path) -> None:
     ("arguments", "words"), [(["-m", "optim.lr=1,2"], "-m: "), (["--info", "config"], "--info"), (["--help"], "help")]
 )
 def test_what_many_ranks_can_not_do(arguments: list[str], words: str, start: Callable) -> None:
-    codes, _, err = finish([start("ok", *arguments, env=torchrun_env(rank, 2, 1)) for rank in (0, 1)])
+    port = free_port()
+    codes, _, err = finish([start("ok", *arguments, env=torchrun_env(rank, 2, port)) for rank in (0, 1)])
     assert codes == [2, 2]
     assert words in err[0] and "torchrun" in err[0] and len(err[0].splitlines()) == 1
     assert err[1] == ""

@@ -17,6 +17,7 @@ from megapar.config import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.files import write_atomic
 from megapar.launch import resume, rundir
+from tests.data.hf import word_like
 from tests.tiny import VOCABULARY, tiny_config
 
 FOLDER = "run.dir=run"
@@ -123,10 +124,12 @@ def test_a_checkpoint_to_load(tokens: str, tmp_path: Path, capsys: pytest.Captur
     for override, refusal in {
         f"checkpoint.load={tmp_path}": f"{tmp_path}: holds no checkpoint",
         "parallel=tp8": "model.heads=4: not divisible by parallel.tp=8",
+        "sample.seed=1": f"{folder / 'tokenizer.model'}: missing; put the tokenizer of the run's token files there",
     }.items():
         answer = generate(override)
         assert answer.returncode == 2 and answer.stderr.startswith(refusal)
         assert not log.exists()  # refused before a rank was started
+    word_like(folder)
     done = generate()
     assert (done.returncode, done.stdout) == (0, "{a}, b\n"), done.stderr
     assert log.exists()

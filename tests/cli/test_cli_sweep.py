@@ -79,12 +79,29 @@ def test_an_interrupted_sweep_goes_on(run: Callable, start: Callable, tmp_path: 
     assert [row["state"] for row in latest(tmp_path / "sweep").values()] == ["done", "done"]
 
 
+def test_what_the_ledger_calls_done_is_looked_at(run: Callable, tmp_path: Path) -> None:
+    """A point was skipped by the ledger's word, also after what it was made from had changed."""
+    path = tmp_path / "experiments" / "mine" / "experiment.yaml"
+    path.parent.mkdir(parents=True)
+    words = ["-m", "run.dir=sweep", "experiment=mine", "optim.lr=1,3"]
+    path.write_text("# @package _global_\ntrain:\n  steps: 1\n")
+    assert run("lr_fails", "train", *words).code == 0
+    with open(tmp_path / "sweep" / "ledger.jsonl", "a") as file:
+        file.write('[1]\n{"point": 5}\n')  # JSON, and none of ours
+    again = run("lr_fails", "train", *words)
+    assert again.code == 0 and "2 done (2 of them before)" in again.out
+    path.write_text("# @package _global_\ntrain:\n  steps: 1\n  seed: 7\n")
+    other = run("lr_fails", "train", *words)
+    assert other.code == 1 and "2 failed" in other.out and "train.seed 1234 -> 7" in other.out
+
+
 @pytest.mark.more
 def test_a_killed_sweep_goes_on(run: Callable, tmp_path: Path) -> None:
     """`running` without anybody who holds the point's lock is left over from a killed sweep."""
     assert run("lr_fails", "train", "-m", "run.dir=sweep", "optim.lr=1,3").code == 0
     ledger = Ledger(tmp_path / "sweep")
     row = latest(tmp_path / "sweep")["optim.lr=3"]
+    (tmp_path / "sweep" / row["point"] / "summary.json").unlink()
     ledger.append(row["point"], "running", overrides=row["overrides"], call="before")
     with open(ledger.path, "a") as file:
         file.write('{"point": "torn')  # killed while it wrote

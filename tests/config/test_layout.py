@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from megapar.config.errors import ConfigError
-from megapar.config.layout import AXES, RANK_ORDER, Layout, layouts_up_to
+from megapar.config.layout import AXES, RANK_ORDER, Layout, layouts_of, layouts_up_to
 from megapar.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,14 @@ def test_names() -> None:
     assert str(Layout(dp=4, tp=2)) == "tp2dp4"
     assert Layout.parse("dp4tp2") == Layout(tp=2, dp=4)
     assert [str(layout) for layout in layouts_up_to(3)] == ["dp2", "pp2", "tp2", "dp3", "pp3", "tp3"]
+    assert len(layouts_up_to(64)) == sum(1 for sizes in product(range(1, 65), repeat=3) if 1 < prod(sizes) <= 64)
+
+
+def test_layouts_of_many_ranks_are_found_by_their_factors() -> None:
+    """All triples of sizes up to the number were tried: of 1,024 ranks a thousand millions."""
+    found = layouts_of(1024)
+    assert len(found) == len({layout.sizes for layout in found}) == 66 and {layout.world for layout in found} == {1024}
+    assert [str(layout) for layout in layouts_of(10**9 + 7)] == [f"{axis}1000000007" for axis in ("dp", "pp", "tp")]
     for name in ("", "tp", "tp0", "tp2tp2", "xp2", "tp2 pp2", "single2"):
         with pytest.raises(ConfigError):
             Layout.parse(name)

@@ -7,7 +7,8 @@ import pytest
 
 from megapar.config.schema import DataConfig
 from megapar.data.prepare import Prepared, prepare
-from megapar.data.tokenizer import Tokenizer, train_bpe
+from megapar.data.tokenizer import Tokenizer, open_tokenizer
+from megapar.data.tokenizer.train import train_bpe
 from tests.data.texts import make_text
 
 
@@ -37,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.model"
     texts = [make_text(seed) for seed in range(20)] + ["<s> </s> <unk> <0x41> <|endoftext|> \t x\r\n" * 200]
     train_bpe(texts, 460, path)
-    return Tokenizer(path)
+    return open_tokenizer(path)
 
 
 @pytest.fixture

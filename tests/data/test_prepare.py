@@ -19,7 +19,7 @@ from megapar.data.indexed import IndexedTokens, write_indexed
 from megapar.data.manifest import BLOCK, NUM_BLOCKS
 from megapar.data.prepare import Prepared, check, open_prepared, prepare
 from megapar.data.split import held_out, text_hash
-from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from tests.data.texts import make_text
 
 
@@ -33,7 +33,7 @@ def cached(config: DataConfig) -> list[str]:
 
 def test_the_text_comes_back_document_by_document(prepared: Prepared, folder: Path) -> None:
     corpus = IndexedTokens(prepared.prefix)
-    tokenizer = Tokenizer(prepared.tokenizer_path or "")
+    tokenizer = open_tokenizer(prepared.tokenizer_path or "")
     assert corpus.num_documents == prepared.documents == 40
     for number, path in enumerate(sorted(folder.iterdir())):
         document = corpus.document(number)
@@ -95,7 +95,7 @@ def test_a_changed_file_is_noticed(folder: Path, config: DataConfig) -> None:
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     second = prepare(config)
     assert second.prefix != first.prefix
-    assert Tokenizer(second.tokenizer_path or "").decode(IndexedTokens(second.prefix).document(5)).endswith("X\n")
+    assert open_tokenizer(second.tokenizer_path or "").decode(IndexedTokens(second.prefix).document(5)).endswith("X\n")
     (folder / "new.txt").write_text(make_text(99))
     assert prepare(config).documents == 41
 
@@ -353,7 +353,8 @@ def test_without_a_manifest_nothing_is_checked(tmp_path: Path) -> None:
 def test_nothing_here_imports_torch_or_an_unused_tokenizer() -> None:
     modules = "corpus indexed manifest prepare samples split tokenise tokenizer"
     imports = "; ".join(f"import megapar.data.{name}" for name in modules.split())
-    code = f"import sys; {imports}; print([name for name in ('torch', 'sentencepiece') if name in sys.modules])"
+    libraries = ("torch", "sentencepiece", "tokenizers", "jinja2")
+    code = f"import sys; {imports}; print([name for name in {libraries} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -15,20 +15,21 @@ from megapar.data.indexed import IndexedTokens, write_indexed
 from megapar.data.prepare import check, prepare
 from megapar.data.samples import SampleSet
 from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer.spm import SentencePieceTokenizer
 from tests.data.test_prepare import with_changes
 from tests.data.texts import make_text
 
 
 def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the tokenizer is at the next batch."""
-    plain, count = Tokenizer.encode_batch, iter(range(1000))
+    plain, count = SentencePieceTokenizer.encode_batch, iter(range(1000))
 
-    def encode_batch(self: Tokenizer, texts: Any, **options: Any) -> Any:
+    def encode_batch(self: SentencePieceTokenizer, texts: Any) -> Any:
         if next(count) == batches:
             raise KeyboardInterrupt
-        return plain(self, texts, **options)
+        return plain(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", encode_batch)
 
 
 @pytest.mark.parametrize("out", [False, True])

@@ -169,9 +169,9 @@ def test_hashes_of_another_corpus_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prepared_corpus_is_split_by_its_text(prepared: Prepared, config: DataConfig, folder: Path) -> None:
-    from megapar.data.tokenizer import Tokenizer
+    from megapar.data.tokenizer import open_tokenizer
 
-    tokenizer = Tokenizer(prepared.tokenizer_path or "")
+    tokenizer = open_tokenizer(prepared.tokenizer_path or "")
     texts = {}
     for split in ("train", "valid"):
         samples = open_set(Path(prepared.prefix), split=split, holdout=config.split, seq_length=1)

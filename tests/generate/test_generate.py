@@ -12,8 +12,10 @@ from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.config.schema import DataConfig, GenerateConfig
 from megapar.data.prepare import prepare
-from megapar.data.tokenizer import Tokenizer, train_bpe
-from megapar.generate.text import TOKENIZER, keep_tokenizer
+from megapar.data.tokenizer import open_tokenizer
+from megapar.data.tokenizer.files import MODEL
+from megapar.data.tokenizer.train import train_bpe
+from megapar.generate.text import keep_tokenizer
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
 from tests.data.texts import make_text
@@ -91,16 +93,16 @@ def test_no_checkpoint(pool: WorkerPool, copy: Path) -> None:
 
 
 def test_no_tokenizer(pool: WorkerPool, copy: Path) -> None:
-    (copy / TOKENIZER).unlink()
-    assert f"{copy / TOKENIZER}: missing" in generate(pool, copy)
+    (copy / MODEL).unlink()
+    assert f"{copy / MODEL}: missing" in generate(pool, copy)
 
 
 def test_other_tokenizer(pool: WorkerPool, copy: Path, tmp_path: Path) -> None:
     texts = [make_text(seed + 50) for seed in range(8)]
-    train_bpe(texts, 380, copy / TOKENIZER)
-    assert f"{copy / TOKENIZER}: not the tokenizer of this checkpoint" in generate(pool, copy, 2, **{"parallel.pp": 2})
-    train_bpe(texts, 410, copy / TOKENIZER)
-    assert Tokenizer(copy / TOKENIZER).vocab_size == 410
+    train_bpe(texts, 380, copy / MODEL)
+    assert f"{copy / MODEL}: not the tokenizer of this checkpoint" in generate(pool, copy, 2, **{"parallel.pp": 2})
+    train_bpe(texts, 410, copy / MODEL)
+    assert open_tokenizer(copy / MODEL).vocab_size == 410
     assert "has 410 tokens, the run's model 403" in generate(pool, copy)
 
 

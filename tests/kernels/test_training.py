@@ -20,6 +20,20 @@ STYLES = {
         "model.bias=true",
         "model.dropout=0.1",
     ],
+    "gemma": [
+        "model.norm_order=sandwich",
+        "model.norm_offset=true",
+        "model.activation=geglu",
+        "model.qk_norm=head",
+        "model.window=3",
+        "model.window_pattern=WF",
+        "model.window_rope_theta=100",
+        "model.attention_softcap=5",
+        "model.logit_softcap=3",
+        "model.attention_scale=0.4",
+        "model.embedding_scale=4",
+        "data.document_mask=true",
+    ],
 }
 SMALL = [
     "model.layers=2",
@@ -39,7 +53,9 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.more)])
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(one, marks=pytest.mark.more) for one in ("gpt2", "gemma"))]
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
     prefix = write_tokens(base)

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megapar.cli import main
+from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
+from megapar.train import summary
+from megapar.train.hooks.record import Record
 from megapar.train.trainer import Trainer
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -42,6 +46,24 @@ def test_a_sample_of_a_diverged_model_is_said_and_the_summary_is_there(
     values += ["optim.lr=1e30", "optim.weight_decay=0", "task.sample_tokens=2", "logger=disabled"]
     places = [f"data.path={TEXT}", f"data.cache={tmp_path}", "data.vocab_size=400", f"run.dir={tmp_path / 'run'}"]
     assert main(["train", *values, *places]) == 0, capsys.readouterr().err
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == 3 and summary["sample"] is None
-    assert "not finite: training diverged" in summary["sample_problem"]
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written["steps"] == 3 and written["sample"] is None
+    assert "not finite: training diverged" in written["sample_problem"]
+
+
+def test_an_out_that_has_gone_does_not_cost_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`out` was written first, and where it failed there was no summary.json."""
+    monkeypatch.setattr(summary, "summary_text", lambda summary, config: "the end")
+    run = SimpleNamespace(dir=str(tmp_path))
+    config: Any = SimpleNamespace(out=str(tmp_path / "gone" / "out.json"), run=run)
+    writer: Any = SimpleNamespace(close=lambda: None)
+    with pytest.raises(UserError, match=r"out\.json: can't be written"):
+        summary.leave_summary({"loss": 1.0}, config, writer)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 1.0}
+
+
+def test_a_description_of_the_data_that_has_changed_does_not_cost_the_summary(tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text("no manifest")
+    config = SimpleNamespace(data=SimpleNamespace(prefix=str(tmp_path / "tokens")))
+    hook: Any = SimpleNamespace(loop=SimpleNamespace(config=config))
+    assert Record._skipped_text(hook) == {}

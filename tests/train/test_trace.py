@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from megapar.config.errors import UserError
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
@@ -289,3 +290,25 @@ def test_a_run_that_starts_later_traces_what_is_left(
 
 def test_the_default_is_the_last_step(tokens: str) -> None:
     assert tiny_config(tokens).train.trace == [4, 4]
+
+
+def test_a_trace_that_can_not_be_written_ends_no_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer = SimpleNamespace(mesh=Mesh(), schedule=build("1f1b", 1, 1))
+    config = tiny_config("none", "single", **{"train.trace": [1, 1]})
+    loop: Any = SimpleNamespace(
+        config=config, first_step=1, trainer=trainer, folder=tmp_path / "gone", writer=SimpleNamespace(say=said.append)
+    )
+    tracer = Tracer(loop)
+    tracer.before(1)
+    spans = [Span(kind, name, 1, 2) for kind, name in [("F", "0F0"), ("B", "0B0"), ("phase", "pipeline")]]
+    tracer.after(1, Step(0.0, lambda: Figures(0.0, StepResult(0.0, skipped=False), 0.0, spans)))
+    assert len(said) == 1 and said[0].startswith("trace       none: ") and "can't be written" in said[0]
+
+
+def test_half_a_trace_is_one_line(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "trace.json").read_text()
+    for content in (text[:900], "[]", '{"otherData": {}}'):
+        (tmp_path / "trace.json").write_text(content)
+        with pytest.raises(UserError, match=r"trace\.json: no trace of a run"):
+            read(tmp_path / "trace.json")

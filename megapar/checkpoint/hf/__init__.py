@@ -7,5 +7,6 @@
 | `fields.py` | the keys of config.json that several families share                           |
 | `folder.py` | a folder's config and its weights, in slices                                  |
 | `write.py`  | safetensors files written a tensor at a time                                  |
-| `convert.py`| `megapar import` and `megapar export`                                         |
+
+`megapar import` and `megapar export` are in `megapar/convert.py`.
 """

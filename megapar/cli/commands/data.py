@@ -15,7 +15,7 @@ class PrepareConfig:
     data: DataConfig = group(DataConfig, "the data")
     out: str | None = option(
         None,
-        "PREFIX of the .bin/.idx/.json/.model files to write; default: in the cache",
+        "PREFIX of the .bin/.idx/.json files and the tokenizer to write; default: in the cache",
         verbatim=True,
         path=True,
         identity=False,

@@ -35,19 +35,23 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
         raise ConfigError("run.dir", None, "says which run's model writes; give run.dir=RUN")
     gpus = num_gpus()
     config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
-    trained = load_config(str(config.run.dir))
+    folder = Path(str(config.run.dir))
+    trained = load_config(folder)
     refuse_bad_out(config.out, None)
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
     check_generate(config, trained, num_gpus=gpus, world_size=world_size)
     from megapar.checkpoint import find_checkpoint, read_manifest  # torch: only when nothing cheaper refuses
 
-    read_manifest(find_checkpoint(config.checkpoint.load or str(config.run.dir)))
+    read_manifest(find_checkpoint(config.checkpoint.load or folder))
+    from megapar.generate.text import prompt_tokens, run_tokenizer
+
+    prompt_tokens(run_tokenizer(folder, trained), config.prompt, config.chat)  # refuses what ranks would
     return Job(
         kind=name_of(GenerateConfig),
         config=dump(config),
         entry=call.entry or ENTRY,
-        folder=str(config.run.dir),
+        folder=str(folder),
         device=config.device,
         timeout_s=trained.train.timeout.total_seconds(),
         ranks=config.parallel.layout.world,
@@ -68,9 +72,10 @@ COMMAND = Command(
         ("megapar generate runs/demo prompt='def main(): '", "continue a text"),
         ("megapar generate runs/demo prompt=x sample.temperature=0", "greedily"),
         ("megapar generate runs/demo prompt=x parallel=tp2", "on two ranks"),
+        ("megapar generate runs/demo prompt='How?' chat=true", "answer, by the tokenizer's chat template"),
     ],
     most_used=[
-        *("run.dir", "prompt", "sample.max_tokens", "sample.temperature", "sample.top_k", "sample.top_p"),
+        *("run.dir", "prompt", "chat", "sample.max_tokens", "sample.temperature", "sample.top_k", "sample.top_p"),
         *("sample.seed", "parallel.tp", "checkpoint.load", "out"),
     ],
 )

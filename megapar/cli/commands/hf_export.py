@@ -10,8 +10,8 @@ def run(config: ExportConfig, call: Call) -> int:
     for key, value in (("run.dir", config.run.dir), ("hf", config.hf)):
         if value is None:
             raise ConfigError(key, None, "megapar export reads the run of run.dir=RUN and makes the folder hf=DIR")
-    from megapar.checkpoint.hf.convert import export_run
     from megapar.cli.output import say
+    from megapar.convert import export_run
 
     export_run(config, say)
     return 0

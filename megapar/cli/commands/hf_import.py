@@ -12,8 +12,8 @@ def run(config: ImportConfig, call: Call) -> int:
     for key, value in (("hf", config.hf), ("run.dir", config.run.dir)):
         if value is None:
             raise ConfigError(key, None, "megapar import reads the folder hf=DIR and makes the directory run.dir=RUN")
-    from megapar.checkpoint.hf.convert import import_folder
     from megapar.cli.output import say
+    from megapar.convert import import_folder
 
     assert config.hf is not None and config.run.dir is not None
     import_folder(Path(config.hf), Path(config.run.dir), say)

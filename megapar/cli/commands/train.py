@@ -36,6 +36,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     from megapar.cli.output import say
     from megapar.config.file import dump
     from megapar.config.keys import changed
+    from megapar.convert import keep_origin
     from megapar.kernels import select_backends
     from megapar.launch import resume, rundir
     from megapar.launch.rank import Job, name_of
@@ -52,6 +53,9 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         return None
     resume.prepare(config, start)
     rundir.write(config, call.overrides, backends)
+    for origin in (config.checkpoint.weights, config.checkpoint.load):
+        if origin is not None:
+            keep_origin(origin, Path(str(config.run.dir)))
     ranks = changed(config, {"checkpoint.load": start.load})
     if start.load is not None:
         ranks = changed(ranks, {"checkpoint.weights": None})
@@ -103,18 +107,19 @@ def command_line(overrides: list[str], folder: str, *options: str) -> str:
 
 def draw(job: "Job") -> None:
     """Draw the picture of a finished run, and say where it is."""
+    from megapar.cli.output import show
     from megapar.report.picture import draw as draw_run
 
     folder = Path(job.folder)
     try:
         path = draw_run(folder)
     except (OSError, UserError) as error:  # the training is done all the same
-        print(f"picture     none: {error}")
+        show(f"picture     none: {error}")
         return
     if path is not None:
-        print(f"picture     {path}")
+        show(f"picture     {path}")
     if (folder / "trace.json").exists():
-        print(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
+        show(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
 
 
 def sweep(overrides: "Overrides", entry: str | None) -> int:

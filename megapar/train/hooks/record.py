@@ -155,7 +155,10 @@ class Record(Hook):
     def _skipped_text(self) -> dict[str, str]:
         """Files and folders of the data that are no text, or were left out for another reason: why, by name."""
         prefix = self.loop.config.data.prefix
-        manifest = read_manifest(prefix) if prefix else None
+        try:
+            manifest = read_manifest(prefix) if prefix else None
+        except UserError:  # changed meanwhile; the training is done all the same
+            return {}
         return manifest["source"].get("skipped", {}) if manifest else {}
 
     def _graphs(self) -> dict[str, Any]:

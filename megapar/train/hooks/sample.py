@@ -4,7 +4,9 @@ from typing import Any
 
 from megapar.config.errors import UserError
 from megapar.config.schema import SampleConfig, TrainConfig
-from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer import open_tokenizer
+from megapar.data.tokenizer.files import tokenizer_beside
+from megapar.generate.text import TextStream, prompt_tokens
 from megapar.generate.tokens import generate_tokens
 from megapar.train.hooks.hook import Hook
 
@@ -25,17 +27,25 @@ class Sample(Hook):
 
     def _text(self) -> str:
         config, trainer = self.loop.config, self.loop.trainer
-        tokenizer = Tokenizer(f"{config.data.prefix}.model")
-        written = generate_tokens(
+        path = tokenizer_beside(config.data.prefix)
+        if path is None:
+            raise UserError(f"{config.data.prefix}: no tokenizer beside these token files any more; put it back")
+        tokenizer = open_tokenizer(path)
+        prompt = prompt_tokens(tokenizer, config.task.sample_prompt)
+        pieces = [config.task.sample_prompt]
+        stream = TextStream(tokenizer, pieces.append, prompt)
+        generate_tokens(
             trainer.executor,
             trainer.context,
-            tokenizer.encode(config.task.sample_prompt) or [tokenizer.end_of_text],
+            prompt,
             SampleConfig(max_tokens=config.task.sample_tokens, seed=config.train.seed),
             context_length=config.train.seq_length,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
+            on_token=stream.put,
         )
-        return config.task.sample_prompt + tokenizer.decode(written)
+        stream.finish()
+        return "".join(pieces)
 
 
 HOOK = Sample

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import megapar
+from megapar.config.errors import UserError
 from megapar.config.stages import stage_layers
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce
@@ -92,8 +93,12 @@ class Trace(Hook):
             clock_error=sum(sorted(error for _, error in shifts)[-2:]),
             versions={"megapar": megapar.__version__, "torch": torch.__version__},
         )
-        write(trace, self.loop.folder / "trace.json")
-        write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
+        try:
+            write(trace, self.loop.folder / "trace.json")
+            write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
+        except (UserError, OSError) as error:  # no reason to end a run
+            if self.loop.writer is not None:
+                self.loop.writer.say(f"trace       none: {error}")
 
 
 HOOK = Trace

@@ -73,6 +73,7 @@ FAMILIES = (
         prefixes=("bert.", ""),
         ignored=(
             r"(bert\.)?embeddings\.position_ids",
+            r"bert\.pooler\..*",  # beside a head for masked tokens, which does not read it
             r"cls\.predictions\.decoder\.bias",
             r"cls\.seq_relationship\..*",
         ),

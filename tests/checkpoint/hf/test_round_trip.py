@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 
 import megapar
-from megapar.checkpoint.hf.convert import export_run, import_folder
 from megapar.checkpoint.hf.family import families, in_full, to_model
 from megapar.checkpoint.hf.folder import model_keys
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import ExportConfig, ModelConfig, RunConfig
+from megapar.convert import export_run, import_folder
 from megapar.launch.pool import WorkerPool
 from megapar.library.settings import base, settings
 from megapar.train.loop import Loop
@@ -36,7 +36,7 @@ def export(run: Path, target: Path, **values: Any) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -168,7 +168,7 @@ BOUNDED = """
 import sys, threading
 from pathlib import Path
 import torch
-from megapar.checkpoint.hf.convert import export_run, import_folder
+from megapar.convert import export_run, import_folder
 from megapar.config.schema import ExportConfig, RunConfig
 
 def held():  # bytes that are in no file, as mapped ones are
@@ -192,7 +192,12 @@ print(most[0] - before)
 
 def test_memory_is_that_of_the_largest_parameter(tmp_path: Path) -> None:
     """Of 150 MB with a largest parameter of 25 MB: that, and the 4 MB that are read at a time."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
     model = build("llama", **sizes, num_key_value_heads=8, vocab_size=12000)
     save(model, tmp_path / "large" / "source", "200MB")
     save(build("llama"), tmp_path / "small" / "source")

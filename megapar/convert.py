@@ -27,6 +27,7 @@ from megapar.checkpoint.hf.folder import (
     SINGLE,
     TORCH_DTYPES,
     HfWeights,
+    is_hf_folder,
     logical_shapes,
     model_keys,
     places,
@@ -41,6 +42,7 @@ from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.config.parse import to_dict
 from megapar.config.schema import ExportConfig, TrainConfig
+from megapar.data.tokenizer.files import copy_into, tokenizer_in
 from megapar.files import write_atomic
 
 KEPT = "hf"  # in a run's directory: the small files of the folder that it was imported from
@@ -127,11 +129,32 @@ def _write_checkpoint(
 
 def _copy_small(source: Path, target: Path) -> None:
     """Copy the tokenizer and what else is small, and not the index of weights."""
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for pattern in _SMALL:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name != INDEX and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, target / path.name)
+
+
+def origin_of(path: str | Path) -> Path:
+    """The folder that a checkpoint's path belongs to: a Hugging Face folder, or a run's directory."""
+    path = Path(path).expanduser().absolute()
+    return next((one for one in (path, *path.parents[:2]) if (one / "config.yaml").exists()), path)
+
+
+def keep_origin(path: str | Path, run_dir: Path) -> None:
+    """Copy into a run's directory what its weights' origin has besides weights, for when the run is exported."""
+    origin = origin_of(path)
+    if is_hf_folder(origin):
+        _copy_small(origin, run_dir / KEPT)
+    elif (origin / KEPT).is_dir() and origin != run_dir.absolute():
+        shutil.copytree(origin / KEPT, run_dir / KEPT, dirs_exist_ok=True)
+
+
+def tokenizer_of(path: str | Path) -> Path | None:
+    """The tokenizer that weights were trained with, if it is there."""
+    origin = origin_of(path)
+    return tokenizer_in(origin) or tokenizer_in(origin / KEPT)
 
 
 def export_run(config: ExportConfig, say: Say) -> None:
@@ -171,6 +194,8 @@ def export_run(config: ExportConfig, say: Say) -> None:
         temporary.mkdir(parents=True)
         if (run_dir / KEPT).is_dir():
             shutil.copytree(run_dir / KEPT, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAMES))
+        if (tokenizer := tokenizer_in(run_dir)) is not None:
+            copy_into(tokenizer, temporary)
         for name, part in zip(names, parts, strict=True):
             write_tensors(temporary / name, part, values(part), {"format": "pt"})
         _write_json(temporary / CONFIG, disk_config | _dtype_key(disk_config, dtype))

@@ -1,0 +1,44 @@
+"""Chat templates, rendered where they can do no harm: in Jinja's sandbox, in a process with little time and memory."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megapar.config.errors import ConfigError
+from megapar.data.tokenizer.files import LIBRARIES
+
+CPU_S = 5  # processor time of all renderings of a call
+MEMORY = 1 << 30  # bytes of that process
+SCRIPT = Path(__file__).with_name("render.py")
+
+
+def render(template: str, prompts: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """The text of a conversation that begins with each prompt, a user's message, up to where the answer begins.
+
+    variables: bos_token and so on. Raises ConfigError for `chat` with what the template says (raise_exception) or what
+    is wrong with it: a syntax error, a reach out of the sandbox, no end.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise ConfigError("chat", True, f"the library jinja2, which renders chat templates, {LIBRARIES}")
+    limits = {"cpu_s": CPU_S, "memory": MEMORY}
+    given = {"template": template, "prompts": list(prompts), "variables": dict(variables), **limits}
+    command = [sys.executable, "-P", str(SCRIPT)]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, encoding="utf-8")
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise _refused(f"does not end within {CPU_S} seconds")
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise _refused(f"broke its process (exit code {done.returncode})") from None
+    if "error" in answer:
+        raise _refused(answer["error"])
+    texts: list[str] = answer["texts"]
+    return texts
+
+
+def _refused(problem: str) -> ConfigError:
+    return ConfigError("chat", True, f"the chat template: {problem}; mend the template, or leave chat out")

@@ -1,0 +1,225 @@
+"""Hugging Face's `tokenizer.json`, by the library `tokenizers`, with the special tokens and chat template beside it."""
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.data.tokenizer.chat import render
+from megapar.data.tokenizer.contract import (
+    PROBE,
+    SPACE_MARK,
+    Tokenizer,
+    check_unicode,
+    encode_around_marks,
+    refused,
+)
+from megapar.data.tokenizer.files import JSON, files_of
+from megapar.data.tokenizer.pieces import token_bytes
+
+CONFIG, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+CONTROLS = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, whose control tokens are written only by `end_of_text` and by a chat template.
+
+    Control tokens are the file's special tokens, but for the one for unknown text, and those that the files beside it
+    name (eos_token and so on). Text that spells one is encoded as any other text. Truncation and padding are off, and
+    no token is put around a text. Raises ConfigError where a file can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._files = path, files_of(path)
+        self._settings = {name: _object(self._files[name]) for name in (CONFIG, SPECIAL) if name in self._files}
+        self._names = self._special_tokens()
+        spec = _without_traps(_described(path))
+        try:
+            self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            vocabulary = self._model.get_vocab(with_added_tokens=True)
+            if not vocabulary:
+                raise ValueError("it has no tokens")
+            self.vocab_size = max(vocabulary.values()) + 1
+        except Exception as error:  # the library raises no narrower one
+            problem = f"tokenizers {tokenizers.__version__} can't read it ({_line(error)}); give another {JSON}"
+            raise refused(path, problem) from None
+        self._model.encode_special_tokens = True  # as text
+        unknown = _unknown(spec["model"])
+        named = {self._names[name] for name in CONTROLS if name in self._names}
+        special = {token["content"] for token in spec["added_tokens"] if token["special"]} - {unknown}
+        self._controls = {content: vocabulary[content] for content in sorted(special | named) if content in vocabulary}
+        # An unknown character is no control token, though the same token may be named as that of padding.
+        self._never = {token for content, token in self._controls.items() if content != unknown}
+        self._bytes = token_bytes(spec, vocabulary, set(self._controls.values()))
+        self._mark: list[int] = []
+        if self._bytes is not None and f"<0x{SPACE_MARK.encode()[0]:X}>" in vocabulary:
+            self._mark = [vocabulary[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode()]
+        added = [token["content"] for token in spec["added_tokens"]]
+        probes = [PROBE, "", "a", " a", "a ", *(f"{content}  {content}a" for content in added)]
+        if self._bytes is not None and [self.decode(ids) for ids in self.encode_batch(probes)] != probes:
+            self._bytes, self._mark = None, []
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Text of bos_token and so on, and of unk_token, where the files beside the main one name them."""
+        found = {}
+        for settings in (self._settings.get(SPECIAL, {}), self._settings.get(CONFIG, {})):
+            for name in (*CONTROLS, "unk_token"):
+                value = settings.get(name)
+                content = value.get("content") if isinstance(value, dict) else value
+                if isinstance(content, str) and content:
+                    found[name] = content
+        return found
+
+    @property
+    def end_of_text(self) -> int:
+        name = next((name for name in ("eos_token", "sep_token") if name in self._names), None)
+        if name is None:
+            problem = f'nothing beside it names the token that separates documents; write {CONFIG} with {{"eos_token": '
+            raise refused(self.path, problem + '"..."}')
+        if (token := self._model.token_to_id(self._names[name])) is None:
+            raise refused(
+                self.path, f"has no {self._names[name]!r}, which is the {name} beside it; name a token that it has"
+            )
+        return int(token)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            check_unicode(text)
+        plain = [text for text in texts if not (self._mark and SPACE_MARK in text)]
+        encoded = iter(self._encodings(self._model.encode_batch_fast, plain))
+        return [
+            encode_around_marks(text, self.encode, self._mark)
+            if self._mark and SPACE_MARK in text
+            else self._without_controls(text, next(encoded).ids)
+            for text in texts
+        ]
+
+    def _encodings(self, encode: Any, texts: list[str]) -> list[Any]:
+        """The library's encodings, by one of its methods. Raises ConfigError where the file lets it stumble."""
+        try:
+            found: list[Any] = encode(texts, add_special_tokens=False)
+            return found
+        except Exception as error:  # the library raises no narrower one
+            raise refused(self.path, f"can't encode a text ({_line(error)}); give another {JSON}") from None
+
+    def _without_controls(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of `text`, in smaller pieces where a model such as Unigram finds a control token's text in it."""
+        if self._never.isdisjoint(ids):
+            return ids
+        [encoding] = self._encodings(self._model.encode_batch, [text])
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        cuts = [begin + 1 for token, (begin, _) in found if token in self._never]
+        parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
+        if not all(parts):
+            token = next(content for content, token in self._controls.items() if token in ids)
+            raise UserError(f"{self.path}: text with {token!r} can't be told from that control token; remove it there")
+        return [token for part in parts for token in self.encode(part)]
+
+    def _text(self, tokens: list[int]) -> str:
+        if self._bytes is not None:
+            return super()._text(tokens)
+        controls = set(self._controls.values())
+        text: str = self._model.decode([token for token in tokens if token not in controls], skip_special_tokens=False)
+        return text
+
+    def chat(self, prompt: str) -> list[int]:
+        """See `Tokenizer.chat`. The prompt makes no control token, whatever it spells.
+
+        For that its control tokens' texts pass through the template under other names. Where a template builds one
+        all the same, as by removing letters from the prompt, it is refused.
+        """
+        check_unicode(prompt)
+        nonce = str(uuid.uuid4().int)  # digits: no filter of a template changes them
+        contents = sorted(self._controls, key=len, reverse=True)
+        spelled = re.compile("|".join(map(re.escape, contents)) or "(?!)")
+        hidden = spelled.sub(lambda found: f"{nonce}:{contents.index(found[0])}:", prompt)
+        texts = render(self._template(), [hidden, "x"], self._names)
+        whole, plain = (re.split(f"{nonce}:([0-9]+):", text) for text in texts)
+        ids = []
+        for number, part in enumerate(whole):
+            ids += self.encode(contents[int(part)]) if number % 2 else self._with_controls(part)
+        expected = [token for token in self._with_controls(plain[0]) if token in self._never]
+        if [token for token in ids if token in self._never] != expected:
+            raise ConfigError("prompt", ascii(prompt), "the template makes control tokens of it; write it another way")
+        return ids
+
+    def _with_controls(self, text: str) -> list[int]:
+        def encode(part: str) -> list[int]:
+            [encoding] = self._encodings(self._model.encode_batch_fast, [part])
+            ids: list[int] = encoding.ids
+            return ids
+
+        self._model.encode_special_tokens = False
+        try:
+            return encode_around_marks(text, encode, self._mark) if self._mark else encode(text)
+        finally:
+            self._model.encode_special_tokens = True
+
+    def _template(self) -> str:
+        """The chat template: a file of its own, or in the configuration. Raises ConfigError where there is none."""
+        if TEMPLATE in self._files:
+            return _read(self._files[TEMPLATE]).decode("utf-8", errors="replace")
+        template = self._settings.get(CONFIG, {}).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            template = named.get("default")
+        if not isinstance(template, str):
+            problem = f"{self.path} has no chat template; leave it out, or put {TEMPLATE} beside it"
+            raise ConfigError("chat", True, problem)
+        return template
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """Text of the token for what the vocabulary can't write."""
+    if model.get("unk_id") is not None:  # Unigram's
+        content: str = model["vocab"][model["unk_id"]][0]
+        return content
+    return model.get("unk_token")
+
+
+def _without_traps(spec: dict[str, Any]) -> dict[str, Any]:
+    """The file without what cuts, pads or varies encodings."""
+    added = [{**token, "special": bool(token.get("special"))} for token in spec.get("added_tokens") or []]
+    model = {**spec["model"], "dropout": None} if "dropout" in spec["model"] else spec["model"]
+    return {**spec, "truncation": None, "padding": None, "added_tokens": added, "model": model}
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What `tokenizer.json` says, the parts that we read being what they must. Raises ConfigError."""
+    spec = _object(path)
+    added = spec.get("added_tokens") or []
+    if not isinstance(spec.get("model"), dict):
+        raise refused(path, f'no tokenizer ("model" is missing); give a {JSON} of Hugging Face, or a .model file')
+    if not isinstance(added, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) for one in added
+    ):
+        raise refused(path, f'"added_tokens" is no list of tokens; give another {JSON}')
+    return spec
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise refused(path, f"can't be read ({error.strerror})") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ConfigError."""
+    try:
+        found = json.loads(_read(path))
+    except ValueError as error:
+        raise refused(path, f"broken JSON ({_line(error)}); fetch the file anew") from None
+    if not isinstance(found, dict):
+        raise refused(path, f"not a JSON object; give Hugging Face's {JSON} and what belongs to it")
+    return found
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
