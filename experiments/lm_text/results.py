@@ -26,7 +26,8 @@ from megapar.config.model import model_weights  # noqa: E402
 from megapar.config.schema import ParallelConfig, PipelineConfig, RunConfig, TrainConfig  # noqa: E402
 from megapar.data.samples import SampleSet  # noqa: E402
 from megapar.data.source import Split, find_source  # noqa: E402
-from megapar.data.tokenizer import Tokenizer  # noqa: E402
+from megapar.data.tokenizer import open_tokenizer  # noqa: E402
+from megapar.data.tokenizer.files import tokenizer_beside  # noqa: E402
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- figures: begin, by results.py -->", "<!-- figures: end -->"
@@ -123,7 +124,9 @@ class Texts:
                 f"{run.folder}: evaluated on {seen} of {valid.num_samples} held-out samples, and the baselines read "
                 f"all; train with train.eval_samples={valid.num_samples}"
             )
-        tokenizer = Tokenizer(f"{run.config.data.prefix}.model")
+        path = tokenizer_beside(run.config.data.prefix)
+        assert path is not None, "bits per character are known"
+        tokenizer = open_tokenizer(path)
         windows = valid.batch(range(valid.num_samples))
         [whole] = run.samples("train", seq_length=train.num_tokens - 1).batch([0])  # one window over all of it
         return cls(
@@ -187,8 +190,8 @@ def agreements(runs: list[Run]) -> list[str]:
         pairs = list(zip(one.steps, two.steps, strict=True))
         apart = max(abs(first["loss"] - second["loss"]) for first, second in pairs)
         lines.append(
-            f"Seed {one.config.train.seed}, {one.layout} beside {two.layout}: losses of {len(pairs)} steps differ by at "
-            f"most {apart:.1e} nats/token, bits per character at the end by {abs(one.bits - two.bits):.1e}."
+            f"Seed {one.config.train.seed}, {one.layout} beside {two.layout}: losses of {len(pairs)} steps differ by "
+            f"at most {apart:.1e} nats/token, bits per character at the end by {abs(one.bits - two.bits):.1e}."
         )
     return [*lines, ""] if lines else []
 

@@ -29,12 +29,11 @@ def test_by_hand() -> None:
 
 
 def test_a_longer_context_by_hand() -> None:
-    """Of abracadabra's pairs ab, br, ra come twice, ac, ca, ad, da once, and the a at the beginning stands behind nothing.
+    """Pairs of abracadabra: ab, br, ra twice; ac, ca, ad, da and the first a once. So n1 = 5, n2 = 3, n3 = 0.
 
-    Four of the 8 kinds (with that one 5) come once, three twice: a count of 1 loses 1 - 2 * 5/11 * 3/5 = 5/11, one of 2
-    all (n3 = 0). Behind b comes r alone, twice: P(r|b) = 0 + 2/2 * P'(r), and P' counts what stands before a character:
-    a has nothing, r, c, d: 4; b, r, c, d have one each, so of P' n1 = 4, n2 = n3 = 0, n4 = 1: a count of 1 loses all
-    and one of 3 or more a half (n3 = 0). P'(r) = (4 * 1 + 1/2) / 8 / 5 of five characters.
+    A count of 2 loses all of it, so behind b, where r came twice, P(r|b) = 0 + 2/2 P'(r). P' counts the pairs that a
+    character ends: 4 of a, one each of b, r, c, d; n1 = 4, n4 = 1, the others 0. A count of 1 loses 1, and one of 4 a
+    half, as n3 = 0: 4 * 1 + 1/2 of 8 for five characters to share.
     """
     *_, pairs = ngram_probabilities("abracadabra", "br", 2, characters=5)
     assert pairs[1] == pytest.approx(4.5 / 8 / 5, rel=1e-12)

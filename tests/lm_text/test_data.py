@@ -7,22 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megapar.cli.compose import compose, split
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
 from megapar.data.indexed import IndexedTokens
 from megapar.data.source import find_source
 from megapar.data.sources.tokens import SOURCE as TOKENS
 from megapar.data.split import held_out, load_hashes
-from megapar.data.tokenizer import Tokenizer
+from megapar.data.tokenizer import open_tokenizer
 
 LM_TEXT = find_source("lm_text")
 ARCHIVE = Path(__file__).parents[2] / "experiments" / "lm_text" / "plays.tar.xz"
-PLAYS = DataConfig(path="plays", source="lm_text", split=0.16)
+PLAYS = compose("train", split(["experiment=lm_text"])).data
 
 
 def test_whole_plays_are_held_out(cache: Path) -> None:
     prepared = LM_TEXT.prepare(replace(PLAYS, cache=str(cache)), print)
-    tokens, tokenizer = IndexedTokens(prepared.prefix), Tokenizer(f"{prepared.prefix}.model")
+    tokens, tokenizer = IndexedTokens(prepared.prefix), open_tokenizer(f"{prepared.prefix}.model")
     texts = [tokenizer.decode(tokens.document(number)) for number in range(tokens.num_documents)]
     with tarfile.open(ARCHIVE) as files:
         plays = [file.read().decode() for member in files if (file := files.extractfile(member))]

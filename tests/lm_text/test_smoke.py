@@ -44,7 +44,7 @@ def test_the_held_out_text_is_the_end_of_a_play(smoke: Path) -> None:
     texts = results.Texts.of(run)
     tokens = run.samples("valid").num_tokens
     everything = run.samples("valid", seq_length=tokens - 1).batch([0])[0]
-    play = results.Tokenizer(f"{run.config.data.prefix}.model").decode(everything)
+    play = results.open_tokenizer(f"{run.config.data.prefix}.model").decode(everything)
     assert play.startswith(texts.context + texts.held_out) and 0 < len(texts.context) < 20
     assert len(play) - len(texts.held_out) < 10 * run.config.train.seq_length
     assert texts.counts == (1, 8) and not set(play.splitlines()[:3]) - {
@@ -69,9 +69,11 @@ def test_the_table(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     bits = [float(row[0][2:]) for row in rows]
     assert len(rows) == 1 + 3 + 5 and bits == sorted(bits)
     [mine] = [row for row in rows if "this model" in row[1]]
-    assert float(mine[0][2:]) == pytest.approx(run.bits, abs=5e-4)
-    assert mine[2:4] == ["dp2", "1234"] and mine[4] == str(len(run.steps)) and mine[7].startswith(run.commit)
-    assert f"megapar train {shlex.join(run.overrides)}" in new and run.facts["cpu"]["model"] in new
+    summary, facts = (json.loads((smoke / f"{name}.json").read_text()) for name in ("summary", "environment"))
+    assert float(mine[0][2:]) == pytest.approx(summary["evaluations"][-1]["val_bits_per_char"], abs=5e-4)
+    assert mine[2:4] == ["dp2", "1234"] and mine[4:6] == [str(summary["steps"]), "0.15 M"]
+    assert mine[7].startswith(facts["git"]["revision"][:10])
+    assert f"megapar train {shlex.join(run.overrides)}" in new and facts["cpu"]["model"] in new
 
 
 def test_layouts_are_compared_where_nothing_else_differs(smoke: Path) -> None:
