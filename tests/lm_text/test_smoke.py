@@ -12,7 +12,6 @@ import pytest
 
 from experiments.lm_text import results
 from megapar.config.errors import UserError
-from tests.cli.conftest import clean_environment
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def smoke(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     here = tmp_path_factory.mktemp("here")
     words = [sys.executable, "-m", "megapar.cli", "train", *shlex.split(command), f"data.cache={cache}"]
-    environment = clean_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": str(results.ROOT)}
     done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "the model writes:" in done.stdout
