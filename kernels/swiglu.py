@@ -109,13 +109,17 @@ def _share_and_slope(x, FUNCTION: tl.constexpr):
 
 
 def _forward_flops(args: dict[str, Any]) -> float:
-    """An exponential is one, and so is a division; gelu has four more for its s(x), the product with up is one."""
-    return (4.0 + 4.0 * (args["FUNCTION"] == "gelu") + (args["up"] is not None)) * args["gate"].numel()
+    """An exponential is one, and so is a division; gelu has four more for its s(x), gelu_erf one more (erf counts as
+    one), the product with up is one."""
+    more = {"silu": 0.0, "gelu": 4.0, "gelu_erf": 1.0}[args["FUNCTION"]]
+    return (4.0 + more + (args["up"] is not None)) * args["gate"].numel()
 
 
 def _backward_flops(args: dict[str, Any]) -> float:
-    """gelu has seven more, for s(x) and its slope; up's part is a product with it and its own gradient."""
-    return (8.0 + 7.0 * (args["FUNCTION"] == "gelu") + 2.0 * (args["up"] is not None)) * args["gate"].numel()
+    """gelu has seven more, for s(x) and its slope, gelu_erf three; up's part is a product with it and its own
+    gradient."""
+    more = {"silu": 0.0, "gelu": 7.0, "gelu_erf": 3.0}[args["FUNCTION"]]
+    return (8.0 + more + 2.0 * (args["up"] is not None)) * args["gate"].numel()
 
 
 @triton.jit(launch_metadata=tells(_forward_flops), do_not_specialize=["num_rows"])

@@ -165,6 +165,9 @@ def _from_origin(way: Literal["new", "aside", "anew", "back"], config: TrainConf
         return Start(way, said=said)
     manifest, config, folder = _origin("load", config, config.checkpoint.load)
     refuse_other_model(manifest, config, folder)
+    if manifest.kinds.keys() == {"weight"}:
+        problem = "holds weights alone, and no optimizer's state; use checkpoint.weights, which begins at step 0"
+        raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
     refuse_other_order(manifest, config, folder)
     if manifest.step >= config.train.steps:
         problem = f"{folder} has done {manifest.step} steps already; use more, or an earlier checkpoint"

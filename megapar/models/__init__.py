@@ -2,12 +2,11 @@
 
 | file           | what                                                                         |
 |----------------|------------------------------------------------------------------------------|
-| `policy.py`    | what tensor parallelism cuts at each place, as data                          |
-| `embedding.py` | token ids and learned positions to the residual stream                       |
+| `embedding.py` | token ids, learned positions and token types to the residual stream          |
 | `attention.py` | grouped-query attention                                                      |
 | `mlp.py`       | the gated or plain MLP                                                       |
 | `layer.py`     | a residual block of both, and dropout                                        |
-| `head.py`      | the last norm and the logits                                                 |
+| `head.py`      | the last norm and the logits, or hidden states                               |
 | `tokens.py`    | where the tokens of a micro-batch stand: made once per forward, read by all   |
 | `stage.py`     | a pipeline stage: a run of parts (`megapar.config.model.Part`)               |
 

@@ -73,6 +73,7 @@ BY_HAND = {
     "swiglu": ((5 * 384 * T, 4 * 3 * 384 * T), (10 * 384 * T, 4 * 5 * 384 * T)),
     "geglu": ((9 * 384 * T, 4 * 3 * 384 * T), (17 * 384 * T, 4 * 5 * 384 * T)),
     "gelu": ((8 * 384 * T, 4 * 2 * 384 * T), (15 * 384 * T, 4 * 3 * 384 * T)),
+    "gelu_erf": ((5 * 384 * T, 4 * 2 * 384 * T), (11 * 384 * T, 4 * 3 * 384 * T)),
     "cross_entropy": ((4 * 1024 * T, 4 * 1024 * T), (3 * 1024 * T, 2 * 4 * 1024 * T)),
     # x, what is added, out, two numbers per token; dout, dx and the numbers
     "dropout": ((3 * 128 * T, 4 * 3 * 128 * T + 16 * T), (2 * 128 * T, 4 * 2 * 128 * T + 16 * T)),

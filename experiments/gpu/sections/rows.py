@@ -33,7 +33,7 @@ def rows(run: Run) -> None:
         for interleaved in (False, True):
             size = (2, 777, 8, 2, 128) if run.cuda else (2, 5, 2, 1, 8)
             run.attempt("rope", rope, run, dtype, size, interleaved, dtype == "fp32" or interleaved)
-        for name in ("swiglu", "geglu", "gelu"):
+        for name in ("swiglu", "geglu", "gelu", "gelu_erf"):
             run.attempt(name, activation, run, name, dtype, *((777, 5632) if run.cuda else (9, 40)))
         for name in ("swiglu", "geglu"):
             run.attempt(name, activation, run, name, dtype, *((777, 5632) if run.cuda else (9, 40)), fused=True)
@@ -104,10 +104,14 @@ def rope(run: Run, dtype: str, size: tuple[int, ...], interleaved: bool, with_of
     trial(run, words, ours, exact, BOUNDS[dtype])
 
 
+ALONE = ("gelu", "gelu_erf")  # without a gate
+GELU = {"gelu_erf": "none"}  # of its form: torch's word
+
+
 def activation(run: Run, name: str, dtype: str, T: int, width: int, fused: bool = False) -> None:
     """Of column slices of a wider matrix; fused: of gate beside up in one, as an MLP has them, with one gradient."""
     both, dout = run.randn(T, 2 * width + 8, dtype=DTYPES[dtype]), run.randn(T, width, dtype=DTYPES[dtype])
-    parts = [both[:, :width], both[:, width + 8 :]][: 1 if name == "gelu" else 2]
+    parts = [both[:, :width], both[:, width + 8 :]][: 1 if name in ALONE else 2]
 
     def ours() -> dict[str, Tensor]:
         given = [x.detach().requires_grad_() for x in ([torch.cat(parts, 1)] if fused else parts)]
@@ -117,8 +121,8 @@ def activation(run: Run, name: str, dtype: str, T: int, width: int, fused: bool 
 
     def exact() -> dict[str, Tensor]:
         given = [x.double().requires_grad_() for x in parts]
-        out = F.silu(given[0]) if name == "swiglu" else F.gelu(given[0], approximate="tanh")
-        out = out if name == "gelu" else out * given[1]
+        out = F.silu(given[0]) if name == "swiglu" else F.gelu(given[0], approximate=GELU.get(name, "tanh"))
+        out = out if name in ALONE else out * given[1]
         grads = torch.autograd.grad(out, given, dout.double())
         return {"out": out.detach()} | dict(zip(("dgate", "dup"), grads, strict=False))
 

@@ -30,7 +30,7 @@ COMMAND = Command(
     about="make a run directory from a Hugging Face folder",
     examples=[
         ("megapar import hf=Llama-3.2-1B run.dir=runs/llama", "config, weights and tokenizer; no pickles, no code"),
-        ("megapar generate runs/llama prompt='Once' parallel=tp2", "then in any layout"),
+        ("megapar import Llama-3.2-1B run.dir=runs/llama", "the same"),
     ],
     most_used=["hf", "run.dir"],
 )
