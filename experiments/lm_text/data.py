@@ -1,0 +1,70 @@
+"""Text of any folder, or the plays that lie beside this file: token files as `tokens` makes them.
+
+`data.path=plays` is the shipped text (TEXT.md says what it is); every other path means what it means to `tokens`.
+"""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megapar.config.errors import ConfigError
+from megapar.config.schema import DataConfig
+from megapar.data.source import Prepared, Source
+from megapar.data.sources.tokens import SOURCE as TOKENS
+
+PLAYS = "plays"  # as `data.path`: a word, as `stdlib` is one
+ARCHIVE = Path(__file__).with_name("plays.tar.xz")
+
+
+def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
+    """Token files of `config`; of the plays, unpacked first. Raises UserError as `tokens`."""
+    if config.path == PLAYS and config.prefix is None:
+        if os.path.exists(PLAYS):
+            say(
+                f"data: {PLAYS} is the text that comes with lm_text; data.path=./{PLAYS} is what lies here by that name"
+            )
+        config = replace(config, path=str(unpack(ARCHIVE, cache_folder(config))))
+    return TOKENS.prepare(config, say)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared data goes: `data.cache`, or its documented default."""
+    base = config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megapar")
+    return Path(base).expanduser().absolute()
+
+
+def unpack(archive: Path, parent: Path) -> Path:
+    """The folder of an archive's files, in `parent`, named after the archive's content. It is made whole or not at all.
+
+    Raises ConfigError for `data.cache` where it can't be written.
+    """
+    folder = parent / f"{PLAYS}-{hashlib.sha256(archive.read_bytes()).hexdigest()[:16]}" / PLAYS
+    if folder.exists():
+        return folder
+    temporary = folder.parent.with_name(f".{folder.parent.name}-{uuid.uuid4().hex}")
+    try:
+        (temporary / PLAYS).mkdir(parents=True)
+        with tarfile.open(archive) as files:
+            for member in files:
+                text = files.extractfile(member)
+                assert text is not None, f"{archive}: {member.name} is no file"
+                (temporary / PLAYS / member.name).write_bytes(text.read())
+        try:
+            os.rename(temporary, folder.parent)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    except OSError as error:
+        problem = f"can't be written ({error.strerror}); name a folder that can be written"
+        raise ConfigError("data.cache", parent, problem) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+SOURCE = Source("lm_text", "the plays that come with lm_text, or any text", prepare, TOKENS.open)
