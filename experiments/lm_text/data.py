@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
+from megapar.data.prepare import cache_folder
 from megapar.data.source import Prepared, Source
 from megapar.data.sources.tokens import SOURCE as TOKENS
 
@@ -30,12 +31,6 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
             )
         config = replace(config, path=str(unpack(ARCHIVE, cache_folder(config))))
     return TOKENS.prepare(config, say)
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """Where prepared data goes: `data.cache`, or its documented default."""
-    base = config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megapar")
-    return Path(base).expanduser().absolute()
 
 
 def unpack(archive: Path, parent: Path) -> Path:

@@ -53,7 +53,7 @@ def finish(config: T, world_size: int | None = None) -> T:
 def _with_tokenizer_of_weights(config: T) -> T:
     """Weights to go on from come with a tokenizer: what would train another one takes that."""
     data, weights = config.data, config.checkpoint.weights
-    if weights is None or data.tokenizer != "bpe" or data.source != "tokens" or data.prefix is not None:
+    if weights is None or data.tokenizer != "bpe" or data.prefix is not None:
         return config
     from megapar.convert import tokenizer_of
     from megapar.data.indexed import has_token_files

@@ -91,7 +91,7 @@ def prepare(config: DataConfig, *, prefix: str | None = None, log: Log | None = 
     key = _hash([settings, source.listing()])
     if prefix is not None:
         return _prepare_at(Path(prefix).expanduser().absolute(), source, config, settings, key, say)
-    folder = _cache_folder(config) / f"{source.name[:40]}-{key[:16]}"
+    folder = cache_folder(config) / f"{source.name[:40]}-{key[:16]}"
     if ready := _reusable(folder / "tokens", key, say):
         return ready
     with _work_folder(folder.parent, source.name, key) as temporary:
@@ -135,7 +135,8 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_folder(config: DataConfig) -> Path:
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared data goes, made if it is not there: `data.cache`, or its default. Raises ConfigError."""
     base = config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megapar")
     folder = Path(base).expanduser().absolute()
     try:
@@ -298,7 +299,7 @@ def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
             _describe(prefix, prefix.name, described, say)
         return open_prepared(prefix)
     # A folder in the cache with links to the files, so that everything else still needs one PREFIX only.
-    folder = _cache_folder(config) / f"{prefix.name[:40]}-{_hash([str(prefix), described])[:16]}"
+    folder = cache_folder(config) / f"{prefix.name[:40]}-{_hash([str(prefix), described])[:16]}"
     if not os.path.exists(folder / "tokens.json"):
         with _new_folder(folder.parent, prefix.name) as temporary:
             for end in described["files"]:
