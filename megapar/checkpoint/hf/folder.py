@@ -229,7 +229,9 @@ class HfWeights:
         for name, shape in on_disk.items():
             if name not in self.headers:
                 raise UserError(f"{self.folder}: has no tensor {name}, which {of} has")
-            there = self.headers[name].shape
+            there, dtype = self.headers[name].shape, self.headers[name].dtype
+            if dtype not in TORCH_DTYPES:
+                raise UserError(f"{self.folder}: tensor {name} is {dtype}, and weights are {', '.join(TORCH_DTYPES)}")
             if there != shape:
                 raise UserError(f"{self.folder}: tensor {name} has shape {list(there)}, and {of} {list(shape)}")
         ignored = list(self.family.ignored)

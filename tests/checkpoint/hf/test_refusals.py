@@ -73,6 +73,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
 CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": ("llama", with_tensors(lambda t: t.pop(NORM)), f"has no tensor {NORM}, which a llama of this"),
+    "whole numbers": ("llama", with_tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is I8, and"),
     "one too many": (
         "llama",
         with_tensors(lambda t: t.update({"model.layers.0.extra.weight": torch.ones(3)})),
