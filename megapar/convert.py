@@ -1,5 +1,6 @@
 """`megapar import` and `megapar export`: a Hugging Face folder to a run's directory and back, one tensor at a time."""
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -51,6 +52,7 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SHARD = 5_000_000_000
+ROOM = "make room, or name another folder"
 
 Say = Callable[[str], None]
 
@@ -66,8 +68,8 @@ def import_folder(source: Path, run_dir: Path, say: Say) -> TrainConfig:
     config = resolve(config)
     shapes = logical_shapes(config)
     weights = HfWeights(source, shapes)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError("run.dir", run_dir, "holds something already; name another folder")
+    _refuse_full("run.dir", run_dir)
+    there = run_dir.exists()
     folder = run_dir / "checkpoints"
     final = folder / "step-00000000"
     temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
@@ -80,11 +82,26 @@ def import_folder(source: Path, run_dir: Path, say: Say) -> TrainConfig:
         manifest = _write_checkpoint(temporary, weights, shapes, dtype, config)
         write_atomic(run_dir / "config.yaml", dump(config))
         finish(temporary, final, manifest)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        for left_over in (folder, run_dir / KEPT):
+            shutil.rmtree(left_over, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (run_dir / "config.yaml").unlink(missing_ok=True)
+            if not there:
+                run_dir.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{run_dir}: can't be written ({error.strerror}); {ROOM}") from None
         raise
     say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(shapes)} tensors, {dtype}, to {final}")
     return config
+
+
+def _refuse_full(key: str, folder: Path) -> None:
+    """Raise ConfigError for a folder to write that holds something, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            key, folder, "holds something already; name another folder" if folder.is_dir() else "is a file"
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -166,8 +183,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
     manifest = read_manifest(folder)
     shapes = logical_shapes(trained)
     refuse_other_shapes(manifest, shapes, folder)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError("hf", target, "holds something already; name another folder")
+    _refuse_full("hf", target)
     family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
     there, on_disk = places(family, shapes, _prefix(run_dir / KEPT, family))
     dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
@@ -205,7 +221,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
             target.rmdir()
         temporary.rename(target)
     except OSError as error:
-        raise UserError(f"{target}: can't be written ({error.strerror}); make room, or name another folder") from None
+        raise UserError(f"{target}: can't be written ({error.strerror}); {ROOM}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(on_disk)} tensors, {dtype}, to {target}")

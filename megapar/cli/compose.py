@@ -97,7 +97,7 @@ def _composed(command: str, overrides: list[str]) -> dict[Any, Any]:
     from omegaconf import OmegaConf
 
     with one_line_errors(), hydra.initialize_config_module("megapar.conf", version_base="1.3"):
-        named = [_with_names(text) for text in overrides]
+        named = [with_names(text) for text in overrides]
         composed = OmegaConf.to_container(hydra.compose(root_file(command), overrides=named), resolve=True)
     assert isinstance(composed, dict)
     return composed
@@ -130,8 +130,8 @@ def register(overrides: Iterable[str]) -> None:
     texts = [*overrides, *experiments.texts()]
     for name in {name for text in texts for name in re.findall(r"[a-z0-9]+", text) if is_layout(name)}:
         store.store(group=LAYOUTS, name=name, node=dict(Layout.parse(name)), provider="megapar")
-    for path in {path for text in texts for path in re.findall(r"^model=(.*)", text) if is_model_path(path)}:
-        store.store(group=MODEL, name=_name_of(path), node=read_model(path), provider="megapar")
+    for name, path in model_paths(texts).items():
+        store.store(group=MODEL, name=name, node=read_model(path), provider="megapar")
     store.repo.pop(EXPERIMENT, None)  # of an earlier call in this process, maybe in another folder
     for name, node in experiments.outside(overrides).items():
         store.store(group=EXPERIMENT, name=name, node=node, package="_global_", provider="megapar")
@@ -159,9 +159,23 @@ def _name_of(path: str) -> str:
     return f"path-{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
 
 
-def _with_names(override: str) -> str:
+def _choices(value: str) -> list[str]:
+    """Of a value of the group `model`: a path that is there, or several choices of a sweep."""
+    return [value] if Path(value).exists() else value.split(",")
+
+
+def model_paths(overrides: Iterable[str]) -> dict[str, str]:
+    """The paths that are chosen of the group `model`, by what Hydra knows them by."""
+    values = [value for text in overrides for value in re.findall(rf"^{MODEL}=(.*)", text)]
+    return {_name_of(path): path for value in values for path in _choices(value) if is_model_path(path)}
+
+
+def with_names(override: str) -> str:
+    """An override as Hydra can read it: paths of the group `model` by their names."""
     group, _, value = override.partition("=")
-    return f"{group}={_name_of(value)}" if group == MODEL and is_model_path(value) else override
+    if group != MODEL:
+        return override
+    return f"{group}={','.join(_name_of(one) if is_model_path(one) else one for one in _choices(value))}"
 
 
 def read_model(name: str) -> dict[str, Any]:

@@ -22,7 +22,17 @@ from typing import Any
 
 from megapar.cli.command import Call
 from megapar.cli.commands import train
-from megapar.cli.compose import Overrides, compose, one_line_errors, read, refuse_unknown, register
+from megapar.cli.compose import (
+    MODEL,
+    Overrides,
+    compose,
+    model_paths,
+    one_line_errors,
+    read,
+    refuse_unknown,
+    register,
+    with_names,
+)
 from megapar.cli.finish import check_early
 from megapar.cli.ledger import Ledger, State
 from megapar.cli.output import say, show
@@ -53,12 +63,14 @@ class Point:
     call: str  # id of this start of the sweep
     pid: int  # process that started the sweep
     entry: str | None
+    models: dict[str, str]  # paths of models by what Hydra knows them by
 
     def __call__(self, composed: Any) -> float:
         """Run one point, or skip it when it is done. Returns its final loss for sweepers that search; NaN: failed."""
         from hydra.core.hydra_config import HydraConfig
 
-        overrides = Overrides(list(HydraConfig.get().overrides.task), self.verbatim)
+        paths = {f"{MODEL}={name}": f"{MODEL}={path}" for name, path in self.models.items()}
+        overrides = Overrides([paths.get(text, text) for text in HydraConfig.get().overrides.task], self.verbatim)
         point = point_id(overrides)
         folder, ledger = Path(self.parent) / point, Ledger(Path(self.parent))
         about = {"overrides": overrides.as_list(), "call": self.call}
@@ -125,7 +137,7 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
     before = Ledger(folder).latest().values()
     done = sum(row["state"] == "done" for row in before)
     say(f"sweep: {folder}" + (f" goes on: {done} of {len(points or before)} points are done" if before else ""))
-    point = Point(str(folder), verbatim, uuid.uuid4().hex[:8], os.getpid(), entry)
+    point = Point(str(folder), verbatim, uuid.uuid4().hex[:8], os.getpid(), entry, model_paths(overrides.hydra))
     arguments = [
         f"{key}={value}" for key, value in QUIET.items() if not any(a.startswith(key) for a in overrides.hydra)
     ]
@@ -204,7 +216,7 @@ def _multirun(point: Point, arguments: list[str]) -> None:
     import hydra
 
     register(arguments)
-    with one_line_errors(), _as_hydra_program(["megapar", "--multirun", *arguments]):
+    with one_line_errors(), _as_hydra_program(["megapar", "--multirun", *map(with_names, arguments)]):
         hydra.main(config_path="pkg://megapar.conf", config_name="train", version_base="1.3")(point)()
 
 

@@ -11,6 +11,7 @@ from megapar.cli import main
 from tests.checkpoint.hf.models import build, save
 from tests.data import hf
 from tests.data.texts import make_text
+from tests.tiny import write_tokens
 
 
 @pytest.mark.more
@@ -49,3 +50,19 @@ def test_from_import_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (found - before).abs().max() > 1e-4
     manifest = json.loads(next(Path(tuned).glob("checkpoints/step-*/manifest.json")).read_text())
     assert manifest["config"]["data"]["tokenizer"] == f"{imported}/hf/tokenizer.json"
+
+
+def test_a_sweep_over_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what import says to go on with names the length of a table of positions."""
+    one, two = (save(build(name, vocab_size=61), tmp_path / name) for name in ("llama", "gpt2"))
+    line = ["train", "-m", f"model={one},{two}", f"data.path={write_tokens(tmp_path)}", "logger=disabled"]
+    line += ["train.steps=1", "train.seq_length=16", "train.micro_batch_size=1", "train.global_batch_size=1"]
+    line += [f"run.dir={tmp_path / 'sweep'}"]
+    assert main(line) == 0
+    rows = [json.loads(row) for row in (tmp_path / "sweep" / "ledger.jsonl").read_text().splitlines()]
+    done = [row["overrides"] for row in rows if row["state"] == "done"]
+    assert [texts[0] for texts in done] == [f"model={one}", f"model={two}"]
+    assert main(line) == 0
+    assert "2 of 2 points are done" in capsys.readouterr().err
+    assert main(["import", str(two), f"run.dir={tmp_path / 'run'}"]) == 0
+    assert "data.path=TEXT train.seq_length=64" in capsys.readouterr().out

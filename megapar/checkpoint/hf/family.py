@@ -35,15 +35,18 @@ def linear(disk: str, *ours: str, transposed: bool = False) -> tuple[Stored, Sto
 @dataclass(frozen=True)
 class Field:
     """A key of config.json that is a key of `model`. default: where config.json leaves it out; values: theirs by ours,
-    if they are not the same."""
+    if they are not the same; needed: config.json has to have it."""
 
     disk: str
     ours: str
     default: Any = None
     values: Mapping[str, Any] | None = None
+    needed: bool = False
 
     def read(self, config: Mapping[str, Any]) -> Any:
         value = config.get(self.disk, self.default)
+        if value is None and self.needed:
+            raise UserError(f"has no {self.disk}; add it")
         if self.values is None:
             return value
         for ours, theirs in self.values.items():

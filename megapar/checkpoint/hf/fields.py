@@ -8,11 +8,11 @@ from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig
 
 SIZES = (
-    Field("vocab_size", "vocab_size"),
-    Field("hidden_size", "hidden"),
-    Field("intermediate_size", "ffn"),
-    Field("num_hidden_layers", "layers"),
-    Field("num_attention_heads", "heads"),
+    Field("vocab_size", "vocab_size", needed=True),
+    Field("hidden_size", "hidden", needed=True),
+    Field("intermediate_size", "ffn", needed=True),
+    Field("num_hidden_layers", "layers", needed=True),
+    Field("num_attention_heads", "heads", needed=True),
 )
 INIT = Field("initializer_range", "init_std", 0.02)
 GROUPED = (Field("num_key_value_heads", "kv_heads"), Field("head_dim", "head_dim"))
@@ -45,14 +45,15 @@ PRE = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
 
 
 def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Keys:
-    """rope_theta and rope_scaling, as transformers 5 writes them (rope_parameters) and as earlier ones do."""
-    parameters = config.get("rope_parameters") or {}
+    """rope_theta and rope_scaling, as transformers 5 writes them (rope_parameters) and as earlier ones do, which come
+    first where both are there."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if FULL in parameters or WINDOWED in parameters:
         if WINDOWED in parameters and parameters[WINDOWED] != parameters.get(FULL):
             raise UserError("rope_parameters differ between kinds of layers, which this model_type does not have")
         parameters = parameters[FULL]
     theta = parameters.get("rope_theta", config.get("rope_theta", default_theta))
-    return {"rope_theta": float(theta), "rope_scaling": scaling(config, parameters or config.get("rope_scaling") or {})}
+    return {"rope_theta": float(theta), "rope_scaling": scaling(config, parameters)}
 
 
 def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Keys:
@@ -72,7 +73,8 @@ def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Keys:
     if kind == "llama3":
         names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
         found |= {name: float(parameters[theirs]) for name, theirs in names.items()}
-        found["original_length"] = parameters["original_max_position_embeddings"]
+        length = "original_max_position_embeddings"  # beside rope_scaling it comes first
+        found["original_length"] = config.get(length) or parameters.get(length) or config["max_position_embeddings"]
     return found
 
 
@@ -92,9 +94,11 @@ def write_scaling(model: ModelConfig) -> Keys:
     return {"rope_scaling": found}
 
 
-def pattern(layer_types: list[str]) -> str:
-    """The shortest `window_pattern` of these kinds of layers. Raises UserError for another kind."""
+def pattern(layer_types: list[str], layers: int) -> str:
+    """The shortest `window_pattern` of these kinds of layers. Raises UserError for another kind, or another number."""
     letters = {WINDOWED: "W", FULL: "F"}
+    if len(layer_types) != layers:
+        raise UserError(f"layer_types has {len(layer_types)} kinds for {layers} layers")
     if others := sorted(set(layer_types) - letters.keys()):
         raise UserError(f"layer_types has {others[0]}, which is not supported; there are {', '.join(letters)}")
     whole = "".join(letters[kind] for kind in layer_types)

@@ -24,6 +24,7 @@ from megapar.parallel.context import StageContext
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 CODE = "auto_map"  # in config.json: classes that are in the folder itself
+QUANTIZED = "quantization_config"
 LOGICAL_LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
@@ -46,11 +47,17 @@ def read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
         raise UserError(f"{path}: is no JSON object; give a folder that transformers has saved")
     if CODE in config:
         raise UserError(f"{path}: {CODE} names code of the folder's own, which is never run; give a folder without it")
+    if config.get(QUANTIZED):
+        raise UserError(
+            f"{path}: {QUANTIZED}: quantized weights are not read; give a folder with those in bf16 or fp32"
+        )
     kind = config.get("model_type")
-    if kind not in families():
+    if not isinstance(kind, str) or kind not in families():
         known = ", ".join(families())
         raise UserError(f"{path}: model_type={kind!r} is not known; there are {known}")
-    family, named = families()[kind], (config.get("architectures") or [None])[0]
+    family, named = families()[kind], config.get("architectures")
+    if isinstance(named, list):
+        named = named[0] if named else None
     if named is not None and named not in (family.architecture, *family.others):
         known = ", ".join((family.architecture, *family.others))
         raise UserError(f"{path}: architectures={named} is not supported; of {kind} there are {known}")
@@ -62,12 +69,12 @@ def model_keys(folder: Path) -> tuple[Keys, int]:
     family, config = read_config(folder)
     try:
         keys = family.model_keys(config)
+        length = int(config.get(family.length) or family.default_length)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = f"{type(error).__name__} ({error}); is it one of {family.model_type}?"
         raise UserError(f"{folder / CONFIG}: {problem}") from None
-    length = int(config.get(family.length) or family.default_length)
     return {name: value for name, value in keys.items() if value is not None}, length
 
 
@@ -82,11 +89,15 @@ def logical_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
 
 def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
     """The weights of a folder for a resolved config's model. Raises ConfigError where theirs is another one."""
-    theirs, ours = in_full(to_model(model_keys(folder)[0])), in_full(config.model)
+    keys, length = model_keys(folder)
+    theirs, ours = in_full(to_model(keys)), in_full(config.model)
     for name, value in theirs.items():
         if not same(value, ours.get(name, value)):
             problem = f"{folder} has model.{name}={show(value)}; use model={folder}"
             raise ConfigError(f"model.{name}", ours[name], problem)
+    if config.model.position == "learned" and config.train.seq_length != length:
+        problem = f"{folder} has a table of {length} learned positions; use train.seq_length={length}"
+        raise ConfigError("train.seq_length", config.train.seq_length, problem)
     return HfWeights(folder, logical_shapes(config))
 
 
@@ -215,7 +226,9 @@ class HfWeights:
         for name, shape in on_disk.items():
             if name not in self.headers:
                 raise UserError(f"{self.folder}: has no tensor {name}, which {of} has")
-            there = self.headers[name].shape
+            there, dtype = self.headers[name].shape, self.headers[name].dtype
+            if dtype not in TORCH_DTYPES:
+                raise UserError(f"{self.folder}: tensor {name} is {dtype}, and weights are {', '.join(TORCH_DTYPES)}")
             if there != shape:
                 raise UserError(f"{self.folder}: tensor {name} has shape {list(there)}, and {of} {list(shape)}")
         ignored = list(self.family.ignored)

@@ -16,8 +16,9 @@ def run(config: ImportConfig, call: Call) -> int:
     from megapar.convert import import_folder
 
     assert config.hf is not None and config.run.dir is not None
-    import_folder(Path(config.hf), Path(config.run.dir), say)
-    print(f"megapar train model={config.run.dir} checkpoint.weights={config.run.dir} data.path=TEXT")
+    made = import_folder(Path(config.hf), Path(config.run.dir), say)
+    length = f" train.seq_length={made.train.seq_length}" if made.model.position == "learned" else ""  # rows of a table
+    print(f"megapar train model={config.run.dir} checkpoint.weights={config.run.dir} data.path=TEXT{length}")
     return 0
 
 

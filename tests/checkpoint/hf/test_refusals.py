@@ -1,31 +1,46 @@
 """Folders that can't be read are one line, by import, by `checkpoint.weights` and from Python; nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import megapar
+from megapar.checkpoint.hf.family import to_model
+from megapar.checkpoint.hf.folder import model_keys, open_weights
 from megapar.config.errors import UserError
 from megapar.convert import import_folder
+from megapar.library.settings import settings
 from tests.checkpoint.hf.models import build, save
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("saved")
-    return {name: save(build(name), root / name, "1GB") for name in ("llama", "phi3", "gpt2", "bert_masked")}
+    return {name: save(build(name), root / name, "1GB") for name in ("llama", "phi3", "gpt2", "bert_masked", "gemma3")}
 
 
 def with_config(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[name]
+        (folder / "config.json").write_text(json.dumps(config))
 
     return change
 
@@ -58,6 +73,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
 CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": ("llama", with_tensors(lambda t: t.pop(NORM)), f"has no tensor {NORM}, which a llama of this"),
+    "whole numbers": ("llama", with_tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is I8, and"),
     "one too many": (
         "llama",
         with_tensors(lambda t: t.update({"model.layers.0.extra.weight": torch.ones(3)})),
@@ -102,6 +118,23 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "rope_type='yarn' is not supported; there are default, linear, dynamic, llama3",
     ),
     "partial": ("phi3", with_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
+    "a size that is not there": ("bert_masked", without("num_attention_heads"), "has no num_attention_heads; add it"),
+    "too few kinds of layers": (
+        "gemma3",
+        with_config(layer_types=["sliding_attention"]),
+        "layer_types has 1 kinds for 7 layers",
+    ),
+    "no kinds of layers": ("gemma3", with_config(layer_types=[]), "layer_types has 0 kinds for 7 layers"),
+    "a softcap without effect": (
+        "gemma3",
+        with_config(attn_logit_softcapping=5.0),
+        "attn_logit_softcapping=5.0 is not",
+    ),
+    "untied masked head": ("bert_masked", with_config(tie_word_embeddings=False), "tie_word_embeddings=False is not"),
+    "quantized": ("llama", with_config(quantization_config={"quant_method": "gptq"}), "quantized weights are not read"),
+    "architectures is a number": ("llama", with_config(architectures=5), "architectures=5 is not supported"),
+    "type is a list": ("llama", with_config(model_type=["llama"]), "model_type=.* is not known"),
+    "positions are a text": ("llama", with_config(max_position_embeddings="many"), "is it one of llama?"),
     "scaled by layers": ("gpt2", with_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     "a decoder": ("bert_masked", with_config(is_decoder=True), "is_decoder=True is not supported"),
 }
@@ -149,3 +182,65 @@ def test_masks(saved: dict[str, Path]) -> None:
         model(ids, attention_mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]))
     with pytest.raises(ValueError, match=r"^attention_mask: \[1, 4\], and ids are \[2, 4\]"):
         model(ids, attention_mask=torch.ones(1, 4))
+
+
+def test_nothing_half_is_left(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an import that is interrupted or finds a full disk, so that the same command can be given again."""
+    (tmp_path / "empty").mkdir()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, run_dir in (
+        (KeyboardInterrupt(), tmp_path / "run"),
+        (full, tmp_path / "run"),
+        (full, tmp_path / "empty"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("megapar.convert.dump", Mock(side_effect=error))  # behind everything but the last rename
+            with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+                import_folder(saved["llama"], run_dir, print)
+        assert error is not full or "No space left on device" in str(raised.value)
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    import_folder(saved["llama"], tmp_path / "empty", print)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run.dir=.*file: is a file$"):
+        import_folder(saved["llama"], tmp_path / "file", print)
+
+
+def test_learned_positions_name_the_length(saved: dict[str, Path]) -> None:
+    keys, _ = model_keys(saved["gpt2"])
+    choices: Any = {"layout": "single", "dtype": "fp32", "device": "cpu", "seed": None, "schedule": "1f1b"}
+    config = settings(to_model(keys), {}, **choices, seq_length=16, chunks=None)
+    with pytest.raises(UserError, match=r"^train.seq_length=16: .* 64 learned positions; use train.seq_length=64$"):
+        open_weights(saved["gpt2"], config)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+OLDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rope_scaling comes first": (
+        {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear", "factor": 4}},
+        {"kind": "linear", "factor": 4.0},
+    ),
+    "original length beside": (
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 16},
+        {"kind": "llama3", "factor": 8.0, "original_length": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "original length left out": (
+        {"rope_scaling": LLAMA3, "max_position_embeddings": 64},
+        {"kind": "llama3", "factor": 8.0, "original_length": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_older_spellings_of_rope(case: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers reads them, which the frequencies of its module show."""
+    import transformers
+
+    changes, expected = OLDER[case]
+    folder = shutil.copytree(saved["llama"], tmp_path / "folder")
+    with_config(**changes)(folder)
+    assert model_keys(folder)[0]["rope_scaling"] == expected
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        logits, found = model(ids).logits, megapar.from_hf(folder).eval()(ids)
+    assert (found - logits).abs().max() < 1e-5 * logits.abs().max()

@@ -5,6 +5,7 @@ from typing import Any
 
 from megapar.checkpoint.hf.family import Family, Field, Keys, Stored, linear
 from megapar.checkpoint.hf.fields import INIT, SIZES
+from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig
 
 MASKED, ENCODER = "BertForMaskedLM", "BertModel"
@@ -27,6 +28,8 @@ _linears = {
 def _read(config: Mapping[str, Any], keys: Keys) -> Keys:
     if (config.get("architectures") or [MASKED])[0] == ENCODER:
         return {"output": "hidden", "pooler": config.get("add_pooling_layer", True), "tied": False}
+    if not keys["tied"]:  # their logits then have a bias of another name
+        raise UserError("tie_word_embeddings=False is not supported with a head for masked tokens; there is True")
     return {"output": "mlm", "output_bias": True}
 
 

@@ -55,7 +55,7 @@ def _windows(config: Mapping[str, Any], keys: Keys, every: int) -> Keys:
     kinds = config.get("layer_types")
     if kinds is None:
         kinds = [WINDOWED if (layer + 1) % every else FULL for layer in range(keys["layers"])]
-    windowed = {"window": config.get("sliding_window", 4096), "window_pattern": pattern(kinds)}
+    windowed = {"window": config.get("sliding_window", 4096), "window_pattern": pattern(kinds, keys["layers"])}
     found = _scale(keys) | {"attention_scale": config.get("query_pre_attn_scalar", 256) ** -0.5}
     return found | (windowed if WINDOWED in kinds else {})
 
@@ -140,12 +140,11 @@ FAMILIES = (
         (
             *_sizes(8, 4),
             Field("hidden_activation", "activation", "gelu_pytorch_tanh", TANH),
-            Field("attn_logit_softcapping", "attention_softcap"),
             Field("final_logit_softcapping", "logit_softcap"),
             *SHARED,
         ),
         fixed=FIXED | {"norm_order": "sandwich", "qk_norm": "head"},
-        must=NO_BIAS,
+        must=NO_BIAS | {"attn_logit_softcapping": None},  # transformers reads it nowhere
         read=_gemma3,
         write=_write_gemma3,
         default_length=131072,

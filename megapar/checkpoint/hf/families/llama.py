@@ -43,7 +43,7 @@ def _window(config: Mapping[str, Any], layers: int) -> Keys:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     if "sliding_attention" not in kinds:
         return {}
-    return {"window": config.get("sliding_window", 4096), "window_pattern": pattern(kinds)}
+    return {"window": config.get("sliding_window", 4096), "window_pattern": pattern(kinds, layers)}
 
 
 def _write_window(model: ModelConfig) -> Keys:
