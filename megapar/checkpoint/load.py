@@ -94,6 +94,8 @@ def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
 def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where the checkpoint's weights mean something else in this config's model."""
     _refuse_other(manifest, config, folder, lambda key: key.startswith("model."))
+    if config.model.position == "learned":
+        _refuse_other(manifest, config, folder, lambda key: key == "train.seq_length")  # rows of their table
 
 
 def refuse_other_order(manifest: Manifest, config: TrainConfig, folder: Path) -> None:

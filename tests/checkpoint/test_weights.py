@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megapar.checkpoint import load_weights, save
+from megapar.checkpoint import load_weights, read_manifest, save
+from megapar.checkpoint.load import refuse_other_model
+from megapar.config.errors import ConfigError
 from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
@@ -44,3 +46,13 @@ def test_weights_alone(layout: str, zero: int, pool: WorkerPool, tokens: str, tm
     }
     save(expected, trainer.optimizer, trainer.config, 0)
     assert sum(rank[2] for rank in found) == pytest.approx(trainer.step(1).loss, rel=1e-12)
+
+
+def test_a_table_of_positions_has_its_length(tokens: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"model.position": "learned"}
+    trainer = Trainer(tiny_config(tokens, **values), 0)
+    manifest = read_manifest(save(tmp_path, trainer.optimizer, trainer.config, 0))
+    longer = changed(trainer.config, {"train.seq_length": 16})
+    with pytest.raises(ConfigError, match=r"^train.seq_length=16: .* was trained with 8; use train.seq_length=8$"):
+        refuse_other_model(manifest, longer, tmp_path)
+    trainer.close()

@@ -1,6 +1,7 @@
 """`megapar import`: a Hugging Face folder becomes a run's directory."""
 
 from pathlib import Path
+from shlex import quote
 
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError
@@ -18,7 +19,8 @@ def run(config: ImportConfig, call: Call) -> int:
     assert config.hf is not None and config.run.dir is not None
     made = import_folder(Path(config.hf), Path(config.run.dir), say)
     length = f" train.seq_length={made.train.seq_length}" if made.model.position == "learned" else ""  # rows of a table
-    print(f"megapar train model={config.run.dir} checkpoint.weights={config.run.dir} data.path=TEXT{length}")
+    words = [quote(f"{key}={config.run.dir}") for key in ("model", "checkpoint.weights")]
+    print(f"megapar train {' '.join(words)} data.path=TEXT{length}")
     return 0
 
 

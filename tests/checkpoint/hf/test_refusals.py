@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megapar
-from megapar.checkpoint.hf.family import to_model
+from megapar.checkpoint.hf.family import families, to_model
 from megapar.checkpoint.hf.folder import model_keys, open_weights
 from megapar.config.errors import UserError
 from megapar.convert import import_folder
@@ -203,6 +203,19 @@ def test_nothing_half_is_left(saved: dict[str, Path], tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^run.dir=.*file: is a file$"):
         import_folder(saved["llama"], tmp_path / "file", print)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("mistral", 8), ("qwen2", 32), ("qwen3", 32)])
+def test_what_a_class_takes_for_granted(kind: str, size: int) -> None:
+    """Keys that config.json may leave out, by the defaults of transformers' classes."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind).to_dict()
+    keys = families()[kind].model_keys(
+        {k: v for k, v in config.items() if k not in ("num_key_value_heads", "head_dim")}
+    )
+    assert keys["kv_heads"] == size == config["num_key_value_heads"]
+    assert keys["head_dim"] == (128 if kind == "qwen3" else None)
 
 
 def test_learned_positions_name_the_length(saved: dict[str, Path]) -> None:

@@ -83,6 +83,10 @@ def _family(model_type: str, architecture: str, **facts: Any) -> Family:
     )
 
 
+def kv_heads(default: int) -> Field:
+    return Field("num_key_value_heads", "kv_heads", default)
+
+
 UNTIED = Field("tie_word_embeddings", "tied", False)
 FAMILIES = (
     _family(
@@ -96,16 +100,23 @@ FAMILIES = (
     _family(
         "mistral",
         "MistralForCausalLM",
-        fields=(UNTIED,),
+        fields=(UNTIED, kv_heads(8)),
         read=_mistral,
         write=_write_mistral,
         default_length=131072,
     ),
-    _family("qwen2", "Qwen2ForCausalLM", fields=(UNTIED,), read=_qwen2, write=_write_qwen2, default_length=32768),
+    _family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        fields=(UNTIED, kv_heads(32)),
+        read=_qwen2,
+        write=_write_qwen2,
+        default_length=32768,
+    ),
     _family(
         "qwen3",
         "Qwen3ForCausalLM",
-        fields=(UNTIED,),
+        fields=(UNTIED, kv_heads(32), Field("head_dim", "head_dim", 128)),
         fixed={"qk_norm": "head"},
         read=_qwen3,
         write=_write_qwen3,
