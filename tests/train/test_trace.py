@@ -297,7 +297,11 @@ def test_a_trace_that_can_not_be_written_ends_no_run(tmp_path: Path) -> None:
     trainer = SimpleNamespace(mesh=Mesh(), schedule=build("1f1b", 1, 1))
     config = tiny_config("none", "single", **{"train.trace": [1, 1]})
     loop: Any = SimpleNamespace(
-        config=config, first_step=1, trainer=trainer, folder=tmp_path / "gone", writer=SimpleNamespace(say=said.append)
+        config=config,
+        start=SimpleNamespace(step=1),
+        trainer=trainer,
+        folder=tmp_path / "gone",
+        writer=SimpleNamespace(say=said.append),
     )
     tracer = Tracer(loop)
     tracer.before(1)
