@@ -135,6 +135,12 @@ class ModelConfig:
         """Whether the MLP has a third matrix, the gate's."""
         return self.activation in ("swiglu", "geglu")
 
+    @property
+    def biases(self) -> dict[str, bool]:
+        """`qkv_bias` and `attention_out_bias`, which follow `bias` where nothing is said."""
+        said = {"qkv_bias": self.qkv_bias, "attention_out_bias": self.attention_out_bias}
+        return {name: self.bias if value is None else value for name, value in said.items()}
+
     def windowed(self, layer: int) -> bool:
         """Whether tokens of a layer see only a window."""
         return self.window is not None and self.window_pattern[layer % len(self.window_pattern)] == "W"

@@ -74,8 +74,7 @@ def layer_linears(model: ModelConfig) -> dict[str, Linear]:
     )
     up = (*((Output("gate", ffn),) if model.gated else ()), Output("up", ffn))
     into_stream = (Output("out", model.hidden),), (Output("down", model.hidden),)
-    qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
-    out_bias = model.bias if model.attention_out_bias is None else model.attention_out_bias
+    qkv_bias, out_bias = model.biases.values()
     return {
         "attention.qkv": Linear("column", model.hidden, qkv, qkv_bias),
         "attention.out": Linear("row", heads * channels, into_stream[0], out_bias, heads, residual=True),

@@ -148,9 +148,7 @@ def to_model(keys: Keys) -> ModelConfig:
 
 def in_full(model: ModelConfig) -> Keys:
     """Every key that changes logits, with what is derived; what has no effect is left out."""
-    keys = {**vars(model), **model_sizes(model)}
-    for name in ("qkv_bias", "attention_out_bias"):
-        keys[name] = model.bias if keys[name] is None else keys[name]
+    keys = {**vars(model), **model_sizes(model), **model.biases}
     keys["attention_scale"] = model.attention_scale or keys["head_dim"] ** -0.5
     without_effect = set(NOT_ON_DISK)
     if model.position != "rope":

@@ -14,6 +14,8 @@ SIZES = (
     Field("num_hidden_layers", "layers", needed=True),
     Field("num_attention_heads", "heads", needed=True),
 )
+SILU = Field("hidden_act", "activation", "silu", {"swiglu": ("silu", "swish")})
+INV_FREQ = (r".*\.rotary_emb\.inv_freq",)  # tensors of older files that follow from config.json
 INIT = Field("initializer_range", "init_std", 0.02)
 GROUPED = (Field("num_key_value_heads", "kv_heads"), Field("head_dim", "head_dim"))
 ROPE_KINDS = {"none": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3"}

@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from megapar.checkpoint.hf.family import Family, Field, Keys
-from megapar.checkpoint.hf.fields import GROUPED, INIT, PRE, SIZES, decoder, layer_types, pattern, rope, write_rope
+from megapar.checkpoint.hf.fields import (
+    GROUPED,
+    INIT,
+    INV_FREQ,
+    PRE,
+    SILU,
+    SIZES,
+    decoder,
+    layer_types,
+    pattern,
+    rope,
+    write_rope,
+)
 from megapar.config.schema import ModelConfig
 
 FIXED = {"norm": "rmsnorm", "position": "rope", "norm_order": "pre"}
-ACTIVATION = Field("hidden_act", "activation", "silu", {"swiglu": ("silu", "swish")})
-INV_FREQ = (r".*\.rotary_emb\.inv_freq",)
 
 
 def _llama(config: Mapping[str, Any], keys: Keys) -> Keys:
@@ -18,11 +28,7 @@ def _llama(config: Mapping[str, Any], keys: Keys) -> Keys:
 
 
 def _write_llama(model: ModelConfig) -> Keys:
-    return write_rope(model) | {"attention_bias": bool(_qkv_bias(model))}
-
-
-def _qkv_bias(model: ModelConfig) -> bool:
-    return model.bias if model.qkv_bias is None else model.qkv_bias
+    return write_rope(model) | {"attention_bias": model.biases["qkv_bias"]}
 
 
 def _mistral(config: Mapping[str, Any], keys: Keys) -> Keys:
@@ -67,7 +73,7 @@ def _write_qwen2(model: ModelConfig) -> Keys:
 
 
 def _write_qwen3(model: ModelConfig) -> Keys:
-    return write_rope(model) | _write_window(model) | {"attention_bias": _qkv_bias(model)}
+    return write_rope(model) | _write_window(model) | {"attention_bias": model.biases["qkv_bias"]}
 
 
 def _family(model_type: str, architecture: str, **facts: Any) -> Family:
@@ -76,7 +82,7 @@ def _family(model_type: str, architecture: str, **facts: Any) -> Family:
         model_type,
         architecture,
         decoder(PRE),
-        (*SIZES, *GROUPED, INIT, ACTIVATION, Field("rms_norm_eps", "norm_eps", 1e-6), *own),
+        (*SIZES, *GROUPED, INIT, SILU, Field("rms_norm_eps", "norm_eps", 1e-6), *own),
         fixed=FIXED | facts.pop("fixed", {}),
         ignored=INV_FREQ,
         **facts,

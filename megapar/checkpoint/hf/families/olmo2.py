@@ -1,7 +1,7 @@
 """OLMo 2: norms of the outputs of attention and MLP, and of q and k over all heads."""
 
 from megapar.checkpoint.hf.family import Family, Field
-from megapar.checkpoint.hf.fields import GROUPED, INIT, SIZES, decoder, rope, write_rope
+from megapar.checkpoint.hf.fields import GROUPED, INIT, INV_FREQ, SILU, SIZES, decoder, rope, write_rope
 
 NORMS = {"post_attention_layernorm": "norm1", "post_feedforward_layernorm": "norm2"}
 
@@ -14,7 +14,7 @@ FAMILIES = (
             *SIZES,
             *GROUPED[:1],
             INIT,
-            Field("hidden_act", "activation", "silu", {"swiglu": ("silu", "swish")}),
+            SILU,
             Field("rms_norm_eps", "norm_eps", 1e-5),
             Field("tie_word_embeddings", "tied", False),
         ),
@@ -22,6 +22,6 @@ FAMILIES = (
         must={"attention_bias": False},
         read=lambda config, keys: rope(config),
         write=write_rope,
-        ignored=(r".*\.rotary_emb\.inv_freq",),
+        ignored=INV_FREQ,
     ),
 )

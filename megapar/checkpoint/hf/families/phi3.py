@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megapar.checkpoint.hf.family import Family, Field, Keys, Stored, linear
-from megapar.checkpoint.hf.fields import GROUPED, INIT, PRE, SIZES, decoder, rope, write_rope
+from megapar.checkpoint.hf.fields import GROUPED, INIT, INV_FREQ, PRE, SILU, SIZES, decoder, rope, write_rope
 from megapar.config.schema import ModelConfig
 
 SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -32,7 +32,7 @@ FAMILIES = (
             *SIZES,
             *GROUPED[:1],
             INIT,
-            Field("hidden_act", "activation", "silu", {"swiglu": ("silu", "swish")}),
+            SILU,
             Field("rms_norm_eps", "norm_eps", 1e-5),
             Field("tie_word_embeddings", "tied", False),
         ),
@@ -41,6 +41,6 @@ FAMILIES = (
         read=_read,
         write=_write,
         default_length=4096,
-        ignored=(r".*\.rotary_emb\.inv_freq",),
+        ignored=INV_FREQ,
     ),
 )
