@@ -79,7 +79,7 @@ class ModelPart:
 
     build_stage: makes a stage from (config, context); the default is what `model.module` names, or the Transformer.
     mesh: reuse an existing mesh of the same layout; torch cannot recreate destroyed groups.
-    weights_only: for weights that are loaded and not trained, see `StageBuffers`.
+    weights_only: for weights that are not trained, see `StageBuffers`.
     initial: with initial values; else zeros, of what is filled at once.
     weight_grads: what adds weight gradients, if not the plain one of training.
     """

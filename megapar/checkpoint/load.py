@@ -52,19 +52,10 @@ def load_weights(path: str | Path, optimizer: StatefulOptimizer, config: TrainCo
     """Bring only the weights of a checkpoint, or of a Hugging Face folder, into an optimizer that has made no step, and
     its parameters.
 
-    Collective, raises as `load` does, but the data may be others.
+    Collective, raises as `load` does, but the data may be others, and so may the model's last part, which then begins
+    anew.
     """
-    buffers, weights = optimizer.buffers, optimizer.state()["weight"]
-    if is_hf_folder(path):
-        with all_or_none(buffers.mesh["world"], buffers.mesh.device), torch.no_grad():
-            found = open_weights(Path(path), config)
-            for owned in owned_boxes(buffers):
-                found.read(owned.record.name, owned.box, owned.view(weights))
-    else:
-        folder, manifest = _open(path, buffers)
-        with all_or_none(buffers.mesh["world"], buffers.mesh.device):
-            refuse_other_model(manifest, config, folder)
-        _fill(folder, manifest, buffers, {"weight": weights})
+    fill_weights(path, optimizer.buffers, optimizer.state()["weight"], config)
     optimizer.publish()
 
 
@@ -76,6 +67,21 @@ def load_parameters(path: str | Path, buffers: StageBuffers, config: TrainConfig
         refuse_other_model(manifest, config, folder)
     _fill(folder, manifest, buffers, {"weight": buffers.params})
     return manifest
+
+
+def fill_weights(path: str | Path, buffers: StageBuffers, weights: Sequence[Tensor], config: TrainConfig) -> None:
+    """Fill what a rank owns of every bucket, as `load_weights` does. Collective."""
+    if is_hf_folder(path):
+        with all_or_none(buffers.mesh["world"], buffers.mesh.device), torch.no_grad():
+            found = open_weights(Path(path), config)
+            for owned in owned_boxes(buffers):
+                if found.shapes.get(owned.record.name) == owned.record.shape:
+                    found.read(owned.record.name, owned.box, owned.view(weights))
+        return
+    folder, manifest = _open(path, buffers)
+    with all_or_none(buffers.mesh["world"], buffers.mesh.device):
+        refuse_other_model(manifest, config, folder, weights=True)
+    _fill(folder, manifest, buffers, {"weight": weights}, anew=head_anew(manifest, config))
 
 
 def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
@@ -91,9 +97,20 @@ def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
-    """Raise ConfigError where the checkpoint's weights mean something else in this config's model."""
-    _refuse_other(manifest, config, folder, lambda key: key.startswith("model."))
+def head_anew(manifest: Manifest, config: TrainConfig) -> bool:
+    """Whether the last part is another one than in the checkpoint, as a classifier behind what predicted tokens."""
+    then = manifest.config.get("model", {})
+    return any(then.get(key, getattr(config.model, key)) != getattr(config.model, key) for key in ("output", "classes"))
+
+
+def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path, weights: bool = False) -> None:
+    """Raise ConfigError where the checkpoint's weights mean something else in this config's model.
+
+    weights: weights alone are taken, so the last part may be another one
+    """
+    known = keys(TrainConfig)
+    free = {key for key, facts in known.items() if facts.head} if weights and head_anew(manifest, config) else set()
+    _refuse_other(manifest, config, folder, lambda key: key.startswith("model.") and key not in free)
     if config.model.position == "learned":
         _refuse_other(manifest, config, folder, lambda key: key == "train.seq_length")  # rows of their table
 
@@ -120,13 +137,23 @@ def _refuse_other(manifest: Manifest, config: TrainConfig, folder: Path, concern
             raise ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
 
 
-def _fill(folder: Path, manifest: Manifest, buffers: StageBuffers, state: Mapping[str, Sequence[Tensor]]) -> None:
-    """Read every owned box of every kind of state. Collective."""
+def _fill(
+    folder: Path,
+    manifest: Manifest,
+    buffers: StageBuffers,
+    state: Mapping[str, Sequence[Tensor]],
+    anew: bool = False,
+) -> None:
+    """Read every owned box of every kind of state. Collective. anew: leave alone what the checkpoint does not have."""
     world, device = buffers.mesh["world"], buffers.mesh.device
-    _check_parameters(folder, manifest, buffers)
+    if not anew:
+        _check_parameters(folder, manifest, buffers)
     reader = CheckpointReader(folder, manifest)
     with all_or_none(world, device), torch.no_grad():
         for owned in owned_boxes(buffers):
+            stored = manifest.parameters.get(owned.record.name)
+            if stored is None or stored.shape != owned.record.shape:
+                continue  # of the last part
             for kind, parts in state.items():
                 reader.read(kind, owned.record.name, owned.box, owned.view(parts))
 

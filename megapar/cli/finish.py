@@ -9,6 +9,7 @@ from megapar.config.derive import in_one_process
 from megapar.config.errors import UserError
 from megapar.config.keys import changed, value_of
 from megapar.config.model import least_bytes
+from megapar.config.tasks import TASKS
 from megapar.kernels import INTERPRET
 from megapar.launch.machine import memory_bytes, num_gpus
 
@@ -29,9 +30,11 @@ def finish(config: T, world_size: int | None = None) -> T:
     from megapar.data.source import find_source
 
     config = _with_tokenizer_of_weights(config)
+    if config.task.reference is None and (needs := TASKS.get(config.task.name)) and needs.reference:
+        config = changed(config, {"task.reference": config.checkpoint.weights})
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
-    sizes = {"vocab_size": prepared.vocab_size, "max_token": prepared.max_token}
+    sizes = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
     check(config, num_gpus=gpus, world_size=world_size)
     if config.task.sample_tokens and prepared.tokenizer_path is None:

@@ -15,6 +15,7 @@ from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
+from megapar.config.tasks import TASKS
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunks, refuse_unknown, table_ranks
@@ -68,12 +69,15 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(key, scaling.low_freq_factor, f"use less than high_freq_factor={scaling.high_freq_factor}")
     if scaling.kind == "dynamic" and model.head_dim == 2:
         raise ConfigError("model.head_dim", 2, "dynamic rope scaling needs more channels")
-    if model.output == "hidden":
+    if not model.has_logits:
         for key in ("tied", "output_bias", "logit_softcap"):
             if value := getattr(model, key):
-                raise ConfigError(f"model.{key}", value, "model.output=hidden has no logits; leave it out")
-    elif model.pooler:
-        raise ConfigError("model.pooler", True, "pools hidden states; use it with model.output=hidden")
+                raise ConfigError(f"model.{key}", value, f"model.output={model.output} has no logits; leave it out")
+    else:
+        for key, none in (("pooler", False), ("pooling", None), ("classes", None)):
+            if (value := getattr(model, key)) != none:
+                problem = f"model.output={model.output} has none; use it with model.output=classes"
+                raise ConfigError(f"model.{key}", value, problem)
     if model.attention_dropout:
         raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")
 
@@ -214,16 +218,25 @@ def _prove(name: str, ranks: int, microbatches: int, chunks: int) -> None:
 
 def check_task(config: TrainConfig) -> None:
     """Refuse a model that can't learn the task."""
-    for key, needed in (("causal", True), ("output", "lm")):
-        if config.task.name == "lm" and (value := getattr(config.model, key)) != needed:
-            problem = f"task.name=lm predicts the next token, which needs model.{key}={str(needed).lower()}"
-            raise ConfigError(f"model.{key}", value, problem)
+    if (known := TASKS.get(config.task.name)) is None:
+        return
+    for key, allowed in known.model.items():
+        if (value := getattr(config.model, key)) not in allowed:
+            needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)
+            raise ConfigError(
+                f"model.{key}", value, f"task.name={config.task.name} {known.about}, which needs {needed}"
+            )
+    if known.source is not None and config.data.source == "tokens":
+        problem = (
+            f"task.name={config.task.name} reads other samples; use {known.source}, as task={config.task.name} does"
+        )
+        raise ConfigError("data.source", config.data.source, problem)
 
 
 def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train, optim = config.train, config.optim
-    if config.task.name not in (tasks := modules_of("megapar.tasks") - {"kind"}):
+    if config.task.name not in (tasks := modules_of("megapar.tasks") - {"kind", "reference", "sampled", "send"}):
         raise ConfigError("task.name", config.task.name, f"no such task; there are {', '.join(sorted(tasks))}")
     if optim.warmup_steps > train.steps:
         raise ConfigError(

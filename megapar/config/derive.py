@@ -26,6 +26,7 @@ def resolve(
     *,
     vocab_size: int | None = None,
     max_token: int | None = None,
+    classes: int | None = None,
     num_gpus: int = 0,
     world_size: int | None = None,
 ) -> T:
@@ -33,6 +34,7 @@ def resolve(
 
     vocab_size: the tokenizer's; None where it is unknown, as for token files made elsewhere
     max_token: largest token id in the data; None before the data was read (model.vocab_size may then stay None)
+    classes: of the data; None where they have no labels
     num_gpus: GPUs visible on this machine
     world_size: ranks that torchrun or srun has started; None if we start them
 
@@ -40,6 +42,7 @@ def resolve(
     """
     check_values(config)
     sizes = model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
+    sizes |= _classes(config.model, classes)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
     if config.train.trace is None:
@@ -158,6 +161,14 @@ def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | Non
         problem = f"the data holds token {max_token}; use at least {max_token + 1}"
         raise ConfigError("model.vocab_size", model.vocab_size, problem)
     return {}
+
+
+def _classes(model: ModelConfig, classes: int | None) -> dict[str, Any]:
+    if model.output != "classes" or classes is None:
+        return {}
+    if model.classes is not None and model.classes < classes:
+        raise ConfigError("model.classes", model.classes, f"the data have {classes} labels; use at least that")
+    return {"classes": model.classes or classes}
 
 
 def _derive_sizes(config: C, ranks: int) -> C:

@@ -27,6 +27,7 @@ class Option:
     path: a leading ~ is the home folder
     fixed: a checkpoint is only loaded by a config with the same value: it says what the weights mean, or which samples
         come next
+    head: it says what the last part is made of; where that is another one, weights are taken without it (`head_anew`)
     kept: a run only goes on with the same value, as with that of every fixed key
     identity: part of what a run is: another value is said when a run goes on, and verify doesn't use a directory again
     also: what other programs call this key, for suggestions
@@ -42,6 +43,7 @@ class Option:
     path: bool = False
     fixed: bool = False
     kept: bool = False
+    head: bool = False
     identity: bool = True
     also: tuple[str, ...] = ()
 

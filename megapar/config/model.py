@@ -55,7 +55,7 @@ def parts(config: TrainConfig) -> list[Part]:
     return [
         Part("embedding", "embedding", (), embedding, **tie),
         *(replace(layer, name=f"layers.{index}", attention=_attention(config, index)) for index in range(model.layers)),
-        _head(config, tie if model.output != "hidden" else {}),
+        _head(config, tie if model.has_logits else {}),
     ]
 
 
@@ -70,8 +70,9 @@ def _attention(config: TrainConfig, layer: int) -> float:
 def _head(config: TrainConfig, tie: Any) -> Part:
     model, dense = config.model, config.model.hidden * (config.model.hidden + 1)
     norm = 0 if model.norm_order == "post" and model.output != "mlm" else _norm(model)
-    if model.output == "hidden":
-        weights, matmul = norm + (dense if model.pooler else 0), 0.0
+    if not model.has_logits:
+        scores = (model.classes or 0) * (model.hidden + 1) if model.output == "classes" else 0
+        weights, matmul = norm + (dense if model.pooler else 0) + scores, 0.0
     else:
         head = head_linear(model)
         weights, matmul = head.weights + norm, 2.0 * head.matrix
@@ -129,7 +130,7 @@ def _head_activation(config: TrainConfig) -> float:
     model = config.model
     size, wide = WIDTHS[config.train.dtype]
     norm = model.hidden * (_share_outside(config) * 2 * wide + size)
-    logits = 0 if model.output == "hidden" else (model.vocab_size or 0) / config.parallel.tp
+    logits = (model.vocab_size or 0) / config.parallel.tp if model.has_logits else 0
     return _tokens(config) * (norm + logits * size)
 
 

@@ -99,18 +99,34 @@ class ModelConfig:
     bias: bool = option(False, "biases in the linear layers of attention and MLP", fixed=True)
     qkv_bias: bool | None = option(None, "biases of q, k and v; default: bias", fixed=True)
     attention_out_bias: bool | None = option(None, "bias of attention's output; default: bias", fixed=True)
-    tied: bool = option(False, "the output head shares the embedding's weight", fixed=True)
+    tied: bool = option(False, "the output head shares the embedding's weight", fixed=True, head=True)
     embedding_scale: float = option(1.0, "what token embeddings are multiplied by", above=0, fixed=True)
     embedding_norm: bool = option(False, "a norm behind the embedding (BERT)", fixed=True)
     token_types: int = option(0, "rows of a table of token types, added to the embedding", at_least=0, fixed=True)
-    output: Literal["lm", "mlm", "hidden"] = option(
-        "lm", "last part: logits; mlm: those behind a dense layer and a norm (BERT); or the hidden states", fixed=True
+    output: Literal["lm", "mlm", "hidden", "classes"] = option(
+        "lm",
+        "last part: logits; mlm: those behind a dense layer and a norm (BERT); the hidden states; or scores of classes",
+        fixed=True,
+        head=True,
     )
-    output_bias: bool = option(False, "a bias of every logit", fixed=True)
+    output_bias: bool = option(False, "a bias of every logit", fixed=True, head=True)
     logit_softcap: float | None = option(
-        None, "logits become softcap * tanh(logits / softcap); default: as they are", above=0, fixed=True
+        None, "logits become softcap * tanh(logits / softcap); default: as they are", above=0, fixed=True, head=True
     )
-    pooler: bool = option(False, "with output=hidden: tanh of a dense layer of every first token", fixed=True)
+    classes: int | None = option(
+        None,
+        "with output=classes: how many; default: as many as the data have labels",
+        at_least=1,
+        fixed=True,
+        head=True,
+    )
+    pooling: Literal["first", "last", "mean"] | None = option(
+        None, "the hidden state that stands for a text; default: of its first token, causal: of its last", fixed=True,
+        head=True,
+    )  # fmt: skip
+    pooler: bool = option(
+        False, "with output=hidden or classes: tanh of a dense layer of what stands for a text", fixed=True, head=True
+    )
     dropout: float = option(
         0.0, "dropout of hidden states (embedding, attention output, MLP output)", at_least=0, below=1, kept=True
     )
@@ -129,6 +145,16 @@ class ModelConfig:
         verbatim=True,
         fixed=True,
     )
+
+    @property
+    def pools(self) -> Literal["first", "last", "mean"]:
+        """`pooling`, which follows `causal` where nothing is said."""
+        return self.pooling or ("last" if self.causal else "first")
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the last part gives scores of tokens."""
+        return self.output in ("lm", "mlm")
 
     @property
     def gated(self) -> bool:

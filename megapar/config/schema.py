@@ -120,6 +120,17 @@ class DataConfig:
     document_mask: bool = option(
         False, "documents that share a sample don't see each other, and each begins at position 0", kept=True
     )
+    valid: str | None = option(
+        None,
+        "JSONL file of records to hold out; default: data.split of those of data.path",
+        verbatim=True,
+        path=True,
+        kept=True,
+    )
+    packing: bool = option(True, "several instructions in one sample, which don't see each other", fixed=True)
+    too_long: Literal["refuse", "skip", "truncate"] = option(
+        "refuse", "a record of more tokens than a sample: an error, left out, or cut at its end", fixed=True
+    )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"
     )
@@ -136,6 +147,17 @@ class TaskConfig:
     """What is learned."""
 
     name: str = option("lm", "a file of megapar/tasks/; lm: next-token prediction", kept=True)
+    mask_share: float = option(
+        0.15, "masked_lm: share of the tokens that are hidden and predicted", above=0, at_most=1, kept=True
+    )
+    beta: float = option(0.1, "dpo: how strongly the reference holds the model back", above=0, kept=True)
+    reference: str | None = option(
+        None,
+        "dpo: checkpoint of the frozen model; default: the weights that the run starts from",
+        verbatim=True,
+        path=True,
+        kept=True,
+    )
     sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
     sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 

@@ -152,7 +152,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 @contextmanager
-def _new_folder(parent: Path, name: str) -> Iterator[Path]:
+def new_folder(parent: Path, name: str) -> Iterator[Path]:
     """A temporary folder in `parent`, on the same file system as what it will become.
 
     Raises UserError where it can't be made, and where what happens in it meets a full disk.
@@ -175,7 +175,7 @@ def _work_folder(parent: Path, name: str, key: str) -> Iterator[Path]:
     """A folder in `parent` for work that the next call with this name and key goes on with if this one is interrupted.
 
     If another process is at it, a folder of our own. What is left there of other keys, with nobody at it, is removed.
-    Raises UserError as `_new_folder`.
+    Raises UserError as `new_folder`.
     """
     stem = f".{name[:40]}-unfinished-"
     folder = parent / f"{stem}{key[:16]}"
@@ -185,7 +185,7 @@ def _work_folder(parent: Path, name: str, key: str) -> Iterator[Path]:
             lock = held.enter_context(open(folder / LOCK, "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # somebody is at it, it can't be written, or there are no locks
-            with _new_folder(parent, name) as own:
+            with new_folder(parent, name) as own:
                 yield own
             return
         for other in parent.glob(f"{glob.escape(stem)}*"):
@@ -229,7 +229,7 @@ def _publish(temporary: Path, folder: Path, key: str) -> None:
             if _reusable(folder / "tokens", key, lambda line: None):
                 return
             # Moved aside in one step, so that half a folder is never seen.
-            with _new_folder(folder.parent, "broken") as aside:
+            with new_folder(folder.parent, "broken") as aside:
                 try:
                     os.rename(folder, aside / "old")
                 except FileNotFoundError:
@@ -301,7 +301,7 @@ def _open_token_files(path: str, config: DataConfig, say: Log) -> Prepared:
     # A folder in the cache with links to the files, so that everything else still needs one PREFIX only.
     folder = cache_folder(config) / f"{prefix.name[:40]}-{_hash([str(prefix), described])[:16]}"
     if not os.path.exists(folder / "tokens.json"):
-        with _new_folder(folder.parent, prefix.name) as temporary:
+        with new_folder(folder.parent, prefix.name) as temporary:
             for end in described["files"]:
                 os.symlink(f"{prefix}{end}", temporary / f"tokens{end}")
             _describe(temporary / "tokens", prefix.name, described, say)

@@ -29,12 +29,14 @@ class Prepared:
     vocab_size: entries of the tokenizer; None where it is unknown
     max_token: the largest token, below `model.vocab_size`; None where that need not be checked
     tokenizer_path: the tokenizer's file; None where there is none
+    classes: that samples belong to; None where they have no labels
     """
 
     prefix: str
     vocab_size: int | None = None
     max_token: int | None = None
     tokenizer_path: Path | None = None
+    classes: int | None = None
 
 
 class Samples(Protocol):

@@ -31,10 +31,11 @@ Log = Callable[[str], Any]
 def token_file_settings(config: DataConfig, source: TextSource) -> dict[str, Any]:
     """Everything besides the text that the files depend on."""
     python = platform.python_version() if source.kind == "stdlib" else None
-    return {"code": CODE_VERSION, "kind": source.kind, "python": python, "tokenizer": _tokenizer_settings(config)}
+    return {"code": CODE_VERSION, "kind": source.kind, "python": python, "tokenizer": tokenizer_settings(config)}
 
 
-def _tokenizer_settings(config: DataConfig) -> dict[str, Any]:
+def tokenizer_settings(config: DataConfig) -> dict[str, Any]:
+    """What tokens depend on besides the text."""
     if config.tokenizer != "bpe":
         return identity(find_tokenizer(config.tokenizer))
     import sentencepiece

@@ -32,7 +32,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     run_dir = Path(config.run.dir)
     trained = in_layout(load_config(run_dir), config)
     tokenizer = run_tokenizer(run_dir, trained)
-    part = ModelPart(trained, rank, weights_only=True)
+    part = ModelPart(trained, rank, weights_only=True, initial=False)
     manifest = load_parameters(config.checkpoint.load or run_dir, part.buffers, trained)
     executor = Executor(part.stages, part.mesh, part.context.weight_grads)
     with all_or_none(part.mesh["world"], part.mesh.device):

@@ -12,7 +12,7 @@ from typing import Literal
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
 from megapar.checkpoint.format import LATEST, MANIFEST, STEP_FOLDER
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
-from megapar.checkpoint.load import refuse_other_model, refuse_other_order
+from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_order
 from megapar.checkpoint.save import data_hashes
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import load
@@ -160,7 +160,12 @@ def _from_origin(way: Literal["new", "aside", "anew", "back"], config: TrainConf
     if config.checkpoint.weights is not None and is_hf_folder(config.checkpoint.weights):
         open_weights(Path(config.checkpoint.weights), config)
     elif config.checkpoint.weights is not None:
-        refuse_other_model(*_origin("weights", config, config.checkpoint.weights))
+        origin = _origin("weights", config, config.checkpoint.weights)
+        refuse_other_model(*origin, weights=True)
+        if head_anew(origin[0], config):
+            said.append(
+                f"run: the last part begins anew: the weights are without one for model.output={config.model.output}"
+            )
     if config.checkpoint.load is None:
         return Start(way, said=said)
     manifest, config, folder = _origin("load", config, config.checkpoint.load)

@@ -8,7 +8,7 @@ from megapar.config.model import Part
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.models.embedding import Embedding
-from megapar.models.head import Head, HiddenStates
+from megapar.models.head import Classifier, Head, HiddenStates
 from megapar.models.layer import TransformerLayer
 from megapar.models.tokens import Tokens
 from megapar.parallel.context import StageContext
@@ -20,7 +20,7 @@ class TransformerStage(nn.Module):
     """The parts of one stage, in order.
 
     forward(received, batch) -> what the next stage receives, such as {"hidden": [t, H]}; from the last one
-    {"logits": [T, V]}, or what `HiddenStates` gives. Nothing is received in front of a model's first part.
+    {"logits": [T, V]}, or what `HiddenStates` or `Classifier` gives. Nothing is received in front of the first part.
     sends: names of the tensors that the next stage receives.
     """
 
@@ -43,7 +43,7 @@ class TransformerStage(nn.Module):
                     index = part.name.rpartition(".")[2]
                     self.layers[index] = TransformerLayer(context, model, int(index), train.recompute)
                 case "head":
-                    self.head = HiddenStates(context, model) if model.output == "hidden" else Head(context, model)
+                    self.head = {"hidden": HiddenStates, "classes": Classifier}.get(model.output, Head)(context, model)
 
     def received(self, batch: Batch) -> dict[str, TensorSpec]:
         """What the stage receives for this batch."""
@@ -65,7 +65,7 @@ class TransformerStage(nn.Module):
             for layer in self.layers.values():
                 x_tH = layer(x_tH, tokens)
         if isinstance(self.head, HiddenStates):
-            return self.head(x_tH, tokens.length)
+            return self.head(x_tH, tokens)
         return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}
 
 

@@ -23,6 +23,7 @@ class Tokens:
         every sample is one
     positions: of the tokens in their texts, int64 [B, S], where they are not those in the samples: with `starts` alone
     types: token types, int64 [B, S]; None: all 0
+    lengths: tokens of each text, which padding follows, int64 [B]; None: all of the sample
     """
 
     context: StageContext
@@ -32,11 +33,12 @@ class Tokens:
     starts: Tensor | None = None
     positions: Tensor | None = None
     types: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, context: StageContext) -> "Tokens":
-        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions` and `types`."""
-        length, more = batch["ids"].shape[1], (batch.get(name) for name in ("starts", "positions", "types"))
+        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types`, `lengths`."""
+        length, more = batch["ids"].shape[1], (batch.get(name) for name in ("starts", "positions", "types", "lengths"))
         return cls(context, batch["samples"], length, int(batch["step"]), *more)
 
     @property
@@ -58,6 +60,11 @@ class Tokens:
     def local_positions(self) -> Tensor:
         """Position of every local token in its text, [t]."""
         return self.local_places if self.positions is None else self.positions.reshape(-1)[self.local]
+
+    @cached_property
+    def text_lengths(self) -> Tensor:
+        """Tokens of each text, [B]."""
+        return torch.full_like(self.samples, self.length) if self.lengths is None else self.lengths
 
     @cached_property
     def local_types(self) -> Tensor:

@@ -79,8 +79,9 @@ def check_operations(config: TrainConfig, build_stage: BuildStage | None = None)
     config: resolved, with its data prepared; build_stage: as of `ModelPart`.
     """
     one = with_layout(config, Layout())
+    windows = config.data.source == "tokens"  # other samples may not fit into fewer positions
     batch = {
-        "train.seq_length": min(config.train.seq_length, POSITIONS),
+        "train.seq_length": min(config.train.seq_length, POSITIONS) if windows else config.train.seq_length,
         "train.micro_batch_size": SAMPLES,
         "train.global_batch_size": SAMPLES,
         "train.eval_every": 0,

@@ -85,7 +85,7 @@ class StageBuffers:
     """The buckets of one rank's stages.
 
     zero: with True the ranks of a bucket's axis own equal slices of it, else all own everything.
-    weights_only: for weights that are loaded and not trained: no main gradients, no initial values.
+    weights_only: for weights that are not trained: no main gradients.
     initial: with initial values, else zeros.
     """
 
@@ -94,7 +94,7 @@ class StageBuffers:
     ) -> None:
         self.context, self.mesh, self.weights_only = context, context.mesh, weights_only
         self.zero = zero and self.mesh.data.size > 1
-        self._initial = initial and not weights_only
+        self._initial = initial
         self.buckets: list[Bucket] = []
         self._lay_out(bucket_size)
         for bucket in self.buckets:

@@ -56,3 +56,15 @@ def vocab_parallel_cross_entropy(
     raises RuntimeError.
     """
     return _VocabParallelCrossEntropy.apply(logits, targets, first, axis, ignored, objective)
+
+
+@torch.no_grad()
+def vocab_parallel_argmax(logits: Tensor, first: int, axis: Axis) -> Tensor:
+    """Id of every token's largest logit, the smallest of equal ones: [T, V_r] -> int64 [T], equal on all ranks.
+
+    first: as above. One all-gather of [T, 2], fp64.
+    """
+    values, ids = logits.max(1)
+    best = torch.stack([values.double(), (ids + first).double()], 1)
+    found = all_gather(best.unsqueeze(0), axis)
+    return found[..., 1].gather(0, found[..., 0].argmax(0, keepdim=True)).squeeze(0).long()

@@ -80,8 +80,10 @@ def _tensor_parallel(
                     _linear(config, linear, direction, found)
             elif again and direction == "forward":
                 continue
-            elif part.kind == "head":
+            elif part.kind == "head" and config.model.has_logits:
                 _linear(config, head_linear(config.model), direction, found)
+            elif part.kind == "head" and split and direction == "forward":
+                found.add(1, whole / tp)
             elif part.kind == "embedding" and (direction == "forward" or split):
                 found.add(1, whole if direction == "forward" else whole / tp)
 
@@ -116,7 +118,7 @@ def _pieces(config: TrainConfig, operation: Operation, rows: int, sizes: tuple[i
 
 
 def _loss(config: TrainConfig, found: Messages) -> None:
-    if config.parallel.tp > 1:
+    if config.parallel.tp > 1 and config.model.has_logits:
         found.add(1, _tokens(config) * STATISTICS * WIDTHS[config.train.dtype][1])
 
 

@@ -1,6 +1,6 @@
 """What a task is to the rest of megapar."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,9 +28,12 @@ class Task(Protocol):
 
     Losses add up: every micro-batch's is its part of the mean over the global batch, so sums over micro-batches and
     ranks need no further scaling. Ranks that share samples get the same from every method.
+
+    tokens_per_step: of the global batch, padding counted; num_measures: numbers that `measure` returns
     """
 
     tokens_per_step: int
+    num_measures: int
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of step 1, 2, ..."""
@@ -38,11 +41,15 @@ class Task(Protocol):
     def loss(self, outputs: Tensors, batch: Batch) -> Tensor:
         """On the last stage: a micro-batch's part of the loss, a scalar."""
 
-    def validation(self) -> list[Batch]:
-        """This rank's micro-batches of an evaluation. Their losses, summed over ranks, are the evaluation's."""
+    def measure(self, outputs: Tensors, batch: Batch) -> Tensor:
+        """On the last stage: a micro-batch's part of the loss and of what else an evaluation measures, [k] fp64."""
 
-    def figures(self, loss: float) -> Mapping[str, float | None]:
-        """What else an evaluation with this loss says, by the keys of the kind's `figures`; None: unknown."""
+    def validation(self) -> list[Batch]:
+        """This rank's micro-batches of an evaluation. Their measures, summed over ranks, are the evaluation's."""
+
+    def figures(self, measured: Sequence[float]) -> Mapping[str, float | None]:
+        """What an evaluation with these measures says besides the loss, by the keys of the kind's `figures`; None:
+        unknown."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def summarise(figures: Tensor) -> dict[str, Any]:
     exposed["world"] = float(column["world"].min())
     phase = column["phase"].amax(RANK_ORDER.index("pp"), keepdim=True)
     return {
-        "loss": total_loss(figures),
+        "loss": totals(figures)[_COLUMNS.index("loss")],
         "compute_s": float(compute.mean()),
         "idle_s": float(column["idle"].mean()),
         "bubble": float((1.0 - column["busy"] / phase).mean()),
@@ -80,14 +80,14 @@ def any_to_stop(figures: Tensor) -> bool:
     return bool(figures[..., _COLUMNS.index("stop")].any())
 
 
-def total_loss(figures: Tensor) -> float:
-    """The sum of all ranks' parts of the loss. Of ranks that repeat each other the first ones are summed, so that the
-    sum has the bits that it has without the others."""
-    losses = figures[..., _COLUMNS.index("loss")]
+def totals(figures: Tensor) -> list[float]:
+    """The sum of all ranks' parts of every figure. Of ranks that repeat each other the first ones are summed, so that
+    the sum has the bits that it has without the others."""
     for dim, axis in enumerate(RANK_ORDER):
         if AXES[axis].splits is None:
-            losses = losses.narrow(dim, 0, 1)
-    return float(losses.sum())
+            figures = figures.narrow(dim, 0, 1)
+    columns = figures.flatten(0, -2).unbind(-1)
+    return [float(column.contiguous().sum()) for column in columns]
 
 
 class MetricsWriter:

@@ -131,16 +131,16 @@ class Trainer(ModelPart):
             return figures
         return torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
 
-    def evaluate(self) -> float:
-        """This rank's part of the mean loss over the held-out samples."""
+    def evaluate(self) -> list[float]:
+        """This rank's part of what the task measures over the held-out samples, the mean loss first."""
         batches = self.task.validation()
         placement = self.schedule.placement
         schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
-        loss = float(self._part(self.executor.run(schedule, batches)))
+        measured = self._part(self.executor.run(schedule, batches, self.task.measure), self.task.num_measures)
         self.mesh.timeline.forget()
-        return loss
+        return measured.tolist()
 
-    def _part(self, losses: list[Tensor]) -> Tensor:
-        """The sum, fp64. Of ranks that hold the same losses, as tensor-parallel peers do, one counts."""
+    def _part(self, losses: list[Tensor], *shape: int) -> Tensor:
+        """The sum, fp64 [shape]. Of ranks that hold the same losses, as tensor-parallel peers do, one counts."""
         counted = losses if self.mesh.first_along("weights", None) else []
-        return sum(counted, torch.zeros((), dtype=torch.float64, device=self.mesh.device))
+        return sum(counted, torch.zeros(shape, dtype=torch.float64, device=self.mesh.device))

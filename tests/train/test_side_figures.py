@@ -24,8 +24,8 @@ def bits_per_character(rank: int, world_size: int, config: TrainConfig, characte
     """Of a loss of 2, with tokens of so many characters each."""
     trainer = Trainer(config, rank)
     samples: Any = trainer.task
-    samples._samples["valid"].char_counts = np.full(VOCABULARY, characters, dtype=np.int32)
-    found = trainer.task.figures(2.0)["val_bits_per_char"]
+    samples.samples["valid"].char_counts = np.full(VOCABULARY, characters, dtype=np.int32)
+    found = trainer.task.figures([2.0])["val_bits_per_char"]
     trainer.close()
     return found
 

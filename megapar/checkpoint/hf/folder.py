@@ -16,8 +16,9 @@ from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, fa
 from megapar.checkpoint.slices import Slices
 from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError, show
+from megapar.config.keys import changed, keys
 from megapar.config.layout import Layout
-from megapar.config.schema import TrainConfig
+from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
 from megapar.parallel.context import StageContext
@@ -25,6 +26,7 @@ from megapar.parallel.context import StageContext
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 CODE = "auto_map"  # in config.json: classes that are in the folder itself
 QUANTIZED = "quantization_config"
+HEAD = {name for name, facts in keys(ModelConfig).items() if facts.head}  # what the last part is made of
 LOGICAL_LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
@@ -88,16 +90,20 @@ def logical_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
-    """The weights of a folder for a resolved config's model. Raises ConfigError where theirs is another one."""
-    keys, length = model_keys(folder)
-    theirs, ours = in_full(to_model(keys)), in_full(config.model)
+    """The weights of a folder for a resolved config's model, whose last part may be another one. Raises ConfigError
+    where the model is."""
+    said, length = model_keys(folder)
+    theirs, ours = in_full(to_model(said)), in_full(config.model)
+    anew = theirs["output"] != ours["output"]
     for name, value in theirs.items():
-        if not same(value, ours.get(name, value)):
+        if not same(value, ours.get(name, value)) and not (anew and name in HEAD):
             problem = f"{folder} has model.{name}={show(value)}; use model={folder}"
             raise ConfigError(f"model.{name}", ours[name], problem)
     if config.model.position == "learned" and config.train.seq_length != length:
         problem = f"{folder} has a table of {length} learned positions; use train.seq_length={length}"
         raise ConfigError("train.seq_length", config.train.seq_length, problem)
+    if anew:
+        config = changed(config, {f"model.{name}": theirs[name] for name in HEAD if name in theirs})
     return HfWeights(folder, logical_shapes(config))
 
 
@@ -151,7 +157,7 @@ class HfWeights:
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.folder, self.read_bytes = folder, 0
+        self.folder, self.shapes, self.read_bytes = folder, shapes, 0
         self.family, self.config = read_config(folder)
         self.headers = self._headers()
         self.prefix = self._prefix()

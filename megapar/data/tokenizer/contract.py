@@ -34,6 +34,17 @@ class Tokenizer(ABC):
     def end_of_text(self) -> int:
         """Id of the token that closes every document. Raises ConfigError where there is none."""
 
+    @property
+    def classified(self) -> tuple[list[int], list[int]]:
+        """Tokens in front of and behind a text to classify: [CLS] and [SEP], or else the end of the text alone."""
+        return [], [self.end_of_text]
+
+    @property
+    def mask(self) -> int | None:
+        """Id of the token that stands in place of one to be predicted: [MASK], or else one that no text becomes; None
+        where there is neither."""
+        return None
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them, on several threads."""

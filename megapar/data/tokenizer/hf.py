@@ -88,6 +88,22 @@ class JsonTokenizer(Tokenizer):
             )
         return int(token)
 
+    @property
+    def classified(self) -> tuple[list[int], list[int]]:
+        if "cls_token" not in self._names:
+            return super().classified
+        first, last = (self._named(name) for name in ("cls_token", "sep_token"))
+        return [token for token in [first] if token is not None], [token for token in [last] if token is not None]
+
+    @property
+    def mask(self) -> int | None:
+        return self._named("mask_token")
+
+    def _named(self, name: str) -> int | None:
+        """Id of a special token by its role."""
+        content = self._names.get(name)
+        return None if content is None else self._model.token_to_id(content)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             check_unicode(text)

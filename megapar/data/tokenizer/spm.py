@@ -73,6 +73,12 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return token
 
+    @property
+    def mask(self) -> int | None:
+        """The token for what is unknown, which byte fallback never writes."""
+        token: int = self._model.unk_id()
+        return token if token >= 0 else None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         plain = [text for text in texts if SPACE_MARK not in text]
         for text in texts:

@@ -4,7 +4,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from megapar.train.hooks.hook import Hook
-from megapar.train.metrics import gather_figures, local_figures, rows_before, total_loss
+from megapar.train.metrics import gather_figures, rows_before, totals
 from megapar.train.trainer import Step
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Evaluate(Hook):
 
     def _evaluate(self, step: int) -> None:
         trainer = self.loop.trainer
-        figures = gather_figures(local_figures(trainer.evaluate(), []), trainer.mesh)
+        figures = gather_figures(trainer.evaluate(), trainer.mesh)
         if self.loop.writer is not None:
-            loss = total_loss(figures)
-            row = {"step": step, "val_loss": loss, **trainer.task.figures(loss)}
+            measured = totals(figures)
+            row = {"step": step, "val_loss": measured[0], **trainer.task.figures(measured)}
             self._keep(row)
             self.loop.writer.evaluation(row)
 

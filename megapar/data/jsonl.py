@@ -1,0 +1,87 @@
+"""Lines of JSON: objects with their line numbers, and errors that name file and line."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.files import special
+
+
+@dataclass(frozen=True)
+class Line:
+    """An object of a JSONL file. path, number: where it stands; lines are counted from 1."""
+
+    path: Path
+    number: int
+    values: Mapping[str, Any]
+
+    def wrong(self, problem: str) -> UserError:
+        """The error for what is wrong with it."""
+        return UserError(f"{self.path}:{self.number}: {problem}")
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """The text of a key. Raises UserError where it is missing, no text, or empty."""
+        if key not in self.values:
+            there = ", ".join(map(str, self.values)) or "nothing"
+            raise self.wrong(f'has no "{key}"; it has {there}')
+        value = self.values[key]
+        if not isinstance(value, str):
+            raise self.wrong(f'"{key}" is {_kind(value)}; make it a text')
+        if not value and not empty:
+            raise self.wrong(f'"{key}" is empty; give some text, or remove the line')
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            problem = f'"{key}" is not valid Unicode: a lone surrogate at character {error.start}; remove it'
+            raise self.wrong(problem) from None
+        return value
+
+
+def read_lines(path: Path, key: str = "data.path") -> Iterator[Line]:
+    """The objects of a file, blank lines left out. Raises ConfigError for `key` where the file can't be read or has
+    none, and UserError for a line that is no object of JSON."""
+    count = 0
+    try:
+        if not path.is_file():
+            problem = f"is a {special(path)}" if path.exists() and not path.is_dir() else "no such file"
+            raise ConfigError(key, path, f"{problem}; name a .jsonl file, with an object in every line")
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    count += 1
+                    yield Line(path, number, _object(path, number, line))
+    except OSError as error:
+        raise ConfigError(key, path, f"can't be read ({error.strerror})") from None
+    if not count:
+        raise ConfigError(key, path, "holds no line of JSON; give an object in every line")
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 at byte {error.start}; save the file as UTF-8"
+    except RecursionError:
+        problem = "nested too deep; mend the line, or remove it"
+    except ValueError as error:
+        problem = f"not JSON ({str(error).partition(': line ')[0]}); mend the line, or remove it"
+    else:
+        if isinstance(value, dict):
+            return value
+        problem = f"{_kind(value)}, not an object; write {{...}} in every line"
+    raise UserError(f"{path}:{number}: {problem}")
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "null")

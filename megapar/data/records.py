@@ -1,0 +1,279 @@
+"""Records of a JSONL file as tokens: parsed, tokenised once in the launcher, and read by every rank.
+
+A kind of record says what a line becomes (`Kind.parse`): sequences of parts, each learned or only read. On disk, at a
+PREFIX in the cache: `.bin` (tokens, int32), `.npz` (where sequences end, which tokens are learned, lines, labels),
+`.json` (a manifest with hashes) and the tokenizer's files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.schema import DataConfig
+from megapar.data.jsonl import Line, read_lines
+from megapar.data.prepare import cache_folder, new_folder
+from megapar.data.source import Prepared, Split
+from megapar.data.split import held_out, text_hash
+from megapar.data.tokenise import tokenizer_settings
+from megapar.data.tokenizer import Tokenizer, open_tokenizer
+from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
+from megapar.data.tokenizer.train import train_bpe
+
+CODE_VERSION = 1  # raise it when the same lines would give other files
+SAY = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text inside a sequence. learned: the loss counts its tokens; closes: an end-of-text token stands behind it,
+    learned as the text is."""
+
+    text: str
+    learned: bool = False
+    closes: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a line becomes. sequences: of parts; group: records of one group are held out together; label: its class."""
+
+    line: Line
+    sequences: tuple[tuple[Part, ...], ...]
+    group: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of record by name, and how many sequences each has. between: tokens of a classifier stand around them."""
+
+    name: str
+    parse: Callable[[Line], Record]
+    sequences: int = 1
+    between: bool = False
+
+
+class Records:
+    """The records of a split, in the order of their lines.
+
+    labels: names of the classes, in the order of their numbers; empty without classes
+    lengths: tokens of every sequence, int64 [records, sequences]
+    classes: class of every record, int64 [records]; -1 without
+    """
+
+    def __init__(self, prefix: str, split: Split) -> None:
+        manifest = _manifest(Path(f"{prefix}.json"))
+        arrays = np.load(f"{prefix}.npz", allow_pickle=False)
+        tokens = np.memmap(f"{prefix}.bin", np.int32, "r")
+        self.labels: list[str] = manifest["labels"]
+        self._files: list[str] = manifest["paths"]
+        self._tokens, self._learned, self._offsets = tokens, arrays["learned"], arrays["offsets"]
+        self._chosen = np.flatnonzero(arrays["held"] == (split == "valid"))
+        self._lines, self._sources, self._sequences = arrays["lines"], arrays["sources"], manifest["sequences"]
+        self.lengths = np.diff(self._offsets).reshape(-1, self._sequences)[self._chosen]
+        self.classes: np.ndarray = arrays["classes"][self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def sequence(self, record: int, number: int = 0, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [n] of a sequence, and which of them are learned, bool [n]. most: the first of them alone."""
+        at = self._chosen[record] * self._sequences + number
+        start, stop = self._offsets[at], self._offsets[at + 1]
+        place = slice(start, stop if most is None else min(stop, start + most))
+        return self._tokens[place].astype(np.int64), self._learned[place]
+
+    def where(self, record: int) -> str:
+        """FILE:LINE of a record."""
+        at = self._chosen[record]
+        return f"{self._files[self._sources[at]]}:{self._lines[at]}"
+
+
+def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
+    """Find or make the tokenised records of `data.path`, and of `data.valid` if there is one, which is then held out.
+
+    Raises ConfigError or UserError, one line with file and line number, for what can't be used.
+    """
+    paths = [Path(path).expanduser().absolute() for path in (config.path, config.valid) if path is not None]
+    for key, path in zip(("data.path", "data.valid"), paths, strict=False):
+        if not path.is_file():
+            next(read_lines(path, key))
+    settings = {
+        "code": CODE_VERSION,
+        "kind": kind.name,
+        "tokenizer": tokenizer_settings(config),
+        "split": config.split,
+        "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder(config) / f"{paths[0].stem[:40]}-{kind.name}-{key[:16]}"
+    if _whole(folder / "records") is None:
+        with new_folder(folder.parent, paths[0].stem) as temporary:
+            _make(temporary / "records", kind, config, paths, say)
+            if folder.exists():  # broken
+                os.rename(folder, temporary / "broken")
+            try:
+                os.rename(temporary, folder)
+            except OSError:  # another launcher was faster
+                if _whole(folder / "records") is None:
+                    raise
+    prefix = str(folder / "records")
+    manifest = _manifest(Path(f"{prefix}.json"))
+    if manifest["paths"] != [str(path) for path in paths]:  # the same content elsewhere: errors name today's files
+        _write_manifest(prefix, manifest | {"paths": [str(path) for path in paths]})
+    tokenizer = tokenizer_beside(prefix)
+    assert tokenizer is not None
+    return Prepared(prefix, manifest["vocab_size"], manifest["max_token"], tokenizer, len(manifest["labels"]) or None)
+
+
+def _whole(prefix: Path) -> dict[str, Any] | None:
+    """The manifest of records whose files are there, in their sizes."""
+    try:
+        manifest = _manifest(Path(f"{prefix}.json"))
+        files = manifest["files"].items()
+        return manifest if all(os.path.getsize(f"{prefix}{end}") == facts["size"] for end, facts in files) else None
+    except (UserError, OSError):
+        return None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error}); remove its folder, and it is made anew") from None
+
+
+def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: SAY) -> None:
+    records, sources = [], []
+    for source, (key, path) in enumerate(zip(("data.path", "data.valid"), paths, strict=False)):
+        found = [kind.parse(line) for line in read_lines(path, key)]
+        records += found
+        sources += [source] * len(found)
+    held = _held_out(records, sources, config)
+    labels = _labels(records, held)
+    tokenizer = _tokenizer(prefix, config, [one for one, out in zip(records, held, strict=True) if not out], say)
+    tokens, learned, offsets = [], [], [0]
+    for sequence, ids, mask in _encoded(kind, records, tokenizer):
+        assert sequence == len(offsets) - 1
+        tokens += ids
+        learned += mask
+        offsets.append(len(tokens))
+    np.array(tokens, dtype=np.int32).tofile(f"{prefix}.bin")
+    numbers = {label: number for number, label in enumerate(labels)}
+    np.savez(
+        f"{prefix}.npz",
+        learned=np.array(learned, dtype=bool),
+        offsets=np.array(offsets, dtype=np.int64),
+        held=held,
+        sources=np.array(sources, dtype=np.int8),
+        lines=np.array([record.line.number for record in records], dtype=np.int64),
+        classes=np.array([numbers.get(str(record.label), -1) for record in records], dtype=np.int64),
+    )
+    endings = [path.name.removeprefix(prefix.name) for path in prefix.parent.iterdir()]
+    _write_manifest(
+        str(prefix),
+        {
+            "format": "megapar-records",
+            "kind": kind.name,
+            "sequences": kind.sequences,
+            "labels": labels,
+            "paths": [str(path) for path in paths],
+            "vocab_size": tokenizer.vocab_size,
+            "max_token": max(tokens, default=0),
+            "files": {end: _facts(Path(f"{prefix}{end}")) for end in sorted(endings)},
+        },
+    )
+    count = f"{len(records):,} records ({int(held.sum()):,} held out), {len(tokens):,} tokens"
+    say(f"data: {paths[0].name}: {count}" + (f", {len(labels)} classes" if labels else ""))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
+    temporary = f"{prefix}.json.tmp-{os.getpid()}"
+    Path(temporary).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    os.replace(temporary, f"{prefix}.json")
+
+
+def _held_out(records: Sequence[Record], sources: list[int], config: DataConfig) -> np.ndarray:
+    """Which are for validation, bool [records]: those of `data.valid`, or by the hash of their group."""
+    if config.valid is not None:
+        return np.array(sources) == 1
+    return held_out(np.array([text_hash(record.group) for record in records], dtype=np.uint64), config.split)
+
+
+def _labels(records: Sequence[Record], held: np.ndarray) -> list[str]:
+    """Names of the classes, sorted. Raises UserError for one that only held-out records have."""
+    known = {record.label for record, out in zip(records, held, strict=True) if not out and record.label is not None}
+    for record in records:
+        if record.label is not None and record.label not in known:
+            some = ", ".join(sorted(known)[:5])
+            problem = f'the label "{record.label}" is never seen in training, which has {some}'
+            raise record.line.wrong(problem + ("..." if len(known) > 5 else "") + "; mend it, or give more records")
+    return sorted(known)
+
+
+def _tokenizer(prefix: Path, config: DataConfig, records: Sequence[Record], say: SAY) -> Tokenizer:
+    """The one that is named, or trained on the records; beside the prefix."""
+    if config.tokenizer != "bpe":
+        copy_beside(open_tokenizer(config.tokenizer).path, prefix)
+    else:
+        texts = (part.text for record in records for sequence in record.sequences for part in sequence)
+        train_bpe(texts, config.vocab_size, Path(f"{prefix}.model"))
+        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries")
+    path = tokenizer_beside(prefix)
+    assert path is not None
+    return open_tokenizer(path)
+
+
+def _encoded(
+    kind: Kind, records: Sequence[Record], tokenizer: Tokenizer
+) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """Every sequence: its number, its tokens, and which of them are learned."""
+    end = tokenizer.end_of_text
+    before, behind = tokenizer.classified if kind.between else ([], [])
+    sequences = [sequence for record in records for sequence in record.sequences]
+    texts = iter(tokenizer.encode_batch([part.text for sequence in sequences for part in sequence]))
+    for number, sequence in enumerate(sequences):
+        ids, learned = list(before), [False] * len(before)
+        for part in sequence:
+            new = next(texts) + ([end] if part.closes else [])
+            ids += new
+            learned += [part.learned] * len(new)
+        yield number, ids + behind, learned + [False] * len(behind)
+
+
+def refuse_too_few(records: Records, split: Split, config: DataConfig) -> None:
+    """Raise ConfigError where a split has no record."""
+    if len(records):
+        return
+    if split == "train":
+        raise ConfigError("data.path", config.path, "all records are held out; lower data.split")
+    problem = "no record is held out; raise it, name a file in data.valid, or set train.eval_every=0"
+    raise ConfigError("data.split", config.split, problem)
+
+
+def fitting(records: Records, too_long: np.ndarray, config: DataConfig, most: int) -> np.ndarray:
+    """Numbers of the records to use, int64 [n]. too_long: those of more tokens than fit, bool [records].
+
+    Raises UserError for the first of them, unless `data.too_long` says what to do, and where none is left.
+    """
+    if not too_long.any() or config.too_long == "truncate":
+        return np.arange(len(records))
+    first = int(np.flatnonzero(too_long)[0])
+    length = int(records.lengths[first].sum())
+    problem = f"{length} tokens, of which at most {most} fit; raise train.seq_length, or use data.too_long=skip"
+    if config.too_long == "refuse" or too_long.all():
+        raise UserError(f"{records.where(first)}: {problem}")
+    return np.flatnonzero(~too_long)

@@ -1,0 +1,68 @@
+"""Prompts with responses, from a JSONL file: several in a row of tokens, of which the responses are learned."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from megapar.config.errors import UserError
+from megapar.config.schema import DataConfig, TrainConfig
+from megapar.data.jsonl import Line
+from megapar.data.order import SampleOrder
+from megapar.data.packing import pack
+from megapar.data.records import Kind, Part, Record, Records, fitting, prepare_records, refuse_too_few
+from megapar.data.source import Prepared, Source, Split
+
+
+def parse(line: Line) -> Record:
+    """`{"prompt": text, "response": text}`. The response is learned, and the end of text behind it."""
+    prompt, response = line.text("prompt"), line.text("response", empty=True)
+    parts = (Part(prompt), Part(response, learned=True, closes=True))
+    return Record(line, (parts,), prompt)
+
+
+KIND = Kind("instructions", parse)
+
+
+class Instructions:
+    """Rows of at most `seq_length` tokens of instructions; a row is a sample. "train" shuffles them every epoch anew.
+
+    An instruction of n tokens takes n - 1 places: its last token is only predicted. counts: learned tokens of every row
+    """
+
+    def __init__(self, config: TrainConfig, split: Split) -> None:
+        assert config.data.prefix is not None
+        self.records, self.length = Records(config.data.prefix, split), config.train.seq_length
+        refuse_too_few(self.records, split, config.data)
+        lengths = np.minimum(self.records.lengths[:, 0] - 1, self.length)
+        learned = np.array([self._learned(record) for record in range(len(self.records))])
+        most = self.length + 1
+        chosen = fitting(self.records, self.records.lengths[:, 0] > most, config.data, most)
+        chosen = chosen[learned[chosen] > 0]  # cut in its prompt it teaches nothing
+        if not len(chosen):
+            problem = "no response is left of any record; raise train.seq_length, or shorten the prompts"
+            raise UserError(f"{self.records.where(0)}: {problem}")
+        rows = pack(lengths[chosen], self.length) if config.data.packing else [[n] for n in range(len(chosen))]
+        self._rows = [chosen[row] for row in rows]
+        self.counts = np.array([learned[row].sum() for row in self._rows])
+        self.num_samples = len(self._rows)
+        self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
+
+    def _learned(self, record: int) -> int:
+        """Learned tokens of an instruction that is no longer than a row, at its end."""
+        return int(self.records.sequence(record, most=self.length + 1)[1][1:].sum())
+
+    def batch(self, indices: Iterable[int]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Of every sample its instructions, in order: (tokens int64 [n], learned bool [n]), cut to fit."""
+        rows = [self._rows[self.order.item(int(index))] for index in indices]
+        return [[self.records.sequence(int(record), most=self.length + 1) for record in row] for row in rows]
+
+    def count(self, indices: Iterable[int]) -> int:
+        """Learned tokens of samples."""
+        return int(sum(self.counts[self.order.item(int(index))] for index in indices))
+
+
+def _prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
+    return prepare_records(KIND, config, say)
+
+
+SOURCE = Source("instructions", "prompts with responses, from JSONL", _prepare, Instructions)

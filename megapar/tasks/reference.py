@@ -1,0 +1,32 @@
+"""A frozen model beside the one that learns, in the same layout: what a loss compares it with."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from megapar.checkpoint.load import fill_weights
+from megapar.config.keys import changed
+from megapar.config.schema import TrainConfig
+from megapar.mesh import Mesh
+from megapar.part import ModelPart
+from megapar.pipeline.executor import Executor
+from megapar.pipeline.stage import Batch, Tensors
+from megapar.schedule.lower import forward_only, lower
+
+
+class Reference:
+    """Weights of `task.reference`, or initial values where that is None. Every method is collective."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
+        config = changed(config, {"parallel.zero": 0})
+        path = config.task.reference
+        self.part = ModelPart(config, mesh.rank, mesh=mesh, weights_only=True)
+        if path is not None:
+            fill_weights(path, self.part.buffers, self.part.buffers.params, config)
+        self.executor = Executor(self.part.stages, mesh, self.part.context.weight_grads)
+
+    def run(self, batches: Sequence[Batch], head: Callable[[Tensors, Batch], Tensor]) -> list[Tensor]:
+        """What head(outputs, batch) gives on the last stage, of every micro-batch; empty on other ranks."""
+        placement = self.part.schedule.placement
+        schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
+        return self.executor.run(schedule, batches, head)
