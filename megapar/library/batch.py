@@ -69,6 +69,7 @@ def side_inputs(ids: Tensor, attention_mask: Tensor | None, token_types: Tensor 
         found["types"] = token_types.long()
     if attention_mask is not None:
         found["starts"] = starts_of_mask(attention_mask)
+        found["lengths"] = attention_mask.shape[1] - attention_mask.flip(1).int().argmax(1)
     return found
 
 

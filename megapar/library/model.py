@@ -94,7 +94,8 @@ class Model(nn.Module):
     ) -> Any:
         """ids int64 [B, S] of any B and S -> logits [B, S, V] in the model's dtype.
 
-        With model.output=hidden: hidden states [B, S, H], with a pooler (hidden states, pooled [B, H]).
+        With model.output=hidden: hidden states [B, S, H], with a pooler (hidden states, pooled [B, H]); with
+        output=classes: scores [B, classes], of texts whose padding, if any, is behind them.
 
         attention_mask: [B, S], 1 for tokens and 0 for padding on either side of them, which tokens don't see. What
             padding gives means nothing. token_types: int64 [B, S] of models that have them; default: all 0
@@ -113,9 +114,11 @@ class Model(nn.Module):
         for index, layer in self.layers.items():
             x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens)
         if isinstance(self.head, HiddenStates):
-            outputs = self.head(x_tH, ids.shape[1])
-            last = outputs["hidden"].view(*ids.shape, -1)
-            logits: Any = (last, outputs["pooled"]) if "pooled" in outputs else last
+            outputs = self.head(x_tH, tokens)
+            logits: Any = outputs.get("scores")
+            if logits is None:
+                last = outputs["hidden"].view(*ids.shape, -1)
+                logits = (last, outputs["pooled"]) if "pooled" in outputs else last
         else:
             logits = self._gathered(self.head(x_tH)).view(*ids.shape, -1)
         return (logits, {name: x.view(*ids.shape, -1) for name, x in behind.items()}) if hidden else logits

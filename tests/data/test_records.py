@@ -1,0 +1,172 @@
+"""JSONL records: what is learned of them, what is held out, and errors that name file and line."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.data.records import Records
+from megapar.data.source import find_source
+from megapar.data.tokenizer import open_tokenizer
+from megapar.data.tokenizer.files import tokenizer_beside
+from tests.records import instructions, labelled, prepared, write
+from tests.tiny import tiny_config
+
+GOOD = {
+    "instructions": {"prompt": "a b>", "response": "c"},
+    "preferences": {"prompt": "a>", "chosen": "b", "rejected": "c"},
+    "labelled": {"text": "a b", "label": "c"},
+}
+BAD: dict[str, tuple[str, Any, str]] = {
+    "no JSON": ("instructions", '{"prompt": "a"', r"not JSON \(Expecting ',' delimiter\); mend the line, or remove it"),
+    "a list": ("instructions", ["a"], r"a list, not an object; write \{...\} in every line"),
+    "null": ("labelled", "null", "null, not an object"),
+    "deep": ("instructions", "[" * 100_000, "nested too deep"),
+    "missing": ("instructions", {"prompt": "a"}, 'has no "response"; it has prompt'),
+    "empty": ("instructions", {"prompt": "", "response": "a"}, '"prompt" is empty; give some text, or remove the line'),
+    "a number": ("labelled", {"text": "a", "label": 3}, '"label" is a number; make it a text'),
+    "surrogate": ("labelled", r'{"text": "a\ud800", "label": "b"}', '"text" is not valid Unicode: a lone surrogate at'),
+    "same": (
+        "preferences",
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        "are the same; there is nothing to prefer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
+    source, line, problem = BAD[case]
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/{source}.jsonl:3: {problem if case != 'same' else '.*' + problem}"
+    ):
+        prepared(tmp_path, source, [GOOD[source], "", line, GOOD[source]])
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:2: not UTF-8 at byte 12; save the file as UTF-8"):
+        prepared(tmp_path, "instructions", ["{}"], path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"), [("nowhere.jsonl", "no such file"), (".", "no such file"), ("empty.jsonl", "holds no line")]
+)
+def test_no_file_of_records(path: str, problem: str, tmp_path: Path) -> None:
+    write(tmp_path / "empty.jsonl", ["", " "])
+    with pytest.raises(ConfigError, match=f"^data.path=.*{problem}"):
+        prepared(tmp_path, "instructions", path=str(tmp_path / path))
+    good = write(tmp_path / "good.jsonl", [GOOD["instructions"]])
+    with pytest.raises(ConfigError, match=f"^data.valid=.*{problem}"):
+        prepared(tmp_path, "instructions", path=str(good), valid=str(tmp_path / path))
+
+
+def test_a_label_never_seen(tmp_path: Path) -> None:
+    valid = write(tmp_path / "valid.jsonl", [GOOD["labelled"], GOOD["labelled"] | {"label": "d"}])
+    with pytest.raises(UserError, match=r'valid.jsonl:2: the label "d" is never seen in training, which has c; mend'):
+        prepared(tmp_path, "labelled", [GOOD["labelled"]] * 3, valid=str(valid))
+
+
+def test_what_is_learned(tmp_path: Path) -> None:
+    """The response and the end of text behind it, and nothing of the prompt."""
+    keys = prepared(tmp_path, "instructions", split=0.0)
+    records, path = Records(keys["data.prefix"], "train"), tokenizer_beside(keys["data.prefix"])
+    assert path is not None
+    tokenizer = open_tokenizer(path)
+    for number, line in enumerate(instructions()):
+        tokens, learned = records.sequence(number)
+        assert tokenizer.decode(tokens[~learned]) == line["prompt"]
+        assert tokenizer.decode(tokens[learned]) == line["response"] and tokens[-1] == tokenizer.end_of_text
+        assert records.where(number) == f"{tmp_path}/instructions.jsonl:{number + 1}"
+
+
+def test_held_out_together(tmp_path: Path) -> None:
+    """Records of one prompt are on one side, whatever else is in the file."""
+    lines = [{"prompt": f"p{number % 20}", "response": f"r{number}"} for number in range(60)]
+    sides = {}
+    for split in ("train", "valid"):
+        records = Records(prepared(tmp_path, "instructions", lines)["data.prefix"], split)
+        sides[split] = {int(records.where(record).rpartition(":")[2]) - 1 for record in range(len(records))}
+    groups = {split: {number % 20 for number in numbers} for split, numbers in sides.items()}
+    assert groups["train"] | groups["valid"] == set(range(20)) and not groups["train"] & groups["valid"]
+    assert all(sides.values())
+
+
+def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
+    valid = write(tmp_path / "valid.jsonl", instructions(5))
+    prefix = prepared(tmp_path, "instructions", valid=str(valid))["data.prefix"]
+    assert [len(Records(prefix, split)) for split in ("train", "valid")] == [40, 5]
+
+
+def test_a_tokenizer_is_trained_on_what_is_not_held_out(tmp_path: Path) -> None:
+    keys = prepared(tmp_path, "instructions", instructions(200), tokenizer="bpe", vocab_size=285)
+    path = tokenizer_beside(keys["data.prefix"])
+    assert path is not None and keys["model.vocab_size"] == open_tokenizer(path).vocab_size == 285
+
+
+def test_the_same_records_are_found_again(tmp_path: Path) -> None:
+    """And where the file has another name meanwhile, errors name that one."""
+    first = prepared(tmp_path, "instructions")
+    prefix = Path(first["data.prefix"])
+    made = prefix.with_suffix(".bin").stat().st_mtime_ns
+    assert prepared(tmp_path, "instructions") == first
+    assert prefix.with_suffix(".bin").stat().st_mtime_ns == made
+    prefix.with_suffix(".bin").write_bytes(b"cut")  # made anew
+    assert prepared(tmp_path, "instructions") == first and prefix.with_suffix(".bin").stat().st_size > 3
+    (tmp_path / "there").mkdir()
+    moved = (tmp_path / "instructions.jsonl").rename(tmp_path / "there" / "instructions.jsonl")
+    prepared(tmp_path, "instructions", ["{}"], path=str(moved))
+    assert Records(str(prefix), "train").where(0).startswith(str(moved))
+
+
+@pytest.mark.parametrize("source", GOOD)
+def test_too_long(source: str, tmp_path: Path) -> None:
+    """Refused by line; left out; or cut."""
+    lines: Any = [{key: "word " * (12 if number == 3 else 1) + key for key in GOOD[source]} for number in range(9)]
+    lines = [line | {"label": "c"} if source == "labelled" else line for line in lines]
+    keys: dict[str, Any] = {
+        "train.seq_length": 60,
+        "data.split": 0.0,
+        "task.name": {"instructions": "sft"}.get(source, "lm"),
+    }
+    keys |= prepared(tmp_path, source, lines, split=0.0) | {"data.packing": False, "task.name": "lm"}
+    keys |= {"model.output": "lm", "model.classes": None}
+    opened = find_source(source).open
+    with pytest.raises(
+        UserError, match=rf"{source}.jsonl:4: \d+ tokens, of which at most \d\d fit; raise train.seq_length"
+    ):
+        opened(tiny_config("", **keys), "train")
+    assert opened(tiny_config("", **keys | {"data.too_long": "skip"}), "train").num_samples == 8
+    cut = opened(tiny_config("", **keys | {"data.too_long": "truncate"}), "train")
+    if source == "instructions":
+        assert cut.num_samples == 8  # nothing is left of a response that stands behind a longer prompt
+        return
+    assert cut.num_samples == 9
+    if source == "labelled":
+        whole = cut.batch(range(9))
+        assert sorted(whole["lengths"])[-1] == 60 and set(whole["ids"][range(9), whole["lengths"] - 1]) == {1}
+    else:
+        assert max(sum(len(tokens) - 1 for tokens, _ in pair) for pair in cut.batch(range(9))) == 60
+
+
+def test_nothing_held_out(tmp_path: Path) -> None:
+    keys = prepared(tmp_path, "labelled", labelled(), split=0.0) | {"model.output": "lm", "model.classes": None}
+    with pytest.raises(
+        ConfigError, match=r"^data.split=0.0: no record is held out; raise it, name a file in data.valid"
+    ):
+        find_source("labelled").open(tiny_config("", **keys, **{"train.seq_length": 60}), "valid")
+
+
+def test_epochs_have_every_record_once(tmp_path: Path) -> None:
+    keys = prepared(tmp_path, "instructions") | {"train.seq_length": 30}
+    samples = find_source("instructions").open(tiny_config("", **keys), "train")
+    count, epochs = samples.num_samples, []
+    for epoch in range(2):
+        rows = samples.batch(range(epoch * count, (epoch + 1) * count))
+        epochs.append([[tokens.tolist() for tokens, _ in row] for row in rows])
+    assert sorted(map(str, epochs[0])) == sorted(map(str, epochs[1])) and epochs[0] != epochs[1]
+    assert sum(len(row) for row in epochs[0]) == len(samples.records) > count
+    assert samples.count(range(count)) == np.sum(samples.counts)
