@@ -9,7 +9,7 @@ from megapar.config.keys import check_values
 from megapar.config.parse import parse
 from megapar.config.schema import OptimConfig, TrainConfig
 from megapar.library.model import Model
-from megapar.optim.adamw import Optimizer, StepResult
+from megapar.optim.optimizer import Optimizer, StepResult
 
 _DEFAULT = OptimConfig()
 

@@ -10,7 +10,7 @@ import torch
 
 from megapar import verify
 from megapar.mesh import Axis
-from megapar.optim.adamw import Optimizer
+from megapar.optim.optimizer import Optimizer
 from megapar.parallel import collectives, engines
 from megapar.parallel.buffers import StageBuffers
 from megapar.parallel.grad_sync import GradSync

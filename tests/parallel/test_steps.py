@@ -97,9 +97,8 @@ def step_with_nan(rank: int, world_size: int, config: TrainConfig) -> list[Any]:
     for step in (1, 2, 3):
         result = trainer.step(step, poison).result
         skipped.append(result.skipped)
-        before.append(
-            [torch.cat(t) for t in (trainer.buffers.params, trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)]
-        )
+        state = trainer.optimizer.tensors()
+        before.append([torch.cat(t) for t in (trainer.buffers.params, *state.values())])
     equal = [torch.equal(a, b) for a, b in zip(before[0], before[1], strict=True)]
     updates = trainer.optimizer.steps
     moved = not torch.equal(before[1][0], before[2][0])
