@@ -253,8 +253,8 @@ def check_optimizer(config: TrainConfig) -> None:
     if optim.decay_steps is not None and optim.schedule != "wsd":
         raise ConfigError("optim.decay_steps", optim.decay_steps, "has no effect here; use it with optim.schedule=wsd")
     if optim.decay_steps is not None and optim.decay_steps + optim.warmup_steps > steps:
-        most = f"train.steps={steps} without optim.warmup_steps={optim.warmup_steps}"
-        raise ConfigError("optim.decay_steps", optim.decay_steps, f"more than {most}; use at most that")
+        problem = f"more than the {steps - optim.warmup_steps} steps behind the warm-up; use at most that"
+        raise ConfigError("optim.decay_steps", optim.decay_steps, problem)
     for pattern in optim.groups or {}:
         if not any(fnmatchcase(part.name, pattern) for part in parts(config)):
             there = f"embedding, layers.0 to layers.{config.model.layers - 1}, head; or a pattern such as layers.*"

@@ -24,7 +24,7 @@ class Lion:
         for group in self.groups:
             keep_unless(finite, group.runs, "exp_avg")
             grads, moments = [run.grad for run in group.runs], [run.state["exp_avg"] for run in group.runs]
-            directions = torch._foreach_lerp(moments, grads, 1.0 - self.settings.beta1)
+            directions = list(torch._foreach_lerp(moments, grads, 1.0 - self.settings.beta1))
             torch._foreach_sign_(directions)
             torch._foreach_lerp_(moments, grads, 1.0 - self.settings.beta2)
             descend(group, directions, group.lr_scale * lr, finite)
