@@ -4,7 +4,7 @@ In a notebook or a script of your own (docs/library.md):
 
     model = megapar.build("tiny", layers=2)       a model, `megapar.Model`
     model = megapar.from_hf("folder")             one with the weights of a Hugging Face folder
-    optimizer = megapar.AdamW(model, lr=1e-3)     or torch's own
+    optimizer = megapar.AdamW(model, lr=1e-3)     or Lion, Muon, or torch's own
     megapar.schedule("zbv", ranks=4, microbatches=16).draw()
 
 Importing megapar imports neither torch nor Hydra: these names are fetched when they are first used.
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from megapar.config.schema import ModelConfig
     from megapar.library.hf import from_hf
     from megapar.library.model import Model, build
-    from megapar.library.optimizer import AdamW
+    from megapar.library.optimizer import AdamW, Lion, Muon
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "ConfigError", "Model", "ModelConfig", "UserError", "build", "from_hf", "schedule"]
+__all__ = ["AdamW", "ConfigError", "Lion", "Model", "ModelConfig", "Muon", "UserError", "build", "from_hf", "schedule"]
 
 _WHERE = {
     "AdamW": "megapar.library.optimizer",
     "ConfigError": "megapar.config.errors",
+    "Lion": "megapar.library.optimizer",
     "Model": "megapar.library.model",
     "ModelConfig": "megapar.config.schema",
+    "Muon": "megapar.library.optimizer",
     "UserError": "megapar.config.errors",
     "build": "megapar.library.model",
     "from_hf": "megapar.library.hf",

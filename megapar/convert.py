@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.checkpoint.boxes import Box
 from megapar.checkpoint.format import (
     Manifest,
     StoredBox,
@@ -45,6 +44,7 @@ from megapar.config.parse import to_dict
 from megapar.config.schema import ExportConfig, TrainConfig
 from megapar.data.tokenizer.files import copy_into, tokenizer_in
 from megapar.files import write_atomic
+from megapar.parallel.boxes import Box
 
 KEPT = "hf"  # in a run's directory: the small files of the folder that it was imported from
 NAMES = "names.json"  # there: what the folder's names of tensors began with

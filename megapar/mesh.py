@@ -12,7 +12,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from megapar.config.layout import AXES, RANK_ORDER, Layout
+from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER, Layout
 from megapar.trace.clock import Timeline
 
 DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
@@ -111,6 +111,14 @@ class Mesh:
 
     def __getitem__(self, name: str) -> Axis:
         return self._axes[name]
+
+    @property
+    def stage(self) -> Axis:
+        """All ranks that hold parts of this rank's stages. Collective at its first use, as `among` is."""
+        if "stage" not in self._axes:
+            along = [name for name in INSIDE_STAGES if self.layout[name] > 1]
+            self._axes["stage"] = self._join(along[0] if len(along) == 1 else "world", INSIDE_STAGES)
+        return self._axes["stage"]
 
     def part_of(self, name: str, size: int) -> Axis:
         """The block of `size` neighbours along an axis that this rank belongs to (replicas of a kv head)."""

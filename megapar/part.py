@@ -111,8 +111,8 @@ class ModelPart:
             placement=self.schedule.placement,
             weight_grads=weight_grads or WeightGrads(),
         )
-        for name, stages in ties(config).items():
-            self.context.tie(name, stages)
+        for name, (stages, part) in ties(config).items():
+            self.context.tie(name, stages, part)
         build_stage = build_stage or find_builder(config.model.module)
         self.stages: dict[int, Stage] = {}
         for number in self.schedule.stages_of(self.mesh["pp"].index):

@@ -51,7 +51,12 @@ def prepared(folder: Path, source: str, lines: Iterable[Any] | None = None, **da
     path = write(folder / f"{source}.jsonl", LINES[source]() if lines is None else lines)
     if not (tokenizer := folder / "tokenizer.model").exists():
         train_bpe([f"{' '.join(WORDS)} {string.ascii_lowercase}{string.digits}>"] * 4, VOCABULARY, tokenizer)
-    values = {"path": str(path), "cache": str(folder / "cache"), "tokenizer": str(tokenizer), "split": 0.2} | data
+    values: dict[str, Any] = {
+        "path": str(path),
+        "cache": str(folder / "cache"),
+        "tokenizer": str(tokenizer),
+        "split": 0.2,
+    } | data
     found = find_source(source).prepare(DataConfig(source=source, **values), lambda line: None)
     keys = {f"data.{key}": value for key, value in values.items()}
     keys |= {"data.source": source, "data.prefix": found.prefix, "model.vocab_size": found.vocab_size}

@@ -20,8 +20,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megapar.checkpoint.boxes import Box
 from megapar.config.errors import UserError
+from megapar.parallel.boxes import Box
 
 FORMAT = "megapar-checkpoint"
 VERSION = 1

@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.save import StatefulOptimizer, data_hashes
@@ -17,6 +16,7 @@ from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_or_none, gather_texts
+from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
 
 
@@ -35,12 +35,14 @@ def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) ->
 
     path: a step folder, a folder of checkpoints or a run directory (the newest there). Layout, ZeRO and dtype may be
     others than those that wrote it: values are moved, and rounded only where this run's are narrower. Raises the same
-    UserError on all ranks where a file is missing or changed, or model or data order are not those of `config`.
+    UserError on all ranks where a file is missing or changed, or model, optimizer or data order are not those of
+    `config`.
     """
     buffers = optimizer.buffers
     folder, manifest = _open(path, buffers)
     with all_or_none(buffers.mesh["world"], buffers.mesh.device):
         refuse_other_model(manifest, config, folder)
+        refuse_other_optimizer(manifest, config, folder)
         refuse_other_order(manifest, config, folder)
     _fill(folder, manifest, buffers, optimizer.state())
     optimizer.steps = manifest.optimizer_steps
@@ -55,7 +57,7 @@ def load_weights(path: str | Path, optimizer: StatefulOptimizer, config: TrainCo
     Collective, raises as `load` does, but the data may be others, and so may the model's last part, which then begins
     anew.
     """
-    fill_weights(path, optimizer.buffers, optimizer.state()["weight"], config)
+    fill_weights(path, optimizer.buffers, optimizer.masters, config)
     optimizer.publish()
 
 
@@ -115,6 +117,15 @@ def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path, we
         _refuse_other(manifest, config, folder, lambda key: key == "train.seq_length")  # rows of their table
 
 
+def refuse_other_optimizer(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError where the checkpoint's state is another optimizer's."""
+    saved = manifest.config.get("optim", {}).get("name", "adamw")  # before there was this key
+    if config.optim.name != saved:
+        problem = f"{folder} holds the state of another optimizer (saved {saved} -> now {config.optim.name})"
+        remedy = f"use optim.name={saved}, or checkpoint.weights, which takes the weights alone"
+        raise ConfigError("optim.name", config.optim.name, f"{problem}; {remedy}")
+
+
 def refuse_other_order(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where this config would not go on with the data where the checkpoint's run stopped."""
     _refuse_other(manifest, config, folder, lambda key: not key.startswith("model."))
@@ -141,7 +152,7 @@ def _fill(
     folder: Path,
     manifest: Manifest,
     buffers: StageBuffers,
-    state: Mapping[str, Sequence[Tensor]],
+    state: Mapping[str, Sequence[PerBucket]],
     anew: bool = False,
 ) -> None:
     """Read every owned box of every kind of state. Collective. anew: leave alone what the checkpoint does not have."""
@@ -155,7 +166,8 @@ def _fill(
             if stored is None or stored.shape != owned.record.shape:
                 continue  # of the last part
             for kind, parts in state.items():
-                reader.read(kind, owned.record.name, owned.box, owned.view(parts))
+                if (values := owned.part_of(parts)) is not None:
+                    reader.read(kind, owned.record.name, owned.box, values)
 
 
 def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -> None:

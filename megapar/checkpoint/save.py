@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 import megapar
-from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.checkpoint.format import (
     LATEST,
     MANIFEST,
@@ -36,6 +35,7 @@ from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
 from megapar.files import follow_umask
 from megapar.parallel.agreement import all_or_none, gather_texts
+from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}
@@ -44,14 +44,17 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 class StatefulOptimizer(Protocol):
     """What a checkpoint needs of an optimizer.
 
-    state: by kind, what this rank owns of every bucket, in fp32 or fp64; "weight" holds the master weights.
+    masters: the weights that it updates, what this rank owns of every bucket, in fp32 or fp64
+    state: by kind, what this rank owns of every bucket likewise; "weight" are the masters, and another kind may be of
+        some parameters alone
     publish: brings the master weights into the parameters. Collective.
     """
 
     buffers: StageBuffers
+    masters: list[Tensor]
     steps: int
 
-    def state(self) -> Mapping[str, Sequence[Tensor]]: ...
+    def state(self) -> Mapping[str, Sequence[PerBucket]]: ...
     def publish(self) -> None: ...
 
 
@@ -122,7 +125,8 @@ def _write_part(temporary: Path, optimizer: StatefulOptimizer, rank: int) -> dic
         if owned.counted:
             part["boxes"].append([owned.record.name, owned.record.shape, owned.box.offset, owned.box.shape])
             for kind, parts in state.items():
-                tensors[key(kind, owned.record.name, owned.box)] = owned.view(parts).detach().cpu().numpy()
+                if (values := owned.part_of(parts)) is not None:
+                    tensors[key(kind, owned.record.name, owned.box)] = values.detach().cpu().numpy()
     if tensors:
         path = temporary / f"rank-{rank:05d}.safetensors"
         with _writing(path):

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from megapar.cli.output import refuse_bad_out, say
 from megapar.config import ConfigError, TrainConfig, VerifyConfig, check, resolve
+from megapar.config.check import check_optimizer_name
 from megapar.config.derive import in_one_process
 from megapar.config.errors import UserError
 from megapar.config.keys import changed, value_of
@@ -99,6 +100,7 @@ def refuse_too_large(config: TrainConfig, share: float = 1.0) -> None:
 def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
     """Derive and check what can be without the data: refuses in a moment. Returns the config so far."""
     share = 1.0 if world_size is None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size
+    check_optimizer_name(config.optim.name)
     alone = in_one_process(config, gpus)
     if alone.train.device == "cpu":
         refuse_too_large(alone, share)  # before layouts are tried, each of which takes a look at every layer

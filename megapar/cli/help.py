@@ -91,7 +91,7 @@ def _render(
     indent = "  " * prefix.count(".")
     for name, value in node.items():
         key = prefix + name
-        if isinstance(value, dict):
+        if key in described:
             lines += [(f"{indent}# {described[key]}", ""), (f"{indent}{name}:", "")]
             _render(value, key + ".", known, described, lines)
         else:

@@ -4,6 +4,7 @@ Pure functions of a config (and of facts about the machine and the data passed a
 one line with the key, its value and the remedy.
 """
 
+from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunks, refuse_unknown, table_ranks
 from megapar.schedule.check import check as check_table
+from megapar.update_rules import optimizer_names
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
 MOST_PASSES = 100_000  # micro-batches of a rank in a step: a schedule of more takes minutes to make
@@ -235,13 +237,10 @@ def check_task(config: TrainConfig) -> None:
 
 def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
-    train, optim = config.train, config.optim
+    train = config.train
+    check_optimizer(config)
     if config.task.name not in (tasks := modules_of("megapar.tasks") - {"kind", "reference", "sampled", "send"}):
         raise ConfigError("task.name", config.task.name, f"no such task; there are {', '.join(sorted(tasks))}")
-    if optim.warmup_steps > train.steps:
-        raise ConfigError(
-            "optim.warmup_steps", optim.warmup_steps, f"more than train.steps={train.steps}; use at most that"
-        )
     if config.checkpoint.load is not None and config.checkpoint.weights is not None:
         problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
         raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
@@ -256,6 +255,29 @@ def check_training(config: TrainConfig) -> None:
     project = config.logger.wandb.project
     if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
         raise ConfigError("logger.wandb.project", project, "a project's name has 1 to 128 characters, none of /\\#?%:")
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an unknown rule, a schedule longer than the run, and groups of parts that are not there."""
+    optim, steps = config.optim, config.train.steps
+    check_optimizer_name(optim.name)
+    if optim.warmup_steps > steps:
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, f"more than train.steps={steps}; use at most that")
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        raise ConfigError("optim.decay_steps", optim.decay_steps, "has no effect here; use it with optim.schedule=wsd")
+    if optim.decay_steps is not None and optim.decay_steps + optim.warmup_steps > steps:
+        problem = f"more than the {steps - optim.warmup_steps} steps behind the warm-up; use at most that"
+        raise ConfigError("optim.decay_steps", optim.decay_steps, problem)
+    for pattern in optim.groups or {}:
+        if not any(fnmatchcase(part.name, pattern) for part in parts(config)):
+            there = f"embedding, layers.0 to layers.{config.model.layers - 1}, head; or a pattern such as layers.*"
+            raise ConfigError("optim.groups", pattern, f"matches no part of the model; there are {there}")
+
+
+def check_optimizer_name(name: str) -> None:
+    """Refuse a name that is no update rule's."""
+    if name not in optimizer_names():
+        raise ConfigError("optim.name", name, f"no such update rule; there are {', '.join(optimizer_names())}")
 
 
 def check_machine(config: TrainConfig, *, num_gpus: int, world_size: int | None) -> None:

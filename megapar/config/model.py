@@ -5,10 +5,12 @@ A part is what a pipeline stage holds as a whole: the embedding, a layer, the he
 """
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from megapar.config.policy import head_linear, layer_linears
-from megapar.config.schema import ModelConfig, TrainConfig
+from megapar.config.schema import ModelConfig, OptimConfig, PartOptions, TrainConfig
+from megapar.update_rules import optimizer_kind
 
 WIDTHS = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (2, 4)}  # bytes of train.dtype: computed in, accumulated in
 
@@ -57,6 +59,12 @@ def parts(config: TrainConfig) -> list[Part]:
         *(replace(layer, name=f"layers.{index}", attention=_attention(config, index)) for index in range(model.layers)),
         _head(config, tie if model.has_logits else {}),
     ]
+
+
+def part_options(optim: OptimConfig, part: str) -> PartOptions:
+    """What the parameters of a part have of their own: of the first pattern of `optim.groups` that its name matches."""
+    matching = (options for pattern, options in (optim.groups or {}).items() if fnmatchcase(part, pattern))
+    return next(matching, PartOptions())
 
 
 def _attention(config: TrainConfig, layer: int) -> float:
@@ -134,10 +142,14 @@ def _head_activation(config: TrainConfig) -> float:
     return _tokens(config) * (norm + logits * size)
 
 
-def state_bytes(config: TrainConfig) -> float:
-    """Bytes per parameter: weight, gradient, two moments, and a master copy where the weight is bf16."""
+def state_bytes(config: TrainConfig, part: Part) -> float:
+    """Bytes per parameter of a part: weight, gradient, the optimizer's state, and a master copy where the weight is
+    bf16. Of a layer those of its matrices, next to which norms and biases are nothing."""
     weight, wide = WIDTHS[config.train.dtype]
-    optimizer = 2 * wide + (wide if weight < wide else 0)
+    kind = optimizer_kind(config.optim.name)
+    if kind.others is not None and part.kind != "layer":
+        kind = optimizer_kind(kind.others)
+    optimizer = len(kind.state) * wide + (wide if weight < wide else 0)
     owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
     return weight + wide + optimizer / owners
 
@@ -149,9 +161,11 @@ def least_bytes(config: TrainConfig) -> float:
     """
     layers, one = config.model.layers, parts(replace(config, model=replace(config.model, layers=1)))
     count = {part.name: layers if part.kind == "layer" else 1 for part in one}
-    weights = sum(count[part.name] * part.weights for part in one) - (one[-1].tied if config.model.tied else 0)
+    tied = one[-1].tied if config.model.tied else 0
+    state = sum(count[part.name] * part.weights * state_bytes(config, part) for part in one)
+    state -= tied * state_bytes(config, one[-1])
     kept = sum(count[part.name] * part.activation for part in one) * config.parallel.tp
-    return config.parallel.layout.over("samples") * (state_bytes(config) * weights + kept)
+    return config.parallel.layout.over("samples") * (state + kept)
 
 
 def model_weights(config: TrainConfig) -> int:

@@ -71,11 +71,33 @@ def _parse(kind: Any, data: object, prefix: str, refuse: Callable[[str, object],
 
 
 def _convert(key: str, value: object, hint: Any) -> Any:
+    table = next((choice for choice in get_args(hint) if get_origin(choice) is dict), None)
+    if table is not None:
+        return None if value is None else _table(key, value, get_args(table)[1])
     for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         good, result = _as(value, choice)
         if good:
             return result
     raise ConfigError(key, value, f"expects {describe(hint)}{_remedy(key, value, hint)}")
+
+
+def _table(key: str, value: object, kind: Any) -> dict[str, Any]:
+    """A key's groups of options by names of the user's own: a mapping, or its text in YAML."""
+    known = ", ".join(known_fields(kind))
+    if isinstance(value, str):
+        import yaml  # here: who makes a configuration in Python needs no package for it
+
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(key, value, f"not readable ({' '.join(str(error).split())})") from None
+    if not isinstance(value, Mapping) or not all(isinstance(options, Mapping) for options in value.values()):
+        raise ConfigError(key, value, f"expects NAME: {{OPTION: VALUE}} for every name; options are {known}")
+
+    def refuse(option: str, given: object) -> ConfigError:
+        return ConfigError(option, given, f"unknown key; there are {known}")
+
+    return {str(name): _parse(kind, options, f"{key}.{name}.", refuse) for name, options in value.items()}
 
 
 def _as(value: object, hint: Any) -> tuple[bool, Any]:

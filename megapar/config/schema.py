@@ -163,18 +163,43 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+class PartOptions:
+    """What parameters of some parts of the model have of their own."""
 
+    lr_scale: float = option(1.0, "times the learning rate; 0: the values stay as they are", at_least=0)
+    weight_decay: float | None = option(None, "in place of optim.weight_decay; default: that", at_least=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update rule, its learning rate over the steps, and what single parts of the model have of their own."""
+
+    name: str = option(
+        "adamw", "update rule: a file of megapar/update_rules/", kept=True, also=("optimizer", "optimizer_name")
+    )
     lr: float = option(3e-4, "peak learning rate", above=0, also=("learning_rate",))
     min_lr: float = option(0.1, "final learning rate as a share of lr", at_least=0, at_most=1)
     warmup_steps: int = option(0, "steps of linear warm-up from lr / warmup_steps", at_least=0)
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = option(
+        "cosine",
+        "behind the warm-up: cosine, linear: down to min_lr * lr; wsd: so over the last decay_steps alone; constant",
+        also=("lr_scheduler", "lr_scheduler_type", "lr_decay_style", "lr_schedule"),
+    )
+    decay_steps: int | None = option(
+        None, "last steps over which wsd goes down; default: a tenth of the steps, rounded up", at_least=1
+    )
     weight_decay: float = option(0.1, "decoupled weight decay of parameters with two or more dimensions", at_least=0)
     beta1: float = option(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = option(0.95, "decay of the second moment", at_least=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    momentum: float = option(0.95, "decay of Muon's momentum", at_least=0, below=1)
     clip_grad: float = option(
         1.0, "bound of the global gradient norm; 0: no clipping", at_least=0, also=("max_grad_norm", "grad_clip")
+    )
+    groups: dict[str, PartOptions] | None = option(
+        None,
+        "by part of the model, the first pattern counts: {embedding: {lr_scale: 0.1}, layers.*: {weight_decay: 0}}",
+        verbatim=True,
     )
 
 

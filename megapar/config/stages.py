@@ -41,12 +41,13 @@ def stage_layers(config: TrainConfig) -> list[int]:
     return [sum(part.kind == "layer" for part in stage) for stage in stage_parts(config)]
 
 
-def ties(config: TrainConfig) -> dict[str, list[int]]:
-    """The stages that hold a copy of each tied weight, by its name."""
-    found: dict[str, list[int]] = {}
+def ties(config: TrainConfig) -> dict[str, tuple[list[int], Part]]:
+    """The stages that hold a copy of each tied weight, and the first part of the model that does, by its name."""
+    found: dict[str, tuple[list[int], Part]] = {}
     for number, stage in enumerate(stage_parts(config)):
-        for name in {name for part in stage for name in part.ties}:
-            found.setdefault(name, []).append(number)
+        first = {name: part for part in reversed(stage) for name in part.ties}
+        for name, holder in first.items():
+            found.setdefault(name, ([], holder))[0].append(number)
     return found
 
 
@@ -146,6 +147,9 @@ def _memory(config: TrainConfig, whole: Sequence[Part]) -> tuple[list[list[float
         return None, None
     schedule = _evenly(config)
     held, chunks = simulate(schedule).peak, schedule.stages // len(schedule.rows)
-    state = state_bytes(config) / config.parallel.tp
-    memory = [[state * part.weights + held[rank] * part.activation for part in whole] for rank in schedule.placement]
+    state = [state_bytes(config, part) * part.weights / config.parallel.tp for part in whole]
+    memory = [
+        [of_part + held[rank] * part.activation for of_part, part in zip(state, whole, strict=True)]
+        for rank in schedule.placement
+    ]
     return memory, [GIB * devices[rank] / chunks for rank in schedule.placement]

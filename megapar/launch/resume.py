@@ -12,7 +12,7 @@ from typing import Literal
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
 from megapar.checkpoint.format import LATEST, MANIFEST, STEP_FOLDER
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
-from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_order
+from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_optimizer, refuse_other_order
 from megapar.checkpoint.save import data_hashes
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import load
@@ -20,7 +20,7 @@ from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
 from megapar.files import write_atomic
 from megapar.launch import rundir
-from megapar.optim.adamw import learning_rate
+from megapar.optim.schedule import learning_rate
 from megapar.train.metrics import rows_before
 
 ELSEWHERE = "choose another run.dir, or train.resume=never, which moves what is there aside"
@@ -118,6 +118,7 @@ def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | Non
     """
     if saved is None and manifest is not None:
         refuse_other_model(manifest, config, folder)
+        refuse_other_optimizer(manifest, config, folder)
         refuse_other_order(manifest, config, folder)
     if saved is None:
         return
@@ -173,6 +174,7 @@ def _from_origin(way: Literal["new", "aside", "anew", "back"], config: TrainConf
     if manifest.kinds.keys() == {"weight"}:
         problem = "holds weights alone, and no optimizer's state; use checkpoint.weights, which begins at step 0"
         raise ConfigError("checkpoint.load", config.checkpoint.load, problem)
+    refuse_other_optimizer(manifest, config, folder)
     refuse_other_order(manifest, config, folder)
     if manifest.step >= config.train.steps:
         problem = f"{folder} has done {manifest.step} steps already; use more, or an earlier checkpoint"

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from megapar.checkpoint.boxes import owned_boxes
 from megapar.checkpoint.hf.family import to_model
 from megapar.checkpoint.hf.folder import HfWeights, logical_shapes, model_keys
 from megapar.library.model import Model
 from megapar.library.settings import settings
+from megapar.parallel.boxes import owned_boxes
 
 
 def from_hf(

@@ -36,6 +36,7 @@ class TransformerStage(nn.Module):
         # By number in the whole model, so that a module has the same path whatever stage it is on.
         self.layers = nn.ModuleDict()
         for part in parts:
+            context.part = part
             match part.kind:
                 case "embedding":
                     self.embedding = Embedding(context, model, train.seq_length)
@@ -44,6 +45,7 @@ class TransformerStage(nn.Module):
                     self.layers[index] = TransformerLayer(context, model, int(index), train.recompute)
                 case "head":
                     self.head = {"hidden": HiddenStates, "classes": Classifier}.get(model.output, Head)(context, model)
+        context.part = None
 
     def received(self, batch: Batch) -> dict[str, TensorSpec]:
         """What the stage receives for this batch."""

@@ -1,1 +1,1 @@
-"""AdamW on flat buffers, its learning rate and the global gradient norm."""
+"""An optimizer over flat buffers: update rules, whole matrices, the learning rate and the global gradient norm."""

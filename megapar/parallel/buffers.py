@@ -5,8 +5,9 @@ parameters of one stage. Its size is a multiple of the ranks of its axis, which 
 Padding stays zero. What belongs to buckets (parameters, gradients, optimizer state) is a list with a tensor for each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from megapar.parallel.plain import hook_plain_gradient
 from megapar.parallel.record import Given
 from megapar.parallel.weight_grad import LocalParameter, Piece
 
+K = TypeVar("K", bound=Hashable)
 _ALIGN = 16  # elements: a cache line of fp32
 
 
@@ -176,9 +178,9 @@ class StageBuffers:
                     run = slice(offset + piece.start * row, offset + piece.stop * row)
                     yield Held(parameter, piece, number, run, first and piece.shard.counted)
 
-    def owned_runs(self, kind: Callable[[Held], bool]) -> dict[bool, list[tuple[int, slice]]]:
+    def owned_runs(self, kind: Callable[[Held], K]) -> dict[K, list[tuple[int, slice]]]:
         """(bucket, run in its owned part) of all that this rank owns, grouped by `kind`; neighbours are joined."""
-        runs: dict[bool, list[tuple[int, slice]]] = {}
+        runs: dict[K, list[tuple[int, slice]]] = {}
         for held in self.held():
             owned = self.buckets[held.bucket].owned
             first, last = max(held.run.start, owned.start), min(held.run.stop, owned.stop)

@@ -13,7 +13,7 @@ Shapes are per rank. R is the size of the axis. On an axis of size 1 every funct
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3; Korthikanti et al. 2022, section 4.2 (sequence parallelism).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -115,6 +115,16 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     block = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     start_reduce_scatter("reduce_scatter", block, x.contiguous(), axis).wait()
     return block
+
+
+def all_to_all(x: Tensor, given: Sequence[int], taken: Sequence[int], axis: Axis) -> Tensor:
+    """x [sum of given] -> [sum of taken]: given[r] elements, block after block, go to rank r; taken[r] come from it."""
+    if axis.size == 1:
+        return x
+    into = x.new_empty(sum(taken))
+    with axis.blocked("all_to_all"):
+        dist.all_to_all_single(into, x.contiguous(), list(taken), list(given), group=axis.group)
+    return into
 
 
 class _ReduceFromRegion(torch.autograd.Function):

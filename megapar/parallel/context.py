@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megapar.config.model import Part
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.overlap import Overlap, Overlaps
 from megapar.parallel.record import ParameterRecord, Shard
@@ -20,7 +21,8 @@ class StageContext:
 
     dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
     parameters: every parameter of this rank's stages in the order of construction.
-    stage: the stage that is being built; placement: the pipeline rank of every stage.
+    stage, part: what is being built; part may be None, as for a builder of the user's own that names none.
+    placement: the pipeline rank of every stage.
     overlaps: how each matmul of the tensor-parallel layers meets its peers.
     """
 
@@ -31,12 +33,14 @@ class StageContext:
     seed: int = 0
     placement: tuple[int, ...] = (0,)
     stage: int = 0
+    part: Part | None = None
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     parameters: list[LocalParameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.overlaps = Overlaps(self.mesh, self.tp_overlap, self.weight_grads)
         self._holders: dict[str, Axis | None] = {}
+        self._part_of_tie: dict[str, Part | None] = {}
         self._rope_tables: dict[tuple[int, Rotary], Tensor] = {}
 
     @property
@@ -74,13 +78,15 @@ class StageContext:
             self._rope_tables[key] = rotary.table(length, self.wide_dtype, self.device)
         return self._rope_tables[key]
 
-    def tie(self, name: str, stages: Iterable[int]) -> None:
-        """Declare which stages hold a copy of the parameters that are tied under this name.
+    def tie(self, name: str, stages: Iterable[int], part: Part | None = None) -> None:
+        """Declare which stages hold a copy of the parameters that are tied under this name, and the part of the model
+        that they belong to on all of them.
 
         Collective, before they are declared: on every rank, whether or not it has one of these stages.
         """
         ranks = {self.placement[stage] for stage in stages}
         self._holders[name] = self.mesh.among(ranks) if len(ranks) > 1 else None
+        self._part_of_tie[name] = part
 
     def holders(self, parameter: LocalParameter) -> Axis | None:
         """The pipeline ranks that hold a copy of a parameter, None if this one alone does."""
@@ -112,7 +118,8 @@ class StageContext:
         shape = (rows, *pieces[0].shard.shape[1:])
         assert all(piece.shard.shape[1:] == shape[1:] for piece in pieces)
         widest = sum(record.widest(self.mesh.layout) for record in records)
-        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage)
+        part = self.part if tie is None else self._part_of_tie[tie]
+        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage, part)
         module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
         self.parameters.append(local)
         return local

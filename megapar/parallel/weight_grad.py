@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megapar.config.model import Part
 from megapar.parallel.record import ParameterRecord, Shard
 
 
@@ -33,7 +34,7 @@ class LocalParameter:
 
     `tensor` is the parameter that ops read (compute dtype), `grad` its main gradient (at least fp32). Both are views of
     the rank's flat buffers, set when those are made. `uses` counts the ops that add to the gradient in one backward.
-    `stage`: the pipeline stage that declared it.
+    `stage`: the pipeline stage that declared it; `part`: the part of the model that it belongs to, None if to none.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class LocalParameter:
     pieces: list[Piece]
     widest: int  # elements on the rank of the stage that holds most: the same number on all of them
     stage: int = 0
+    part: Part | None = None
     uses: int = 1
     aliases: list[tuple[nn.Module, str]] = field(default_factory=list)  # further places of a shared plain parameter
     values: Tensor | None = None  # of a plain module's parameter
@@ -56,6 +58,11 @@ class LocalParameter:
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is a matrix that a layer multiplies by, and neither a table nor the product to logits."""
+        return self.part is not None and self.part.kind == "layer" and len(self.shape) == 2
 
     @property
     def name(self) -> str:

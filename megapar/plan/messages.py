@@ -15,6 +15,8 @@ from megapar.config.model import WIDTHS, Part
 from megapar.config.policy import Linear, head_linear, layer_linears
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
+from megapar.optim.matrices import operands
+from megapar.optim.optimizer import is_matrix, works_on_matrices
 from megapar.parallel.compression import BLOCK, Matrix, gaps, matrices_of
 from megapar.parallel.engines import Chunked, Operation, choose
 from megapar.parallel.grad_sync import GradSync
@@ -123,7 +125,7 @@ def _loss(config: TrainConfig, found: Messages) -> None:
 
 
 def _reductions(config: TrainConfig, part: ModelPart, found: dict[str, Messages]) -> None:
-    """Sums of gradients, the norm, and with ZeRO-1 the new parameters."""
+    """Sums of gradients, the norm, matrices that are updated as a whole, and with ZeRO-1 the new parameters."""
     size, wide = WIDTHS[config.train.dtype]
     buffers = part.buffers
     sync = GradSync(buffers)
@@ -141,6 +143,9 @@ def _reductions(config: TrainConfig, part: ModelPart, found: dict[str, Messages]
             found[bucket.axis.name].add(1, bucket.size // bucket.axis.size * size)
     if part.mesh.distinct.size > 1:
         found["world"].add(1, 8)
+    if part.mesh.stage.size > 1 and works_on_matrices(config.optim):
+        for elements in operands(buffers, is_matrix):
+            found[part.mesh.stage.name].add(1, elements * wide)
 
 
 def _reduction(config: TrainConfig, matrices: Sequence[Matrix], size: int, ranks: int, zero: bool) -> list[int]:

@@ -10,6 +10,7 @@ from megapar.config.model import Part
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.mesh import Mesh
+from megapar.optim.optimizer import state_elements
 from megapar.part import ModelPart
 from megapar.plan.messages import Messages, messages
 
@@ -19,7 +20,7 @@ class RankPlan:
     """coordinates: index along every axis. parameters: elements that the rank holds, copies too.
 
     bytes: by kind, with padding: weights; gradients (main gradients, and with ZeRO-1 the owned part once more);
-        optimizer (moments, and master weights where they are copies); activations (an estimate: the most that the
+        optimizer (its state, and master weights where they are copies); activations (an estimate: the most that the
         schedule has in flight)
     parts: names by stage; row: the rank's actions of a step; messages: of a step, by axis
     groups: ranks that it communicates with, by axis
@@ -64,11 +65,11 @@ def state(part: ModelPart) -> dict[str, int]:
     narrow, wide = context.dtype.itemsize, context.wide_dtype.itemsize
     size = sum(bucket.size for bucket in buffers.buckets)
     owned = sum(bucket.owned.stop - bucket.owned.start for bucket in buffers.buckets)
-    copies = 3 if buffers.zero or narrow < wide else 2  # masters and two moments, or the moments alone
+    masters = owned if buffers.zero or narrow < wide else 0
     return {
         "weights": size * narrow,
         "gradients": (size + (owned if buffers.zero else 0)) * wide,
-        "optimizer": owned * copies * wide,
+        "optimizer": (masters + state_elements(buffers, part.config.optim)) * wide,
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megapar.checkpoint import keep_newest, load, load_weights, save
 from megapar.config.schema import TrainConfig
-from megapar.optim.adamw import Optimizer
+from megapar.optim.optimizer import Optimizer
 from megapar.train.metrics import MetricsWriter
 
 

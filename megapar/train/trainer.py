@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
-from megapar.optim.adamw import Optimizer, StepResult, learning_rate
+from megapar.optim.optimizer import Optimizer, StepResult
+from megapar.optim.schedule import learning_rate
 from megapar.parallel.grad_sync import GradSync
 from megapar.part import BuildStage, ModelPart
 from megapar.pipeline.executor import Executor

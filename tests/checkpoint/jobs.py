@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from megapar.checkpoint import load, save
-from megapar.checkpoint.boxes import Box, owned_boxes
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
+from megapar.parallel.boxes import Box, owned_boxes
 from megapar.train.trainer import Trainer
 
 
@@ -29,9 +29,10 @@ class RankState:
 def state_of(trainer: Trainer, losses: list[float]) -> RankState:
     buffers, state = trainer.buffers, trainer.optimizer.state()
     owned = [
-        (kind, one.record.name, one.box, one.view(parts).double().numpy().copy())
+        (kind, one.record.name, one.box, values.double().numpy().copy())
         for one in owned_boxes(buffers)
         for kind, parts in state.items()
+        if (values := one.part_of(parts)) is not None
     ]
     parameters = [
         (held.piece.record.name, held.piece.shard.box, held.view(buffers.params).double().numpy().copy())

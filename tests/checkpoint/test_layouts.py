@@ -20,6 +20,7 @@ FOUR_LAYERS = {"model.layers": 4}
 UNEVEN = {"model.layers": 3}
 BF16 = {"train.dtype": "bf16"}
 ODD_ROWS = {"model.hidden": 20, "model.head_dim": 4}  # shares of ZeRO-1 begin and end in the middle of a row
+MUON = {"optim.name": "muon"}
 
 # (written in, of it, [(read in, of it)], of both)
 Setting = tuple[str, dict[str, Any]]
@@ -36,6 +37,8 @@ MOVES: list[tuple[Setting, list[Setting], dict[str, Any]]] = [
     (("pp2", {"pipeline.partition": [2, 1]}), [("pp3", {}), ("tp2", {})], UNEVEN),
     (("tp2dp2", ZERO), [("dp2", BF16 | ZERO)], {"train.dtype": "fp32"} | ODD_ROWS),
     (("tp2dp2", ZERO | BF16), [("single", BF16), ("pp2", {"train.dtype": "fp32"})], {}),
+    (("tp2dp2", ZERO), [("dp2", BF16 | ZERO), ("pp2", {})], MUON | ODD_ROWS | {"train.dtype": "fp32"}),
+    (("pp2", {}), [("tp2dp2", ZERO)], {"optim.name": "lion"}),
 ]
 
 
@@ -51,7 +54,13 @@ def test_bitwise_in_every_layout(
 ) -> None:
     written = run(pool, tiny_config(tokens, source[0], **both | source[1]), 2, save_to=str(tmp_path))
     expected = jobs.assemble(written)
-    assert expected["exp_avg_sq/head.weight" if not both.get("model.tied") else "exp_avg_sq/embedding.weight"].any()
+    kinds = {name.partition("/")[0] for name, values in expected.items() if values.any()}
+    name = both.get("optim.name", "adamw")
+    state = {"adamw": {"exp_avg", "exp_avg_sq"}, "lion": {"exp_avg"}, "muon": {"exp_avg", "exp_avg_sq", "momentum"}}[
+        name
+    ]
+    assert kinds == {"weight"} | state
+    assert (name == "muon") == ("exp_avg_sq/layers.0.mlp.up.weight" not in expected) or name == "lion"
     for layout, values in targets:
         config = tiny_config(tokens, layout, **both | values)
         ranks = run(pool, config, 2, load_from=str(tmp_path))
@@ -75,7 +84,9 @@ def test_manifest_tells_where_training_stood(pool: WorkerPool, tokens: str, tmp_
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
 
 
-@pytest.mark.parametrize("extra", [ZERO, ZERO | GPT2 | {"model.dropout": 0.1}], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "extra", [ZERO, ZERO | GPT2 | {"model.dropout": 0.1}, ZERO | MUON], ids=["llama", "gpt2", "muon"]
+)
 def test_resume_equals_no_interruption(pool: WorkerPool, tokens: str, tmp_path: Path, extra: dict[str, Any]) -> None:
     config = tiny_config(tokens, "tp2pp2dp2", **extra)
     whole = run(pool, config, 4)
@@ -91,6 +102,17 @@ def test_resume_equals_no_interruption(pool: WorkerPool, tokens: str, tmp_path: 
         if name.startswith("weight/"):
             error = np.abs(moved[name] - value).max() / config.optim.lr
             assert error <= BOUNDS["fp64"]["update"], name
+
+
+@pytest.mark.parametrize(("saved", "now"), [("adamw", "muon"), ("lion", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(
+    saved: str, now: str, pool: WorkerPool, tokens: str, tmp_path: Path
+) -> None:
+    run(pool, tiny_config(tokens, "tp2", **{"optim.name": saved}), 1, save_to=str(tmp_path))
+    config = tiny_config(tokens, "dp2", **{"optim.name": now})
+    for line in pool.run(jobs.refused, 2, config, str(tmp_path)):
+        assert line.startswith(f"optim.name={now}: ") and "\n" not in line
+        assert f"saved {saved} -> now {now}" in line and "checkpoint.weights" in line
 
 
 def test_precision_that_fits_is_kept(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:

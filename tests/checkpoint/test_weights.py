@@ -21,7 +21,7 @@ def fine_tune(rank: int, world_size: int, config: TrainConfig, folder: str) -> t
     """Whether all moments are zero and all parameters those that were saved; updates made; the loss of step 1."""
     trainer = Trainer(config, rank)
     load_weights(folder, trainer.optimizer, config)
-    state = trainer.optimizer.state()
+    state = trainer.optimizer.tensors()
     fresh = not any(part.any() for kind in ("exp_avg", "exp_avg_sq") for part in state[kind])
     return fresh, trainer.optimizer.steps, trainer.step(1).loss
 

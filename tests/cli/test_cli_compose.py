@@ -11,10 +11,12 @@ import yaml
 from megapar.cli import main
 from megapar.cli.command import commands
 from megapar.cli.compose import CONF, compose, group_files, split
+from megapar.cli.help import config_with_help
 from megapar.cli.main import understand
 from megapar.config import ConfigError, Layout, TrainConfig, check, parse, resolve, to_dict, with_layout
 from megapar.config.file import dump, loads
 from megapar.config.keys import groups, keys
+from megapar.config.schema import PartOptions
 from megapar.schedule.build import build
 from megapar.schedule.table import write
 
@@ -262,3 +264,22 @@ def test_a_tables_path_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     assert resolve(compose("train", split(["pipeline.costs=c.json"]))).pipeline.costs == f"{tmp_path}/c.json"
     swept = split(["pipeline.schedule=1f1b,zb_h1"])
     assert swept.hydra and not swept.verbatim  # names are swept, only a table's path is taken as it stands
+
+
+def test_options_by_part_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line and from an experiment, and back from what a run keeps."""
+    expected = {
+        "embedding": PartOptions(lr_scale=0.1),
+        "layers.[01]": PartOptions(lr_scale=0.5, weight_decay=0.0),
+    }
+    text = "{embedding: {lr_scale: 1e-1}, 'layers.[01]': {lr_scale: 0.5, weight_decay: 0}}"
+    folder = tmp_path / "experiments" / "parts"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(f"optim:\n  name: muon\n  groups: {text}\n")
+    monkeypatch.chdir(tmp_path)
+    for words in ([f"optim.groups={text}"], ["experiment=parts"]):
+        config = compose("train", split(words))
+        assert list(config.optim.groups.items()) == list(expected.items())  # the first that matches counts
+        resolved = resolve(config, vocab_size=1024)
+        assert loads(TrainConfig, dump(resolved)) == resolved
+        assert loads(TrainConfig, config_with_help(resolved)) == resolved

@@ -153,16 +153,17 @@ def test_too_long(source: str, tmp_path: Path) -> None:
 
 
 def test_nothing_held_out(tmp_path: Path) -> None:
-    keys = prepared(tmp_path, "labelled", labelled(), split=0.0) | {"model.output": "lm", "model.classes": None}
+    keys = prepared(tmp_path, "labelled", labelled(), split=0.0)
+    keys |= {"model.output": "lm", "model.classes": None, "train.seq_length": 60}
     with pytest.raises(
         ConfigError, match=r"^data.split=0.0: no record is held out; raise it, name a file in data.valid"
     ):
-        find_source("labelled").open(tiny_config("", **keys, **{"train.seq_length": 60}), "valid")
+        find_source("labelled").open(tiny_config("", **keys), "valid")
 
 
 def test_epochs_have_every_record_once(tmp_path: Path) -> None:
     keys = prepared(tmp_path, "instructions") | {"train.seq_length": 30}
-    samples = find_source("instructions").open(tiny_config("", **keys), "train")
+    samples: Any = find_source("instructions").open(tiny_config("", **keys), "train")
     count, epochs = samples.num_samples, []
     for epoch in range(2):
         rows = samples.batch(range(epoch * count, (epoch + 1) * count))

@@ -164,9 +164,10 @@ def test_state_goes_into_another_model_and_its_optimizer() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
-def test_our_adamw_trains_every_dtype(dtype: str) -> None:
+@pytest.mark.parametrize("kind", [megapar.AdamW, megapar.Lion, megapar.Muon])
+def test_ours_train_every_dtype(kind: Any, dtype: str) -> None:
     model = ours(dtype=dtype)
-    optimizer = megapar.AdamW(model, lr=1e-2)
+    optimizer = kind(model, lr=1e-2)
     losses = []
     for _ in range(8):
         loss = loss_of(model, *batch())

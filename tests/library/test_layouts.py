@@ -17,9 +17,10 @@ from tests.library.test_gradients import loss_of
 RELATIVE = 1e-12
 
 
-def ten_lines(style: str, layout: str, stock: bool, values: dict[str, Any]) -> tuple[list[float], megapar.Model]:
+def ten_lines(style: str, layout: str, kind: str, values: dict[str, Any]) -> tuple[list[float], megapar.Model]:
     model = ours(style, layout=layout, **values)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2) if stock else megapar.AdamW(model, lr=1e-2)
+    stock = kind == "torch's AdamW"
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2) if stock else getattr(megapar, kind)(model, lr=1e-2)
     losses = []
     for step in range(5):
         ids, labels = batch(samples=16)
@@ -42,23 +43,24 @@ def in_a_rank(rank: int, world_size: int, *lines: Any) -> tuple[list[float], dic
     return losses, held, evaluated
 
 
-CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
-    "tp2dp2": ("llama", "tp2dp2", False, {"kv_heads": 1}),
-    "pp2": ("llama tied", "pp2", False, {"dropout": 0.1}),
-    "tp2pp2": ("gpt2", "tp2pp2", False, {"dropout": 0.1}),
-    "pp2 zbv": ("gpt2 untied", "pp2", False, {"schedule": "zbv", "layers": 4}),
-    "tp2dp2, torch's AdamW": ("llama tied", "tp2dp2", True, {}),
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "tp2dp2": ("llama", "tp2dp2", "AdamW", {"kv_heads": 1}),
+    "pp2": ("llama tied", "pp2", "AdamW", {"dropout": 0.1}),
+    "tp2pp2": ("gpt2", "tp2pp2", "AdamW", {"dropout": 0.1}),
+    "pp2 zbv": ("gpt2 untied", "pp2", "AdamW", {"schedule": "zbv", "layers": 4}),
+    "tp2dp2, Muon": ("llama", "tp2dp2", "Muon", {}),
+    "tp2dp2, torch's AdamW": ("llama tied", "tp2dp2", "torch's AdamW", {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_process(case: str, pool: WorkerPool) -> None:
-    style, layout, stock, values = CASES[case]
+    style, layout, kind, values = CASES[case]
     one = {key: value for key, value in values.items() if key != "schedule"}
-    expected, model = ten_lines(style, "single", stock, one)
+    expected, model = ten_lines(style, "single", kind, one)
     assert expected[-1] < expected[0]
     weights = model.weights()
-    for losses, held, evaluated in pool.run(in_a_rank, Layout.parse(layout).world, style, layout, stock, values):
+    for losses, held, evaluated in pool.run(in_a_rank, Layout.parse(layout).world, style, layout, kind, values):
         assert losses == pytest.approx(expected, rel=RELATIVE)
         assert evaluated == pytest.approx(model.evaluate(*batch(9, samples=16)).item(), rel=RELATIVE)
         for name, (box, values_here) in held.items():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megapar.optim.adamw import learning_rate
+from megapar.optim.schedule import learning_rate
 from megapar.train.trainer import Trainer
 from tests import reference
 from tests.tiny import GPT2, LLAMA, tiny_config

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megapar.optim.adamw import sum_of_squares
+from megapar.optim.optimizer import sum_of_squares
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,13 @@ from unittest import mock
 import torch
 
 from megapar import verify
+from megapar.config.schema import PartOptions
 from megapar.mesh import Axis
-from megapar.optim.adamw import Optimizer
+from megapar.optim.matrices import WholeMatrices
+from megapar.optim.optimizer import Optimizer
 from megapar.parallel import collectives, engines
 from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.overlap import Overlap
 from megapar.pipeline.executor import _Phase
@@ -211,3 +214,26 @@ def _local_dropout(self: Any, x: torch.Tensor, tokens: Any, residual: torch.Tens
 
     here, site = torch.arange(x.shape[0]), (self.seed, tokens.step, self.layer, self.site)
     return dropout(x, self.rate if self.training else 0.0, here // 12, here % 12, site, residual)
+
+
+@mutant("value", {"optim.name": "muon", "parallel.zero": 1})
+def parts_of_matrices_made_orthogonal() -> Iterator[None]:
+    def each(self: WholeMatrices, owned: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for box in (box for boxes in self.mine for box in boxes):
+            box.view(owned).copy_(function(box.view(owned)))
+
+    with mock.patch.object(WholeMatrices, "each", each):
+        yield
+
+
+@mutant("value", {"optim.groups": {"embedding": PartOptions(lr_scale=0.5)}})
+def tied_weight_by_the_options_of_its_own_stage() -> Iterator[None]:
+    original = StageContext.parameter
+
+    def parameter(self: StageContext, *args: Any) -> Any:
+        local = original(self, *args)
+        local.part = self.part
+        return local
+
+    with mock.patch.object(StageContext, "parameter", parameter):
+        yield

@@ -136,13 +136,15 @@ def test_uneven_shards_cut_the_same_buckets(
     assert verdict.passed, verdict
 
 
-# One of each kind of mistake: a sum left out, one too many, a norm, a copy, a number that depends on the layout.
+# One of each kind of mistake: a sum left out, one too many, a norm, a copy, a number that depends on the layout, a part
+# taken for the whole.
 KINDS_OF_MUTANTS = {
     "no_reduction_of_outputs",
     "bucket_reduced_twice",
     "replicated_head_counted_twice",
     "stale_copy_of_the_parameters",
     "dropout_by_local_position",
+    "parts_of_matrices_made_orthogonal",
 }
 MUTANTS = [
     pytest.param(one, id=one.__name__, marks=[] if one.__name__ in KINDS_OF_MUTANTS else [pytest.mark.more])

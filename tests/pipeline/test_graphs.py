@@ -52,7 +52,7 @@ def train(rank: int, world_size: int, config: TrainConfig, graphs: bool) -> tupl
         done = trainer.step(step)
         found += [done.loss, done.result.grad_norm]
         captured.append(recorded.captured)
-    left = torch.cat([*trainer.buffers.params, *trainer.buffers.grads, *trainer.optimizer.exp_avg_sq])
+    left = torch.cat([*trainer.buffers.params, *trainer.buffers.grads, *trainer.optimizer.tensors()["exp_avg_sq"]])
     trainer.close()
     return [*found, left], captured
 

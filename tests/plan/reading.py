@@ -89,7 +89,7 @@ def _starts(trainer: Trainer) -> list[int]:
 def flat_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Parameters, main gradients and the optimizer's state."""
     buffers = trainer.buffers
-    tensors = {"parameters": buffers.params, "gradients": buffers.grads} | trainer.optimizer.state()
+    tensors = {"parameters": buffers.params, "gradients": buffers.grads} | trainer.optimizer.tensors()
     return {kind: torch.cat(of_buckets) for kind, of_buckets in tensors.items()}
 
 

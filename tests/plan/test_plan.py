@@ -71,7 +71,7 @@ def bytes_of(trainer: Trainer) -> dict[str, int]:
     kinds = {
         "weights": trainer.buffers.params,
         "gradients": [*trainer.buffers.grads, *trainer.sync.owned],
-        "optimizer": [tensor for tensors in trainer.optimizer.state().values() for tensor in tensors],
+        "optimizer": [tensor for tensors in trainer.optimizer.tensors().values() for tensor in tensors],
     }
     counted: set[int] = set()
     found = {}

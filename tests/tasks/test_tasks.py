@@ -186,7 +186,7 @@ def test_what_is_hidden(of_task: Any, pool: WorkerPool) -> None:
     trainer = Trainer(config, 0)
     task: Any = trainer.task
     seen: dict[str, int] = dict.fromkeys(("mask", "other", "same"), 0)
-    first = {}
+    first: dict[int, torch.Tensor] = {}
     for step in range(1, 60):
         for batch in task.batches(step):
             ids, labels = batch["ids"], batch["labels"]

@@ -16,7 +16,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.mesh import Mesh
-from megapar.optim.adamw import StepResult
+from megapar.optim.optimizer import StepResult
 from megapar.parallel import engines
 from megapar.report.picture import draw
 from megapar.schedule.actions import KINDS

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megapar.checkpoint.boxes import Box
 from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, families, in_full, same, to_model
 from megapar.checkpoint.slices import Slices
 from megapar.config.check import with_layout
@@ -21,6 +20,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
+from megapar.parallel.boxes import Box
 from megapar.parallel.context import StageContext
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megapar.checkpoint.boxes import Box, boxes_of_run
+from megapar.parallel.boxes import Box, boxes_of_run
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (4, 1), (1, 5), (2, 3, 4), (2, 1, 3, 2)])

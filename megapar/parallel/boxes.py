@@ -1,12 +1,13 @@
 """Boxes of logical tensors, and which of them a rank owns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from torch import Tensor
 
-from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.buffers import Held, StageBuffers
 from megapar.parallel.record import ParameterRecord
 
 
@@ -80,33 +81,49 @@ def _in_row(row: int, box: Box) -> Box:
     return Box((row, *box.offset), (1, *box.shape))
 
 
+class PerBucket(Protocol):
+    """What there is for the elements that are owned of a bucket: a tensor, or one for some of them alone."""
+
+    def __getitem__(self, run: slice, /) -> Tensor | None: ...
+
+
 @dataclass(frozen=True)
 class OwnedBox:
-    """A box of a logical parameter whose values stand at `run` in what this rank owns of a bucket.
+    """A box of a logical parameter whose values stand at `run` in what this rank owns of a bucket."""
 
-    counted: of the model-parallel ranks that hold it, this one counts it
-    """
-
-    record: ParameterRecord
+    held: Held
     box: Box
     bucket: int
     run: slice
-    counted: bool
+
+    @property
+    def record(self) -> ParameterRecord:
+        return self.held.piece.record
+
+    @property
+    def counted(self) -> bool:
+        """Whether of the model-parallel ranks that hold it this one counts it."""
+        return self.held.counted
 
     def view(self, owned: Sequence[Tensor]) -> Tensor:
         """Its values, [box.shape], where every bucket has a tensor of what is owned."""
         return owned[self.bucket][self.run].view(self.box.shape)
 
+    def part_of(self, state: Sequence[PerBucket]) -> Tensor | None:
+        """The same of state that not every parameter has; None where this one has none."""
+        values = state[self.bucket][self.run]
+        return None if values is None else values.view(self.box.shape)
 
-def owned_boxes(buffers: StageBuffers) -> Iterator[OwnedBox]:
-    """Everything that this rank owns. With ZeRO-1 the owned runs end in the middle of a row: hence boxes."""
-    for held in buffers.held():
+
+def owned_boxes(buffers: StageBuffers, chosen: Callable[[Held], bool] = lambda held: True) -> Iterator[OwnedBox]:
+    """All that this rank owns of what is chosen. With ZeRO-1 the owned runs end in the middle of a row: hence boxes."""
+    for held in filter(chosen, buffers.held()):
         owned, (start, stop) = buffers.buckets[held.bucket].owned, (held.run.start, held.run.stop)
         first, last = max(start, owned.start), min(stop, owned.stop)
-        record, shard = held.piece.record, held.piece.shard
+        shard = held.piece.shard
         place = first - owned.start
         for box in boxes_of_run(first - start, last - start, shard.shape):
             offset = tuple(whole.start + part for whole, part in zip(shard.box, box.offset, strict=True))
             run = slice(place, place + box.numel)
-            yield OwnedBox(record, Box(offset, box.shape), held.bucket, run, held.counted)
+            yield OwnedBox(held, Box(offset, box.shape), held.bucket, run)
             place += box.numel
