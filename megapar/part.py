@@ -7,9 +7,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from megapar.checkpoint.load import load_base
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import KernelsConfig, TrainConfig
 from megapar.config.stages import make_schedule, ties
@@ -82,6 +84,9 @@ class ModelPart:
     weights_only: for weights that are not trained, see `StageBuffers`.
     initial: with initial values; else zeros, of what is filled at once.
     weight_grads: what adds weight gradients, if not the plain one of training.
+    thawed: what LoRA freezes is trained, too.
+
+    buffers: of the parameters that are trained, or with weights_only of all; frozen: of the others, if there are any
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class ModelPart:
         weights_only: bool = False,
         initial: bool = True,
         weight_grads: WeightGrads | None = None,
+        thawed: bool = False,
     ) -> None:
         train, parallel = config.train, config.parallel
         assert parallel.bucket_size is not None
@@ -110,6 +116,7 @@ class ModelPart:
             seed=train.seed,
             placement=self.schedule.placement,
             weight_grads=weight_grads or WeightGrads(),
+            frozen=config.model.lora.rank > 0 and not (thawed or weights_only),
         )
         for name, (stages, part) in ties(config).items():
             self.context.tie(name, stages, part)
@@ -120,13 +127,14 @@ class ModelPart:
             with self.context.seeded(f"stage {number}"):
                 self.stages[number] = build_stage(config, self.context)
             adopt(self.stages[number], self.context)
-        self.buffers = StageBuffers(
-            self.context,
-            bucket_size=parallel.bucket_size,
-            zero=parallel.zero == 1,
-            weights_only=weights_only,
-            initial=initial,
-        )
+        size, zero = parallel.bucket_size, parallel.zero == 1
+        make = partial(StageBuffers, self.context, bucket_size=size, initial=initial)
+        self.buffers = make(zero=zero, weights_only=weights_only, chosen=lambda parameter: not parameter.frozen)
+        self.frozen: StageBuffers | None = None
+        if self.context.frozen:
+            self.frozen = make(zero=False, weights_only=True, chosen=lambda parameter: parameter.frozen)
+            if self.mesh.groups:
+                load_base(self.frozen, config)
 
     def close(self) -> None:
         """Give back what peers share, and destroy the mesh's groups."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
-from megapar.checkpoint.save import StatefulOptimizer, data_hashes
+from megapar.checkpoint.save import StatefulOptimizer, base_hash, data_hashes
 from megapar.checkpoint.slices import Slices
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
@@ -42,6 +42,7 @@ def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) ->
     folder, manifest = _open(path, buffers)
     with all_or_none(buffers.mesh["world"], buffers.mesh.device):
         refuse_other_model(manifest, config, folder)
+        refuse_other_base(manifest, config, folder)
         refuse_other_optimizer(manifest, config, folder)
         refuse_other_order(manifest, config, folder)
     _fill(folder, manifest, buffers, optimizer.state())
@@ -67,8 +68,18 @@ def load_parameters(path: str | Path, buffers: StageBuffers, config: TrainConfig
     folder, manifest = _open(path, buffers)
     with all_or_none(buffers.mesh["world"], buffers.mesh.device):
         refuse_other_model(manifest, config, folder)
-    _fill(folder, manifest, buffers, {"weight": buffers.params})
+        refuse_other_base(manifest, config, folder)
+    if adapted := config.model.lora.rank > 0:
+        load_base(buffers, config)
+    _fill(folder, manifest, buffers, {"weight": buffers.params}, anew=adapted)
     return manifest
+
+
+def load_base(buffers: StageBuffers, config: TrainConfig) -> None:
+    """Bring the frozen weights of a model with adapters into parameters, those of `model.lora.base`; where there is
+    none they keep their initial values. Collective."""
+    if config.model.lora.base is not None:
+        fill_weights(config.model.lora.base, buffers, buffers.params, config)
 
 
 def fill_weights(path: str | Path, buffers: StageBuffers, weights: Sequence[Tensor], config: TrainConfig) -> None:
@@ -83,7 +94,9 @@ def fill_weights(path: str | Path, buffers: StageBuffers, weights: Sequence[Tens
     folder, manifest = _open(path, buffers)
     with all_or_none(buffers.mesh["world"], buffers.mesh.device):
         refuse_other_model(manifest, config, folder, weights=True)
-    _fill(folder, manifest, buffers, {"weight": weights}, anew=head_anew(manifest, config))
+    _fill(
+        folder, manifest, buffers, {"weight": weights}, anew=config.model.lora.rank > 0 or head_anew(manifest, config)
+    )
 
 
 def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
@@ -110,11 +123,24 @@ def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path, we
 
     weights: weights alone are taken, so the last part may be another one
     """
-    known = keys(TrainConfig)
-    free = {key for key, facts in known.items() if facts.head} if weights and head_anew(manifest, config) else set()
+    known, free = keys(TrainConfig), set()
+    if weights:
+        if (manifest.config["model"].get("lora") or {}).get("rank"):
+            problem = "holds adapters alone; `megapar export` that run merged, and give the folder that it writes"
+            raise UserError(f"{folder}: {problem}")
+        free = {key for key in known if key.startswith("model.lora.")}
+        free |= {key for key, facts in known.items() if facts.head and head_anew(manifest, config)}
     _refuse_other(manifest, config, folder, lambda key: key.startswith("model.") and key not in free)
     if config.model.position == "learned":
         _refuse_other(manifest, config, folder, lambda key: key == "train.seq_length")  # rows of their table
+
+
+def refuse_other_base(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError where adapters were trained beside other weights than those of `model.lora.base`."""
+    then, now = (manifest.data.get("base"), base_hash(config).get("base"))
+    if then != now:
+        problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8}); give those"
+        raise ConfigError("model.lora.base", config.model.lora.base, problem)
 
 
 def refuse_other_optimizer(manifest: Manifest, config: TrainConfig, folder: Path) -> None:

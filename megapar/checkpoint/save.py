@@ -1,5 +1,6 @@
 """Writing a checkpoint: complete under its final name, or not there at all."""
 
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from megapar.checkpoint.format import (
     key,
     manifest_text,
 )
+from megapar.checkpoint.hf.folder import is_hf_folder
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
@@ -157,7 +159,7 @@ def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config:
         files={
             name: StoredFile(size, sha256) for name, size, sha256 in (part["file"] for part in parts if part["file"])
         },
-        data=data_hashes(config.data.prefix),
+        data=data_hashes(config.data.prefix) | base_hash(config),
     )
 
 
@@ -216,6 +218,18 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: the checkpoint can't be written ({reason}); make room, or use another run.dir"
         ) from None
+
+
+def base_hash(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of what describes the frozen weights of a model with adapters: a checkpoint's manifest, which has its
+    files' hashes; of a Hugging Face folder names, sizes and config.json. Empty where there are none."""
+    path = config.model.lora.base if config.model.lora.rank else None
+    if path is None:
+        return {}
+    if not is_hf_folder(path):
+        return {"base": hashlib.sha256((find_checkpoint(path) / MANIFEST).read_bytes()).hexdigest()}
+    files = sorted((file.name, file.stat().st_size) for file in Path(path).glob("*.safetensors"))
+    return {"base": hashlib.sha256(repr(files).encode() + (Path(path) / "config.json").read_bytes()).hexdigest()}
 
 
 def data_hashes(prefix: str | None) -> dict[str, str]:

@@ -33,6 +33,8 @@ def finish(config: T, world_size: int | None = None) -> T:
     config = _with_tokenizer_of_weights(config)
     if config.task.reference is None and (needs := TASKS.get(config.task.name)) and needs.reference:
         config = changed(config, {"task.reference": config.checkpoint.weights})
+    if config.model.lora.rank and config.model.lora.base is None:
+        config = changed(config, {"model.lora.base": config.checkpoint.weights})
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     sizes = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}

@@ -14,6 +14,7 @@ from megapar.config.found import modules_of
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
+from megapar.config.policy import layer_linears
 from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import TASKS
@@ -71,6 +72,12 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(key, scaling.low_freq_factor, f"use less than high_freq_factor={scaling.high_freq_factor}")
     if scaling.kind == "dynamic" and model.head_dim == 2:
         raise ConfigError("model.head_dim", 2, "dynamic rope scaling needs more channels")
+    there = [output.name for linear in layer_linears(model).values() for output in linear.outputs] if model.ffn else []
+    for name in model.lora.targets or []:
+        if there and name not in there:
+            raise ConfigError("model.lora.targets", name, f"no such matrix in a layer; there are {', '.join(there)}")
+    if model.lora.targets == []:
+        raise ConfigError("model.lora.targets", [], "nothing would be trained; name matrices, or leave it out for all")
     if not model.has_logits:
         for key in ("tied", "output_bias", "logit_softcap"):
             if value := getattr(model, key):

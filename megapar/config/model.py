@@ -21,7 +21,7 @@ class Part:
 
     name: unique in the model, such as `layers.3`; kind: which builder of `megapar.models` makes it
     receives: names of the tensors that cross a stage boundary in front of it
-    weights: elements of its parameters; tied: how many of them other parts hold too
+    weights: elements of its parameters; tied: how many of them other parts hold too; adapters: how many LoRA adds
     ties: names of the weights that it shares with other parts
     matmul, attention: FLOPs of its forward per token, in products with weights and in those of attention alone
     activation: bytes that it keeps of one micro-batch for its backward on one tensor-parallel rank, about
@@ -32,6 +32,7 @@ class Part:
     receives: tuple[str, ...]
     weights: int
     tied: int = 0
+    adapters: int = 0
     ties: tuple[str, ...] = ()
     matmul: float = 0.0
     attention: float = 0.0
@@ -46,11 +47,13 @@ def parts(config: TrainConfig) -> list[Part]:
     embedding = table + rows * model.hidden + (_norm(model) if model.embedding_norm else 0)
     tie: Any = {"tied": table, "ties": ("embedding",)} if model.tied else {}
     linears = layer_linears(model).values()
+    adapters = sum(linear.adapters(model.lora) for linear in linears)
     layer = Part(
         name="",
         kind="layer",
         receives=("hidden",),
-        weights=sum(linear.weights for linear in linears) + _norms(model),
+        weights=sum(linear.weights for linear in linears) + _norms(model) + adapters,
+        adapters=adapters,
         matmul=2.0 * sum(linear.matrix for linear in linears),
         activation=_layer_activation(config),
     )
@@ -144,14 +147,16 @@ def _head_activation(config: TrainConfig) -> float:
 
 def state_bytes(config: TrainConfig, part: Part) -> float:
     """Bytes per parameter of a part: weight, gradient, the optimizer's state, and a master copy where the weight is
-    bf16. Of a layer those of its matrices, next to which norms and biases are nothing."""
+    bf16. Of a layer those of its matrices, next to which norms and biases are nothing. What LoRA freezes has weights
+    alone."""
     weight, wide = WIDTHS[config.train.dtype]
     kind = optimizer_kind(config.optim.name)
     if kind.others is not None and part.kind != "layer":
         kind = optimizer_kind(kind.others)
     optimizer = len(kind.state) * wide + (wide if weight < wide else 0)
     owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
-    return weight + wide + optimizer / owners
+    trained = part.adapters / part.weights if config.model.lora.rank else 1.0
+    return weight + (wide + optimizer / owners) * trained
 
 
 def least_bytes(config: TrainConfig) -> float:

@@ -28,6 +28,32 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021): W x + alpha / rank * B A x."""
+
+    rank: int = option(0, "rank of the adapters, which alone are trained; 0: none", at_least=0, fixed=True)
+    alpha: float = option(16.0, "what adapters are multiplied by, times rank", above=0, fixed=True)
+    targets: list[str] | None = option(
+        None, "matrices of layers that have one, of q, k, v, out, gate, up and down; default: all", fixed=True
+    )
+    base: str | None = option(
+        None,
+        "checkpoint of the frozen weights; default: checkpoint.weights, or else initial values",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapts(self, name: str) -> bool:
+        """Whether the matrix with this name in its layer has an adapter."""
+        return self.rank > 0 and (self.targets is None or name in self.targets)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Transformer of one stack of layers, a decoder or an encoder, of a family by its switches."""
 
@@ -139,6 +165,7 @@ class ModelConfig:
         kept=True,
     )
 
+    lora: LoraConfig = group(LoraConfig, "low-rank adapters")
     module: str | None = option(
         None,
         "PACKAGE:FUNCTION that builds a stage from (config, context), importable from here; default: the Transformer",

@@ -17,6 +17,7 @@ rank sends follows from it (`megapar.plan`). Shapes on a rank, letters as in `me
 from dataclasses import dataclass
 from typing import Literal
 
+from megapar.config.model_schema import LoraConfig
 from megapar.config.schema import ModelConfig
 
 
@@ -46,6 +47,11 @@ class Linear:
     bias: bool
     blocks: int | None = None
     residual: bool = False
+
+    def adapters(self, lora: LoraConfig) -> int:
+        """Elements of the adapters of its outputs."""
+        adapted = [output for output in self.outputs if lora.adapts(output.name)]
+        return sum(lora.rank * (self.inputs + output.features) for output in adapted)
 
     @property
     def features(self) -> int:

@@ -120,7 +120,7 @@ def _estimated(config: TrainConfig, whole: Sequence[Part]) -> Costs:
     return Costs(
         forward=tuple(part.matmul + part.attention for part in whole),
         input_grad=tuple(part.matmul + 2 * part.attention + again(part) for part in whole),
-        weight_grad=tuple(part.matmul for part in whole),
+        weight_grad=tuple(0.0 if config.model.lora.rank else part.matmul for part in whole),
         activation=tuple(config.parallel.pp / layers if part.kind == "layer" else 0.0 for part in whole),
         reduce=(0.0,) * len(whole),
     )

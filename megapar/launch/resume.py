@@ -123,6 +123,7 @@ def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | Non
     if saved is None:
         return
     then, now = manifest.data if manifest is not None else {}, data_hashes(config.data.prefix)
+    then = {kind: digest for kind, digest in then.items() if kind != "base"}
     same_data = bool(now) and now == then
     different = [
         f"{key} {show(value_of(saved, key))} -> {show(value_of(config, key))}"

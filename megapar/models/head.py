@@ -68,7 +68,8 @@ class HiddenStates(nn.Module):
         self.pooler: ReplicatedLinear | None = None
         if model.pooler:
             sizes = (model.hidden, model.hidden)
-            self.pooler = ReplicatedLinear(context, "pooler", *sizes, init=Normal(model.init_std), sees="all")
+            init = Normal(model.init_std)
+            self.pooler = ReplicatedLinear(context, "pooler", *sizes, init=init, sees="all", adapter=True)
 
     def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensors:
         x_TH = self.gathered(x_tH)
@@ -101,7 +102,8 @@ class Classifier(HiddenStates):
         super().__init__(context, model)
         assert model.classes is not None, "resolve the configuration first"
         sizes = (model.hidden, model.classes)
-        self.scores = ReplicatedLinear(context, "classifier", *sizes, init=Normal(model.init_std), sees="all")
+        init = Normal(model.init_std)
+        self.scores = ReplicatedLinear(context, "classifier", *sizes, init=init, sees="all", adapter=True)
 
     def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensors:
         return {"scores": self.scores(self.pooled(self.gathered(x_tH), tokens))}

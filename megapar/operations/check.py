@@ -89,7 +89,7 @@ def check_operations(config: TrainConfig, build_stage: BuildStage | None = None)
     where = {"train.dtype": "fp64", "train.device": "cpu", "kernels.backend": "torch"}
     one = changed(one, batch | where)
     with _process_kept():
-        part = ModelPart(one, 0, build_stage)
+        part = ModelPart(one, 0, build_stage, thawed=True)
         try:
             return _Checker(part, one).report()
         finally:

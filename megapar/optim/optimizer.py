@@ -161,7 +161,7 @@ class Optimizer:
         """The same without a wait for the device. Returns the gradient norm, [1] fp64."""
         norm = self.grad_norm()
         finite = norm.isfinite()
-        if self.config.clip_grad:
+        if self.config.clip_grad and self.grads:
             least = self.config.clip_grad
             scale = torch.where(finite & (norm > least), least / (norm + 1e-6), 1.0)
             if scale.is_cuda or float(scale) < 1.0:  # on a CPU to ask is cheaper than to multiply by 1

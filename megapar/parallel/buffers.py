@@ -86,19 +86,27 @@ def _round_up(value: int, multiple: int) -> int:
 class StageBuffers:
     """The buckets of one rank's stages.
 
+    chosen: parameters that they hold; default: all.
     zero: with True the ranks of a bucket's axis own equal slices of it, else all own everything.
     weights_only: for weights that are not trained: no main gradients.
     initial: with initial values, else zeros.
     """
 
     def __init__(
-        self, context: StageContext, *, bucket_size: int, zero: bool, weights_only: bool = False, initial: bool = True
+        self,
+        context: StageContext,
+        *,
+        bucket_size: int,
+        zero: bool,
+        weights_only: bool = False,
+        initial: bool = True,
+        chosen: Callable[[LocalParameter], bool] = lambda parameter: True,
     ) -> None:
         self.context, self.mesh, self.weights_only = context, context.mesh, weights_only
         self.zero = zero and self.mesh.data.size > 1
         self._initial = initial
         self.buckets: list[Bucket] = []
-        self._lay_out(bucket_size)
+        self._lay_out([parameter for parameter in context.parameters if chosen(parameter)], bucket_size)
         for bucket in self.buckets:
             bucket.params = torch.zeros(bucket.size, dtype=context.dtype, device=context.device)
             if not weights_only:
@@ -106,7 +114,7 @@ class StageBuffers:
             for parameter in bucket.offsets:
                 self._install(parameter, bucket)
 
-    def _lay_out(self, bucket_size: int) -> None:
+    def _lay_out(self, parameters: Sequence[LocalParameter], bucket_size: int) -> None:
         offsets: dict[LocalParameter, int] = {}
         position = size = 0
         stage = -1
@@ -120,7 +128,7 @@ class StageBuffers:
             self.buckets.append(Bucket(stage, axis, offsets, whole, owned))
             offsets, position, size = {}, 0, 0
 
-        for parameter in reversed(self.context.parameters):
+        for parameter in reversed(parameters):
             tied = self.context.holders(parameter) is not None
             # Cut by `widest`, so that tensor-parallel peers cut at the same parameters however uneven their shards are:
             # a bucket's partial sums over tp are one collective. A tied parameter waits for other stages, so it gets a

@@ -9,6 +9,8 @@ Shapes are per rank. R is the size of the axis. On an axis of size 1 every funct
 | all-reduce           | `reduce_from_region`    | identity              |
 | reduce-scatter dim 0 | `reduce_scatter_tokens` | all-gather dim 0      |
 | all-gather dim 0     | `gather_tokens`         | this rank's part      |
+| identity             | `copy_to_region`        | all-reduce            |
+| all-gather dim 0     | `gather_into_region`    | reduce-scatter dim 0  |
 
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3; Korthikanti et al. 2022, section 4.2 (sequence parallelism).
 """
@@ -178,3 +180,35 @@ def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     Dual: this rank's part of the gradient, which is the same on all of them.
     """
     return _GatherTokens.apply(x, axis) if axis.size > 1 else x
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return all_reduce(grad.contiguous().clone(), ctx.axis), None
+
+
+def copy_to_region(x: Tensor, axis: Axis) -> Tensor:
+    """Enter the region with the same on every rank: [..] -> [..]. Dual: all-reduce of the gradient."""
+    return _CopyToRegion.apply(x, axis) if axis.size > 1 else x
+
+
+class _GatherIntoRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return reduce_scatter(grad.contiguous(), ctx.axis), None
+
+
+def gather_into_region(x: Tensor, axis: Axis) -> Tensor:
+    """Enter the region from a sequence-parallel one, with all tokens: [T/R, ..] -> [T, ..]. Dual: reduce-scatter."""
+    return _GatherIntoRegion.apply(x, axis) if axis.size > 1 else x

@@ -22,7 +22,7 @@ class StageContext:
     dtype: compute dtype; `wide_dtype` (at least fp32) is for losses, norms, tables and accumulation.
     parameters: every parameter of this rank's stages in the order of construction.
     stage, part: what is being built; part may be None, as for a builder of the user's own that names none.
-    placement: the pipeline rank of every stage.
+    placement: the pipeline rank of every stage. frozen: only adapters are trained.
     overlaps: how each matmul of the tensor-parallel layers meets its peers.
     """
 
@@ -34,6 +34,7 @@ class StageContext:
     placement: tuple[int, ...] = (0,)
     stage: int = 0
     part: Part | None = None
+    frozen: bool = False
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     parameters: list[LocalParameter] = field(default_factory=list)
 
@@ -119,7 +120,8 @@ class StageContext:
         assert all(piece.shard.shape[1:] == shape[1:] for piece in pieces)
         widest = sum(record.widest(self.mesh.layout) for record in records)
         part = self.part if tie is None else self._part_of_tie[tie]
-        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage, part)
+        frozen = self.frozen and not records[0].adapter
+        local = LocalParameter(module, attribute, shape, pieces, widest, self.stage, part, frozen)
         module.register_parameter(attribute, nn.Parameter(torch.empty(shape, device="meta")))
         self.parameters.append(local)
         return local

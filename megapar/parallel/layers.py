@@ -44,6 +44,7 @@ class ColumnParallelLinear(nn.Module):
         self.owner = context.parameter(self, "weight", *weights)
         self.sizes = [piece.stop - piece.start for piece in self.owner.pieces]
         self.overlap = context.overlap(self.owner)
+        self.adapter: nn.Module | None = None  # x -> what is added to y
         self.bias_owner: LocalParameter | None = None
         if bias:
             biases = [
@@ -55,7 +56,8 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         multiply = all_gather_matmul if self.context.splits_tokens else copy_matmul
         y = multiply(x, self.owner.tensor, self.overlap)
-        return owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
+        y = owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RowParallelLinear(nn.Module):
@@ -82,6 +84,7 @@ class RowParallelLinear(nn.Module):
         record = ParameterRecord(f"{name}.weight", (out_features, in_features), init, (split,))
         self.owner = context.parameter(self, "weight", record)
         self.overlap = context.overlap(self.owner)
+        self.adapter: nn.Module | None = None  # x -> what is added to y
         self.bias_owner: LocalParameter | None = None
         if bias:
             record = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0))
@@ -90,7 +93,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         multiply = matmul_reduce_scatter if self.context.splits_tokens else matmul_all_reduce
         y = multiply(x, self.owner.tensor, self.overlap)
-        return owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
+        y = owned_op(AddBias, y, self.bias_owner, self.context.weight_grads) if self.bias_owner else y
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -131,6 +135,7 @@ class ReplicatedLinear(nn.Module):
     """y = x @ W.T + b, the whole on every rank: x [n, in] -> [n, out]. For what is small, behind the last layer.
 
     sees: `local` for this rank's tokens, `all` for rows that are the same on every tensor-parallel rank
+    adapter: as of `ParameterRecord`
     """
 
     def __init__(
@@ -142,12 +147,13 @@ class ReplicatedLinear(nn.Module):
         *,
         init: Init,
         sees: Literal["local", "all"] = "local",
+        adapter: bool = False,
     ) -> None:
         super().__init__()
         self.context = context
-        weight = ParameterRecord(f"{name}.weight", (out_features, in_features), init, sees=sees)
+        weight = ParameterRecord(f"{name}.weight", (out_features, in_features), init, sees=sees, adapter=adapter)
         self.owner = context.parameter(self, "weight", weight)
-        bias = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0), sees=sees)
+        bias = ParameterRecord(f"{name}.bias", (out_features,), Constant(0.0), sees=sees, adapter=adapter)
         self.bias_owner = context.parameter(self, "bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class ParameterRecord:
     sees: what an op that reads it on every tensor-parallel rank sees there, if they do not divide it: `local`, this
         rank's tokens outside the tensor-parallel regions; `heads`, those of this rank; `all`, the same on every rank.
         Gradients are parts of a sum where ranks see different things.
+    adapter: trained also where the rest of the model is frozen.
     tie: name of the group of stages that hold a copy of it (tied embeddings), or None.
     """
 
@@ -113,6 +114,7 @@ class ParameterRecord:
     splits: tuple[Split, ...] = ()
     tie: str | None = None
     sees: Literal["local", "heads", "all"] = "local"
+    adapter: bool = False
 
     @property
     def numel(self) -> int:

@@ -35,6 +35,7 @@ class LocalParameter:
     `tensor` is the parameter that ops read (compute dtype), `grad` its main gradient (at least fp32). Both are views of
     the rank's flat buffers, set when those are made. `uses` counts the ops that add to the gradient in one backward.
     `stage`: the pipeline stage that declared it; `part`: the part of the model that it belongs to, None if to none.
+    `frozen`: it is not trained, and has no gradient.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class LocalParameter:
     widest: int  # elements on the rank of the stage that holds most: the same number on all of them
     stage: int = 0
     part: Part | None = None
+    frozen: bool = False
     uses: int = 1
     aliases: list[tuple[nn.Module, str]] = field(default_factory=list)  # further places of a shared plain parameter
     values: Tensor | None = None  # of a plain module's parameter
@@ -115,7 +117,10 @@ class WeightGrads:
         """`add_to(*main_grads)` adds this use's gradients to the parameters' main gradients, in place.
 
         write: the same where they hold nothing yet, if that is cheaper than to add to zeros
+        Of frozen parameters nothing is computed; those of one call are all frozen, or none is.
         """
+        if parameters[0].frozen:
+            return
         submitted = Submitted(add_to, write, parameters)
         if self._defer_to is None:
             self._run(submitted)

@@ -80,6 +80,7 @@ def _tensor_parallel(
             if part.kind == "layer":
                 for linear in layer_linears(config.model).values():
                     _linear(config, linear, direction, found)
+                    _adapters(config, linear, direction, found)
             elif again and direction == "forward":
                 continue
             elif part.kind == "head" and config.model.has_logits:
@@ -104,6 +105,16 @@ def _linear(config: TrainConfig, linear: Linear, direction: str, found: Messages
     rows = tokens // tp if gathers else tokens
     columns = (hidden, inner) if gathers else (inner, hidden)
     found.add(_pieces(config, operation, rows, columns), size / tp if gathers else size)
+
+
+def _adapters(config: TrainConfig, linear: Linear, direction: str, found: Messages) -> None:
+    """The collective of a product's adapters, or none: as the product's own, of their inner width."""
+    lora, split, enters = config.model.lora, config.parallel.sequence_parallel, linear.split == "column"
+    width = lora.rank * sum(lora.adapts(output.name) for output in linear.outputs)
+    gathers = enters == (direction == "forward")
+    if width and (split or not gathers):
+        size = _tokens(config) * width * WIDTHS[config.train.dtype][0]
+        found.add(1, size / config.parallel.tp if gathers else size)
 
 
 def _pieces(config: TrainConfig, operation: Operation, rows: int, sizes: tuple[int, int]) -> int:

@@ -1,5 +1,6 @@
 """What one rank of a layout would hold and do: parameters, bytes by kind, parts, schedule row, messages, groups."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.mesh import Mesh
 from megapar.optim.optimizer import state_elements
+from megapar.parallel.buffers import Held
 from megapar.part import ModelPart
 from megapar.plan.messages import Messages, messages
 
@@ -50,13 +52,19 @@ def plan_rank(config: TrainConfig, rank: int) -> RankPlan:
     return RankPlan(
         rank=rank,
         coordinates=dict(mesh.place),
-        parameters=sum(held.run.stop - held.run.start for held in part.buffers.held()),
+        parameters=sum(held.run.stop - held.run.start for held in _all_held(part)),
         bytes=state(part) | {"activations": round(_peak(row, stages))},
         parts={stage: [one.name for one in stages[stage]] for stage in mine},
         row=[str(action) for action in row],
         messages=messages(config, part),
         groups={axis.name: list(axis.ranks) for axis in axes if axis.size > 1},
     )
+
+
+def _all_held(part: ModelPart) -> Iterator[Held]:
+    yield from part.buffers.held()
+    if part.frozen is not None:
+        yield from part.frozen.held()
 
 
 def state(part: ModelPart) -> dict[str, int]:
@@ -66,8 +74,9 @@ def state(part: ModelPart) -> dict[str, int]:
     size = sum(bucket.size for bucket in buffers.buckets)
     owned = sum(bucket.owned.stop - bucket.owned.start for bucket in buffers.buckets)
     masters = owned if buffers.zero or narrow < wide else 0
+    frozen = sum(bucket.size for bucket in part.frozen.buckets) if part.frozen is not None else 0
     return {
-        "weights": size * narrow,
+        "weights": (size + frozen) * narrow,
         "gradients": (size + (owned if buffers.zero else 0)) * wide,
         "optimizer": (masters + state_elements(buffers, part.config.optim)) * wide,
     }

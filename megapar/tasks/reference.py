@@ -18,7 +18,7 @@ class Reference:
     """Weights of `task.reference`, or initial values where that is None. Every method is collective."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
-        config = changed(config, {"parallel.zero": 0})
+        config = changed(config, {"parallel.zero": 0, "model.lora.rank": 0})
         path = config.task.reference
         self.part = ModelPart(config, mesh.rank, mesh=mesh, weights_only=True)
         if path is not None:

@@ -131,6 +131,7 @@ NOT_ON_DISK = {
     "dropout",
     "attention_dropout",
     "init_std",
+    "lora",
 }  # keys of `model` without which logits are the same
 
 

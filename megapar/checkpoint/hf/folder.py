@@ -102,6 +102,7 @@ def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
     if config.model.position == "learned" and config.train.seq_length != length:
         problem = f"{folder} has a table of {length} learned positions; use train.seq_length={length}"
         raise ConfigError("train.seq_length", config.train.seq_length, problem)
+    config = changed(config, {"model.lora.rank": 0})
     if anew:
         config = changed(config, {f"model.{name}": theirs[name] for name in HEAD if name in theirs})
     return HfWeights(folder, logical_shapes(config))
