@@ -35,7 +35,8 @@ setup(
             "tensorboardX",
             "tokenizers",
             "jinja2",
-            "transformers",  # a reference, in tests alone
+            "transformers",  # references, in tests alone
+            "peft",
             "pytest",
             "hypothesis",
             "ruff",

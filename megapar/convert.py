@@ -20,6 +20,7 @@ from megapar.checkpoint.format import (
     key,
     read_manifest,
 )
+from megapar.checkpoint.hf.adapters import export_adapters
 from megapar.checkpoint.hf.family import Family, families, in_full, to_model
 from megapar.checkpoint.hf.folder import (
     CONFIG,
@@ -32,9 +33,10 @@ from megapar.checkpoint.hf.folder import (
     model_keys,
     places,
     read_config,
+    trained_shapes,
 )
 from megapar.checkpoint.hf.write import Entry, shards, write_tensors
-from megapar.checkpoint.load import CheckpointReader
+from megapar.checkpoint.merged import open_merged
 from megapar.checkpoint.save import begin, environment, finish
 from megapar.config.derive import resolve
 from megapar.config.errors import ConfigError, UserError
@@ -181,18 +183,21 @@ def export_run(config: ExportConfig, say: Say) -> None:
     trained = load_config(run_dir)
     folder = find_checkpoint(config.checkpoint.load or run_dir)
     manifest = read_manifest(folder)
-    shapes = logical_shapes(trained)
-    refuse_other_shapes(manifest, shapes, folder)
+    refuse_other_shapes(manifest, trained_shapes(trained), folder)
     _refuse_full("hf", target)
+    shapes = logical_shapes(trained)
     family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
+    if config.adapters:
+        export_adapters(target, folder, manifest, trained, family, _prefix(run_dir / KEPT, family), say)
+        return
     there, on_disk = places(family, shapes, _prefix(run_dir / KEPT, family))
-    dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
+    reader, stored = open_merged(folder, manifest, trained)
+    dtype = _DTYPES.get(config.dtype) or stored
     entries = [Entry(name, shape, dtype) for name, shape in on_disk.items()]
     parts = shards(entries, int(config.shard_gb * 1e9))
     total = len(parts)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     names = names if total > 1 else [SINGLE]
-    reader = CheckpointReader(folder, manifest)
 
     def values(part: list[Entry]) -> Iterator[Tensor]:
         for entry in part:

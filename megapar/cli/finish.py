@@ -31,10 +31,11 @@ def finish(config: T, world_size: int | None = None) -> T:
     from megapar.data.source import find_source
 
     config = _with_tokenizer_of_weights(config)
+    weights = config.checkpoint.weights and os.path.abspath(config.checkpoint.weights)
     if config.task.reference is None and (needs := TASKS.get(config.task.name)) and needs.reference:
-        config = changed(config, {"task.reference": config.checkpoint.weights})
+        config = changed(config, {"task.reference": weights})
     if config.model.lora.rank and config.model.lora.base is None:
-        config = changed(config, {"model.lora.base": config.checkpoint.weights})
+        config = changed(config, {"model.lora.base": weights})
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     sizes = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}

@@ -155,7 +155,7 @@ def state_bytes(config: TrainConfig, part: Part) -> float:
         kind = optimizer_kind(kind.others)
     optimizer = len(kind.state) * wide + (wide if weight < wide else 0)
     owners = config.parallel.layout.over("samples") if config.parallel.zero else 1
-    trained = part.adapters / part.weights if config.model.lora.rank else 1.0
+    trained = part.adapters / max(1, part.weights) if config.model.lora.rank else 1.0
     return weight + (wide + optimizer / owners) * trained
 
 

@@ -27,6 +27,9 @@ class RopeScalingConfig:
     )
 
 
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a layer; without a gate there is none
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters beside frozen matrices (Hu et al. 2021): W x + alpha / rank * B A x."""
@@ -50,7 +53,7 @@ class LoraConfig:
 
     def adapts(self, name: str) -> bool:
         """Whether the matrix with this name in its layer has an adapter."""
-        return self.rank > 0 and (self.targets is None or name in self.targets)
+        return self.rank > 0 and name in (MATRICES if self.targets is None else self.targets)
 
 
 @dataclass(frozen=True)

@@ -418,6 +418,9 @@ class ExportConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights; auto: as the checkpoint has them")
     shard_gb: float = option(5.0, "most gigabytes of a file", above=0)
+    adapters: bool = option(
+        False, "of a run with LoRA the adapters alone, as PEFT has them; else merged into the weights"
+    )
     family: str | None = option(
         None, "model_type of config.json; default: that of the folder it was imported from, or one that has this model"
     )

@@ -17,6 +17,7 @@ from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import changed, keys
 from megapar.config.layout import Layout
+from megapar.config.model_schema import LoraConfig
 from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
@@ -81,12 +82,23 @@ def model_keys(folder: Path) -> tuple[Keys, int]:
 
 
 def logical_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """Every logical parameter of a resolved config's model, in the order of a forward pass. Takes no memory."""
+    """Every logical parameter of a resolved config's model, without adapters, in the order of a forward pass. Takes no
+    memory."""
+    return _shapes(changed(config, {"model.lora": LoraConfig()}))
+
+
+def trained_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Those that a run trains, and that its checkpoints hold: with LoRA the adapters."""
+    return _shapes(config)
+
+
+def _shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
     config = with_layout(config, Layout())
-    context = StageContext(Mesh(groups=False))
+    context = StageContext(Mesh(groups=False), frozen=config.model.lora.rank > 0)
     context.tie("embedding", [0])
     build_stage(config, context)
-    return {piece.record.name: piece.record.shape for local in context.parameters for piece in local.pieces}
+    trained = [local for local in context.parameters if not local.frozen]
+    return {piece.record.name: piece.record.shape for local in trained for piece in local.pieces}
 
 
 def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
@@ -102,7 +114,6 @@ def open_weights(folder: Path, config: TrainConfig) -> "HfWeights":
     if config.model.position == "learned" and config.train.seq_length != length:
         problem = f"{folder} has a table of {length} learned positions; use train.seq_length={length}"
         raise ConfigError("train.seq_length", config.train.seq_length, problem)
-    config = changed(config, {"model.lora.rank": 0})
     if anew:
         config = changed(config, {f"model.{name}": theirs[name] for name in HEAD if name in theirs})
     return HfWeights(folder, logical_shapes(config))

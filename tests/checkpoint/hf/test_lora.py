@@ -1,0 +1,80 @@
+"""Adapters trained here: merged on export as transformers computes, and by themselves as PEFT loads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megapar.checkpoint import save
+from megapar.config.errors import UserError
+from megapar.config.file import dump, load_config
+from megapar.config.keys import changed
+from megapar.convert import import_folder
+from megapar.train.trainer import Trainer
+from tests.checkpoint.hf.models import build
+from tests.checkpoint.hf.models import save as save_hf
+from tests.checkpoint.hf.test_round_trip import export, load, quiet
+from tests.tiny import tiny_config
+
+LORA: dict[str, Any] = {"model.lora.rank": 3, "model.lora.alpha": 5.0}
+
+
+def tuned(name: str, folder: Path, tokens: str, base: str, **values: Any) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A run with adapters on a model of transformers', its ids and its logits [B, S, V]."""
+    source = save_hf(build(name), folder / "source")
+    import_folder(source, folder / "imported", quiet)
+    keys = {"model": load_config(folder / "imported").model, "train.seq_length": 16, "train.dtype": "fp32"}
+    plain = changed(tiny_config(tokens), keys)
+    config = changed(plain, LORA | {"model.lora.base": str(folder / base), "run.dir": str(folder / "run")} | values)
+    trainer = Trainer(config, 0)
+    for step in range(1, 4):
+        trainer.step(step)
+    save(folder / "run" / "checkpoints", trainer.optimizer, config, 3)
+    (folder / "run" / "config.yaml").write_text(dump(config))
+    ids = torch.arange(32).view(2, 16)
+    [stage] = trainer.stages.values()
+    stage.train(False)
+    with torch.no_grad():
+        found = stage({}, {"ids": ids, "samples": torch.arange(2), "step": torch.tensor(0)})["logits"]
+    trainer.close()
+    return folder / "run", ids, found.view(2, 16, -1)
+
+
+@pytest.mark.parametrize(("name", "base"), [("llama", "imported"), ("qwen3", "source"), ("gpt2", "imported")])
+def test_merged(name: str, base: str, tmp_path: Path, tokens: str) -> None:
+    """fp32: 1e-5 of the largest logit, as for every family."""
+    run, ids, expected = tuned(name, tmp_path, tokens, base, **({"train.seq_length": 64} if name == "gpt2" else {}))
+    export(run, tmp_path / "merged")
+    with torch.no_grad():
+        found = load(name, tmp_path / "merged")(ids)["logits"]
+        plain = load(name, tmp_path / "source")(ids)["logits"]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_peft_loads_them(tmp_path: Path, tokens: str) -> None:
+    import peft
+
+    run, ids, expected = tuned("llama", tmp_path, tokens, "source", **{"model.lora.targets": ["q", "v", "out", "down"]})
+    export(run, tmp_path / "adapters", adapters=True)
+    about = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    model = peft.PeftModel.from_pretrained(load("llama", tmp_path / "source"), str(tmp_path / "adapters"))
+    with torch.no_grad():
+        found = model(ids)["logits"]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_refusals(tmp_path: Path, tokens: str) -> None:
+    run, _, _ = tuned("gpt2", tmp_path, tokens, "imported", **{"train.seq_length": 64})
+    with pytest.raises(UserError, match=r"^gpt2: .*c_attn.weight is one tensor with one adapter there"):
+        export(run, tmp_path / "adapters", adapters=True)
+    with pytest.raises(UserError, match=r"^adapters=true: .*has none \(model.lora.rank=0\); leave it out"):
+        export(tmp_path / "imported", tmp_path / "adapters", adapters=True)
+    assert not (tmp_path / "adapters").exists()
+    config = load_config(run)
+    (run / "config.yaml").write_text(dump(changed(config, {"model.lora.base": None})))
+    with pytest.raises(UserError, match=r"^model.lora.base=null: .*has adapters of other weights"):
+        export(run, tmp_path / "merged")
