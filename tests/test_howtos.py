@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from megapar import update_rules
 from megapar.checkpoint.hf.family import in_full, to_model
 from megapar.checkpoint.hf.folder import logical_shapes, places
 from megapar.cli.command import commands
@@ -68,6 +69,23 @@ def test_a_config_key() -> None:
     exec(f"@dataclass(frozen=True)\nclass Group:\n{textwrap.indent(snippet, '    ')}", vars(schema) | {}, made)
     facts = keys(made["Group"])["label_smoothing"]
     assert (made["Group"]().label_smoothing, facts.refusal(1.0)) == (0.0, "must be less than 1")
+
+
+def test_an_optimizer(tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file beside the others: one step is its formula."""
+    (snippet,) = snippets("add-an-optimizer.md")
+    (tmp_path / "sgd.py").write_text(snippet)
+    monkeypatch.setattr(update_rules, "__path__", [*update_rules.__path__, str(tmp_path)])
+    assert update_rules.optimizer_names() == ["adamw", "lion", "muon", "sgd"]
+    values: dict[str, Any] = {"optim.name": "sgd", "optim.clip_grad": 0.0}
+    trainer = Trainer(tiny_config(tokens, **values), 0)
+    before = [part.clone() for part in trainer.buffers.params]
+    rate = trainer.step(1).lr
+    steps = [rate * 0.05 * grads for grads in trainer.buffers.grads]
+    [decayed] = [held for held in trainer.buffers.held() if held.piece.record.name == "head.weight"]
+    expected = decayed.view(before) * (1 - rate * 0.1) - decayed.view(steps)
+    assert torch.allclose(decayed.view(trainer.buffers.params), expected, rtol=1e-13)
+    trainer.close()
 
 
 def test_a_task_and_a_source() -> None:

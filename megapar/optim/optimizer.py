@@ -104,8 +104,8 @@ class Optimizer:
 
     def _begin(self, kind: OptimizerKind, treated: Mapping[Treatment, list[tuple[int, slice]]]) -> None:
         """Make a rule and the state of what it updates."""
-        everywhere = [run for runs in treated.values() for run in runs] if works_on_matrices(self.config) else None
-        state = {name: zeros(self.masters, everywhere) for name in kind.state}
+        chosen = runs_with_state(self.buffers, self.config, kind)
+        state = {name: zeros(self.masters, chosen) for name in kind.state}
         self._states |= state
 
         def run_of(bucket: int, run: slice) -> Run:
@@ -200,14 +200,17 @@ def works_on_matrices(config: OptimConfig) -> bool:
     return optimizer_kind(config.name).others is not None
 
 
+def runs_with_state(buffers: StageBuffers, config: OptimConfig, kind: OptimizerKind) -> list[tuple[int, slice]] | None:
+    """(bucket, run in its owned part) of what a rule keeps state of; None: of everything."""
+    if not works_on_matrices(config):
+        return None
+    return buffers.owned_runs(lambda held: Treatment.of(held, config).rule).get(kind.name, [])
+
+
 def state_elements(buffers: StageBuffers, config: OptimConfig) -> int:
     """Elements of the state beside the weights that an optimizer keeps of what a rank owns, with padding."""
-    treated = buffers.owned_runs(lambda held: Treatment.of(held, config).rule)
     owned = buffers.take_owned(buffers.params)
-    return sum(
-        len(kind.state) * size_of(owned, treated.get(kind.name, []) if works_on_matrices(config) else None)
-        for kind in kinds_of(config)
-    )
+    return sum(len(kind.state) * size_of(owned, runs_with_state(buffers, config, kind)) for kind in kinds_of(config))
 
 
 def _no_matrices(function: Callable[[Tensor], Tensor]) -> None:

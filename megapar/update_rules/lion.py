@@ -24,10 +24,13 @@ class Lion:
         for group in self.groups:
             keep_unless(finite, group.runs, "exp_avg")
             grads, moments = [run.grad for run in group.runs], [run.state["exp_avg"] for run in group.runs]
-            directions = list(torch._foreach_lerp(moments, grads, 1.0 - self.settings.beta1))
-            torch._foreach_sign_(directions)
-            torch._foreach_lerp_(moments, grads, 1.0 - self.settings.beta2)
-            descend(group, directions, group.lr_scale * lr, finite)
+            # With d = g - m: the new m is m + (1 - beta2) * d, and c is that + (beta2 - beta1) * d. All in place.
+            torch._foreach_sub_(grads, moments)
+            torch._foreach_add_(moments, grads, alpha=1.0 - self.settings.beta2)
+            torch._foreach_mul_(grads, self.settings.beta2 - self.settings.beta1)
+            torch._foreach_add_(grads, moments)
+            torch._foreach_sign_(grads)
+            descend(group, grads, group.lr_scale * lr, finite)
 
     def resume(self, steps: int) -> None:
         """It doesn't depend on their number."""

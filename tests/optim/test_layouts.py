@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lion groups": ("pp2dp2", {"optim.name": "lion"} | GROUPS),
     "adamw groups": ("tp2pp2dp2", ZERO | GROUPS),
 }
-MORE = ("muon gpt2 pp2 zbv", "lion tp3dp2", "lion groups")
+MORE = ("muon gpt2 pp2 zbv", "muon fp32", "muon tp2dp2 copies", "lion tp3dp2", "lion groups")
 
 
 @pytest.mark.parametrize(

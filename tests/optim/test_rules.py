@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megapar.config.schema import PartOptions
+from megapar.config.errors import UserError
+from megapar.config.schema import PartOptions, TrainConfig
+from megapar.models.stage import build_stage
+from megapar.optim.optimizer import Treatment
+from megapar.parallel.context import StageContext
 from megapar.train.trainer import Trainer
 from megapar.update_rules import optimizer_kind, optimizer_names
 from megapar.update_rules.muon import orthogonal, scaled
@@ -149,3 +153,20 @@ def test_a_tied_weight_belongs_to_the_first_part(tokens: str) -> None:
     trainer.step(1)
     assert torch.equal(tied, before)
     trainer.close()
+
+
+def test_what_belongs_to_no_part_can_not_be_told_apart(tokens: str) -> None:
+    """A module of a user's own behind a layer: by part it has no options, and without groups it goes by AdamW."""
+
+    def with_linear(config: TrainConfig, context: StageContext) -> Any:
+        stage: Any = build_stage(config, context)
+        stage.extra = nn.Linear(3, 5, bias=False, dtype=torch.float64)
+        return stage
+
+    values: dict[str, Any] = {"optim.name": "muon", "parallel.check_gradients": False}
+    trainer = Trainer(tiny_config(tokens, **values), 0, with_linear)
+    [extra] = [held for held in trainer.buffers.held() if held.piece.record.name == "extra.weight"]
+    assert Treatment.of(extra, trainer.config.optim).rule == "adamw"
+    trainer.close()
+    with pytest.raises(UserError, match=r"extra.weight belongs to no part .* context.part"):
+        Trainer(tiny_config(tokens, **(values | {"optim.groups": GROUPS})), 0, with_linear)

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from megapar.config.schema import PartOptions
 from megapar.plan.rank import plan_rank, shortened, state
 from megapar.train.trainer import Trainer
 from tests.plan.layouts import LAYOUTS, config_of
 from tests.plan.recorder import Recording, recording
 from tests.plan.replay import alone
+from tests.tiny import GPT2, tiny_config
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "evaluation" not in name])
@@ -55,6 +57,15 @@ def operations(trainer: Trainer, found: Recording) -> Iterator[tuple[frozenset[s
         words = one.text("").split()
         if words[0] not in ("irecv", "wait"):
             yield frozenset(names[id(one.group)]), int(words[-2])
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "muon"])
+def test_a_plan_counts_the_state_that_there_is(optimizer: str, tokens: str) -> None:
+    groups = {"layers.1": PartOptions(lr_scale=0.5)}
+    config = tiny_config(tokens, **({"optim.name": optimizer, "train.dtype": "bf16", "optim.groups": groups} | GPT2))
+    trainer = Trainer(config, 0)
+    assert plan_rank(config, 0).bytes.items() >= bytes_of(trainer).items()
+    trainer.close()
 
 
 def joined(sets: list[frozenset[str]]) -> list[set[str]]:
