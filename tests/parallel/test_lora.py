@@ -59,7 +59,7 @@ def logits(part: ModelPart, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("targets", [None, ["q", "down"]])
 def test_it_is_a_matrix_that_is_added(targets: list[str] | None, tokens: str) -> None:
     """fp64: the model with adapters, and the plain one with W + alpha / rank * B A."""
-    config = tiny_config(tokens, **LORA, **{"model.lora.targets": targets})
+    config = tiny_config(tokens, **LORA | {"model.lora.targets": targets})
     trainer = Trainer(config, 0)
     assert trainer.frozen is not None
     before = [values.clone() for values in trainer.frozen.params]
@@ -139,4 +139,4 @@ def test_refusals(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
 )
 def test_targets_are_checked(targets: list[str], problem: str, tokens: str) -> None:
     with pytest.raises(UserError, match=rf"^model.lora.targets=.*{problem}"):
-        tiny_config(tokens, **LORA, **{"model.lora.targets": targets})
+        tiny_config(tokens, **LORA | {"model.lora.targets": targets})
