@@ -83,7 +83,7 @@ def check_model(model: ModelConfig) -> None:
             if value := getattr(model, key):
                 raise ConfigError(f"model.{key}", value, f"model.output={model.output} has no logits; leave it out")
     else:
-        for key, none in (("pooler", False), ("pooling", None), ("classes", None)):
+        for key, none in (("pooler", False), ("classes", None)):
             if (value := getattr(model, key)) != none:
                 problem = f"model.output={model.output} has none; use it with model.output=classes"
                 raise ConfigError(f"model.{key}", value, problem)
