@@ -51,7 +51,9 @@ def translations() -> list[Translated]:
     """The strings, by language and message. Raises ConfigError where Django is not installed."""
     found = importlib.util.find_spec("django")
     if found is None or found.origin is None:
-        problem = "reads the translations of the package django, which is not installed; pip install 'megapar[experiments]'"
+        problem = (
+            "reads the translations of the package django, which is not installed; pip install 'megapar[experiments]'"
+        )
         raise ConfigError("data.source", "classify_language", problem)
     strings: dict[tuple[str, str], str] = {}
     for path in sorted(Path(found.origin).parent.glob("**/locale/*/LC_MESSAGES/django.mo")):

@@ -151,7 +151,8 @@ def in_full(model: ModelConfig) -> Keys:
     """Every key that changes logits, with what is derived; what has no effect is left out."""
     keys = {**vars(model), **model_sizes(model), **model.biases}
     keys["attention_scale"] = model.attention_scale or keys["head_dim"] ** -0.5
-    without_effect = set(NOT_ON_DISK)
+    keys["pooling"] = model.pools
+    without_effect = set(NOT_ON_DISK) | ({"pooling", "classes"} if model.has_logits else set())
     if model.position != "rope":
         without_effect |= {"rope_theta", "rope_scaling", "window_rope_theta"}
     if model.window is None:

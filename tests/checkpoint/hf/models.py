@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES | {"pad_token_id": 0, "eos_token_id": 1, "sliding_window": 9}),
     "bert_masked": ("BertForMaskedLM", "BertConfig", _BERT),
     "bert": ("BertModel", "BertConfig", _BERT),
+    "bert_classes": ("BertForSequenceClassification", "BertConfig", _BERT | {"num_labels": 5}),
 }
 TEXT = 40  # tokens
 
@@ -129,6 +130,8 @@ def reference(name: str) -> Reference:
 
 
 def distance(found: Tensor, reference: Reference, side: str) -> float:
-    """The largest difference of a real token's logits, as a share of the largest logit."""
+    """The largest difference of a real token's logits, as a share of the largest logit; of a classifier's scores where
+    the first token is real."""
     real, expected = reference.masks[side].bool(), reference.expected[side]
+    real = real[:, 0] if expected.dim() == 2 else real
     return float((found - expected)[real].abs().max() / expected[real].abs().max())

@@ -53,6 +53,8 @@ def logits_of_a_rank(rank: int, world_size: int, folder: str, layout: str, ids: 
     batch = whole(ids, 0) | side_inputs(ids, mask, types)
 
     def last(outputs: Any, batch: Any) -> Any:
+        if "scores" in outputs:
+            return outputs["scores"]
         if "hidden" in outputs:
             return outputs["hidden"].view(*ids.shape, -1)
         return gather_logits(outputs["logits"], model.config.model.vocab_size or 0, mesh["tp"]).view(*ids.shape, -1)

@@ -1,4 +1,4 @@
-"""BERT: an encoder with norms of sums, token types, and a head for masked tokens or a pooler."""
+"""BERT: an encoder with norms of sums, token types, and a head for masked tokens or for classes, or a pooler."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from megapar.checkpoint.hf.fields import INIT, SIZES
 from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig
 
-MASKED, ENCODER = "BertForMaskedLM", "BertModel"
+MASKED, ENCODER, CLASSIFIER = "BertForMaskedLM", "BertModel", "BertForSequenceClassification"
 _embeddings, _layer, _ours = "{p}embeddings", "{p}encoder.layer.{}", "layers.{}"
 _head = "cls.predictions"
 _linears = {
@@ -20,13 +20,20 @@ _linears = {
     f"{_layer}.output.dense": f"{_ours}.mlp.down",
     f"{_layer}.output.LayerNorm": f"{_ours}.norm2",
     "{p}pooler.dense": "pooler",
+    "classifier": "classifier",
     f"{_head}.transform.dense": "head.dense",
     f"{_head}.transform.LayerNorm": "norm",
 }
 
 
 def _read(config: Mapping[str, Any], keys: Keys) -> Keys:
-    if (config.get("architectures") or [MASKED])[0] == ENCODER:
+    architecture = (config.get("architectures") or [MASKED])[0]
+    if architecture == CLASSIFIER:
+        if (kind := config.get("problem_type")) not in (None, "single_label_classification"):
+            raise UserError(f"problem_type={kind!r} is not supported; there is single_label_classification")
+        classes = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+        return {"output": "classes", "classes": classes, "pooler": True, "tied": False}
+    if architecture == ENCODER:
         return {"output": "hidden", "pooler": config.get("add_pooling_layer", True), "tied": False}
     if not keys["tied"]:  # their logits then have a bias of another name
         raise UserError("tie_word_embeddings=False is not supported with a head for masked tokens; there is True")
@@ -37,6 +44,11 @@ def _write(model: ModelConfig) -> Keys:
     if model.output == "hidden":
         more = {} if model.pooler else {"add_pooling_layer": False}
         return {"architectures": [ENCODER], "tie_word_embeddings": True} | more
+    if model.output == "classes":
+        names = {str(number): f"LABEL_{number}" for number in range(model.classes or 0)}
+        numbers = {name: int(number) for number, name in names.items()}
+        more = {"id2label": names, "label2id": numbers}
+        return {"architectures": [CLASSIFIER], "tie_word_embeddings": True} | more
     return {"architectures": [MASKED]}
 
 
@@ -72,7 +84,7 @@ FAMILIES = (
         read=_read,
         write=_write,
         default_length=512,
-        others=(ENCODER, "BertForPreTraining"),
+        others=(ENCODER, CLASSIFIER, "BertForPreTraining"),
         prefixes=("bert.", ""),
         ignored=(
             r"(bert\.)?embeddings\.position_ids",

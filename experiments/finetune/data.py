@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Lines to turn round, word by word: what a small model is fine-tuned on, made here from a seed.
+
+python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads them
+"""
+
+import json
+import random
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megapar.config.errors import ConfigError
+from megapar.config.schema import DataConfig
+from megapar.data.prepare import cache_folder
+from megapar.data.records import prepare_records
+from megapar.data.source import Prepared, Source
+from megapar.data.sources.instructions import KIND, Instructions
+
+# Words that the plays of lm_text use often.
+WORDS = (
+    "the and to of you my is not me it in that he your for be his but with as this have thou so will what her thy do no "
+    "by shall if are we our thee all good lord now love on she at well they come would more was from then how let man "
+    "here there him who know go say may us when were must like make why such see which should tell did any too out"
+).split()
+COUNT, VALID, SEED = 20_000, 500, 1
+PATH = "words"  # as `data.path`
+
+
+def lines() -> list[dict[str, str]]:
+    """Prompts with their responses, no prompt twice: three to five words, and the same from the last to the first."""
+    draw, found = random.Random(SEED), {}
+    while len(found) < COUNT + VALID:
+        words = [draw.choice(WORDS) for _ in range(draw.randint(3, 5))]
+        found[" ".join(words)] = " ".join(reversed(words))
+    return [{"prompt": f"TURN ROUND: {words}\nANSWER:", "response": f" {turned}"} for words, turned in found.items()]
+
+
+def write(folder: Path) -> None:
+    """Write both files into a folder that is made for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = lines()
+    for name, part in (("valid", made[:VALID]), ("train", made[VALID:])):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in part), encoding="utf-8")
+
+
+def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
+    """The files in the cache, then as `instructions` has it. Raises UserError."""
+    if config.path != PATH:
+        raise ConfigError("data.path", config.path, f"finetune makes its own lines; use {PATH}")
+    parent = cache_folder(config)
+    folder = parent / f"finetune-{COUNT}-{VALID}-{SEED}"
+    if not folder.exists():
+        temporary = parent / f".finetune-{uuid.uuid4().hex}"
+        try:
+            write(temporary)
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was faster
+                problem = f"can't be written ({error.strerror}); name a folder that can be written"
+                raise ConfigError("data.cache", parent, problem) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    files = {"path": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl")}
+    return prepare_records(KIND, replace(config, **files), say)  # type: ignore[arg-type]
+
+
+SOURCE = Source("finetune", "lines to turn round, word by word", prepare, Instructions)
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
