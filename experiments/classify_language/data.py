@@ -27,9 +27,8 @@ from megapar.data.sources.labelled import KIND, Labelled
 from megapar.data.sources.tokens import SOURCE as TOKENS
 from megapar.data.split import held_out, text_hash
 
-LANGUAGES = (
-    "ar bg ca cs da de el es et fi fr hu id it ja lt lv nb nl pl pt ro ru sk sl sr sv tr uk vi".split()
-)  # with neighbours that are easily taken for each other
+_NAMES = "ar bg ca cs da de el es et fi fr hu id it ja lt lv nb nl pl pt ro ru sk sl sr sv tr uk vi"
+LANGUAGES = frozenset(_NAMES.split())  # with neighbours that are easily taken for each other
 LEAST = 15  # characters of a string
 HELD_OUT = 0.18  # of the messages
 CHUNK = 20  # strings of a text file
@@ -100,7 +99,7 @@ def unpacked(parent: Path) -> Path:
                 if one.held_out == chosen
             ]
             (temporary / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for language in LANGUAGES:
+        for language in sorted(LANGUAGES):
             texts = [one.text for one in strings if one.language == language and not one.held_out]
             for number in range(0, len(texts), CHUNK):
                 path = temporary / "text" / f"{language}-{number // CHUNK:03}.txt"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Lines to turn round, word by word: what a small model is fine-tuned on, made here from a seed.
 
-python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads them
+python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads
 """
 
 import json
@@ -21,18 +21,19 @@ from megapar.data.source import Prepared, Source
 from megapar.data.sources.instructions import KIND, Instructions
 
 # Words that the plays of lm_text use often.
-WORDS = (
-    "the and to of you my is not me it in that he your for be his but with as this have thou so will what her thy do no "
-    "by shall if are we our thee all good lord now love on she at well they come would more was from then how let man "
-    "here there him who know go say may us when were must like make why such see which should tell did any too out"
-).split()
+_WORDS = """
+the and to of you my is not me it in that he your for be his but with as this have thou so will what her thy do
+no by shall if are we our thee all good lord now love on she at well they come would more was from then how let man here
+there him who know go say may us when were must like make why such see which should tell did any too out"""
+WORDS = _WORDS.split()
 COUNT, VALID, SEED = 20_000, 500, 1
 PATH = "words"  # as `data.path`
 
 
 def lines() -> list[dict[str, str]]:
     """Prompts with their responses, no prompt twice: three to five words, and the same from the last to the first."""
-    draw, found = random.Random(SEED), {}
+    draw = random.Random(SEED)
+    found: dict[str, str] = {}
     while len(found) < COUNT + VALID:
         words = [draw.choice(WORDS) for _ in range(draw.randint(3, 5))]
         found[" ".join(words)] = " ".join(reversed(words))

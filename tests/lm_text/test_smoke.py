@@ -6,12 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from experiments import runs
 from experiments.lm_text import results
 from megapar.config.errors import UserError
+from megapar.config.keys import changed
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,10 @@ def test_the_loss_falls(smoke: Path) -> None:
 
 def test_the_held_out_text_is_the_end_of_a_play(smoke: Path) -> None:
     """All of it but its first token and what is behind the last window, less than one."""
-    run = results.Run.read(smoke)
+    run = runs.Run.read(smoke)
     texts = results.Texts.of(run)
-    tokens = run.samples("valid").num_tokens
-    everything = run.samples("valid", seq_length=tokens - 1).batch([0])[0]
+    tokens = results.samples_of(run, "valid").num_tokens
+    everything = results.samples_of(run, "valid", seq_length=tokens - 1).batch([0])[0]
     play = results.open_tokenizer(f"{run.config.data.prefix}.model").decode(everything)
     assert play.startswith(texts.context + texts.held_out) and 0 < len(texts.context) < 20
     assert len(play) - len(texts.held_out) < 10 * run.config.train.seq_length
@@ -57,13 +60,13 @@ def test_the_held_out_text_is_the_end_of_a_play(smoke: Path) -> None:
 def test_the_table(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "ORDERS", 3)
     copy = tmp_path / "README.md"
-    before, _, rest = results.README.read_text().partition(results.BEGIN)
-    after = rest.partition(results.END)[2]
+    before, _, rest = results.README.read_text().partition(runs.BEGIN)
+    after = rest.partition(runs.END)[2]
     copy.write_text(results.README.read_text())
     assert results.main([str(smoke), "--readme", str(copy)]) == 0
     new = copy.read_text()
     assert new.startswith(before) and new.endswith(after)
-    run = results.Run.read(smoke)
+    run = runs.Run.read(smoke)
     rows = [line.split(" | ") for line in new[len(before) :].splitlines() if re.match(r"\| \d", line)]
     bits = [float(row[0][2:]) for row in rows]
     assert len(rows) == 1 + 3 + 5 and bits == sorted(bits)
@@ -72,29 +75,29 @@ def test_the_table(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert float(mine[0][2:]) == pytest.approx(summary["evaluations"][-1]["val_bits_per_char"], abs=5e-4)
     assert mine[2:4] == ["dp2", "1234"] and mine[4:6] == [str(summary["steps"]), "0.15 M"]
     assert mine[7].startswith(facts["git"]["revision"][:10])
-    assert f"megapar train {shlex.join(run.overrides)}" in new and facts["cpu"]["model"] in new
+    assert run.command in new and facts["cpu"]["model"] in new
 
 
 def test_layouts_are_compared_where_nothing_else_differs(smoke: Path) -> None:
-    run = results.Run.read(smoke)
+    run = runs.Run.read(smoke)
     rows = [row | ({"loss": row["loss"] + 0.25} if row["step"] == 3 and "loss" in row else {}) for row in run.rows]
-    config = results.changed(run.config, {"parallel.dp": 1, "run.dir": "other", "train.micro_batch_size": 2})
-    other = results.replace(run, config=config, rows=rows)
-    [line, _] = results.agreements([run, other])
+    config = changed(run.config, {"parallel.dp": 1, "run.dir": "other", "train.micro_batch_size": 2})
+    other = replace(run, config=config, rows=rows)
+    [line, _] = runs.agreements([run, other], results.BITS, "bits")
     assert line.startswith("Seed 1234, dp2 beside single:") and "at most 2.5e-01 nats/token" in line
-    longer = results.replace(other, config=results.changed(config, {"optim.lr": 0.1}))
-    assert results.agreements([run, longer]) == [] == results.agreements([run, run])
+    longer = replace(other, config=changed(config, {"optim.lr": 0.1}))
+    assert runs.agreements([run, longer], results.BITS, "") == [] == runs.agreements([run, run], results.BITS, "")
 
 
 def test_what_can_not_be_compared_is_refused(smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path}: no finished run (no summary.json); give the run.dir of one\n"
-    run = results.Run.read(smoke)
-    part = results.replace(run, config=results.changed(run.config, {"train.eval_samples": 3}))
+    run = runs.Run.read(smoke)
+    part = replace(run, config=changed(run.config, {"train.eval_samples": 3}))
     with pytest.raises(UserError, match=r"evaluated on 3 of \d+ held-out samples"):
         results.figures([part])
-    other = results.replace(run, config=results.changed(run.config, {"data.split": 0.7}))
+    other = replace(run, config=changed(run.config, {"data.split": 0.7}))
     with pytest.raises(UserError, match="another text, or another held-out part"):
         results.figures([run, other])
     with pytest.raises(UserError, match="no lines <!-- figures: begin"):
-        results.between("nothing", "new")
+        runs.between("nothing", "new")

@@ -13,6 +13,7 @@ FP32: Values = {"train.dtype": "fp32"}
 BF16: Values = {"train.dtype": "bf16"}
 # 12 heads for layouts whose tp does not divide 4, as many key/value heads
 TWELVE: Values = {"model.hidden": 24, "model.heads": 12, "model.kv_heads": 12, "model.ffn": 36}
+LORA: Values = {"model.lora.rank": 3}
 SHORT: Values = {"train.global_batch_size": 4, "train.micro_batch_size": 1}
 
 
@@ -59,6 +60,9 @@ LAYOUTS: dict[str, tuple[str, Values]] = {
     "pp3_v_half": ("pp3", _schedule("v_half", 6)),
     "pp3_v_min": ("pp3", _schedule("v_min", 6)),
     "pp2_auto": ("pp2", _schedule("auto", 2)),
+    # adapters beside frozen weights
+    "tp2pp2_sp_lora": ("tp2pp2", SP | LORA),
+    "tp4dp2_zero_lora_bf16": ("tp4dp2", ZERO | BF16 | LORA | {"model.lora.targets": ["q", "v", "down"]}),
     # not a step alone
     "tp2pp2_evaluation": ("tp2pp2", {"train.eval_every": 1, "train.eval_samples": 3}),
 }

@@ -30,7 +30,8 @@ def test_a_plan_is_what_a_rank_holds_and_sends(name: str, tokens: str) -> None:
             found.take()
             trainer.step(1)
             called = list(operations(trainer, found))
-            held = sum(held.view(buffers.params).numel() for held in buffers.held())
+            parts = [buffers, *([trainer.frozen] if trainer.frozen else [])]
+            held = sum(held.view(part.params).numel() for part in parts for held in part.held())
             measured = bytes_of(trainer)
             assert measured == state(trainer)
             row = [str(action) for action in trainer.schedule.rows[trainer.mesh["pp"].index]]
@@ -80,7 +81,7 @@ def joined(sets: list[frozenset[str]]) -> list[set[str]]:
 def bytes_of(trainer: Trainer) -> dict[str, int]:
     """What its tensors take, each storage once."""
     kinds = {
-        "weights": trainer.buffers.params,
+        "weights": [*trainer.buffers.params, *(trainer.frozen.params if trainer.frozen else [])],
         "gradients": [*trainer.buffers.grads, *trainer.sync.owned],
         "optimizer": [tensor for tensors in trainer.optimizer.tensors().values() for tensor in tensors],
     }

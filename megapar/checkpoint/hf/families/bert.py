@@ -47,8 +47,8 @@ def _write(model: ModelConfig) -> Keys:
     if model.output == "classes":
         names = {str(number): f"LABEL_{number}" for number in range(model.classes or 0)}
         numbers = {name: int(number) for number, name in names.items()}
-        more = {"id2label": names, "label2id": numbers}
-        return {"architectures": [CLASSIFIER], "tie_word_embeddings": True} | more
+        about = {"id2label": names, "label2id": numbers}
+        return {"architectures": [CLASSIFIER], "tie_word_embeddings": True} | about
     return {"architectures": [MASKED]}
 
 
