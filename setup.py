@@ -31,12 +31,14 @@ setup(
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
+        "experiments": ["django"],
         "dev": [
             "tensorboardX",
             "tokenizers",
             "jinja2",
             "transformers",  # references, in tests alone
             "peft",
+            "django",
             "pytest",
             "hypothesis",
             "ruff",
