@@ -342,9 +342,23 @@ def check_generate(
         problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)
     check_tensor_parallel(trained.model, config.parallel.tp)
-    if not config.prompt:
+    check_writer(config, trained)
+    if config.prompt_file is not None and config.prompt:
+        raise ConfigError("prompt", config.prompt, f"{config.prompt_file} has prompts, too; give one of them")
+    if config.prompt_file is None and not config.prompt:
         raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
     check_ranks(config.parallel.layout, config.device, "device", num_gpus=num_gpus, world_size=world_size)
+
+
+def check_writer(config: GenerateConfig, trained: TrainConfig) -> None:
+    """Refuse a model that writes no text, and a layout that means nothing to one that does."""
+    model = trained.model
+    if not model.causal or model.output != "lm":
+        what = f"model.causal={str(model.causal).lower()} model.output={model.output}"
+        raise ConfigError("run.dir", config.run.dir, f"its model ({what}) writes no text; name a run of a decoder")
+    if config.parallel.sequence_parallel:
+        problem = "a text is written a token at a time, so there is nothing to split; leave it out"
+        raise ConfigError("parallel.sequence_parallel", True, problem)
 
 
 def with_layout(config: T, layout: Layout) -> T:

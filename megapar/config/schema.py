@@ -337,8 +337,17 @@ class SampleConfig:
 class GenerateConfig:
     """`megapar generate`: let a trained model write."""
 
-    prompt: str = option("", "text to continue, verbatim", verbatim=True)
-    chat: bool = option(False, "the prompt is a user's message, put into the tokenizer's chat template")
+    prompt: str = option(
+        "", "text to continue, verbatim; of more tokens than train.seq_length the last are seen", verbatim=True
+    )
+    prompt_file: str | None = option(
+        None,
+        'file with a prompt a line, or .jsonl with {"prompt": TEXT} a line, instead of prompt',
+        verbatim=True,
+        path=True,
+    )
+    batch_size: int = option(8, "prompts of prompt_file that are continued at a time; changes no text", at_least=1)
+    chat: bool = option(False, "a prompt is a user's message, put into the tokenizer's chat template")
     sample: SampleConfig = group(SampleConfig, "sampling")
     parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
@@ -348,7 +357,11 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
     out: str | None = option(
-        None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
+        None,
+        'file to write the text to, of prompt_file {"prompt", "completion"} a line; default: the terminal',
+        verbatim=True,
+        path=True,
+        identity=False,
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -15,50 +16,104 @@ from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
+from megapar.generate.prompts import Prompt, read_prompts, tokens_of
 from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
-from megapar.generate.tokens import generate_tokens
+from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import ModelPart
-from megapar.pipeline.executor import Executor
+
+
+class Writer:
+    """A rank of a run's model that writes, and the tokenizer of the run. Collective; raises UserError on all ranks.
+
+    texts: most that are written at a time
+    """
+
+    def __init__(self, config: GenerateConfig, rank: int, texts: int = 1) -> None:
+        assert config.run.dir is not None
+        run_dir = Path(config.run.dir)
+        trained = in_layout(load_config(run_dir), config)
+        self.tokenizer = run_tokenizer(run_dir, trained)
+        self.part = ModelPart(trained, rank, weights_only=True)
+        self.context_length = trained.train.seq_length
+        manifest = load_parameters(config.checkpoint.load or run_dir, self.part.buffers, trained)
+        with all_or_none(self.part.mesh["world"], self.part.mesh.device):
+            refuse_other_tokenizer(self.tokenizer, manifest)
+            self.generator = Generator(
+                self.part.stages,
+                self.part.context,
+                context_length=self.context_length,
+                texts=texts,
+                vocab_size=self.tokenizer.vocab_size,
+                end_of_text=self.tokenizer.end_of_text,
+            )
 
 
 def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
-    """Write the continuation of `config.prompt` as rank `rank` of `world_size`, the default process group being up.
+    """Write what follows the prompts as rank `rank` of `world_size`, the default process group being up.
 
     Rank 0 writes prompt and continuation, of a chat the answer alone, as they come to the terminal, or to
     `config.out`. Raises UserError.
     """
-    assert config.run.dir is not None
-    run_dir = Path(config.run.dir)
-    trained = in_layout(load_config(run_dir), config)
-    tokenizer = run_tokenizer(run_dir, trained)
-    part = ModelPart(trained, rank, weights_only=True)
-    manifest = load_parameters(config.checkpoint.load or run_dir, part.buffers, trained)
-    executor = Executor(part.stages, part.mesh, part.context.weight_grads)
+    writer = Writer(config, rank, 1 if config.prompt_file is None else config.batch_size)
+    part, tokenizer = writer.part, writer.tokenizer
     with all_or_none(part.mesh["world"], part.mesh.device):
-        refuse_other_tokenizer(tokenizer, manifest)
-        end_of_text = tokenizer.end_of_text
-        prompt = prompt_tokens(tokenizer, config.prompt, config.chat) if rank == 0 else []
+        prompts = [Prompt(config.prompt, "prompt")] if config.prompt_file is None else read_prompts(config.prompt_file)
+        found: list[list[int]] = []
+        if rank == 0 and config.prompt_file is None:
+            found = [prompt_tokens(tokenizer, config.prompt, config.chat)]
+        elif rank == 0:
+            found = tokens_of(tokenizer, prompts, config.chat, writer.context_length)
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
-    prompt = json.loads(gather_texts(json.dumps(prompt), part.mesh["world"], part.mesh.device)[0])
+    found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])
     with out or nullcontext(console()) as file:
-        stream = TextStream(tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
-        if not config.chat:
-            print(config.prompt, end="", file=file, flush=True)
-        generate_tokens(
-            executor,
-            part.context,
-            prompt,
-            config.sample,
-            context_length=trained.train.seq_length,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=end_of_text,
-            on_token=stream.put,
-        )
-        stream.finish()
-        print(file=file, flush=True)
+        if config.prompt_file is None:
+            _write_one(config, writer, found[0], file)
+        else:
+            _write_many(config, writer, prompts, found, file)
     part.close()
+
+
+def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int], file: TextIO) -> None:
+    """The text as it comes."""
+    stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
+    if not config.chat:
+        print(config.prompt, end="", file=file, flush=True)
+    generate_tokens(writer.generator, prompt, config.sample, stream.put)
+    stream.finish()
+    print(file=file, flush=True)
+
+
+def _write_many(
+    config: GenerateConfig, writer: Writer, prompts: Sequence[Prompt], found: Sequence[list[int]], file: TextIO
+) -> None:
+    """Every text when it and those before it are finished."""
+    texts = [Text(tokens, config.sample) for tokens in found]
+    numbers = {id(text): number for number, text in enumerate(texts)}
+    finished: dict[int, str] = {}
+    said = 0
+    for text in writer.generator.write(texts):
+        refuse_broken(text)
+        finished[numbers[id(text)]] = completion(writer.tokenizer, text)
+        while said in finished:
+            prompt, new = prompts[said].text, finished.pop(said)
+            if config.out is not None:
+                line = json.dumps({"prompt": prompt, "completion": new}, ensure_ascii=False)
+            else:
+                line = f"--- {prompts[said].where}\n" + (new if config.chat else prompt + new)
+            print(line, file=file, flush=True)
+            said += 1
+
+
+def completion(tokenizer: Tokenizer, text: Text) -> str:
+    """What was written behind the prompt, as text."""
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append, text.tokens[: text.prompt])
+    for token in text.written:
+        stream.put(token)
+    stream.finish()
+    return "".join(pieces)
 
 
 def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:

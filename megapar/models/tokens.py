@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megapar.parallel.cache import KVCache, NewTokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.rotary import Rotary
 
@@ -23,6 +24,8 @@ class Tokens:
         every sample is one
     positions: of the tokens in their texts, int64 [B, S], where they are not those in the samples: with `starts` alone
     types: token types, int64 [B, S]; None: all 0
+    new: of texts that are being written, with `positions`: the tokens stand behind others, which are cached. The
+        samples' borders mean nothing then
     """
 
     context: StageContext
@@ -32,12 +35,16 @@ class Tokens:
     starts: Tensor | None = None
     positions: Tensor | None = None
     types: Tensor | None = None
+    new: NewTokens | None = None
 
     @classmethod
-    def of(cls, batch: Batch, context: StageContext) -> "Tokens":
-        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions` and `types`."""
-        length, more = batch["ids"].shape[1], (batch.get(name) for name in ("starts", "positions", "types"))
-        return cls(context, batch["samples"], length, int(batch["step"]), *more)
+    def of(cls, batch: Batch, context: StageContext, cache: KVCache | None = None) -> "Tokens":
+        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions` and `types`; with a
+        cache also what `NewTokens` takes."""
+        length, step = batch["ids"].shape[1], int(batch["step"])
+        starts, positions, types = (batch.get(name) for name in ("starts", "positions", "types"))
+        new = None if cache is None else NewTokens.of(batch, cache)
+        return cls(context, batch["samples"], length, step, starts, positions, types, new)
 
     @property
     def count(self) -> int:
@@ -73,7 +80,7 @@ class Tokens:
 
     def rope_table(self, rotary: Rotary) -> tuple[Tensor, int]:
         """(turns, rows of a text that they are for): [S, channels] for every sample alike, or those of all T tokens."""
-        table = self.context.rope_table(self.length, rotary)
+        table = self.context.rope_table(self.length if self.new is None else self.new.cache.capacity, rotary)
         if self.positions is None:
             return table, self.length
         if rotary not in self._turns:

@@ -1,5 +1,6 @@
 """What the pool's ranks do in the tests of generation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,9 +8,12 @@ import torch
 from megapar.config.errors import UserError
 from megapar.config.schema import GenerateConfig, SampleConfig, TrainConfig
 from megapar.console import set_console
+from megapar.generate.choose import choose
 from megapar.generate.run import run_rank
-from megapar.generate.tokens import generate_tokens
+from megapar.generate.tokens import Generator, Text, generate_tokens
 from megapar.train.trainer import Trainer
+
+Written = tuple[list[int], list[float]]  # tokens and their log-probabilities
 
 
 def trained(config: TrainConfig, rank: int, steps: int) -> Trainer:
@@ -20,17 +24,64 @@ def trained(config: TrainConfig, rank: int, steps: int) -> Trainer:
     return trainer
 
 
+def generator(trainer: Trainer, texts: int = 1, **options: Any) -> Generator:
+    length = trainer.config.train.seq_length
+    return Generator(trainer.stages, trainer.context, context_length=length, texts=texts, **options)
+
+
 def continuations(
-    rank: int, world_size: int, config: TrainConfig, prompt: list[int], samples: list[SampleConfig], steps: int = 1
-) -> list[list[int]]:
-    """One continuation for each way to sample."""
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    prompts: list[list[int]],
+    samples: list[SampleConfig],
+    texts: int,
+    steps: int = 1,
+) -> list[Written]:
+    """What follows each prompt, `texts` of them at a time."""
     trainer = trained(config, rank, steps)
-    length = config.train.seq_length
-    found = [
-        generate_tokens(trainer.executor, trainer.context, prompt, sample, context_length=length) for sample in samples
-    ]
+    found = [Text(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
+    ended = list(generator(trainer, texts).write(found))
+    assert {id(text) for text in ended} == {id(text) for text in found}
     trainer.close()
-    return found
+    return [(text.written, text.logprobs) for text in found]
+
+
+def recomputed(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    prompts: list[list[int]],
+    samples: list[SampleConfig],
+    steps: int = 1,
+) -> list[Written]:
+    """The same by definition, in one process: the whole context anew for every token of every text."""
+    trainer = trained(config, rank, steps)
+    [stage] = trainer.stages.values()
+    stage.train(False)
+    written = []
+    for prompt, sample in zip(prompts, samples, strict=True):
+        tokens, logprobs = list(prompt), []
+        for _ in range(sample.max_tokens):
+            seen = in_context(tokens, config.train.seq_length)
+            # Padded: a token sees none behind it, and scaled rotary positions are those of samples in training.
+            ids = torch.tensor([seen + [0] * (config.train.seq_length - len(seen))])
+            batch = {"ids": ids, "samples": torch.zeros(1, dtype=torch.int64), "step": torch.tensor(0)}
+            with torch.no_grad():
+                logits = stage({}, batch)["logits"][len(seen) - 1]
+            tokens.append(choose(logits.numpy(), sample, len(tokens)))
+            logprobs.append(float(torch.log_softmax(logits, 0)[tokens[-1]]))
+        written.append((tokens[len(prompt) :], logprobs))
+    trainer.close()
+    return written
+
+
+def in_context(tokens: Sequence[int], length: int) -> list[int]:
+    """The tokens that the next one sees: as long as there are too many, the first quarter of a context leaves."""
+    seen = list(tokens)
+    while len(seen) > length:
+        seen = seen[(length + 3) // 4 :]
+    return seen
 
 
 def broken_weights(rank: int, world_size: int, config: TrainConfig) -> str:
@@ -38,7 +89,7 @@ def broken_weights(rank: int, world_size: int, config: TrainConfig) -> str:
     trainer = Trainer(config, rank)
     torch._foreach_mul_(trainer.buffers.params, torch.inf)
     try:
-        generate_tokens(trainer.executor, trainer.context, [1], SampleConfig(), context_length=8)
+        generate_tokens(generator(trainer), [1], SampleConfig())
     except UserError as error:
         return str(error)
     finally:

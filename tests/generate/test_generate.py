@@ -1,5 +1,6 @@
 """`megapar generate`: from a run directory to text."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,47 @@ def test_another_checkpoint(pool: WorkerPool, trained: Path) -> None:
         assert generate(pool, trained, **values) is None
         texts.append((trained / "out.txt").read_text(encoding="utf-8"))
     assert texts[0] == texts[2] != texts[1]
+
+
+def test_prompts_of_a_file(pool: WorkerPool, trained: Path, tmp_path: Path) -> None:
+    """Each is continued as it is alone, in any layout and company, in the order of the file."""
+    prompts = ["alpha", "naïve", "中", "a", "beta"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    expected = []
+    for text in prompts:
+        assert generate(pool, trained, prompt=text, dtype="fp64") is None
+        expected.append((trained / "out.txt").read_text(encoding="utf-8").removesuffix("\n"))
+    layouts: list[tuple[int, str, dict[str, Any]]] = [
+        (1, "txt", {"batch_size": 2}), (4, "jsonl", {"parallel.tp": 2, "parallel.pp": 2}),
+    ]  # fmt: skip
+    for ranks, kind, values in layouts:
+        given = {"prompt": "", "prompt_file": str(tmp_path / f"prompts.{kind}"), "dtype": "fp64"}
+        assert generate(pool, trained, ranks, **given, **values) is None
+        lines = [json.loads(line) for line in (trained / "out.txt").read_text(encoding="utf-8").splitlines()]
+        assert [line["prompt"] for line in lines] == prompts
+        assert [line["prompt"] + line["completion"] for line in lines] == expected
+
+
+BAD_FILES: dict[str, tuple[str | bytes, str]] = {
+    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: no JSON (Expecting value"),
+    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: no object with a text "prompt"; write an object such as'),
+    "c.jsonl": ("[]", 'c.jsonl:1: no object with a text "prompt"'),
+    "d.txt": (" \n\n", "d.txt: holds no prompt; write one a line"),
+    "e.txt": ("alpha\n" + "beta " * 50, "e.txt:2: "),
+    "f.txt": (b"\xff", "f.txt: byte 0 is no UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_FILES, "none.txt"])
+def test_bad_files_of_prompts(pool: WorkerPool, trained: Path, tmp_path: Path, name: str) -> None:
+    content, expected = BAD_FILES.get(name) or (None, "none.txt: can't be read (No such file or directory)")
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = generate(pool, trained, 1, prompt="", prompt_file=str(tmp_path / name))
+    assert expected in line and "\n" not in line
+    if name == "e.txt":
+        assert "tokens, the model's context holds train.seq_length=8; shorten the prompt" in line
 
 
 @pytest.fixture

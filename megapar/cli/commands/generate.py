@@ -44,9 +44,14 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
     from megapar.checkpoint import find_checkpoint, read_manifest  # torch: only when nothing cheaper refuses
 
     read_manifest(find_checkpoint(config.checkpoint.load or folder))
+    from megapar.generate.prompts import read_prompts, tokens_of
     from megapar.generate.text import prompt_tokens, run_tokenizer
 
-    prompt_tokens(run_tokenizer(folder, trained), config.prompt, config.chat)  # refuses what ranks would
+    tokenizer = run_tokenizer(folder, trained)  # refuses what ranks would, and so do these
+    if config.prompt_file is None:
+        prompt_tokens(tokenizer, config.prompt, config.chat)
+    else:
+        tokens_of(tokenizer, read_prompts(config.prompt_file), config.chat, trained.train.seq_length)
     return Job(
         kind=name_of(GenerateConfig),
         config=dump(config),
@@ -72,10 +77,21 @@ COMMAND = Command(
         ("megapar generate runs/demo prompt='def main(): '", "continue a text"),
         ("megapar generate runs/demo prompt=x sample.temperature=0", "greedily"),
         ("megapar generate runs/demo prompt=x parallel=tp2", "on two ranks"),
+        ("megapar generate runs/demo prompt_file=prompts.txt out=texts.jsonl", "many, several at a time"),
         ("megapar generate runs/demo prompt='How?' chat=true", "answer, by the tokenizer's chat template"),
     ],
     most_used=[
-        *("run.dir", "prompt", "chat", "sample.max_tokens", "sample.temperature", "sample.top_k", "sample.top_p"),
+        *(
+            "run.dir",
+            "prompt",
+            "prompt_file",
+            "batch_size",
+            "chat",
+            "sample.max_tokens",
+            "sample.temperature",
+            "sample.top_k",
+            "sample.top_p",
+        ),
         *("sample.seed", "parallel.tp", "checkpoint.load", "out"),
     ],
 )

@@ -66,6 +66,10 @@ class Tokenizer(ABC):
         assert self._bytes is not None
         return b"".join([self._bytes[token] for token in tokens]).decode("utf-8", errors="replace")
 
+    def piece(self, token: int) -> bytes | None:
+        """UTF-8 bytes that a token stands for, none for a control token; None for a tokenizer that is not lossless."""
+        return None if self._bytes is None else self._bytes[token]
+
     def char_counts(self) -> np.ndarray | None:
         """Characters that each token stands for, int32 [vocab_size]; None for a tokenizer that is not lossless.
 
