@@ -13,7 +13,7 @@ from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, TrainConfig
+from megapar.config.schema import GenerateConfig, TrainConfig, WriterConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.prompts import Prompt, read_prompts, tokens_of
@@ -29,7 +29,7 @@ class Writer:
     texts: most that are written at a time
     """
 
-    def __init__(self, config: GenerateConfig, rank: int, texts: int = 1) -> None:
+    def __init__(self, config: WriterConfig, rank: int, texts: int = 1) -> None:
         assert config.run.dir is not None
         run_dir = Path(config.run.dir)
         trained = in_layout(load_config(run_dir), config)
@@ -116,7 +116,7 @@ def completion(tokenizer: Tokenizer, text: Text) -> str:
     return "".join(pieces)
 
 
-def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
+def in_layout(trained: TrainConfig, config: WriterConfig) -> TrainConfig:
     """A run's config with the layout, precision and device to write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,

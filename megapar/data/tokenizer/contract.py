@@ -38,10 +38,16 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them, on several threads."""
 
-    @abstractmethod
-    def chat(self, prompt: str) -> list[int]:
-        """Token ids of a conversation that `prompt`, a user's message, begins, up to where the answer does.
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return False
 
+    @abstractmethod
+    def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
+        """Token ids of a conversation that `prompt`, a user's message, begins, up to where the next answer does.
+
+        more: an answer, as the token ids that the model wrote, which stay as they are; the next message; and so on
         Raises ConfigError where there is no chat template, or where it does not take this prompt.
         """
 
