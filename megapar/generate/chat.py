@@ -61,6 +61,7 @@ class _Terminal:
         self._tokenizer = writer.tokenizer
         self._conversation = Conversation(writer.tokenizer, writer.context_length, config.sample.max_tokens)
         self._typed, self._shown, self._read = typed(), False, 0
+        self._interrupted = False
         self._stream: Any = None
         self._stops = Stops((), self._write)
 
@@ -101,14 +102,15 @@ class _Terminal:
         for token in text.tokens[self._read :]:
             self._stream.put(token)
         self._read = len(text.tokens)
-        return self._stops.stopped or stop_request().heard()
+        self._interrupted = stop_request().heard()
+        return self._stops.stopped or self._interrupted
 
     def end(self, text: Text) -> None:
         stop_request().listen(False)
         stop_request().heard()  # it came too late
         self._stream.finish()
         self._stops.finish()
-        self._write("\n")
+        self._write(" (stopped)\n" if self._interrupted else "\n")
         self._conversation.answered(text.written, self._stops.length)
 
     def _write(self, text: str) -> None:

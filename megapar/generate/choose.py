@@ -13,8 +13,8 @@ def choose(logits: np.ndarray, sample: SampleConfig, position: int) -> int:
     """
     if sample.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sample.temperature
-    probability = np.exp(scaled - scaled.max())
+    scaled = (logits.astype(np.float64) - logits.max()) / sample.temperature  # at most 0, however cold it is
+    probability = np.exp(scaled)
     if sample.top_k or sample.top_p < 1.0:
         likeliest_first = np.argsort(-scaled, kind="stable")
         if sample.top_k:

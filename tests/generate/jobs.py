@@ -1,13 +1,17 @@
 """What the pool's ranks do in the tests of generation."""
 
+import io
+import os
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
+import megapar.generate.chat
 from megapar.config.errors import UserError
-from megapar.config.schema import GenerateConfig, SampleConfig, TrainConfig
-from megapar.console import set_console
+from megapar.config.schema import ChatConfig, GenerateConfig, SampleConfig, TrainConfig
+from megapar.console import set_console, set_typed
 from megapar.generate.choose import choose
 from megapar.generate.run import run_rank
 from megapar.generate.tokens import Generator, Text, generate_tokens
@@ -105,3 +109,27 @@ def generate(rank: int, world_size: int, config: GenerateConfig) -> Any:
     except UserError as error:
         return str(error)
     return None
+
+
+def chat(rank: int, world_size: int, config: ChatConfig, lines: list[str]) -> tuple[str, list[int]]:
+    """(what rank 0 shows, tokens that went through the model in every turn). Lines are typed at once."""
+    reading, writing = os.pipe()
+    os.write(writing, "\n".join(lines).encode())
+    os.close(writing)
+    set_typed(reading)
+    shown, counts = io.StringIO(), []
+    answer = megapar.generate.chat._answer
+
+    def counted(writer: Any, text: Text, side: Any) -> None:
+        before = writer.generator.prefilled
+        answer(writer, text, side)
+        counts.append(writer.generator.prefilled - before)
+        new = len(text.tokens) - (text.ended != "stop")
+        assert writer.generator.prefilled == new or text.start, "every token once"
+
+    with (
+        mock.patch("megapar.generate.chat._answer", counted),
+        mock.patch("megapar.generate.chat.console", lambda: shown),
+    ):
+        megapar.generate.chat.run_rank(config, rank, world_size)
+    return shown.getvalue(), counts

@@ -130,6 +130,20 @@ def test_a_text_that_goes_on_keeps_its_beginning(tokens: str) -> None:
         assert found == expected.written
 
 
+def test_a_text_that_comes_back_is_read_again(tokens: str) -> None:
+    """Its slot was another's meanwhile."""
+    trainer = Trainer(tiny_config(tokens, **WIDE), 0)
+    generator, greedy = jobs.generator(trainer), SampleConfig(max_tokens=3, temperature=0.0)
+    text = Text([1, 2, 3], greedy)
+    list(generator.write([text]))
+    list(generator.write([Text([30, 31, 32, 33, 34], greedy)]))
+    prompt = [*text.tokens, 7]
+    text.goes_on(prompt, greedy)
+    list(generator.write([text]))
+    [expected] = jobs.generator(trainer).write([Text(prompt, greedy)])
+    assert text.written == expected.written
+
+
 def test_window_start() -> None:
     for context in (1, 2, 3, 4, 7, 12, 64):
         for length in range(1, 5 * context):

@@ -7,48 +7,18 @@ from typing import Any
 
 import pytest
 
-from megapar.checkpoint import save
 from megapar.config.derive import resolve, resolve_generate
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
-from megapar.config.schema import DataConfig, GenerateConfig
-from megapar.data.prepare import prepare
+from megapar.config.schema import GenerateConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import MODEL
 from megapar.data.tokenizer.train import train_bpe
-from megapar.generate.text import keep_tokenizer
 from megapar.launch.pool import WorkerPool
-from megapar.train.trainer import Trainer
 from tests.data.texts import make_text
 from tests.generate import jobs
-from tests.tiny import tiny_config
 
 PROMPT = "alpha  naïve 中文\n"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on real text; what it was prepared from is gone."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text("".join(make_text(seed) for seed in range(8)), encoding="utf-8")
-    data = DataConfig(path=str(folder / "text.txt"), vocab_size=400, split=0.0, cache=str(folder / "cache"))
-    prepared = prepare(data)
-    values: dict[str, Any] = {
-        "model.vocab_size": 403,
-        "data.split": 0.0,
-        "run.dir": str(folder / "run"),
-        "train.dtype": "fp32",
-    }
-    config = tiny_config(str(prepared.prefix), **values)
-    (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").write_text(dump(config))
-    keep_tokenizer(config)
-    trainer = Trainer(config, 0)
-    for step in (1, 2):
-        trainer.step(step)
-        save(folder / "run" / "checkpoints", trainer.optimizer, config, step)
-    shutil.rmtree(folder / "cache")
-    return folder / "run"
 
 
 def generate(pool: WorkerPool, run_dir: Path, ranks: int = 1, **values: Any) -> Any:

@@ -1,0 +1,34 @@
+"""`megapar serve`: answer requests over HTTP with the model of a run."""
+
+from megapar.cli.command import Call, Command
+from megapar.cli.writing import resolve_writer, writing_job
+from megapar.config.schema import ServeConfig
+
+ENTRY = "megapar.generate.serve:run_rank"
+
+
+def run(config: ServeConfig, call: Call) -> int:
+    """Serve, on ranks of this machine, until Ctrl-C."""
+    config, trained, _ = resolve_writer(config)
+    from megapar.launch.local import launch
+
+    launch(writing_job(config, trained, call, ENTRY, "serve"))
+    return 0
+
+
+COMMAND = Command(
+    name="serve",
+    config=ServeConfig,
+    run=run,
+    order=3,
+    positional="run.dir",
+    about="answer OpenAI-style HTTP requests with a trained model",
+    examples=[
+        ("megapar serve runs/demo", "POST /v1/completions, GET /v1/models and /health on 127.0.0.1:8000"),
+        ("megapar serve runs/demo port=9000 parallel=tp2 serve.max_batch=32", "on two ranks, 32 texts at a time"),
+    ],
+    most_used=[
+        *("run.dir", "port", "serve.max_batch", "serve.max_queue", "serve.max_tokens"),
+        *("sample.max_tokens", "sample.temperature", "parallel.tp", "checkpoint.load"),
+    ],
+)
