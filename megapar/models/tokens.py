@@ -80,11 +80,11 @@ class Tokens:
 
     def rope_table(self, rotary: Rotary) -> tuple[Tensor, int]:
         """(turns, rows of a text that they are for): [S, channels] for every sample alike, or those of all T tokens."""
-        table = self.context.rope_table(self.length if self.new is None else self.new.cache.capacity, rotary)
         if self.positions is None:
-            return table, self.length
+            return self.context.rope_table(self.length, rotary), self.length
         if rotary not in self._turns:
-            self._turns[rotary] = table[self.positions.reshape(-1)]
+            length = self.length if self.new is None else self.new.cache.capacity
+            self._turns[rotary] = self.context.rope_table(length, rotary)[self.positions.reshape(-1)]
         return self._turns[rotary], self.count
 
     @cached_property

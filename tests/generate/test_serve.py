@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from megapar.cli import main
 from megapar.config.derive import resolve_generate
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, SampleConfig, ServeLimits
@@ -169,6 +170,12 @@ def test_what_is_refused(served: Served) -> None:
     _, answer = served.stream(prompt=f"a{POISON}b", max_tokens=3)
     assert events(answer)[-1]["error"]["type"] == "server_error"
     assert served.text(prompt="alpha", **SHORT)
+
+
+def test_a_port_that_another_has(talker: Path, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(talker), f"port={served.port}"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"port={served.port}: can't be had (Address already in use); name another one\n"
 
 
 def test_clients_that_go_free_their_places(served: Served) -> None:

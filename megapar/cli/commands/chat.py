@@ -24,9 +24,8 @@ COMMAND = Command(
     positional="run.dir",
     about="talk to a trained model",
     examples=[
-        ("megapar chat runs/demo", "until /exit or Ctrl-D; Ctrl-C stops an answer, and at the prompt the command"),
+        ("megapar chat runs/demo", "a message a line, to /exit or Ctrl-D; Ctrl-C stops an answer, and between answers the command"),
         ("megapar chat runs/demo parallel=tp2 sample.max_tokens=500", "on two ranks, with longer answers"),
-        ("megapar chat runs/demo < questions.txt", "a message a line; the answers alone are written"),
     ],
     most_used=[
         *("run.dir", "sample.max_tokens", "sample.temperature", "sample.top_k", "sample.top_p", "sample.seed"),

@@ -1,7 +1,10 @@
 """`megapar serve`: answer requests over HTTP with the model of a run."""
 
+import socket
+
 from megapar.cli.command import Call, Command
 from megapar.cli.writing import resolve_writer, writing_job
+from megapar.config.errors import ConfigError
 from megapar.config.schema import ServeConfig
 
 ENTRY = "megapar.generate.serve:run_rank"
@@ -10,10 +13,21 @@ ENTRY = "megapar.generate.serve:run_rank"
 def run(config: ServeConfig, call: Call) -> int:
     """Serve, on ranks of this machine, until Ctrl-C."""
     config, trained, _ = resolve_writer(config)
+    _refuse_taken(config.port)
     from megapar.launch.local import launch
 
     launch(writing_job(config, trained, call, ENTRY, "serve"))
     return 0
+
+
+def _refuse_taken(port: int) -> None:
+    """Raise ConfigError where the ranks could not have the port: they would say so only when the model is loaded."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError("port", port, f"can't be had ({error.strerror}); name another one") from None
 
 
 COMMAND = Command(
