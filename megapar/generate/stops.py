@@ -10,19 +10,19 @@ class Stops:
     """
 
     def __init__(self, strings: Sequence[str], write: Callable[[str], object]) -> None:
-        self._strings, self._write, self._held = [string for string in strings if string], write, ""
+        self.strings, self._write, self._held = [string for string in strings if string], write, ""
         self.length, self.stopped = 0, False
 
     def put(self, piece: str) -> None:
         if self.stopped:
             return
         text = self._held + piece
-        found = [place for string in self._strings if (place := text.find(string)) >= 0]
+        found = [place for string in self.strings if (place := text.find(string)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             self._pass(text[: min(found)])
             return
-        held = max((self._begins(text, string) for string in self._strings), default=0)
+        held = max((self._begins(text, string) for string in self.strings), default=0)
         self._held = text[len(text) - held :]
         self._pass(text[: len(text) - held])
 

@@ -239,7 +239,7 @@ def test_the_desk(talker: Path) -> None:
     tokenizer, desk = open_tokenizer(talker / "tokenizer.model"), Desk(LIMITS)
 
     def choices(count: int) -> list[Choice]:
-        return choices_of(tokenizer, [[1, 2]] * count, [SampleConfig()], [], Queue())
+        return choices_of(tokenizer, [[1, 2]] * count, [SampleConfig()], ["."], Queue())
 
     assert desk.order(0.0) is None
     first, second = choices(3), choices(1)
@@ -254,3 +254,6 @@ def test_the_desk(talker: Path) -> None:
     order = desk.order(0.0)
     assert order is not None and order["leave"] == [1] and [one["number"] for one in order["join"]] == [3]
     desk.submit(choices(2))
+    second[0].stops.put("never ends" + second[0].stops.strings[0])
+    order = desk.order(0.0)
+    assert order is not None and (order["leave"], [one["number"] for one in order["join"]]) == ([3], [4])

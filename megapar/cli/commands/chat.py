@@ -24,7 +24,10 @@ COMMAND = Command(
     positional="run.dir",
     about="talk to a trained model",
     examples=[
-        ("megapar chat runs/demo", "a message a line, to /exit or Ctrl-D; Ctrl-C stops an answer, and between answers the command"),
+        (
+            "megapar chat runs/demo",
+            "a message a line, to /exit or Ctrl-D; Ctrl-C stops an answer, and between answers the command",
+        ),
         ("megapar chat runs/demo parallel=tp2 sample.max_tokens=500", "on two ranks, with longer answers"),
     ],
     most_used=[
