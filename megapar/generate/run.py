@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from megapar.checkpoint import Manifest, load_parameters
 from megapar.config.check import with_layout
@@ -21,6 +21,8 @@ from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
 from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import ModelPart
+
+T = TypeVar("T")
 
 
 class Writer:
@@ -91,19 +93,26 @@ def _write_many(
     """Every text when it and those before it are finished."""
     texts = [Text(tokens, config.sample) for tokens in found]
     numbers = {id(text): number for number, text in enumerate(texts)}
-    finished: dict[int, str] = {}
-    said = 0
-    for text in writer.generator.write(texts):
+    finished = ((numbers[id(text)], text) for text in writer.generator.write(texts))
+    for prompt, text in zip(prompts, in_order(finished), strict=True):
         refuse_broken(text)
-        finished[numbers[id(text)]] = completion(writer.tokenizer, text)
-        while said in finished:
-            prompt, new = prompts[said].text, finished.pop(said)
-            if config.out is not None:
-                line = json.dumps({"prompt": prompt, "completion": new}, ensure_ascii=False)
-            else:
-                line = f"--- {prompts[said].where}\n" + (new if config.chat else prompt + new)
-            print(line, file=file, flush=True)
-            said += 1
+        new = completion(writer.tokenizer, text)
+        if config.out is not None:
+            line = json.dumps({"prompt": prompt.text, "completion": new}, ensure_ascii=False)
+        else:
+            line = f"--- {prompt.where}\n" + (new if config.chat else prompt.text + new)
+        print(line, file=file, flush=True)
+
+
+def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """What has the numbers 0, 1, 2, ..., each as soon as it and all before it have come."""
+    held: dict[int, T] = {}
+    wanted = 0
+    for number, one in numbered:
+        held[number] = one
+        while wanted in held:
+            yield held.pop(wanted)
+            wanted += 1
 
 
 def completion(tokenizer: Tokenizer, text: Text) -> str:

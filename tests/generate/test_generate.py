@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megapar.config.schema import GenerateConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import MODEL
 from megapar.data.tokenizer.train import train_bpe
+from megapar.generate.run import in_order
 from megapar.launch.pool import WorkerPool
 from tests.data.texts import make_text
 from tests.generate import jobs
@@ -70,6 +72,21 @@ def test_prompts_of_a_file(pool: WorkerPool, trained: Path, tmp_path: Path) -> N
         lines = [json.loads(line) for line in (trained / "out.txt").read_text(encoding="utf-8").splitlines()]
         assert [line["prompt"] for line in lines] == prompts
         assert [line["prompt"] + line["completion"] for line in lines] == expected
+
+
+def test_in_order() -> None:
+    """As soon as can be, whatever ends first."""
+    seen: list[str] = []
+    come: list[int] = []
+
+    def numbered() -> Iterator[tuple[int, str]]:
+        for number in (2, 0, 1, 4, 3, 5):
+            come.append(number)
+            yield number, str(number)
+
+    for one in in_order(numbered()):
+        seen.append(f"{one} after {len(come)}")
+    assert seen == ["0 after 2", "1 after 3", "2 after 3", "3 after 5", "4 after 5", "5 after 6"]
 
 
 BAD_FILES: dict[str, tuple[str | bytes, str]] = {

@@ -238,22 +238,26 @@ def test_the_desk(talker: Path) -> None:
     """First come, first served, as places get free; who has gone is left out."""
     tokenizer, desk = open_tokenizer(talker / "tokenizer.model"), Desk(LIMITS)
 
-    def choices(count: int) -> list[Choice]:
-        return choices_of(tokenizer, [[1, 2]] * count, [SampleConfig()], ["."], Queue())
+    def choices(*prompts: int) -> list[Choice]:
+        return choices_of(tokenizer, [[prompt] for prompt in prompts], [SampleConfig()], ["."], Queue())
 
-    assert desk.order(0.0) is None
-    first, second = choices(3), choices(1)
+    def order() -> tuple[list[int], list[tuple[int, int]]] | None:
+        """(numbers that leave, (number, prompt) that join)"""
+        found = desk.order(0.0)
+        if found is None:
+            return None
+        return found["leave"], [(one["number"], one["tokens"][0]) for one in found["join"]]
+
+    assert order() is None
+    first, second = choices(10, 11, 12), choices(20)
     desk.submit(first)
     desk.submit(second)
     with pytest.raises(Refusal, match="4 texts are being written or wait"):
-        desk.submit(choices(1))
-    order = desk.order(0.0)
-    assert order is not None and [one["number"] for one in order["join"]] == [1, 2] and order["leave"] == []
-    assert desk.order(0.0) is None
+        desk.submit(choices(30))
+    assert order() == ([], [(1, 10), (2, 11)])
+    assert order() is None
     desk.drop([first[0], first[2]])
-    order = desk.order(0.0)
-    assert order is not None and order["leave"] == [1] and [one["number"] for one in order["join"]] == [3]
-    desk.submit(choices(2))
-    second[0].stops.put("never ends" + second[0].stops.strings[0])
-    order = desk.order(0.0)
-    assert order is not None and (order["leave"], [one["number"] for one in order["join"]]) == ([3], [4])
+    assert order() == ([1], [(3, 20)])
+    desk.submit(choices(40, 41))
+    second[0].stops.put("never ends.")
+    assert order() == ([3], [(4, 40)])
