@@ -114,19 +114,24 @@ def add_matmul(into: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = True) -
 
 
 def _check(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
-    shapes = f"a {list(a.shape)} {a.dtype}, b {list(b.shape)} {b.dtype}"
     fits = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
     if not fits or not a.is_floating_point():
-        raise ValueError(f"{shapes}: need [M, K] and [K, N] of one floating dtype")
+        raise ValueError(f"{_shapes(a, b)}: need [M, K] and [K, N] of one floating dtype")
     shape = (len(a), b.shape[1])
     for name, tensor in others.items():
+        if tensor is None:
+            continue
         needed = shape[1:] if name == "bias" else shape
         dtypes = (a.dtype, wide_dtype(a)) if name == "into" else (a.dtype,)
-        if tensor is not None and (tensor.shape != needed or tensor.dtype not in dtypes):
+        if tensor.shape != needed or tensor.dtype not in dtypes:
             raise ValueError(
-                f"{name} {list(tensor.shape)} {tensor.dtype} with {shapes}: need {list(needed)} in "
+                f"{name} {list(tensor.shape)} {tensor.dtype} with {_shapes(a, b)}: need {list(needed)} in "
                 + " or ".join(sorted({str(dtype) for dtype in dtypes}))
             )
+
+
+def _shapes(a: Tensor, b: Tensor) -> str:
+    return f"a {list(a.shape)} {a.dtype}, b {list(b.shape)} {b.dtype}"
 
 
 def _refuse_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:

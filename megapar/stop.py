@@ -1,5 +1,6 @@
-"""Ctrl-C asks the ranks of a run to stop behind the step that they are in: files in a folder that they and the launcher
-share. Rank 0 says that it listens while it walks the steps; all ranks look, and agree with the figures of a step."""
+"""Ctrl-C asks the ranks of a run to stop behind the step, or the token, that they are in: files in a folder that they
+and the launcher share. Rank 0 says that it listens while it walks the steps; all ranks look, and agree with the figures
+of a step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,14 @@ class StopRequest:
         if self.folder is None or not (self.folder / "listens").exists() or self.asked():
             return False
         (self.folder / "stop").touch()
+        return True
+
+    def heard(self) -> bool:
+        """Rank 0: whether somebody asked, which is over with this answer: they may ask again."""
+        if not self.asked():
+            return False
+        assert self.folder is not None
+        (self.folder / "stop").unlink(missing_ok=True)
         return True
 
     def asked(self) -> bool:

@@ -381,22 +381,64 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """`megapar generate`: let a trained model write."""
+class WriterConfig:
+    """A run's model that writes."""
 
-    prompt: str = option("", "text to continue, verbatim", verbatim=True)
-    chat: bool = option(False, "the prompt is a user's message, put into the tokenizer's chat template")
     sample: SampleConfig = group(SampleConfig, "sampling")
-    parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
+    parallel: ParallelConfig = group(ParallelConfig, "the layout to write in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     run: RunConfig = group(RunConfig, "run.dir: the run to load")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
-    out: str | None = option(
-        None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
+
+
+@dataclass(frozen=True)
+class GenerateConfig(WriterConfig):
+    """`megapar generate`: let a trained model write."""
+
+    prompt: str = option(
+        "", "text to continue, verbatim; of more tokens than train.seq_length the last are seen", verbatim=True
     )
+    prompt_file: str | None = option(
+        None,
+        'file with a prompt a line, or .jsonl with {"prompt": TEXT} a line, instead of prompt',
+        verbatim=True,
+        path=True,
+    )
+    batch_size: int = option(8, "prompts of prompt_file that are continued at a time; changes no text", at_least=1)
+    chat: bool = option(False, "a prompt is a user's message, put into the tokenizer's chat template")
+    out: str | None = option(
+        None,
+        'file to write the text to, of prompt_file {"prompt", "completion"} a line; default: the terminal',
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class ChatConfig(WriterConfig):
+    """`megapar chat`: talk to a trained model."""
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """What the server takes on."""
+
+    max_batch: int = option(8, "texts that are written at a time; others wait", at_least=1)
+    max_queue: int = option(64, "texts that wait at most; more are refused (429)", at_least=0)
+    max_tokens: int = option(1024, "most tokens that a request may ask for", at_least=1)
+    max_body: int = option(1 << 20, "bytes of a request's body at most (413)", at_least=1)
+
+
+@dataclass(frozen=True)
+class ServeConfig(WriterConfig):
+    """`megapar serve`: answer OpenAI-style requests on 127.0.0.1. What a request leaves out is as `sample` says."""
+
+    port: int = option(8000, "TCP port on 127.0.0.1; 0: one that is free", at_least=0, at_most=65535)
+    serve: ServeLimits = group(ServeLimits, "limits")
 
 
 @dataclass(frozen=True)

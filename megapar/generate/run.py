@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from megapar.checkpoint import Manifest, load_parameters
 from megapar.config.check import with_layout
@@ -12,56 +13,124 @@ from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, TrainConfig
+from megapar.config.schema import GenerateConfig, TrainConfig, WriterConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
+from megapar.generate.prompts import Prompt, read_prompts, tokens_of
 from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
-from megapar.generate.tokens import generate_tokens
+from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import ModelPart
-from megapar.pipeline.executor import Executor
+
+T = TypeVar("T")
+
+
+class Writer:
+    """A rank of a run's model that writes, and the tokenizer of the run. Collective; raises UserError on all ranks.
+
+    texts: most that are written at a time
+    """
+
+    def __init__(self, config: WriterConfig, rank: int, texts: int = 1) -> None:
+        assert config.run.dir is not None
+        run_dir = Path(config.run.dir)
+        trained = in_layout(load_config(run_dir), config)
+        self.tokenizer = run_tokenizer(run_dir, trained)
+        self.part = ModelPart(trained, rank, weights_only=True, initial=starts_untrained(trained))
+        self.context_length = trained.train.seq_length
+        manifest = load_parameters(config.checkpoint.load or run_dir, self.part.buffers, trained)
+        with all_or_none(self.part.mesh["world"], self.part.mesh.device):
+            refuse_other_tokenizer(self.tokenizer, manifest)
+            self.generator = Generator(
+                self.part.stages,
+                self.part.context,
+                context_length=self.context_length,
+                texts=texts,
+                vocab_size=self.tokenizer.vocab_size,
+                end_of_text=self.tokenizer.end_of_text,
+            )
 
 
 def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
-    """Write the continuation of `config.prompt` as rank `rank` of `world_size`, the default process group being up.
+    """Write what follows the prompts as rank `rank` of `world_size`, the default process group being up.
 
     Rank 0 writes prompt and continuation, of a chat the answer alone, as they come to the terminal, or to
     `config.out`. Raises UserError.
     """
-    assert config.run.dir is not None
-    run_dir = Path(config.run.dir)
-    trained = in_layout(load_config(run_dir), config)
-    tokenizer = run_tokenizer(run_dir, trained)
-    part = ModelPart(trained, rank, weights_only=True, initial=False)
-    manifest = load_parameters(config.checkpoint.load or run_dir, part.buffers, trained)
-    executor = Executor(part.stages, part.mesh, part.context.weight_grads)
+    writer = Writer(config, rank, 1 if config.prompt_file is None else config.batch_size)
+    part, tokenizer = writer.part, writer.tokenizer
     with all_or_none(part.mesh["world"], part.mesh.device):
-        refuse_other_tokenizer(tokenizer, manifest)
-        end_of_text = tokenizer.end_of_text
-        prompt = prompt_tokens(tokenizer, config.prompt, config.chat) if rank == 0 else []
+        prompts = [Prompt(config.prompt, "prompt")] if config.prompt_file is None else read_prompts(config.prompt_file)
+        found: list[list[int]] = []
+        if rank == 0 and config.prompt_file is None:
+            found = [prompt_tokens(tokenizer, config.prompt, config.chat)]
+        elif rank == 0:
+            found = tokens_of(tokenizer, prompts, config.chat, writer.context_length)
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
-    prompt = json.loads(gather_texts(json.dumps(prompt), part.mesh["world"], part.mesh.device)[0])
+    found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])
     with out or nullcontext(console()) as file:
-        stream = TextStream(tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
-        if not config.chat:
-            print(config.prompt, end="", file=file, flush=True)
-        generate_tokens(
-            executor,
-            part.context,
-            prompt,
-            config.sample,
-            context_length=trained.train.seq_length,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=end_of_text,
-            on_token=stream.put,
-        )
-        stream.finish()
-        print(file=file, flush=True)
+        if config.prompt_file is None:
+            _write_one(config, writer, found[0], file)
+        else:
+            _write_many(config, writer, prompts, found, file)
     part.close()
 
 
-def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
+def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int], file: TextIO) -> None:
+    """The text as it comes."""
+    stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
+    if not config.chat:
+        print(config.prompt, end="", file=file, flush=True)
+    generate_tokens(writer.generator, prompt, config.sample, stream.put)
+    stream.finish()
+    print(file=file, flush=True)
+
+
+def _write_many(
+    config: GenerateConfig, writer: Writer, prompts: Sequence[Prompt], found: Sequence[list[int]], file: TextIO
+) -> None:
+    """Every text when it and those before it are finished."""
+    texts = [Text(tokens, config.sample) for tokens in found]
+    numbers = {id(text): number for number, text in enumerate(texts)}
+    finished = ((numbers[id(text)], text) for text in writer.generator.write(texts))
+    for prompt, text in zip(prompts, in_order(finished), strict=True):
+        refuse_broken(text)
+        new = completion(writer.tokenizer, text)
+        if config.out is not None:
+            line = json.dumps({"prompt": prompt.text, "completion": new}, ensure_ascii=False)
+        else:
+            line = f"--- {prompt.where}\n" + (new if config.chat else prompt.text + new)
+        print(line, file=file, flush=True)
+
+
+def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """What has the numbers 0, 1, 2, ..., each as soon as it and all before it have come."""
+    held: dict[int, T] = {}
+    wanted = 0
+    for number, one in numbered:
+        held[number] = one
+        while wanted in held:
+            yield held.pop(wanted)
+            wanted += 1
+
+
+def completion(tokenizer: Tokenizer, text: Text) -> str:
+    """What was written behind the prompt, as text."""
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append, text.tokens[: text.prompt])
+    for token in text.written:
+        stream.put(token)
+    stream.finish()
+    return "".join(pieces)
+
+
+def starts_untrained(config: TrainConfig) -> bool:
+    """Whether a run's frozen weights are initial values, which no checkpoint has."""
+    return config.model.lora.rank > 0 and config.model.lora.base is None
+
+
+def in_layout(trained: TrainConfig, config: WriterConfig) -> TrainConfig:
     """A run's config with the layout, precision and device to write in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,

@@ -1,5 +1,6 @@
 """Tokens to text as they come, and the tokenizer of a run."""
 
+import codecs
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,27 +16,49 @@ class TextStream:
     """Turns tokens into text as they come: a piece is written when its characters are complete.
 
     The pieces together are `tokenizer.decode` of all tokens, those of `before`, whose text is not written, in front. A
-    character may be spelled in several byte tokens, and the text of a token depends on those before it (a first word
-    loses its space), so each time all are decoded.
+    character may be spelled in several byte tokens. Where the bytes of every token are known, the new ones are decoded
+    alone; else the text of a token depends on those before it (a first word loses its space), and each time all are.
     """
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object], before: Sequence[int] = ()) -> None:
         self._tokenizer, self._write = tokenizer, write
-        self._tokens = list(before)
-        self._written = tokenizer.decode(self._tokens)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.piece(0) is not None else None
+        self._waiting = ""  # decoded and not written
+        self._tokens: list[int] = []
+        self._skipped = ""  # of `before`
+        if self._bytes is not None:
+            for token in before:
+                self._decode(token)
+        else:
+            self._tokens = list(before)
+            self._skipped = tokenizer.decode(self._tokens)
 
     def put(self, token: int) -> None:
+        if self._bytes is not None:
+            self._waiting += self._decode(token)
+            if self._waiting and not self._waiting.endswith("\ufffd"):
+                self._emit(self._waiting)
+            return
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
-        if not text.endswith("\ufffd") and text.startswith(self._written):
-            self._emit(text)
+        if not text.endswith("\ufffd") and text.startswith(self._skipped):
+            self._emit(text[len(self._skipped) :])
+            self._skipped = text
 
     def finish(self) -> None:
         """Write what is left, complete or not."""
-        self._emit(self._tokenizer.decode(self._tokens))
+        if self._bytes is not None:
+            self._emit(self._waiting + self._bytes.decode(b"", final=True))
+        else:
+            self._emit(self._tokenizer.decode(self._tokens)[len(self._skipped) :])
 
-    def _emit(self, text: str) -> None:
-        new, self._written = text[len(self._written) :], text
+    def _decode(self, token: int) -> str:
+        piece = self._tokenizer.piece(token)
+        assert self._bytes is not None and piece is not None
+        return self._bytes.decode(piece)
+
+    def _emit(self, new: str) -> None:
+        self._waiting = ""
         if new:
             self._write(new)
 

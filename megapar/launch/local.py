@@ -10,13 +10,14 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 from megapar.config.errors import UserError
+from megapar.console import TYPED
 from megapar.kernels import INTERPRET
 from megapar.launch.failure import RankFailure
 from megapar.launch.machine import out_of_memory_kills, threads_per_rank
@@ -74,7 +75,10 @@ def launch(job: Job, quiet: bool = False) -> None:
         environment_with(kept),
     ):
         request = StopRequest(Path(scratch))
-        minded = _minding_ctrl_c(request)
+        minded = _minding_ctrl_c(request, job.stopping.encode())
+        if job.typed:
+            os.mkfifo(Path(scratch) / TYPED)
+            threading.Thread(target=_pass_on, args=(Path(scratch) / TYPED,), daemon=True).start()
         ignored = tuple(one.name for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN or one in minded)
         job = replace(
             job,
@@ -146,7 +150,15 @@ def _who_kills(before: int | None, after: int | None) -> str:
     return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"
 
 
-def _minding_ctrl_c(request: StopRequest) -> list[signal.Signals]:
+def _pass_on(pipe: Path) -> None:
+    """Copy standard input to rank 0, to its end: processes that the fork server starts have none. By its descriptor, as
+    a thread in Python's own file would be in the way of this process's end."""
+    with suppress(OSError), open(pipe, "wb", buffering=0) as to:
+        while given := os.read(0, 1 << 16):
+            to.write(given)
+
+
+def _minding_ctrl_c(request: StopRequest, said: bytes) -> list[signal.Signals]:
     """Take over Ctrl-C until the handlers are put back. Returns the signal in a list, which is empty where we can't."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -154,7 +166,7 @@ def _minding_ctrl_c(request: StopRequest) -> list[signal.Signals]:
         if not request.ask():
             # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
             raise SignalException(INTERRUPTED, signal.SIGTERM)
-        os.write(2, b"stopping behind this step, with a checkpoint; Ctrl-C again: at once\n")  # print is not reentrant
+        os.write(2, said)  # print is not reentrant
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return []

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from megapar.config.errors import UserError
 from megapar.config.file import loads
-from megapar.console import set_console
+from megapar.console import TYPED, set_console, set_typed
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
 from megapar.schedule.build import hand_over
@@ -53,6 +53,8 @@ class Job:
     reports: str | None = None  # folder where a failed rank says why, and the launcher that all are to stop
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
     schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
+    typed: bool = False  # rank 0 reads what the launcher's standard input gives, see `megapar.console.typed`
+    stopping: str = "stopping behind this step, with a checkpoint; Ctrl-C again: at once\n"  # said at the first Ctrl-C
     ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, or minds for all
 
     def log(self, rank: int) -> Path:
@@ -83,6 +85,8 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
     terminal = redirect_output(job.log(rank))
     set_console(terminal if rank == 0 and not job.quiet else None)
     set_stop_request(StopRequest(Path(job.reports) if job.reports is not None else None))
+    if job.typed and rank == 0:
+        set_typed(os.open(Path(str(job.reports)) / TYPED, os.O_RDONLY))
     try:
         _run_entry(job, rank, world_size, store)
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ class Attention(nn.Module):
         super().__init__()
         assert model.head_dim is not None, "resolve the configuration first"
         linears, name = layer_linears(model), f"layers.{index}.attention"
+        self.index = index
         self.rotary, self.channels, self.recompute = Rotary.of(model, index), model.head_dim, recompute
         self.causal, self.scale, self.softcap = model.causal, model.attention_scale, model.attention_softcap
         self.window = model.window if model.windowed(index) else None
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         y_TC = attend_(
             qkv_TW, heads, kv_heads, length, table=table, starts=tokens.starts, causal=self.causal, window=self.window,
             scale=self.scale, softcap=self.softcap, recompute=self.recompute and self.training,
+            new=tokens.new, layer=self.index,
         )  # fmt: skip
         return self.out(y_TC)
 

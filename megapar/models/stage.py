@@ -11,6 +11,7 @@ from megapar.models.embedding import Embedding
 from megapar.models.head import Classifier, Head, HiddenStates
 from megapar.models.layer import TransformerLayer
 from megapar.models.tokens import Tokens
+from megapar.parallel.cache import KVCache
 from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Batch, Tensors, TensorSpec
 from megapar.trace.spans import LAYERS, layers_of
@@ -21,6 +22,8 @@ class TransformerStage(nn.Module):
 
     forward(received, batch) -> what the next stage receives, such as {"hidden": [t, H]}; from the last one
     {"logits": [T, V]}, or what `HiddenStates` or `Classifier` gives. Nothing is received in front of the first part.
+    With a cache the batch's tokens are new ones of texts that are being written (`parallel/cache.py`), and the logits
+    are those behind every text's last token, [n, V].
     sends: names of the tensors that the next stage receives.
     """
 
@@ -60,15 +63,17 @@ class TransformerStage(nn.Module):
         shapes = {"hidden": (tokens.stop - tokens.start, self.hidden)}
         return {name: TensorSpec(shapes[name], self.context.dtype) for name in names}
 
-    def forward(self, received: Tensors, batch: Batch) -> Tensors:
-        tokens = Tokens.of(batch, self.context)
+    def forward(self, received: Tensors, batch: Batch, cache: KVCache | None = None) -> Tensors:
+        tokens = Tokens.of(batch, self.context, cache)
         x_tH = received["hidden"] if self.embedding is None else self.embedding(batch["ids"], tokens)
         with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
                 x_tH = layer(x_tH, tokens)
         if isinstance(self.head, HiddenStates):
             return self.head(x_tH, tokens)
-        return {"hidden": x_tH} if self.head is None else {"logits": self.head(x_tH)}
+        if self.head is None:
+            return {"hidden": x_tH}
+        return {"logits": self.head(x_tH if tokens.new is None else x_tH[tokens.new.last])}
 
 
 def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:

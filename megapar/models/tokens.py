@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megapar.parallel.cache import KVCache, NewTokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.rotary import Rotary
 
@@ -24,6 +25,8 @@ class Tokens:
     positions: of the tokens in their texts, int64 [B, S], where they are not those in the samples: with `starts` alone
     types: token types, int64 [B, S]; None: all 0
     lengths: tokens of each text, which padding follows, int64 [B]; None: all of the sample
+    new: of texts that are being written, with `positions`: the tokens stand behind others, which are cached. The
+        samples' borders mean nothing then
     """
 
     context: StageContext
@@ -34,12 +37,15 @@ class Tokens:
     positions: Tensor | None = None
     types: Tensor | None = None
     lengths: Tensor | None = None
+    new: NewTokens | None = None
 
     @classmethod
-    def of(cls, batch: Batch, context: StageContext) -> "Tokens":
-        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types`, `lengths`."""
-        length, more = batch["ids"].shape[1], (batch.get(name) for name in ("starts", "positions", "types", "lengths"))
-        return cls(context, batch["samples"], length, int(batch["step"]), *more)
+    def of(cls, batch: Batch, context: StageContext, cache: KVCache | None = None) -> "Tokens":
+        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types` and `lengths`;
+        with a cache also what `NewTokens` takes."""
+        more = {name: batch.get(name) for name in ("starts", "positions", "types", "lengths")}
+        new = None if cache is None else NewTokens.of(batch, cache)
+        return cls(context, batch["samples"], batch["ids"].shape[1], int(batch["step"]), new=new, **more)
 
     @property
     def count(self) -> int:
@@ -80,11 +86,11 @@ class Tokens:
 
     def rope_table(self, rotary: Rotary) -> tuple[Tensor, int]:
         """(turns, rows of a text that they are for): [S, channels] for every sample alike, or those of all T tokens."""
-        table = self.context.rope_table(self.length, rotary)
         if self.positions is None:
-            return table, self.length
+            return self.context.rope_table(self.length, rotary), self.length
         if rotary not in self._turns:
-            self._turns[rotary] = table[self.positions.reshape(-1)]
+            length = self.length if self.new is None else self.new.cache.capacity
+            self._turns[rotary] = self.context.rope_table(length, rotary)[self.positions.reshape(-1)]
         return self._turns[rotary], self.count
 
     @cached_property

@@ -1,7 +1,8 @@
 """What a layer is built with: the mesh, the precision, and the registry of the parameters of this rank's stages."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +61,15 @@ class StageContext:
     def splits_tokens(self) -> bool:
         """Outside the tensor-parallel regions every rank holds its own share of the tokens."""
         return self.sequence_parallel and self.tp.size > 1
+
+    @contextmanager
+    def whole_tokens(self) -> Iterator[None]:
+        """Every rank has all tokens inside, as where a text is written token by token: there is nothing to split."""
+        kept, self.sequence_parallel = self.sequence_parallel, False
+        try:
+            yield
+        finally:
+            self.sequence_parallel = kept
 
     def overlap(self, owner: LocalParameter) -> Overlap:
         """How the matmul of this parameter's layer meets its tensor-parallel peers."""

@@ -10,6 +10,7 @@ from megapar.kernels.layernorm import layernorm, layernorm_input_grad, layernorm
 from megapar.kernels.rmsnorm import rmsnorm, rmsnorm_input_grad, rmsnorm_weight_grad
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.context import StageContext
+from megapar.parallel.function import apply
 from megapar.parallel.record import Constant, ParameterRecord, Split
 from megapar.parallel.weight_grad import LocalParameter
 
@@ -51,9 +52,9 @@ class Norm(nn.Module):
     def _apply_to(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
         weight_grads = self.context.weight_grads
         if self.bias_owner is None:
-            return _OwnedRMSNorm.apply(x, residual, self.owner.tensor, self.owner, self.eps, self.offset, weight_grads)
+            return apply(_OwnedRMSNorm, x, residual, self.owner.tensor, self.owner, self.eps, self.offset, weight_grads)
         tensors, owners = (self.owner.tensor, self.bias_owner.tensor), (self.owner, self.bias_owner)
-        return _OwnedLayerNorm.apply(x, residual, *tensors, *owners, self.eps, weight_grads)
+        return apply(_OwnedLayerNorm, x, residual, *tensors, *owners, self.eps, weight_grads)
 
 
 class HeadsNorm(nn.Module):
@@ -71,7 +72,7 @@ class HeadsNorm(nn.Module):
         self.copies = self.owner.pieces[0].shard.copies["tp"].count
 
     def forward(self, x: Tensor) -> Tensor:
-        return _OwnedHeadsNorm.apply(x, self.owner.tensor, self)
+        return apply(_OwnedHeadsNorm, x, self.owner.tensor, self)
 
 
 class _OwnedHeadsNorm(torch.autograd.Function):

@@ -28,6 +28,7 @@ from megapar.kernels.comm.symmetric import SymmetricMemory
 from megapar.kernels.matmul import add_matmul, matmul
 from megapar.mesh import Axis, Mesh
 from megapar.parallel.engines import Engine, Operation, Serial, choose, sharing_memory
+from megapar.parallel.function import apply
 from megapar.parallel.weight_grad import LocalParameter, WeightGrads
 
 T = TypeVar("T")
@@ -98,12 +99,12 @@ class Overlaps:
 
 def copy_matmul(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
     """x @ w.T: x [T, I], the same on every rank, -> [T, O]. Dual: all-reduce of the input gradient over the axis."""
-    return _CopyMatmul.apply(x, w, overlap)
+    return apply(_CopyMatmul, x, w, overlap)
 
 
 def matmul_all_reduce(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:
     """The sum over the axis of x @ w.T: x [T, I] -> [T, O], the same on every rank. Dual: no collective."""
-    return _MatmulAllReduce.apply(x, w, overlap)
+    return apply(_MatmulAllReduce, x, w, overlap)
 
 
 def all_gather_matmul(x: Tensor, w: Tensor, overlap: Overlap) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.config.model import Part
+from megapar.parallel.function import apply
 from megapar.parallel.record import ParameterRecord, Shard
 
 
@@ -197,7 +198,7 @@ class _OwnedOp(torch.autograd.Function):
 
 def owned_op(op: WeightOp, x: Tensor, owner: LocalParameter, weight_grads: WeightGrads) -> Tensor:
     """Apply `op` to x and the owner's tensor; in backward its weight gradient goes to `weight_grads`."""
-    return _OwnedOp.apply(x, owner.tensor, op, owner, weight_grads)
+    return apply(_OwnedOp, x, owner.tensor, op, owner, weight_grads)
 
 
 class AddBias:

@@ -1,53 +1,26 @@
 """`megapar generate`: from a run directory to text."""
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megapar.checkpoint import save
 from megapar.config.derive import resolve, resolve_generate
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
-from megapar.config.schema import DataConfig, GenerateConfig
-from megapar.data.prepare import prepare
+from megapar.config.schema import GenerateConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import MODEL
 from megapar.data.tokenizer.train import train_bpe
-from megapar.generate.text import keep_tokenizer
+from megapar.generate.run import in_order
 from megapar.launch.pool import WorkerPool
-from megapar.train.trainer import Trainer
 from tests.data.texts import make_text
 from tests.generate import jobs
-from tests.tiny import tiny_config
 
 PROMPT = "alpha  naïve 中文\n"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on real text; what it was prepared from is gone."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text("".join(make_text(seed) for seed in range(8)), encoding="utf-8")
-    data = DataConfig(path=str(folder / "text.txt"), vocab_size=400, split=0.0, cache=str(folder / "cache"))
-    prepared = prepare(data)
-    values: dict[str, Any] = {
-        "model.vocab_size": 403,
-        "data.split": 0.0,
-        "run.dir": str(folder / "run"),
-        "train.dtype": "fp32",
-    }
-    config = tiny_config(str(prepared.prefix), **values)
-    (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").write_text(dump(config))
-    keep_tokenizer(config)
-    trainer = Trainer(config, 0)
-    for step in (1, 2):
-        trainer.step(step)
-        save(folder / "run" / "checkpoints", trainer.optimizer, config, step)
-    shutil.rmtree(folder / "cache")
-    return folder / "run"
 
 
 def generate(pool: WorkerPool, run_dir: Path, ranks: int = 1, **values: Any) -> Any:
@@ -79,6 +52,62 @@ def test_another_checkpoint(pool: WorkerPool, trained: Path) -> None:
         assert generate(pool, trained, **values) is None
         texts.append((trained / "out.txt").read_text(encoding="utf-8"))
     assert texts[0] == texts[2] != texts[1]
+
+
+def test_prompts_of_a_file(pool: WorkerPool, trained: Path, tmp_path: Path) -> None:
+    """Each is continued as it is alone, in any layout and company, in the order of the file."""
+    prompts = ["alpha", "naïve", "中", "a", "beta"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    expected = []
+    for text in prompts:
+        assert generate(pool, trained, prompt=text, dtype="fp64") is None
+        expected.append((trained / "out.txt").read_text(encoding="utf-8").removesuffix("\n"))
+    layouts: list[tuple[int, str, dict[str, Any]]] = [
+        (1, "txt", {"batch_size": 2}), (4, "jsonl", {"parallel.tp": 2, "parallel.pp": 2}),
+    ]  # fmt: skip
+    for ranks, kind, values in layouts:
+        given = {"prompt": "", "prompt_file": str(tmp_path / f"prompts.{kind}"), "dtype": "fp64"}
+        assert generate(pool, trained, ranks, **given, **values) is None
+        lines = [json.loads(line) for line in (trained / "out.txt").read_text(encoding="utf-8").splitlines()]
+        assert [line["prompt"] for line in lines] == prompts
+        assert [line["prompt"] + line["completion"] for line in lines] == expected
+
+
+def test_in_order() -> None:
+    """As soon as can be, whatever ends first."""
+    seen: list[str] = []
+    come: list[int] = []
+
+    def numbered() -> Iterator[tuple[int, str]]:
+        for number in (2, 0, 1, 4, 3, 5):
+            come.append(number)
+            yield number, str(number)
+
+    for one in in_order(numbered()):
+        seen.append(f"{one} after {len(come)}")
+    assert seen == ["0 after 2", "1 after 3", "2 after 3", "3 after 5", "4 after 5", "5 after 6"]
+
+
+BAD_FILES: dict[str, tuple[str | bytes, str]] = {
+    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: no JSON (Expecting value"),
+    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: no object with a text "prompt"; write an object such as'),
+    "c.jsonl": ("[]", 'c.jsonl:1: no object with a text "prompt"'),
+    "d.txt": (" \n\n", "d.txt: holds no prompt; write one a line"),
+    "e.txt": ("alpha\n" + "beta " * 50, "e.txt:2: "),
+    "f.txt": (b"\xff", "f.txt: byte 0 is no UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_FILES, "none.txt"])
+def test_bad_files_of_prompts(pool: WorkerPool, trained: Path, tmp_path: Path, name: str) -> None:
+    content, expected = BAD_FILES.get(name) or (None, "none.txt: can't be read (No such file or directory)")
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = generate(pool, trained, 1, prompt="", prompt_file=str(tmp_path / name))
+    assert expected in line and "\n" not in line
+    if name == "e.txt":
+        assert "tokens, the model's context holds train.seq_length=8; shorten the prompt" in line
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Choosing tokens: against plain numpy, and the same in every layout."""
+"""Choosing tokens, against plain numpy, and text as it comes."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from megapar.config.keys import changed
 from megapar.config.schema import SampleConfig
+from megapar.generate.choose import choose, uniform
 from megapar.generate.text import TextStream
-from megapar.generate.tokens import choose, generate_tokens, uniform
+from megapar.generate.tokens import generate_tokens
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
 from tests.generate import jobs
-from tests.tiny import GPT2, VOCABULARY, tiny_config
+from tests.tiny import VOCABULARY, tiny_config
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -69,59 +69,20 @@ def test_draws_differ_by_seed_and_position() -> None:
     assert uniform(1, 5) == uniform(1, 5)
 
 
-SAMPLES = [
-    SampleConfig(max_tokens=10, temperature=0.0),
-    SampleConfig(max_tokens=10, temperature=1.0, seed=1),
-    SampleConfig(max_tokens=10, temperature=1.5, top_k=20, top_p=0.9, seed=2),
-]
-PROMPT = [5, 60, 17]
 WIDE: dict[str, Any] = {"model.init_std": 0.5}  # logits that are far apart
-SEQUENCE_PARALLEL = {"parallel.sequence_parallel": True}
-# 8 positions over 3 ranks: the padded context is longer than the table of learned positions
-THREE = {"model.heads": 3, "model.kv_heads": 3, "model.head_dim": 4, "model.ffn": 33, "train.micro_batch_size": 1}
 
 
-@pytest.mark.parametrize(
-    ("layouts", "both"),
-    [
-        ([("tp4", {}), ("pp2", {}), ("tp2pp2", SEQUENCE_PARALLEL)], {}),
-        ([("tp2pp2", {}), ("tp4", SEQUENCE_PARALLEL), ("dp2", {"parallel.zero": 1})], GPT2),
-    ],
-    ids=["llama", "gpt2"],
-)
-def test_every_layout_writes_the_same(
-    pool: WorkerPool, tokens: str, layouts: list[tuple[str, dict[str, Any]]], both: dict[str, Any]
-) -> None:
-    both = both | WIDE
-    expected = pool.run(jobs.continuations, 1, tiny_config(tokens, **both), PROMPT, SAMPLES)[0]
-    assert [len(text) for text in expected] == [10, 10, 10]  # 13 tokens with the prompt: the context of 8 has slid
-    assert all(len(set(text)) > 2 for text in expected)
-    for layout, values in layouts:
-        config = tiny_config(tokens, layout, **both | values)
-        for found in pool.run(jobs.continuations, config.parallel.layout.world, config, PROMPT, SAMPLES):
-            assert found == expected, layout
-
-
-def test_padding_beyond_the_learned_positions(pool: WorkerPool, tokens: str) -> None:
-    both = GPT2 | THREE | WIDE
-    expected = pool.run(jobs.continuations, 1, tiny_config(tokens, **both), PROMPT, SAMPLES, 0)[0]
-    # As `megapar generate` does: to train so is refused, as 8 tokens don't divide by 3.
-    config = changed(tiny_config(tokens, "tp3", **both), SEQUENCE_PARALLEL)
-    assert pool.run(jobs.continuations, 3, config, PROMPT, SAMPLES, 0)[0] == expected
-
-
-def test_context_slides_and_text_ends(tokens: str) -> None:
-    config = tiny_config(tokens, **WIDE)
-    trainer = Trainer(config, 0)
+def test_context_moves_on_and_text_ends(tokens: str) -> None:
+    trainer = Trainer(tiny_config(tokens, **WIDE), 0)
     greedy = SampleConfig(max_tokens=6, temperature=0.0)
     long = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     seen: list[int] = []
 
-    def write(prompt: list[int], **options: Any) -> list[int]:
-        return generate_tokens(trainer.executor, trainer.context, prompt, greedy, context_length=8, **options)
+    def write(prompt: list[int], on_token: Any = lambda token: None, **options: Any) -> list[int]:
+        return generate_tokens(jobs.generator(trainer, **options), prompt, greedy, on_token)
 
-    whole = write(long, on_token=seen.append)
-    assert whole == write(long[2:]) == seen
+    whole = write(long, seen.append)
+    assert whole == write(long[2:]) == seen  # of 10 tokens it sees 8, of 11 7
     assert whole != write(long[3:])
     assert write(long, end_of_text=whole[2]) == whole[: whole.index(whole[2])]
     assert max(write(long, vocab_size=5)) < 5
@@ -136,8 +97,7 @@ def test_uses_the_logits_of_the_last_position(tokens: str) -> None:
     trainer.stages[0].train(False)
     with torch.no_grad():
         logits = trainer.stages[0]({}, batch)["logits"]
-    greedy = SampleConfig(max_tokens=1, temperature=0.0)
-    found = generate_tokens(trainer.executor, trainer.context, prompt, greedy, context_length=8)
+    found = generate_tokens(jobs.generator(trainer), prompt, SampleConfig(max_tokens=1, temperature=0.0))
     assert found == [int(logits[3].argmax())]
 
 
@@ -148,19 +108,26 @@ def test_every_rank_refuses_broken_weights(pool: WorkerPool, tokens: str) -> Non
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes."""
+    """A tokenizer whose tokens are bytes; known: and says so."""
+
+    def __init__(self, known: bool) -> None:
+        self.known = known
+
+    def piece(self, token: int) -> bytes | None:
+        return bytes([token]) if self.known else None
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(
     "data",
     [b"plain", "naïve 中文 🎉".encode(), b"\xff\xfe a \xe4", "half 中".encode()[:-1], b"", "\ufffd!".encode()],
 )
-def test_stream_writes_complete_characters(data: bytes) -> None:
+def test_stream_writes_complete_characters(data: bytes, known: bool) -> None:
     pieces: list[str] = []
-    stream = TextStream(Bytes(), pieces.append)  # type: ignore[arg-type]
+    stream = TextStream(Bytes(known), pieces.append)  # type: ignore[arg-type]
     for byte in data:
         stream.put(byte)
         assert not pieces or not pieces[-1].endswith("\ufffd")

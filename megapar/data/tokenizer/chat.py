@@ -16,8 +16,8 @@ MEMORY = 1 << 30  # bytes of that process
 SCRIPT = Path(__file__).with_name("render.py")
 
 
-def render(template: str, prompts: Sequence[str], variables: Mapping[str, str]) -> list[str]:
-    """The text of a conversation that begins with each prompt, a user's message, up to where the answer begins.
+def render(template: str, conversations: Sequence[Sequence[str]], variables: Mapping[str, str]) -> list[str]:
+    """The text of each conversation, a user's messages and answers in turn, up to where the next answer begins.
 
     variables: bos_token and so on. Raises ConfigError for `chat` with what the template says (raise_exception) or what
     is wrong with it: a syntax error, a reach out of the sandbox, no end.
@@ -25,7 +25,8 @@ def render(template: str, prompts: Sequence[str], variables: Mapping[str, str]) 
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError("chat", True, f"the library jinja2, which renders chat templates, {LIBRARIES}")
     limits = {"cpu_s": CPU_S, "memory": MEMORY}
-    given = {"template": template, "prompts": list(prompts), "variables": dict(variables), **limits}
+    said = {"conversations": [list(turns) for turns in conversations], "variables": dict(variables)}
+    given = {"template": template, **said, **limits}
     command = [sys.executable, "-P", str(SCRIPT)]
     done = subprocess.run(command, input=json.dumps(given), capture_output=True, encoding="utf-8")
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):

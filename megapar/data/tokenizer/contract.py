@@ -49,10 +49,16 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them, on several threads."""
 
-    @abstractmethod
-    def chat(self, prompt: str) -> list[int]:
-        """Token ids of a conversation that `prompt`, a user's message, begins, up to where the answer does.
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return False
 
+    @abstractmethod
+    def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
+        """Token ids of a conversation that `prompt`, a user's message, begins, up to where the next answer does.
+
+        more: an answer, as the token ids that the model wrote, which stay as they are; the next message; and so on
         Raises ConfigError where there is no chat template, or where it does not take this prompt.
         """
 
@@ -76,6 +82,10 @@ class Tokenizer(ABC):
     def _text(self, tokens: list[int]) -> str:
         assert self._bytes is not None
         return b"".join([self._bytes[token] for token in tokens]).decode("utf-8", errors="replace")
+
+    def piece(self, token: int) -> bytes | None:
+        """UTF-8 bytes that a token stands for, none for a control token; None for a tokenizer that is not lossless."""
+        return None if self._bytes is None else self._bytes[token]
 
     def char_counts(self) -> np.ndarray | None:
         """Characters that each token stands for, int32 [vocab_size]; None for a tokenizer that is not lossless.

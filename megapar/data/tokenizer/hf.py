@@ -144,26 +144,37 @@ class JsonTokenizer(Tokenizer):
         text: str = self._model.decode([token for token in tokens if token not in controls], skip_special_tokens=False)
         return text
 
-    def chat(self, prompt: str) -> list[int]:
-        """See `Tokenizer.chat`. The prompt makes no control token, whatever it spells.
+    def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
+        """See `Tokenizer.chat`. A message makes no control token, whatever it spells.
 
-        For that its control tokens' texts pass through the template under other names. Where a template builds one
-        all the same, as by removing letters from the prompt, it is refused.
+        For that its control tokens' texts pass through the template under other names, and so do answers. Where a
+        template builds one all the same, as by removing letters from the prompt, it is refused.
         """
-        check_unicode(prompt)
         nonce = str(uuid.uuid4().int)  # digits: no filter of a template changes them
         contents = sorted(self._controls, key=len, reverse=True)
         spelled = re.compile("|".join(map(re.escape, contents)) or "(?!)")
-        hidden = spelled.sub(lambda found: f"{nonce}:{contents.index(found[0])}:", prompt)
-        texts = render(self._template(), [hidden, "x"], self._names)
+        hidden: list[str] = []
+        pieces: list[Sequence[int]] = [self.encode(content) for content in contents]
+        for turn in (prompt, *more):
+            if isinstance(turn, str):
+                check_unicode(turn)
+                hidden.append(spelled.sub(lambda found: f"{nonce}:{contents.index(found[0])}:", turn))
+            else:
+                hidden.append(f"{nonce}:{len(pieces)}:")
+                pieces.append(turn)
+        texts = render(self._template(), [hidden, ["x"] * len(hidden)], self._names)
         whole, plain = (re.split(f"{nonce}:([0-9]+):", text) for text in texts)
-        ids = []
+        ids: list[int] = []
         for number, part in enumerate(whole):
-            ids += self.encode(contents[int(part)]) if number % 2 else self._with_controls(part)
+            ids += pieces[int(part)] if number % 2 else self._with_controls(part)
         expected = [token for token in self._with_controls(plain[0]) if token in self._never]
         if [token for token in ids if token in self._never] != expected:
             raise ConfigError("prompt", ascii(prompt), "the template makes control tokens of it; write it another way")
         return ids
+
+    @property
+    def has_template(self) -> bool:
+        return TEMPLATE in self._files or bool(self._settings.get(CONFIG, {}).get("chat_template"))
 
     def _with_controls(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:

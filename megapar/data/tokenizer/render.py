@@ -43,16 +43,17 @@ def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
-def render(template: str, prompts: list[str], variables: dict[str, str]) -> list[str]:
-    """The conversation that begins with each prompt. Raises what a template may raise."""
+def render(template: str, conversations: list[list[str]], variables: dict[str, str]) -> list[str]:
+    """Each conversation, which a user's message begins and ends. Raises what a template may raise."""
     extensions = [Generation, jinja2.ext.loopcontrols]
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     compiled = environment.from_string(template)
     texts = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
+    for turns in conversations:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
         texts.append(compiled.render(messages=messages, add_generation_prompt=True, **variables))
         if len(texts[-1]) > MOST:
             raise jinja2.TemplateError(f"writes more than {MOST:,} characters")
@@ -65,7 +66,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (given["cpu_s"], given["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (given["memory"], given["memory"]))
     try:
-        answer: dict[str, Any] = {"texts": render(given["template"], given["prompts"], given["variables"])}
+        answer: dict[str, Any] = {"texts": render(given["template"], given["conversations"], given["variables"])}
     except Exception as error:  # whatever a template does
         kind = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__
         answer = {"error": " ".join([kind, *str(error).split()]).strip(" .")[:500]}

@@ -91,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
         mark = [self._byte_tokens[bytes([byte])] for byte in SPACE_MARK.encode()]
         return encode_around_marks(text, lambda part: self._model.encode(part, out_type=int), mark)
 
-    def chat(self, prompt: str) -> list[int]:
+    def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
         problem = f"{self.path} is a SentencePiece model, which has no chat template; leave it out"
         raise ConfigError("chat", True, problem)
 

@@ -7,7 +7,7 @@ from megapar.config.schema import SampleConfig, TrainConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import tokenizer_beside
 from megapar.generate.text import TextStream, prompt_tokens
-from megapar.generate.tokens import generate_tokens
+from megapar.generate.tokens import Generator, generate_tokens
 from megapar.train.hooks.hook import Hook
 
 
@@ -34,16 +34,15 @@ class Sample(Hook):
         prompt = prompt_tokens(tokenizer, config.task.sample_prompt)
         pieces = [config.task.sample_prompt]
         stream = TextStream(tokenizer, pieces.append, prompt)
-        generate_tokens(
-            trainer.executor,
+        generator = Generator(
+            trainer.stages,
             trainer.context,
-            prompt,
-            SampleConfig(max_tokens=config.task.sample_tokens, seed=config.train.seed),
             context_length=config.train.seq_length,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
-            on_token=stream.put,
         )
+        sample = SampleConfig(max_tokens=config.task.sample_tokens, seed=config.train.seed)
+        generate_tokens(generator, prompt, sample, stream.put)
         stream.finish()
         return "".join(pieces)
 

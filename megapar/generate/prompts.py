@@ -1,0 +1,62 @@
+"""Prompts from a file: one a line, as text or as JSON objects."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.data.tokenizer import Tokenizer
+from megapar.generate.text import prompt_tokens
+
+JSON_LINES = ".jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: as the file has it; where: the file and the line's number"""
+
+    text: str
+    where: str
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Every line of a file that is not empty; of a .jsonl file the `prompt` of every line's object.
+
+    Raises UserError for a file that can't be read or has no prompt, with the line's number for a line that is none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ConfigError("prompt_file", path, f"can't be read ({error.strerror}); name another file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("prompt_file", path, f"byte {error.start} is no UTF-8; write it in UTF-8") from None
+    numbered = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
+    of_line = _of_json if path.endswith(JSON_LINES) else Prompt
+    prompts = [of_line(line, where) for where, line in numbered if line.strip()]
+    if not prompts:
+        raise ConfigError("prompt_file", path, "holds no prompt; write one a line")
+    return prompts
+
+
+def _of_json(line: str, where: str) -> Prompt:
+    wanted = 'write an object such as {"prompt": "Once"}'
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: no JSON ({error}); {wanted}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise UserError(f'{where}: no object with a text "prompt"; {wanted}')
+    return Prompt(found["prompt"], where)
+
+
+def tokens_of(tokenizer: Tokenizer, prompts: Iterable[Prompt], chat: bool, context_length: int) -> list[list[int]]:
+    """Token ids of each. Raises UserError, with file and line, for one that the context does not hold."""
+    found = []
+    for prompt in prompts:
+        tokens = prompt_tokens(tokenizer, prompt.text, chat)
+        if len(tokens) > context_length:
+            hold = f"the model's context holds train.seq_length={context_length}"
+            raise UserError(f"{prompt.where}: {len(tokens)} tokens, {hold}; shorten the prompt, or give it as prompt=")
+        found.append(tokens)
+    return found
