@@ -8,6 +8,7 @@ PREFIX in the cache: `.bin` (tokens, int32), `.npz` (where sequences end, which 
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from megapar.data.source import Prepared, Split
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenise import tokenizer_settings
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
+from megapar.data.tokenizer.contract import Message
 from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
 from megapar.data.tokenizer.train import train_bpe
 
@@ -42,12 +44,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Record:
-    """What a line becomes. sequences: of parts; group: records of one group are held out together; label: its class."""
+    """What a line becomes. sequences: of parts; group: records of one group are held out together; label: its class;
+    messages: of a conversation, which the tokenizer writes, its parts being those texts."""
 
     line: Line
     sequences: tuple[tuple[Part, ...], ...]
     group: str
     label: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,17 +164,17 @@ def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: 
     held = _held_out(records, sources, config)
     labels = _labels(records, held)
     tokenizer = _tokenizer(prefix, config, [one for one, out in zip(records, held, strict=True) if not out], say)
-    tokens, learned, offsets = [], [], [0]
+    tokens, learned, offsets = array("i"), bytearray(), [0]
     for sequence, ids, mask in _encoded(kind, records, tokenizer):
         assert sequence == len(offsets) - 1
-        tokens += ids
-        learned += mask
+        tokens.extend(ids)
+        learned.extend(mask)
         offsets.append(len(tokens))
     np.array(tokens, dtype=np.int32).tofile(f"{prefix}.bin")
     numbers = {label: number for number, label in enumerate(labels)}
     np.savez(
         f"{prefix}.npz",
-        learned=np.array(learned, dtype=bool),
+        learned=np.frombuffer(learned, dtype=bool),
         offsets=np.array(offsets, dtype=np.int64),
         held=held,
         sources=np.array(sources, dtype=np.int8),
@@ -243,9 +247,15 @@ def _encoded(
     """Every sequence: its number, its tokens, and which of them are learned."""
     end = tokenizer.end_of_text
     before, behind = tokenizer.classified if kind.between else ([], [])
-    sequences = [sequence for record in records for sequence in record.sequences]
-    texts = iter(tokenizer.encode_batch([part.text for sequence in sequences for part in sequence]))
-    for number, sequence in enumerate(sequences):
+    written = iter(tokenizer.conversations([record.messages for record in records if record.messages]))
+    sequences = [(record, sequence) for record in records for sequence in record.sequences]
+    plain = [part.text for record, sequence in sequences if not record.messages for part in sequence]
+    texts = iter(tokenizer.encode_batch(plain))
+    for number, (record, sequence) in enumerate(sequences):
+        if record.messages:
+            pieces = next(written)
+            yield number, [token for ids, _ in pieces for token in ids], [own for ids, own in pieces for _ in ids]
+            continue
         ids, learned = list(before), [False] * len(before)
         for part in sequence:
             new = next(texts) + ([end] if part.closes else [])

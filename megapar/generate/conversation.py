@@ -17,9 +17,7 @@ from typing import Any
 
 from megapar.config.errors import UserError
 from megapar.data.tokenizer import Tokenizer
-
-USER, ASSISTANT = "User: ", "\nAssistant:"
-NEXT_USER = "\nUser:"
+from megapar.data.tokenizer.contract import ASSISTANT, NEXT_USER, USER
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,33 @@ from megapar.data.packing import pack
 from megapar.data.records import Kind, Part, Record, Records, fitting, prepare_records, refuse_too_few
 from megapar.data.source import Prepared, Source, Split
 
+ROLES = ("user", "assistant")
+
 
 def parse(line: Line) -> Record:
-    """`{"prompt": text, "response": text}`. The response is learned, and the end of text behind it."""
+    """`{"prompt": text, "response": text}`: the response is learned, and the end of text behind it. Or a conversation,
+    `{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}, ...]}`, maybe with a
+    system's message first: answers are learned, and what ends them."""
+    if "messages" in line.values:
+        return _conversation(line)
     prompt, response = line.text("prompt"), line.text("response", empty=True)
     parts = (Part(prompt), Part(response, learned=True, closes=True))
     return Record(line, (parts,), prompt)
+
+
+def _conversation(line: Line) -> Record:
+    given = line.values["messages"]
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise line.wrong('"messages" is no list of objects; write [{"role": ..., "content": ...}, ...]')
+    said = [Line(line.path, line.number, one) for one in given]
+    messages = tuple((one.text("role"), one.text("content")) for one in said)
+    roles = [role for role, _ in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or len(turns) % 2 or turns != [*ROLES] * (len(turns) // 2):
+        problem = "user and assistant take turns, the assistant last; a system's message may come first"
+        raise line.wrong(f'"messages" has the roles {", ".join(roles) or "of none"}: {problem}')
+    parts = tuple(Part(text) for _, text in messages)
+    return Record(line, (parts,), messages[-2][1], messages=messages)
 
 
 KIND = Kind("instructions", parse)

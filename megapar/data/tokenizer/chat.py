@@ -16,28 +16,31 @@ MEMORY = 1 << 30  # bytes of that process
 SCRIPT = Path(__file__).with_name("render.py")
 
 
-def render(template: str, conversations: Sequence[Sequence[str]], variables: Mapping[str, str]) -> list[str]:
-    """The text of each conversation, a user's messages and answers in turn, up to where the next answer begins.
+def render(
+    template: str, conversations: Sequence[Sequence[tuple[str, str]]], variables: Mapping[str, str], *, answer: bool
+) -> list[str]:
+    """The text of each conversation of (role, content).
 
+    answer: up to where the next answer begins; else to the end of the last
     variables: bos_token and so on. Raises ConfigError for `chat` with what the template says (raise_exception) or what
     is wrong with it: a syntax error, a reach out of the sandbox, no end.
     """
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError("chat", True, f"the library jinja2, which renders chat templates, {LIBRARIES}")
     limits = {"cpu_s": CPU_S, "memory": MEMORY}
-    said = {"conversations": [list(turns) for turns in conversations], "variables": dict(variables)}
+    said = {"conversations": [list(turns) for turns in conversations], "variables": dict(variables), "answer": answer}
     given = {"template": template, **said, **limits}
     command = [sys.executable, "-P", str(SCRIPT)]
     done = subprocess.run(command, input=json.dumps(given), capture_output=True, encoding="utf-8")
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise _refused(f"does not end within {CPU_S} seconds")
     try:
-        answer = json.loads(done.stdout)
+        written = json.loads(done.stdout)
     except ValueError:
         raise _refused(f"broke its process (exit code {done.returncode})") from None
-    if "error" in answer:
-        raise _refused(answer["error"])
-    texts: list[str] = answer["texts"]
+    if "error" in written:
+        raise _refused(written["error"])
+    texts: list[str] = written["texts"]
     return texts
 
 

@@ -16,6 +16,12 @@ SPACE_MARK = "\u2581"
 PROBE = "  \ufb01 A\u030a\t\r\n\n \u2460\u3000\U0001f389 \0</s><0x41>" + SPACE_MARK + "  "
 
 
+# A conversation without a chat template is a transcript: `User: How?`, `Assistant: So.`, a line each.
+USER, ASSISTANT, NEXT_USER = "User: ", "\nAssistant:", "\nUser:"
+Message = tuple[str, str]  # (role, content), the role system, user or assistant
+Piece = tuple[list[int], bool]  # token ids, and whether an assistant wrote them
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -61,6 +67,28 @@ class Tokenizer(ABC):
         more: an answer, as the token ids that the model wrote, which stay as they are; the next message; and so on
         Raises ConfigError where there is no chat template, or where it does not take this prompt.
         """
+
+    def conversations(self, given: Sequence[Sequence[Message]]) -> list[list[Piece]]:
+        """Conversations to learn from, each maybe a system's message, then a user's and an assistant's in turn: token
+        ids by who wrote them. What ends an answer counts as written by the assistant: a control token right behind it,
+        or in a transcript the end of the text, or the beginning of the user's next line.
+
+        Raises ConfigError where there is a chat template that does not take a conversation.
+        """
+        return [self._transcript(messages) for messages in given]
+
+    def _transcript(self, messages: Sequence[Message]) -> list[Piece]:
+        head = f"{messages[0][1]}\n" if messages[0][0] == "system" else ""
+        turns = [content for role, content in messages if role != "system"]
+        pieces: list[Piece] = []
+        head += USER
+        for number in range(0, len(turns), 2):
+            said, answer = turns[number : number + 2]
+            pieces.append((self.encode(f"{head}{said}{ASSISTANT}"), False))
+            head, last = " ", number + 2 == len(turns)  # the label of the user's next line is there already
+            ids = self.encode(f" {answer}{'' if last else NEXT_USER}")
+            pieces.append(([*ids, self.end_of_text] if last else ids, True))
+        return pieces
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-text token. No text becomes a control token.

@@ -15,6 +15,8 @@ from megapar.data.tokenizer.chat import render
 from megapar.data.tokenizer.contract import (
     PROBE,
     SPACE_MARK,
+    Message,
+    Piece,
     Tokenizer,
     check_unicode,
     encode_around_marks,
@@ -25,6 +27,14 @@ from megapar.data.tokenizer.pieces import token_bytes
 
 CONFIG, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 CONTROLS = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+ROLES = ("user", "assistant")
+AT_ONCE = 100  # conversations that a process renders, which has little time
+
+
+class _MakesControls(Exception):
+    problem = "the template makes control tokens of it"
 
 
 class JsonTokenizer(Tokenizer):
@@ -150,27 +160,71 @@ class JsonTokenizer(Tokenizer):
         For that its control tokens' texts pass through the template under other names, and so do answers. Where a
         template builds one all the same, as by removing letters from the prompt, it is refused.
         """
+        turns = [(ROLES[number % 2], turn) for number, turn in enumerate((prompt, *more))]
+        try:
+            [parts] = self._rendered([turns], answer=True)
+        except _MakesControls:
+            raise ConfigError("prompt", ascii(prompt), f"{_MakesControls.problem}; write it another way") from None
+        return [token for ids, _ in parts for token in ids]
+
+    def conversations(self, given: Sequence[Sequence[Message]]) -> list[list[Piece]]:
+        if not self.has_template:
+            return super().conversations(given)
+        found: list[list[Piece]] = []
+        for first in range(0, len(given), AT_ONCE):
+            batch = given[first : first + AT_ONCE]
+            answers = iter(self.encode_batch([text for one in batch for role, text in one if role == "assistant"]))
+            turns = [[(role, next(answers) if role == "assistant" else text) for role, text in one] for one in batch]
+            try:
+                found += [self._with_ends(parts) for parts in self._rendered(turns, answer=False)]
+            except _MakesControls:
+                raise refused(self.path, f"{_MakesControls.problem}; mend the template, or the messages") from None
+        return found
+
+    def _with_ends(self, parts: Sequence[Piece]) -> list[Piece]:
+        """With a control token that stands right behind an answer as a part of it."""
+        found: list[Piece] = []
+        for ids, answer in parts:
+            if found and found[-1][1] and not answer and ids and ids[0] in self._never:
+                found[-1] = ([*found[-1][0], ids[0]], True)
+                ids = ids[1:]
+            found.append((ids, answer))
+        return found
+
+    def _rendered(
+        self, given: Sequence[Sequence[tuple[str, str | Sequence[int]]]], *, answer: bool
+    ) -> list[list[Piece]]:
+        """Conversations of (role, text, or token ids of an answer) as the template writes them: token ids, and whether
+        they are an answer's. Raises _MakesControls."""
         nonce = str(uuid.uuid4().int)  # digits: no filter of a template changes them
         contents = sorted(self._controls, key=len, reverse=True)
         spelled = re.compile("|".join(map(re.escape, contents)) or "(?!)")
-        hidden: list[str] = []
         pieces: list[Sequence[int]] = [self.encode(content) for content in contents]
-        for turn in (prompt, *more):
+
+        def hidden(turn: str | Sequence[int]) -> str:
             if isinstance(turn, str):
                 check_unicode(turn)
-                hidden.append(spelled.sub(lambda found: f"{nonce}:{contents.index(found[0])}:", turn))
-            else:
-                hidden.append(f"{nonce}:{len(pieces)}:")
-                pieces.append(turn)
-        texts = render(self._template(), [hidden, ["x"] * len(hidden)], self._names)
-        whole, plain = (re.split(f"{nonce}:([0-9]+):", text) for text in texts)
-        ids: list[int] = []
-        for number, part in enumerate(whole):
-            ids += pieces[int(part)] if number % 2 else self._with_controls(part)
-        expected = [token for token in self._with_controls(plain[0]) if token in self._never]
-        if [token for token in ids if token in self._never] != expected:
-            raise ConfigError("prompt", ascii(prompt), "the template makes control tokens of it; write it another way")
-        return ids
+                return spelled.sub(lambda found: f"{nonce}:{contents.index(found[0])}:", turn)
+            pieces.append(turn)
+            return f"{nonce}:{len(pieces) - 1}:"
+
+        said = [[(role, hidden(turn)) for role, turn in turns] for turns in given]
+        plain = [[(role, "x") for role, _ in turns] for turns in given]
+        texts = [re.split(f"{nonce}:([0-9]+):", text) for text in self._by_template([*said, *plain], answer)]
+        found = []
+        for whole, alone in zip(texts[: len(given)], texts[len(given) :], strict=True):
+            parts: list[Piece] = []
+            for number, part in enumerate(whole):
+                ids = list(pieces[int(part)]) if number % 2 else self._with_controls(part)
+                parts.append((ids, bool(number % 2) and int(part) >= len(contents)))
+            expected = [token for token in self._with_controls(alone[0]) if token in self._never]
+            if [token for ids, _ in parts for token in ids if token in self._never] != expected:
+                raise _MakesControls
+            found.append(parts)
+        return found
+
+    def _by_template(self, conversations: Sequence[Sequence[tuple[str, str]]], answer: bool) -> list[str]:
+        return render(self._template(), conversations, self._names, answer=answer)
 
     @property
     def has_template(self) -> bool:

@@ -11,6 +11,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MOST = 10_000_000  # characters
+ARGUMENTS = ("template", "conversations", "variables", "answer")
 
 
 class Generation(jinja2.ext.Extension):
@@ -43,8 +44,8 @@ def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
-def render(template: str, conversations: list[list[str]], variables: dict[str, str]) -> list[str]:
-    """Each conversation, which a user's message begins and ends. Raises what a template may raise."""
+def render(template: str, conversations: list[list[list[str]]], variables: dict[str, str], answer: bool) -> list[str]:
+    """Each conversation of [role, content]. answer: up to where the next answer begins. Raises what a template may."""
     extensions = [Generation, jinja2.ext.loopcontrols]
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
@@ -52,9 +53,8 @@ def render(template: str, conversations: list[list[str]], variables: dict[str, s
     compiled = environment.from_string(template)
     texts = []
     for turns in conversations:
-        roles = ("user", "assistant")
-        messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-        texts.append(compiled.render(messages=messages, add_generation_prompt=True, **variables))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        texts.append(compiled.render(messages=messages, add_generation_prompt=answer, **variables))
         if len(texts[-1]) > MOST:
             raise jinja2.TemplateError(f"writes more than {MOST:,} characters")
     return texts
@@ -66,7 +66,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (given["cpu_s"], given["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (given["memory"], given["memory"]))
     try:
-        answer: dict[str, Any] = {"texts": render(given["template"], given["conversations"], given["variables"])}
+        answer: dict[str, Any] = {"texts": render(*(given[name] for name in ARGUMENTS))}
     except Exception as error:  # whatever a template does
         kind = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__
         answer = {"error": " ".join([kind, *str(error).split()]).strip(" .")[:500]}
