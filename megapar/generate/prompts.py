@@ -1,11 +1,11 @@
 """Prompts from a file: one a line, as text or as JSON objects."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapar.config.errors import ConfigError, UserError
+from megapar.data.jsonl import read_lines
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import prompt_tokens
 
@@ -25,29 +25,20 @@ def read_prompts(path: str) -> list[Prompt]:
 
     Raises UserError for a file that can't be read or has no prompt, with the line's number for a line that is none.
     """
+    if path.endswith(JSON_LINES):
+        lines = read_lines(Path(path), "prompt_file")
+        return [Prompt(line.text("prompt"), f"{line.path}:{line.number}") for line in lines]
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError("prompt_file", path, f"can't be read ({error.strerror}); name another file") from None
     except UnicodeDecodeError as error:
         raise ConfigError("prompt_file", path, f"byte {error.start} is no UTF-8; write it in UTF-8") from None
-    numbered = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
-    of_line = _of_json if path.endswith(JSON_LINES) else Prompt
-    prompts = [of_line(line, where) for where, line in numbered if line.strip()]
+    numbered = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    prompts = [Prompt(line, where) for where, line in numbered if line.strip()]
     if not prompts:
         raise ConfigError("prompt_file", path, "holds no prompt; write one a line")
     return prompts
-
-
-def _of_json(line: str, where: str) -> Prompt:
-    wanted = 'write an object such as {"prompt": "Once"}'
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}); {wanted}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-        raise UserError(f'{where}: no object with a text "prompt"; {wanted}')
-    return Prompt(found["prompt"], where)
 
 
 def tokens_of(tokenizer: Tokenizer, prompts: Iterable[Prompt], chat: bool, context_length: int) -> list[list[int]]:

@@ -90,9 +90,9 @@ def test_in_order() -> None:
 
 
 BAD_FILES: dict[str, tuple[str | bytes, str]] = {
-    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: no JSON (Expecting value"),
-    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: no object with a text "prompt"; write an object such as'),
-    "c.jsonl": ("[]", 'c.jsonl:1: no object with a text "prompt"'),
+    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: not JSON (Expecting value)"),
+    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: "prompt" is a number; make it a text'),
+    "c.jsonl": ("[]", "c.jsonl:1: a list, not an object"),
     "d.txt": (" \n\n", "d.txt: holds no prompt; write one a line"),
     "e.txt": ("alpha\n" + "beta " * 50, "e.txt:2: "),
     "f.txt": (b"\xff", "f.txt: byte 0 is no UTF-8"),
