@@ -9,8 +9,6 @@ import gettext
 import hashlib
 import importlib.util
 import json
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +18,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig, TrainConfig
-from megapar.data.prepare import cache_folder
+from megapar.data.prepare import cache_folder, made_once
 from megapar.data.records import prepare_records
 from megapar.data.source import Prepared, Samples, Source, Split
 from megapar.data.sources.labelled import KIND, Labelled
@@ -84,37 +82,26 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
 
 def unpacked(parent: Path) -> Path:
     """The folder of the files, in `parent`, named after what is in them; made whole or not at all."""
+    digest = hashlib.sha256(repr(translations()).encode()).hexdigest()
+    return made_once(parent / f"classify_language-{digest[:16]}", write)
+
+
+def write(folder: Path) -> None:
+    """Write train.jsonl and valid.jsonl, and in text/ what is not held out."""
     strings = translations()
-    digest = hashlib.sha256(repr(strings).encode()).hexdigest()
-    folder = parent / f"classify_language-{digest[:16]}"
-    if folder.exists():
-        return folder
-    temporary = parent / f".classify_language-{uuid.uuid4().hex}"
-    try:
-        (temporary / "text").mkdir(parents=True)
-        for name, chosen in (("train", False), ("valid", True)):
-            lines = [
-                json.dumps({"text": one.text, "label": one.language, "group": one.message}, ensure_ascii=False)
-                for one in strings
-                if one.held_out == chosen
-            ]
-            (temporary / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for language in sorted(LANGUAGES):
-            texts = [one.text for one in strings if one.language == language and not one.held_out]
-            for number in range(0, len(texts), CHUNK):
-                path = temporary / "text" / f"{language}-{number // CHUNK:03}.txt"
-                path.write_text("\n".join(texts[number : number + CHUNK]) + "\n", encoding="utf-8")
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-    except OSError as error:
-        problem = f"can't be written ({error.strerror}); name a folder that can be written"
-        raise ConfigError("data.cache", parent, problem) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    for name, chosen in (("train", False), ("valid", True)):
+        lines = [
+            json.dumps({"text": one.text, "label": one.language, "group": one.message}, ensure_ascii=False)
+            for one in strings
+            if one.held_out == chosen
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "text").mkdir()
+    for language in sorted(LANGUAGES):
+        texts = [one.text for one in strings if one.language == language and not one.held_out]
+        for number in range(0, len(texts), CHUNK):
+            path = folder / "text" / f"{language}-{number // CHUNK:03}.txt"
+            path.write_text("\n".join(texts[number : number + CHUNK]) + "\n", encoding="utf-8")
 
 
 def open_samples(config: TrainConfig, split: Split) -> Samples:

@@ -6,16 +6,14 @@ python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl
 
 import json
 import random
-import shutil
 import sys
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
-from megapar.data.prepare import cache_folder
+from megapar.data.prepare import cache_folder, made_once
 from megapar.data.records import prepare_records
 from megapar.data.source import Prepared, Source
 from megapar.data.sources.instructions import KIND, Instructions
@@ -52,19 +50,7 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
     """The files in the cache, then as `instructions` has it. Raises UserError."""
     if config.path != PATH:
         raise ConfigError("data.path", config.path, f"finetune makes its own lines; use {PATH}")
-    parent = cache_folder(config)
-    folder = parent / f"finetune-{COUNT}-{VALID}-{SEED}"
-    if not folder.exists():
-        temporary = parent / f".finetune-{uuid.uuid4().hex}"
-        try:
-            write(temporary)
-            temporary.rename(folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was faster
-                problem = f"can't be written ({error.strerror}); name a folder that can be written"
-                raise ConfigError("data.cache", parent, problem) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder = made_once(cache_folder(config) / f"finetune-{COUNT}-{VALID}-{SEED}", write)
     files = {"path": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl")}
     return prepare_records(KIND, replace(config, **files), say)  # type: ignore[arg-type]
 

@@ -5,16 +5,13 @@
 
 import hashlib
 import os
-import shutil
 import tarfile
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
-from megapar.data.prepare import cache_folder
+from megapar.data.prepare import cache_folder, made_once
 from megapar.data.source import Prepared, Source
 from megapar.data.sources.tokens import SOURCE as TOKENS
 
@@ -36,30 +33,19 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
 def unpack(archive: Path, parent: Path) -> Path:
     """The folder of an archive's files, in `parent`, named after the archive's content. It is made whole or not at all.
 
-    Raises ConfigError for `data.cache` where it can't be written.
+    Raises UserError where it can't be written.
     """
-    folder = parent / f"{PLAYS}-{hashlib.sha256(archive.read_bytes()).hexdigest()[:16]}" / PLAYS
-    if folder.exists():
-        return folder
-    temporary = folder.parent.with_name(f".{folder.parent.name}-{uuid.uuid4().hex}")
-    try:
-        (temporary / PLAYS).mkdir(parents=True)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+
+    def fill(folder: Path) -> None:
+        (folder / PLAYS).mkdir()
         with tarfile.open(archive) as files:
             for member in files:
                 text = files.extractfile(member)
                 assert text is not None, f"{archive}: {member.name} is no file"
-                (temporary / PLAYS / member.name).write_bytes(text.read())
-        try:
-            os.rename(temporary, folder.parent)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-    except OSError as error:
-        problem = f"can't be written ({error.strerror}); name a folder that can be written"
-        raise ConfigError("data.cache", parent, problem) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+                (folder / PLAYS / member.name).write_bytes(text.read())
+
+    return made_once(parent / f"{PLAYS}-{digest[:16]}", fill) / PLAYS
 
 
 SOURCE = Source("lm_text", "the plays that come with lm_text, or any text", prepare, TOKENS.open)

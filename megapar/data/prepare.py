@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,24 @@ def new_folder(parent: Path, name: str) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def made_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder that `fill` writes the files of, in a temporary one: made whole or not at all, and found again.
+
+    Raises UserError where it can't be written.
+    """
+    if not folder.exists():
+        with new_folder(folder.parent, folder.name) as temporary:
+            whole = temporary / folder.name
+            whole.mkdir()
+            fill(whole)
+            try:
+                whole.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
+    return folder
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
+from megapar.data.corpus import STDLIB
 from megapar.data.jsonl import Line, read_lines
 from megapar.data.prepare import cache_folder, new_folder
 from megapar.data.source import Prepared, Split
@@ -105,6 +106,8 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
 
     Raises ConfigError or UserError, one line with file and line number, for what can't be used.
     """
+    if config.path == STDLIB:
+        raise ConfigError("data.path", config.path, "is text; name a .jsonl file, with an object in every line")
     paths = [Path(path).expanduser().absolute() for path in (config.path, config.valid) if path is not None]
     for key, path in zip(("data.path", "data.valid"), paths, strict=False):
         if not path.is_file():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megapar.cli.compose import compose, split
-from megapar.config.errors import ConfigError
+from megapar.config.errors import UserError
 from megapar.config.schema import DataConfig
 from megapar.data.indexed import IndexedTokens
 from megapar.data.source import find_source
@@ -58,7 +58,7 @@ def test_half_an_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(ConfigError, match=r"data.cache=.*: can't be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"cache: can't be written \(No space left on device\); make room"):
             LM_TEXT.prepare(replace(PLAYS, cache=str(tmp_path / "cache")), print)
     assert not list((tmp_path / "cache").iterdir())
 
