@@ -31,6 +31,7 @@ setup(
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
+        "lm_eval": ["lm_eval"],  # megapar/library/harness.py
         "dev": [
             "tensorboardX",
             "tokenizers",

@@ -15,7 +15,7 @@ from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.policy import layer_linears
-from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
+from megapar.config.schema import ForwardConfig, GenerateConfig, ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import TASKS
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
@@ -374,17 +374,17 @@ def check_plan(config: TrainConfig, rank: int) -> None:
         raise ConfigError("rank", rank, f"{config.parallel.layout} has ranks 0 to {world - 1}")
 
 
-def check_generate(
-    config: GenerateConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
+def check_forward(
+    config: ForwardConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
 ) -> None:
-    """Refuse a layout that the trained model does not divide into, and absent hardware."""
+    """Refuse a layout that the trained model does not divide into, absent hardware, and nothing to continue."""
     check_values(config)
     check_backend(config.kernels.backend, config.device, config.dtype)
     if config.parallel.pp > trained.model.layers:
         problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)
     check_tensor_parallel(trained.model, config.parallel.tp)
-    if not config.prompt:
+    if isinstance(config, GenerateConfig) and not config.prompt:
         raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
     check_ranks(config.parallel.layout, config.device, "device", num_gpus=num_gpus, world_size=world_size)
 

@@ -381,19 +381,25 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """`megapar generate`: let a trained model write."""
+class ForwardConfig:
+    """A run's model that only runs forwards, in a layout of its own."""
 
-    prompt: str = option("", "text to continue, verbatim", verbatim=True)
-    chat: bool = option(False, "the prompt is a user's message, put into the tokenizer's chat template")
-    sample: SampleConfig = group(SampleConfig, "sampling")
-    parallel: ParallelConfig = group(ParallelConfig, "the layout to generate in, free of the one trained in")
+    parallel: ParallelConfig = group(ParallelConfig, "the layout to run in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     run: RunConfig = group(RunConfig, "run.dir: the run to load")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ForwardConfig):
+    """`megapar generate`: let a trained model write."""
+
+    prompt: str = option("", "text to continue, verbatim", verbatim=True)
+    chat: bool = option(False, "the prompt is a user's message, put into the tokenizer's chat template")
+    sample: SampleConfig = group(SampleConfig, "sampling")
     out: str | None = option(
         None, "file to write the text to; default: the terminal", verbatim=True, path=True, identity=False
     )

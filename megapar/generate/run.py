@@ -6,19 +6,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from megapar.checkpoint import Manifest, load_parameters
+from megapar.checkpoint import Manifest
 from megapar.config.check import with_layout
 from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, TrainConfig
+from megapar.config.schema import ForwardConfig, GenerateConfig, TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
 from megapar.generate.tokens import generate_tokens
 from megapar.parallel.agreement import all_or_none, gather_texts
-from megapar.part import ModelPart
+from megapar.part import open_part
 from megapar.pipeline.executor import Executor
 
 
@@ -32,8 +32,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     run_dir = Path(config.run.dir)
     trained = in_layout(load_config(run_dir), config)
     tokenizer = run_tokenizer(run_dir, trained)
-    part = ModelPart(trained, rank, weights_only=True, initial=False)
-    manifest = load_parameters(config.checkpoint.load or run_dir, part.buffers, trained)
+    part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
     executor = Executor(part.stages, part.mesh, part.context.weight_grads)
     with all_or_none(part.mesh["world"], part.mesh.device):
         refuse_other_tokenizer(tokenizer, manifest)
@@ -61,8 +60,8 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     part.close()
 
 
-def in_layout(trained: TrainConfig, config: GenerateConfig) -> TrainConfig:
-    """A run's config with the layout, precision and device to write in; forwards need no schedule."""
+def in_layout(trained: TrainConfig, config: ForwardConfig) -> TrainConfig:
+    """A run's config with the layout, precision and device to run in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
         "kernels": config.kernels,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapar.cli.command import Call, Command
-from megapar.config.errors import ConfigError
 from megapar.config.schema import GenerateConfig
 
 if TYPE_CHECKING:
@@ -24,40 +23,16 @@ def run(config: GenerateConfig, call: Call) -> int:
 
 def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job":
     """The job for the ranks, see `Plan`. Raises UserError."""
-    from megapar.cli.finish import rank_environment
+    from megapar.cli import forward
     from megapar.cli.output import refuse_bad_out
-    from megapar.config import check_generate, resolve_generate
-    from megapar.config.file import dump, load_config
-    from megapar.launch.machine import num_gpus
-    from megapar.launch.rank import Job, name_of
 
-    if config.run.dir is None:
-        raise ConfigError("run.dir", None, "says which run's model writes; give run.dir=RUN")
-    gpus = num_gpus()
-    config = resolve_generate(config, num_gpus=gpus, world_size=world_size)
-    folder = Path(str(config.run.dir))
-    trained = load_config(folder)
     refuse_bad_out(config.out, None)
-    if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
-        raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
-    check_generate(config, trained, num_gpus=gpus, world_size=world_size)
-    from megapar.checkpoint import find_checkpoint, read_manifest  # torch: only when nothing cheaper refuses
-
-    read_manifest(find_checkpoint(config.checkpoint.load or folder))
+    config, trained = forward.resolve(config, world_size)
     from megapar.generate.text import prompt_tokens, run_tokenizer
 
-    prompt_tokens(run_tokenizer(folder, trained), config.prompt, config.chat)  # refuses what ranks would
-    return Job(
-        kind=name_of(GenerateConfig),
-        config=dump(config),
-        entry=call.entry or ENTRY,
-        folder=str(folder),
-        device=config.device,
-        timeout_s=trained.train.timeout.total_seconds(),
-        ranks=config.parallel.layout.world,
-        log_name="generate-rank",
-        env=rank_environment(config.kernels.backend),
-    )
+    tokenizer = run_tokenizer(Path(str(config.run.dir)), trained)
+    prompt_tokens(tokenizer, config.prompt, config.chat)  # refuses what ranks would
+    return forward.job(config, trained, call, ENTRY, "generate")
 
 
 COMMAND = Command(
