@@ -148,7 +148,7 @@ class Scorer:
         return self._batch({"ids": ids, "lengths": lengths} | places)
 
     def _padded(self, rows: int, length: int) -> int:
-        """Rows of a batch with those that fill it up, where tp splits its tokens; longer ones might have no position."""
+        """Rows of a batch with those that fill it up, where tp splits its tokens: longer ones may have no position."""
         share = self.context.tp.size if self.context.splits_tokens else 1
         step = share // gcd(share, length)
         return -(-rows // step) * step

@@ -1,54 +1,23 @@
 """Multiple choice, exact match and classes: the figures by hand, the same in every layout."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megapar.config.file import dump
 from megapar.data.records import LABELS
 from megapar.launch.pool import WorkerPool
-from megapar.train.loop import run as train_loop
-from tests.evaluate.runs import Plainly, evaluate, train
-from tests.records import WORDS, prepared, write
-from tests.tiny import tiny_config
+from tests.evaluate.runs import TAUGHT, Plainly, evaluate
+from tests.records import WORDS, write
 
 EXACT = 1e-12  # fp64: other orders of sums
-TAUGHT = {"red>": "blue", "cat>": "dog house", "tree>": "8"}
-QUESTIONS = [
-    {"prompt": "red>", "choices": ["blue", "green", "b"], "answer": 0},
+QUESTIONS: list[dict[str, Any]] = [
+    {"prompt": "red>", "choices": ["blue", "green", "red cat"], "answer": 0},
     {"prompt": "cat> ", "choices": ["é dog", "dog house"], "answer": "dog house"},
     {"prompt": "", "choices": ["red", "zz"], "answer": 1},
 ]
-
-
-@pytest.fixture(scope="session")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that knows three answers by heart."""
-    folder = tmp_path_factory.mktemp("taught")
-    lines = [{"prompt": prompt, "response": response} for prompt, response in TAUGHT.items()] * 4
-    keys = prepared(folder, "instructions", lines, split=0.0)
-    return train(folder / "run", 60, **keys | {"task.name": "sft", "train.seq_length": 32, "optim.lr": 2e-2})
-
-
-@pytest.fixture(scope="session")
-def sorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plainly]:
-    """A run of a classifier, by the training loop, and its model; of its records nothing is left."""
-    folder = tmp_path_factory.mktemp("sorter")
-    lines = [{"text": f"{word} {name}", "label": name} for word in WORDS for name in WORDS[:3]]
-    keys = prepared(folder, "labelled", lines, split=0.0)
-    keys |= {"task.name": "classify", "train.seq_length": 16, "run.dir": str(folder / "run")}
-    encoder: dict[str, Any] = {"model.causal": False, "train.steps": 8, "logger.wandb.mode": "disabled"}
-    config = tiny_config("", **keys | encoder)
-    (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").write_text(dump(config))
-    train_loop(config, 0, 1)
-    model = Plainly(folder / "run")
-    shutil.rmtree(folder / "cache")
-    return folder / "run", model
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2pp2"])
@@ -57,12 +26,12 @@ def test_choices(layout: str, pool: WorkerPool, taught: Path, tmp_path: Path) ->
     found = evaluate(pool, taught, layout, choices=str(path), batch_size=3)["choices"]
     model = Plainly(taught)
     encode, end = model.tokenizer.encode, model.tokenizer.end_of_text
-    whole = [[("red>", "blue"), ("red>", "green"), ("red>", "b")], [("cat>", " é dog"), ("cat>", " dog house")]]
+    whole = [[("red>", "blue"), ("red>", "green"), ("red>", "red cat")], [("cat>", " é dog"), ("cat>", " dog house")]]
     expected = [
         [model.log_likelihood(encode(a), encode(a + b)[len(encode(a)) :]) for a, b in pairs] for pairs in whole
     ] + [[model.log_likelihood([end], encode(text)) for text in ("red", "zz")]]
     for item, likely, sizes, question in zip(
-        found["items"], expected, [[4, 5, 1], [6, 9], [3, 2]], QUESTIONS, strict=True
+        found["items"], expected, [[4, 5, 7], [6, 9], [3, 2]], QUESTIONS, strict=True
     ):
         assert item["log_likelihoods"] == pytest.approx(likely, rel=EXACT)
         assert item["bytes"] == sizes
