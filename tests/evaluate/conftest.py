@@ -29,7 +29,12 @@ def sorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plainly]:
     lines = [{"text": f"{word} {name}", "label": name} for word in WORDS for name in WORDS[:3]]
     keys = prepared(folder, "labelled", lines, split=0.0)
     keys |= {"task.name": "classify", "train.seq_length": 16, "run.dir": str(folder / "run")}
-    encoder: dict[str, Any] = {"model.causal": False, "train.steps": 8, "logger.wandb.mode": "disabled"}
+    encoder: dict[str, Any] = {
+        "model.causal": False,
+        "model.pooling": "mean",
+        "train.steps": 8,
+        "logger.wandb.mode": "disabled",
+    }
     config = tiny_config("", **keys | encoder)
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(dump(config))

@@ -20,7 +20,7 @@ from megapar.train.trainer import Trainer
 from tests.evaluate import jobs
 from tests.tiny import tiny_config
 
-TAUGHT = {"red>": "blue", "cat>": "dog house", "tree>": "8"}
+TAUGHT = {"red>": "blue", "cat>": "dog house", "seven>": "tree"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
     "tp2pp2": {"parallel.tp": 2, "parallel.pp": 2, "parallel.sequence_parallel": True},

@@ -47,7 +47,7 @@ metric_list:
 QUESTIONS = [
     {"prompt": "red>", "choices": ["blue", "green", "red cat"], "answer": 0},
     {"prompt": "cat> ", "choices": ["eight", "dog house", "tree"], "answer": 1},
-    {"prompt": "tree>", "choices": ["8", "seven", "é"], "answer": 2},
+    {"prompt": "seven>", "choices": ["tree", "seven", "é"], "answer": 2},
 ]
 
 

@@ -47,7 +47,7 @@ def test_choices(layout: str, pool: WorkerPool, taught: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("layout", ["single", "tp2pp2"])
 def test_match(layout: str, pool: WorkerPool, taught: Path, tmp_path: Path) -> None:
     """What is longer or shorter than what the model writes is no match."""
-    wanted = [*TAUGHT.items(), ("red>", "green"), ("red>", "blu"), ("red>", "blue dog")]
+    wanted = [*TAUGHT.items(), ("red>", "green"), ("red>", "blue dog"), ("seven>", "tre")]
     path = write(tmp_path / "tasks.jsonl", [{"prompt": prompt, "response": response} for prompt, response in wanted])
     found = evaluate(pool, taught, layout, match=str(path))["match"]
     assert [item["matches"] for item in found["items"]] == [True] * 3 + [False] * 3
