@@ -32,6 +32,7 @@ setup(
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
         "experiments": ["django"],
+        "lm_eval": ["lm_eval"],  # megapar/library/harness.py
         "dev": [
             "tensorboardX",
             "tokenizers",

@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from megapar.checkpoint.load import load_base
+from megapar.checkpoint import Manifest
+from megapar.checkpoint.load import load_base, load_parameters
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import KernelsConfig, TrainConfig
 from megapar.config.stages import make_schedule, ties
@@ -140,3 +142,14 @@ class ModelPart:
         """Give back what peers share, and destroy the mesh's groups."""
         self.context.overlaps.close()
         self.mesh.close()
+
+
+def open_part(config: TrainConfig, path: str | Path, rank: int) -> tuple[ModelPart, Manifest]:
+    """A rank's part with the weights of a checkpoint, for forwards alone, and that checkpoint's manifest. Collective.
+
+    path: a step folder, a folder of checkpoints or a run directory (the newest there). Raises UserError on all ranks.
+    """
+    lora = config.model.lora
+    # Adapters without a base stand beside the initial values, which no checkpoint holds.
+    part = ModelPart(config, rank, weights_only=True, initial=lora.rank > 0 and lora.base is None)
+    return part, load_parameters(path, part.buffers, config)

@@ -1,7 +1,7 @@
 """The configuration: `schema` says which keys exist, `parse` reads them strictly, `check` derives and refuses."""
 
-from megapar.config.check import check, check_generate, feasible_layouts, with_layout
-from megapar.config.derive import resolve, resolve_generate
+from megapar.config.check import check, check_forward, feasible_layouts, with_layout
+from megapar.config.derive import resolve, resolve_forward
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
@@ -15,11 +15,11 @@ __all__ = [
     "UserError",
     "VerifyConfig",
     "check",
-    "check_generate",
+    "check_forward",
     "feasible_layouts",
     "parse",
     "resolve",
-    "resolve_generate",
+    "resolve_forward",
     "to_dict",
     "with_layout",
 ]

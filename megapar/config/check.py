@@ -15,7 +15,7 @@ from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.policy import layer_linears
-from megapar.config.schema import GenerateConfig, ModelConfig, TrainConfig, VerifyConfig, WriterConfig
+from megapar.config.schema import ForwardConfig, GenerateConfig, ModelConfig, TrainConfig, VerifyConfig, WriterConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import TASKS
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
@@ -374,17 +374,23 @@ def check_plan(config: TrainConfig, rank: int) -> None:
         raise ConfigError("rank", rank, f"{config.parallel.layout} has ranks 0 to {world - 1}")
 
 
-def check_generate(
-    config: WriterConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
+def check_forward(
+    config: ForwardConfig, trained: TrainConfig, *, num_gpus: int = 0, world_size: int | None = None
 ) -> None:
-    """Refuse a layout that the trained model does not divide into, absent hardware, and a model that writes no text."""
+    """Refuse a layout that the trained model does not divide into, absent hardware, and what can't be written."""
     check_values(config)
     check_backend(config.kernels.backend, config.device, config.dtype)
     if config.parallel.pp > trained.model.layers:
         problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)
     check_tensor_parallel(trained.model, config.parallel.tp)
-    model = trained.model
+    if isinstance(config, WriterConfig):
+        check_writer(config, trained.model)
+    check_ranks(config.parallel.layout, config.device, "device", num_gpus=num_gpus, world_size=world_size)
+
+
+def check_writer(config: WriterConfig, model: ModelConfig) -> None:
+    """Refuse a model that writes no text, and nothing to continue."""
     if not model.causal or model.output != "lm":
         what = f"model.causal={str(model.causal).lower()} model.output={model.output}"
         raise ConfigError("run.dir", config.run.dir, f"its model ({what}) writes no text; name a run of a decoder")
@@ -396,7 +402,6 @@ def check_generate(
             raise ConfigError("prompt", config.prompt, f"{config.prompt_file} has prompts, too; give one of them")
         if config.prompt_file is None and not config.prompt:
             raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
-    check_ranks(config.parallel.layout, config.device, "device", num_gpus=num_gpus, world_size=world_size)
 
 
 def with_layout(config: T, layout: Layout) -> T:

@@ -13,20 +13,12 @@ from megapar.config.check import (
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_of
-from megapar.config.schema import (
-    ChatConfig,
-    GenerateConfig,
-    ModelConfig,
-    PipelineConfig,
-    ServeConfig,
-    TrainConfig,
-    VerifyConfig,
-)
+from megapar.config.schema import ForwardConfig, ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 
-C = TypeVar("C", TrainConfig, VerifyConfig, GenerateConfig, ChatConfig, ServeConfig)
-W = TypeVar("W", GenerateConfig, ChatConfig, ServeConfig)
+C = TypeVar("C", bound=TrainConfig | ForwardConfig)
+F = TypeVar("F", bound=ForwardConfig)
 MOST_TRIED = 1000  # numbers of ranks, for the one that is named where none fits
 
 
@@ -86,8 +78,9 @@ def in_one_process(config: T, num_gpus: int = 0) -> T:
     return changed(config, values)
 
 
-def resolve_generate(config: W, *, num_gpus: int = 0, world_size: int | None = None) -> W:
-    """The same for generation. One replica writes, so dp is 1; `parallel=auto` takes tp, as the answer comes sooner."""
+def resolve_forward(config: F, *, num_gpus: int = 0, world_size: int | None = None) -> F:
+    """The same for forwards alone. One replica is enough, so dp is 1 where it is left out; `parallel=auto` takes tp, as
+    the answer comes sooner."""
     check_values(config)
     if config.device == "auto":
         config = changed(config, {"device": _device(config.kernels.backend, num_gpus)})

@@ -381,17 +381,23 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class WriterConfig:
-    """A run's model that writes."""
+class ForwardConfig:
+    """A run's model that only runs forwards, in a layout of its own."""
 
-    sample: SampleConfig = group(SampleConfig, "sampling")
-    parallel: ParallelConfig = group(ParallelConfig, "the layout to write in, free of the one trained in")
+    parallel: ParallelConfig = group(ParallelConfig, "the layout to run in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     run: RunConfig = group(RunConfig, "run.dir: the run to load")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
+
+
+@dataclass(frozen=True)
+class WriterConfig(ForwardConfig):
+    """A run's model that writes."""
+
+    sample: SampleConfig = group(SampleConfig, "sampling")
 
 
 @dataclass(frozen=True)

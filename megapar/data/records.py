@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.schema import DataConfig
+from megapar.config.schema import DataConfig, TrainConfig
 from megapar.data.corpus import STDLIB
 from megapar.data.jsonl import Line, read_lines
 from megapar.data.prepare import cache_folder, new_folder
@@ -28,8 +28,10 @@ from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.contract import Message
 from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
 from megapar.data.tokenizer.train import train_bpe
+from megapar.files import write_atomic
 
 CODE_VERSION = 1  # raise it when the same lines would give other files
+LABELS = "labels.json"  # in a run directory
 SAY = Callable[[str], Any]
 
 
@@ -99,6 +101,32 @@ class Records:
         """FILE:LINE of a record."""
         at = self._chosen[record]
         return f"{self._files[self._sources[at]]}:{self._lines[at]}"
+
+
+def keep_labels(config: TrainConfig) -> None:
+    """Write the names of the classes into the run directory, in the order of their numbers, so that what the model says
+    can be told without the data. Nothing for data without classes. Call it on one rank."""
+    if config.model.output == "classes" and config.run.dir is not None and (names := _labels_beside(config)):
+        write_atomic(Path(config.run.dir) / LABELS, json.dumps(names, ensure_ascii=False) + "\n")
+
+
+def run_labels(run_dir: Path, config: TrainConfig) -> list[str]:
+    """The names of a run's classes: in its directory, or beside its records. Raises UserError."""
+    path = run_dir / LABELS
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _labels_beside(config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error}); write a list of the classes' names there, as JSON") from None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not there, or no list of names; write those of the classes there, by their numbers")
+    return names
+
+
+def _labels_beside(config: TrainConfig) -> list[str]:
+    if config.data.prefix is None or not (path := Path(f"{config.data.prefix}.json")).exists():
+        return []
+    names: list[str] = _manifest(path).get("labels", [])
+    return names
 
 
 def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:

@@ -7,20 +7,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from megapar.checkpoint import Manifest, load_parameters
+from megapar.checkpoint import Manifest
 from megapar.config.check import with_layout
 from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, TrainConfig, WriterConfig
+from megapar.config.schema import ForwardConfig, GenerateConfig, TrainConfig, WriterConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.prompts import Prompt, read_prompts, tokens_of
 from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
 from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
-from megapar.part import ModelPart
+from megapar.part import open_part
 
 T = TypeVar("T")
 
@@ -36,9 +36,8 @@ class Writer:
         run_dir = Path(config.run.dir)
         trained = in_layout(load_config(run_dir), config)
         self.tokenizer = run_tokenizer(run_dir, trained)
-        self.part = ModelPart(trained, rank, weights_only=True, initial=starts_untrained(trained))
+        self.part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
         self.context_length = trained.train.seq_length
-        manifest = load_parameters(config.checkpoint.load or run_dir, self.part.buffers, trained)
         with all_or_none(self.part.mesh["world"], self.part.mesh.device):
             refuse_other_tokenizer(self.tokenizer, manifest)
             self.generator = Generator(
@@ -125,13 +124,8 @@ def completion(tokenizer: Tokenizer, text: Text) -> str:
     return "".join(pieces)
 
 
-def starts_untrained(config: TrainConfig) -> bool:
-    """Whether a run's frozen weights are initial values, which no checkpoint has."""
-    return config.model.lora.rank > 0 and config.model.lora.base is None
-
-
-def in_layout(trained: TrainConfig, config: WriterConfig) -> TrainConfig:
-    """A run's config with the layout, precision and device to write in; forwards need no schedule."""
+def in_layout(trained: TrainConfig, config: ForwardConfig) -> TrainConfig:
+    """A run's config with the layout, precision and device to run in; forwards need no schedule."""
     values = {
         "parallel": config.parallel,
         "kernels": config.kernels,

@@ -8,6 +8,7 @@ import torch
 
 from megapar.config.schema import TrainConfig
 from megapar.console import console
+from megapar.data.records import keep_labels
 from megapar.generate.text import keep_tokenizer
 from megapar.train.hooks import hook_kinds
 from megapar.train.metrics import MetricsWriter
@@ -39,6 +40,7 @@ class Loop:
         self.writer = MetricsWriter(config, console(), self.start.step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
+            keep_labels(config)
         self.saver = Saver(self.folder, self.writer)
         self.stopping = False
         self.hooks = [kind(self) for kind in hook_kinds() if kind.wanted(config)]

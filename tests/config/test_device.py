@@ -6,7 +6,7 @@ import pytest
 
 from megapar.cli.compose import compose, split
 from megapar.config.check import check
-from megapar.config.derive import resolve, resolve_generate
+from megapar.config.derive import resolve, resolve_forward
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, TrainConfig, VerifyConfig
@@ -27,12 +27,12 @@ def resolved(kind: type, gpus: int, **values: Any) -> Any:
 def test_auto(backend: str, gpus: int, device: str) -> None:
     values = {"kernels.backend": backend}
     assert resolved(TrainConfig, gpus, **values).train.device == device
-    assert resolve_generate(changed(GenerateConfig(), values), num_gpus=gpus).device == device
+    assert resolve_forward(changed(GenerateConfig(), values), num_gpus=gpus).device == device
 
 
 def test_interpreted_generation_is_cut_for_no_gpu() -> None:
     config = changed(GenerateConfig(), {"kernels.backend": "interpret", "parallel.auto": True})
-    assert resolve_generate(config, num_gpus=4).parallel.tp == 1
+    assert resolve_forward(config, num_gpus=4).parallel.tp == 1
 
 
 def test_the_demo_runs_on_a_cpu_whatever_is_visible() -> None:

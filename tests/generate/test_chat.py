@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megapar.config.derive import resolve_generate
+from megapar.config.derive import resolve_forward
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.schema import ChatConfig
@@ -108,7 +108,7 @@ LINES = ["alpha", "", "beta gamma", "naïve"]
 
 def chat(pool: WorkerPool, run_dir: Path, ranks: int, **values: Any) -> tuple[str, list[int]]:
     given = {"run.dir": str(run_dir), "sample.max_tokens": 12, "dtype": "fp64"}
-    config = resolve_generate(changed(ChatConfig(), given | values))
+    config = resolve_forward(changed(ChatConfig(), given | values))
     found = pool.run(jobs.chat, ranks, config, LINES)
     assert not any(text for text, _ in found[1:])
     assert all(counts == found[0][1] for _, counts in found)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megapar.config.derive import resolve, resolve_generate
+from megapar.config.derive import resolve, resolve_forward
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig
@@ -26,7 +26,7 @@ PROMPT = "alpha  naïve 中文\n"
 def generate(pool: WorkerPool, run_dir: Path, ranks: int = 1, **values: Any) -> Any:
     """What the ranks say; the text goes to `out`."""
     given = {"run.dir": str(run_dir), "prompt": PROMPT, "sample.max_tokens": 20, "out": str(run_dir / "out.txt")}
-    config = resolve_generate(changed(GenerateConfig(), given | values))
+    config = resolve_forward(changed(GenerateConfig(), given | values))
     lines = pool.run(jobs.generate, ranks, config)
     assert len(set(lines)) == 1, "every rank ends alike"
     return lines[0]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from megapar.cli import main
-from megapar.config.derive import resolve_generate
+from megapar.config.derive import resolve_forward
 from megapar.config.keys import changed
 from megapar.config.schema import GenerateConfig, SampleConfig, ServeLimits
 from megapar.data.tokenizer import open_tokenizer
@@ -94,7 +94,7 @@ def by_generate(pool: WorkerPool, run_dir: Path, prompt: str) -> str:
     """What `megapar generate` writes behind a prompt for `SHORT`."""
     values: dict[str, Any] = {f"sample.{key}": value for key, value in SHORT.items()}
     values |= {"run.dir": str(run_dir), "prompt": prompt, "out": str(run_dir / "out.txt"), "dtype": "fp64"}
-    assert pool.run(jobs.generate, 1, resolve_generate(changed(GenerateConfig(), values))) == [None]
+    assert pool.run(jobs.generate, 1, resolve_forward(changed(GenerateConfig(), values))) == [None]
     return (run_dir / "out.txt").read_text(encoding="utf-8").removeprefix(prompt).removesuffix("\n")
 
 

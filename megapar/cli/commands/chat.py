@@ -1,7 +1,7 @@
 """`megapar chat`: talk to the model of a run."""
 
+from megapar.cli import forward
 from megapar.cli.command import Call, Command
-from megapar.cli.writing import resolve_writer, writing_job
 from megapar.config.schema import ChatConfig
 
 ENTRY = "megapar.generate.chat:run_rank"
@@ -9,10 +9,10 @@ ENTRY = "megapar.generate.chat:run_rank"
 
 def run(config: ChatConfig, call: Call) -> int:
     """Talk, on ranks of this machine. Returns the exit code."""
-    config, trained, _ = resolve_writer(config)
+    config, trained, _ = forward.resolve_writer(config)
     from megapar.launch.local import launch
 
-    launch(writing_job(config, trained, call, ENTRY, "chat", typed=True, stopping="\n"))
+    launch(forward.job(config, trained, call, ENTRY, "chat", typed=True, stopping="\n"))
     return 0
 
 

@@ -3,8 +3,8 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from megapar.cli import forward
 from megapar.cli.command import Call, Command
-from megapar.cli.writing import resolve_writer, writing_job
 from megapar.config.schema import GenerateConfig
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
     from megapar.cli.output import refuse_bad_out
 
     refuse_bad_out(config.out, None)
-    config, trained, tokenizer = resolve_writer(config, world_size)
+    config, trained, tokenizer = forward.resolve_writer(config, world_size)
     from megapar.generate.prompts import read_prompts, tokens_of
     from megapar.generate.text import prompt_tokens
 
@@ -34,7 +34,7 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
         prompt_tokens(tokenizer, config.prompt, config.chat)
     else:
         tokens_of(tokenizer, read_prompts(config.prompt_file), config.chat, trained.train.seq_length)
-    return writing_job(config, trained, call, ENTRY, "generate")
+    return forward.job(config, trained, call, ENTRY, "generate")
 
 
 COMMAND = Command(

@@ -2,8 +2,8 @@
 
 import socket
 
+from megapar.cli import forward
 from megapar.cli.command import Call, Command
-from megapar.cli.writing import resolve_writer, writing_job
 from megapar.config.errors import ConfigError
 from megapar.config.schema import ServeConfig
 
@@ -12,11 +12,11 @@ ENTRY = "megapar.generate.serve:run_rank"
 
 def run(config: ServeConfig, call: Call) -> int:
     """Serve, on ranks of this machine, until Ctrl-C."""
-    config, trained, _ = resolve_writer(config)
+    config, trained, _ = forward.resolve_writer(config)
     _refuse_taken(config.port)
     from megapar.launch.local import launch
 
-    launch(writing_job(config, trained, call, ENTRY, "serve"))
+    launch(forward.job(config, trained, call, ENTRY, "serve"))
     return 0
 
 

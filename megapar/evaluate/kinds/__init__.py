@@ -1,0 +1,1 @@
+"""The ways to evaluate, one a file, each an `EVALUATION`."""
