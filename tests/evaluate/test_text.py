@@ -1,14 +1,18 @@
 """Perplexity: the same as a plain loop has it, whatever the layout, the batch or the stride."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megapar.cli import main
 from megapar.config.schema import DataConfig
 from megapar.data.prepare import prepare
+from megapar.evaluate.kind import Result
 from megapar.evaluate.kinds.text import windows
+from megapar.evaluate.run import lines_of
 from megapar.launch.pool import WorkerPool
 from tests.data.texts import make_text
 from tests.evaluate.runs import Plainly, evaluate, train
@@ -93,6 +97,21 @@ def test_adapters(
     for layout in ("single", "tp2pp2"):
         found = evaluate(pool, run, layout, text=str(held_out))["text"]
         assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=EXACT, abs=0)
+
+
+@pytest.mark.more
+def test_the_command(pool: WorkerPool, trained: Path, held_out: Path, tmp_path: Path) -> None:
+    """It starts ranks of its own."""
+    out = tmp_path / "figures.json"
+    assert main(["eval", str(trained), f"text={held_out}", "parallel=tp2", "dtype=fp64", f"out={out}"]) == 0
+    found, expected = json.loads(out.read_text()), evaluate(pool, trained, text=str(held_out))
+    assert (found["layout"], found["step"], found["text"]["path"]) == ("tp2", 2, str(held_out))
+    assert found["text"]["nats_per_token"] == pytest.approx(expected["text"]["nats_per_token"], rel=EXACT)
+
+
+def test_a_result_is_a_table() -> None:
+    shown = lines_of("text=x", Result({}, [("tokens", "1,234"), ("loss", "4.5")], [("class", "recall"), ("a", "-")]))
+    assert shown == ["text=x", "  tokens  1,234", "  loss      4.5", "  class  recall", "  a           -"]
 
 
 def test_every_token_is_predicted_once() -> None:
