@@ -43,7 +43,8 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
 from megapar.config.parse import to_dict
-from megapar.config.schema import ExportConfig, TrainConfig
+from megapar.config.run_schema import ExportConfig
+from megapar.config.schema import TrainConfig
 from megapar.data.tokenizer.files import copy_into, tokenizer_in
 from megapar.files import write_atomic
 from megapar.parallel.boxes import Box

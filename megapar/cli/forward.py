@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megapar.cli.command import Call
 from megapar.config.errors import ConfigError
-from megapar.config.schema import ForwardConfig, TrainConfig, WriterConfig
+from megapar.config.run_schema import ForwardConfig, WriterConfig
+from megapar.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     from megapar.data.tokenizer import Tokenizer

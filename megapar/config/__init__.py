@@ -5,7 +5,8 @@ from megapar.config.derive import resolve, resolve_forward
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.parse import parse, to_dict
-from megapar.config.schema import GenerateConfig, TrainConfig, VerifyConfig
+from megapar.config.run_schema import GenerateConfig
+from megapar.config.schema import TrainConfig, VerifyConfig
 
 __all__ = [
     "ConfigError",

@@ -15,7 +15,8 @@ from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.policy import layer_linears
-from megapar.config.schema import ForwardConfig, GenerateConfig, ModelConfig, TrainConfig, VerifyConfig, WriterConfig
+from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
+from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import TASKS
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends

@@ -13,7 +13,8 @@ from megapar.config.check import (
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_of
-from megapar.config.schema import ForwardConfig, ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
+from megapar.config.run_schema import ForwardConfig
+from megapar.config.schema import ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 

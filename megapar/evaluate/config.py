@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megapar.config.keys import option
-from megapar.config.schema import ForwardConfig
+from megapar.config.run_schema import ForwardConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megapar.config.errors import UserError
-from megapar.config.schema import SampleConfig
+from megapar.config.run_schema import SampleConfig
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.run import completion
 from megapar.generate.tokens import Generator, Text, refuse_broken

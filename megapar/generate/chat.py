@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from megapar.config.errors import UserError
-from megapar.config.schema import ChatConfig
+from megapar.config.run_schema import ChatConfig
 from megapar.console import console, typed
 from megapar.generate.conversation import Conversation
 from megapar.generate.run import Writer

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megapar.config.schema import SampleConfig
+from megapar.config.run_schema import SampleConfig
 
 
 def choose(logits: np.ndarray, sample: SampleConfig, position: int) -> int:

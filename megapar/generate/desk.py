@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from queue import Queue
 from typing import Any
 
-from megapar.config.schema import SampleConfig, ServeLimits
+from megapar.config.run_schema import SampleConfig, ServeLimits
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.requests import Refusal
 from megapar.generate.stops import Stops

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megapar.config.schema import SampleConfig, ServeLimits
+from megapar.config.run_schema import SampleConfig, ServeLimits
 
 NOT_DONE = ("logprobs", "echo", "suffix", "best_of", "presence_penalty", "frequency_penalty", "logit_bias")
 IGNORED = ("user",)

@@ -13,7 +13,8 @@ from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import load_config
 from megapar.config.keys import changed
-from megapar.config.schema import ForwardConfig, GenerateConfig, TrainConfig, WriterConfig
+from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
+from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.prompts import Prompt, read_prompts, tokens_of

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megapar.config.schema import SampleConfig, ServeConfig
+from megapar.config.run_schema import SampleConfig, ServeConfig
 from megapar.console import console
 from megapar.generate.desk import Desk
 from megapar.generate.run import Writer

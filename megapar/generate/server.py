@@ -14,7 +14,7 @@ from queue import Empty, Queue
 from typing import Any
 
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.schema import ServeConfig
+from megapar.config.run_schema import ServeConfig
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.desk import Choice, Desk, Event, choices_of
 from megapar.generate.requests import Completion, Refusal, parse

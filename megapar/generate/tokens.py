@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapar.config.errors import UserError
-from megapar.config.schema import SampleConfig
+from megapar.config.run_schema import SampleConfig
 from megapar.generate.choose import choose
 from megapar.parallel.cache import KVCache
 from megapar.parallel.collectives import all_gather

@@ -127,7 +127,7 @@ def test_its_unknown_keys_are_refused(here: Callable) -> None:
         compose("train", split(["experiment=wrong"]))
 
 
-@pytest.mark.parametrize("choice", ["one,two", "choice(one,two)", "glob(*,exclude=[demo,lm_text])"])
+@pytest.mark.parametrize("choice", ["one,two", "choice(one,two)", "glob([one,t*])"])
 def test_a_sweep_over_experiments(choice: str, run: Callable, tmp_path: Path) -> None:
     for name, lr in (("one", 1), ("two", 3)):
         write(tmp_path / "experiments", name, f"optim:\n  lr: {lr}\n")

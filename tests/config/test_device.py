@@ -9,7 +9,8 @@ from megapar.config.check import check
 from megapar.config.derive import resolve, resolve_forward
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, TrainConfig, VerifyConfig
+from megapar.config.run_schema import GenerateConfig
+from megapar.config.schema import TrainConfig, VerifyConfig
 from megapar.kernels import INTERPRET
 
 SIZES: dict[str, Any] = {"model.vocab_size": 64}

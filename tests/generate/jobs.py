@@ -10,7 +10,8 @@ import torch
 
 import megapar.generate.chat
 from megapar.config.errors import UserError
-from megapar.config.schema import ChatConfig, GenerateConfig, SampleConfig, TrainConfig
+from megapar.config.run_schema import ChatConfig, GenerateConfig, SampleConfig
+from megapar.config.schema import TrainConfig
 from megapar.console import set_console, set_typed
 from megapar.generate.choose import choose
 from megapar.generate.run import run_rank

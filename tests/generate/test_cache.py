@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megapar.config.errors import UserError
-from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.config.run_schema import SampleConfig
+from megapar.config.schema import TrainConfig
 from megapar.generate.tokens import Generator, Text, window_start
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer

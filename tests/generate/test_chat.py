@@ -11,7 +11,7 @@ import pytest
 from megapar.config.derive import resolve_forward
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
-from megapar.config.schema import ChatConfig
+from megapar.config.run_schema import ChatConfig
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.generate.conversation import Conversation
 from megapar.generate.stops import Stops

@@ -11,7 +11,7 @@ import pytest
 from megapar.config.derive import resolve, resolve_forward
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig
+from megapar.config.run_schema import GenerateConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import MODEL
 from megapar.data.tokenizer.train import train_bpe

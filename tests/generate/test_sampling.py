@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megapar.config.schema import SampleConfig
+from megapar.config.run_schema import SampleConfig
 from megapar.generate.choose import choose, uniform
 from megapar.generate.text import TextStream
 from megapar.generate.tokens import generate_tokens

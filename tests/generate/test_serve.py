@@ -20,7 +20,7 @@ import pytest
 from megapar.cli import main
 from megapar.config.derive import resolve_forward
 from megapar.config.keys import changed
-from megapar.config.schema import GenerateConfig, SampleConfig, ServeLimits
+from megapar.config.run_schema import GenerateConfig, SampleConfig, ServeLimits
 from megapar.data.tokenizer import open_tokenizer
 from megapar.generate.desk import Choice, Desk, choices_of
 from megapar.generate.requests import Refusal, parse

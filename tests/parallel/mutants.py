@@ -237,3 +237,24 @@ def tied_weight_by_the_options_of_its_own_stage() -> Iterator[None]:
 
     with mock.patch.object(StageContext, "parameter", parameter):
         yield
+
+
+@mutant("gradient", {"model.lora.rank": 3, "model.lora.targets": ["q", "v"]})
+def adapters_of_one_rank_s_outputs() -> Iterator[None]:
+    with mock.patch("megapar.parallel.lora.copy_to_region", lambda x, axis: x):
+        yield
+
+
+@mutant("gradient", {"model.lora.rank": 3, "model.lora.targets": ["out", "down"]}, sequence_parallel=True)
+def adapters_of_one_rank_s_inputs() -> Iterator[None]:
+    with mock.patch("megapar.parallel.lora.reduce_scatter_tokens", lambda x, axis: x.chunk(axis.size)[axis.index]):
+        yield
+
+
+@mutant("gradient", {"model.lora.rank": 3}, sequence_parallel=True)
+def no_sum_of_adapters_gradients_over_tokens() -> Iterator[None]:
+    original = GradSync._sum_axes
+    with mock.patch.object(
+        GradSync, "_sum_axes", lambda self, piece: original(self, piece) if piece.record.splits else []
+    ):
+        yield

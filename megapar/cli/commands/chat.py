@@ -2,7 +2,7 @@
 
 from megapar.cli import forward
 from megapar.cli.command import Call, Command
-from megapar.config.schema import ChatConfig
+from megapar.config.run_schema import ChatConfig
 
 ENTRY = "megapar.generate.chat:run_rank"
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from megapar.cli import forward
 from megapar.cli.command import Call, Command
-from megapar.config.schema import GenerateConfig
+from megapar.config.run_schema import GenerateConfig
 
 if TYPE_CHECKING:
     from megapar.launch.rank import Job

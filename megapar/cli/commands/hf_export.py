@@ -2,7 +2,7 @@
 
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError
-from megapar.config.schema import ExportConfig
+from megapar.config.run_schema import ExportConfig
 
 
 def run(config: ExportConfig, call: Call) -> int:

@@ -5,7 +5,7 @@ from shlex import quote
 
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError
-from megapar.config.schema import ImportConfig
+from megapar.config.run_schema import ImportConfig
 
 
 def run(config: ImportConfig, call: Call) -> int:

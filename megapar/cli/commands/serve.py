@@ -5,7 +5,7 @@ import socket
 from megapar.cli import forward
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError
-from megapar.config.schema import ServeConfig
+from megapar.config.run_schema import ServeConfig
 
 ENTRY = "megapar.generate.serve:run_rank"
 

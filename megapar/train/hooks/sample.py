@@ -3,7 +3,8 @@
 from typing import Any
 
 from megapar.config.errors import UserError
-from megapar.config.schema import SampleConfig, TrainConfig
+from megapar.config.run_schema import SampleConfig
+from megapar.config.schema import TrainConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import tokenizer_beside
 from megapar.generate.text import TextStream, prompt_tokens

@@ -17,7 +17,8 @@ from megapar.checkpoint.hf.folder import model_keys
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
-from megapar.config.schema import ExportConfig, ModelConfig, RunConfig
+from megapar.config.run_schema import ExportConfig
+from megapar.config.schema import ModelConfig, RunConfig
 from megapar.convert import export_run, import_folder
 from megapar.launch.pool import WorkerPool
 from megapar.library.settings import settings
@@ -170,7 +171,8 @@ import sys, threading
 from pathlib import Path
 import torch
 from megapar.convert import export_run, import_folder
-from megapar.config.schema import ExportConfig, RunConfig
+from megapar.config.run_schema import ExportConfig
+from megapar.config.schema import RunConfig
 
 def held():  # bytes that are in no file, as mapped ones are
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
