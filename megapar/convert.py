@@ -35,7 +35,8 @@ from megapar.checkpoint.hf.folder import (
     read_config,
     trained_shapes,
 )
-from megapar.checkpoint.hf.write import Entry, shards, write_tensors
+from megapar.checkpoint.hf.write import Entry, new_folder, shards, write_tensors
+from megapar.checkpoint.load import CheckpointReader
 from megapar.checkpoint.merged import open_merged
 from megapar.checkpoint.save import begin, environment, finish
 from megapar.config.derive import resolve
@@ -189,7 +190,9 @@ def export_run(config: ExportConfig, say: Say) -> None:
     shapes = logical_shapes(trained)
     family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
     if config.adapters:
-        export_adapters(target, folder, manifest, trained, family, _prefix(run_dir / KEPT, family), say)
+        adapters, prefix = CheckpointReader(folder, manifest), _prefix(run_dir / KEPT, family)
+        dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
+        export_adapters(target, adapters, trained, family, prefix, dtype, say)
         return
     there, on_disk = places(family, shapes, _prefix(run_dir / KEPT, family))
     reader, stored = open_merged(folder, manifest, trained)
@@ -211,9 +214,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
             yield out
             del out
 
-    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(target) as temporary:
         if (run_dir / KEPT).is_dir():
             shutil.copytree(run_dir / KEPT, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAMES))
         if (tokenizer := tokenizer_in(run_dir)) is not None:
@@ -223,13 +224,6 @@ def export_run(config: ExportConfig, say: Say) -> None:
         _write_json(temporary / CONFIG, disk_config | _dtype_key(disk_config, dtype))
         if total > 1:
             _write_json(temporary / INDEX, _index(names, parts))
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: can't be written ({error.strerror}); {ROOM}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(on_disk)} tensors, {dtype}, to {target}")
 
 

@@ -1,8 +1,6 @@
 """Adapters of a run as PEFT has them on disk: adapter_config.json and adapter_model.safetensors."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.checkpoint.format import Manifest
 from megapar.checkpoint.hf.family import Family
-from megapar.checkpoint.hf.folder import OnDisk, logical_shapes, places
-from megapar.checkpoint.hf.write import Entry, write_tensors
+from megapar.checkpoint.hf.folder import TORCH_DTYPES, OnDisk, logical_shapes, places
+from megapar.checkpoint.hf.write import Entry, new_folder, write_tensors
 from megapar.checkpoint.load import CheckpointReader
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import TrainConfig
@@ -25,16 +22,19 @@ MODEL = "base_model.model."  # in front of the names of the model's own tensors
 
 def export_adapters(
     target: Path,
-    folder: Path,
-    manifest: Manifest,
+    reader: CheckpointReader,
     config: TrainConfig,
     family: Family,
     prefix: str,
+    dtype: str,
     say: Callable[[str], None],
 ) -> None:
-    """Write the adapters of a checkpoint. Raises ConfigError or UserError for a run without, and where several matrices
-    are one tensor on disk, which has one adapter in PEFT."""
-    lora = config.model.lora
+    """Write the adapters of a checkpoint, in a dtype as safetensors names it.
+
+    Raises ConfigError or UserError for a run without, and where several matrices are one tensor on disk, which has one
+    adapter in PEFT.
+    """
+    lora, manifest, folder = config.model.lora, reader.manifest, reader.folder
     if not lora.rank:
         raise ConfigError("adapters", True, f"{folder} has none (model.lora.rank=0); leave it out")
     there, _ = places(family, logical_shapes(config), prefix)
@@ -49,29 +49,19 @@ def export_adapters(
         for which in (A, B):
             disk = MODEL + place.disk.removesuffix("weight") + which
             shape = manifest.parameters[name + which].shape
-            entries.append(Entry(disk, shape, manifest.kinds["weight"]))
+            entries.append(Entry(disk, shape, dtype))
             ours[disk] = name + which
-    reader = CheckpointReader(folder, manifest)
 
     def values() -> Iterator[Tensor]:
         for entry in entries:
-            out = torch.empty(entry.shape, dtype=torch.float32 if entry.dtype == "F32" else torch.float64)
+            out = torch.empty(entry.shape, dtype=TORCH_DTYPES[dtype])
             reader.read("weight", ours[entry.name], Box((0,) * len(entry.shape), entry.shape), out)
             yield out
 
-    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(target) as temporary:
         write_tensors(temporary / "adapter_model.safetensors", entries, values(), {"format": "pt"})
         facts = json.dumps(_config(config, list(found.values())), indent=2)
         (temporary / "adapter_config.json").write_text(f"{facts}\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: can't be written ({error.strerror}); make room, or name another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     say(f"{len(found)} adapters of rank {lora.rank} to {target}")
 
 

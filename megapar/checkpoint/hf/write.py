@@ -2,7 +2,10 @@
 
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +16,23 @@ from torch import Tensor
 from megapar.config.errors import UserError
 
 ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes, by what safetensors calls a dtype
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target`, which is empty or not there: made whole or not at all. Raises UserError
+    where it can't be written."""
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: can't be written ({error.strerror}); make room, or name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)

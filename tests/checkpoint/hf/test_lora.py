@@ -15,7 +15,7 @@ from megapar.convert import import_folder
 from megapar.train.trainer import Trainer
 from tests.checkpoint.hf.models import build
 from tests.checkpoint.hf.models import save as save_hf
-from tests.checkpoint.hf.test_round_trip import export, load, quiet
+from tests.checkpoint.hf.test_round_trip import export, load, quiet, tensors
 from tests.tiny import tiny_config
 
 LORA: dict[str, Any] = {"model.lora.rank": 3, "model.lora.alpha": 5.0}
@@ -61,6 +61,8 @@ def test_peft_loads_them(tmp_path: Path, tokens: str) -> None:
     export(run, tmp_path / "adapters", adapters=True)
     about = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert about["target_modules"] == ["mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    export(run, tmp_path / "halves", adapters=True, dtype="bf16")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "halves").values()} == {torch.bfloat16}
     model = peft.PeftModel.from_pretrained(load("llama", tmp_path / "source"), str(tmp_path / "adapters"))
     with torch.no_grad():
         found = model(ids)["logits"]
