@@ -25,7 +25,7 @@ from megapar.launch.pool import WorkerPool
 from megapar.models.stage import build_stage
 from megapar.parallel import layers
 from megapar.parallel.context import StageContext
-from megapar.tasks import lm
+from megapar.tasks.kinds import lm
 from megapar.train.trainer import Trainer
 from tests.tiny import tiny_config
 

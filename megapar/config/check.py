@@ -247,7 +247,7 @@ def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train = config.train
     check_optimizer(config)
-    if config.task.name not in (tasks := modules_of("megapar.tasks") - {"kind", "reference", "sampled", "send"}):
+    if config.task.name not in (tasks := modules_of("megapar.tasks.kinds")):
         raise ConfigError("task.name", config.task.name, f"no such task; there are {', '.join(sorted(tasks))}")
     if config.checkpoint.load is not None and config.checkpoint.weights is not None:
         problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"

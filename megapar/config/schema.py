@@ -146,7 +146,7 @@ class DataConfig:
 class TaskConfig:
     """What is learned."""
 
-    name: str = option("lm", "a file of megapar/tasks/; lm: next-token prediction", kept=True)
+    name: str = option("lm", "a file of megapar/tasks/kinds/; lm: next-token prediction", kept=True)
     mask_share: float = option(
         0.15, "masked_lm: share of the tokens that are hidden and predicted", above=0, at_most=1, kept=True
     )

@@ -19,7 +19,7 @@ from megapar.parallel.context import StageContext
 from megapar.parallel.grad_sync import GradSync
 from megapar.parallel.overlap import Overlap
 from megapar.pipeline.executor import _Phase
-from megapar.tasks.lm import LanguageModeling
+from megapar.tasks.kinds.lm import LanguageModeling
 
 
 class Mutant:

@@ -12,7 +12,7 @@ from megapar.config.errors import ConfigError
 from megapar.data.indexed import IndexedTokens
 from megapar.data.samples import SampleSet
 from megapar.launch.pool import WorkerPool
-from megapar.tasks.lm import packed
+from megapar.tasks.kinds.lm import packed
 from megapar.train.trainer import Trainer
 from tests.models.families import FAMILIES
 from tests.pairwise import pairwise, parameters

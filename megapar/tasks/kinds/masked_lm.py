@@ -15,7 +15,7 @@ from megapar.parallel.context import StageContext
 from megapar.parallel.cross_entropy import vocab_parallel_argmax
 from megapar.pipeline.stage import Batch, Stage, Tensors
 from megapar.tasks.kind import Figure, TaskKind
-from megapar.tasks.lm import LanguageModeling
+from megapar.tasks.kinds.lm import LanguageModeling
 from megapar.tasks.sampled import IGNORED, ignore
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are

@@ -13,9 +13,9 @@ from megapar.data.source import Split
 from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Batch, Stage, Tensors
 from megapar.tasks.kind import Figure, TaskKind
+from megapar.tasks.kinds.sft import laid_out
 from megapar.tasks.reference import Reference
 from megapar.tasks.sampled import SampledTask
-from megapar.tasks.sft import laid_out
 
 
 class PreferenceOptimization(SampledTask):
