@@ -35,6 +35,7 @@ from megapar.operations import BOUND, Report, check_operations
 from megapar.part import BuildStage
 from megapar.train.metrics import finite
 from megapar.train.trainer import Trainer
+from megapar.update_rules import optimizer_kind
 
 # Largest errors that rounding can explain, with an order of magnitude to spare (gradients and losses relative, updates
 # in units of the learning rate). A wrong sum is off by a factor, not by a digit.
@@ -80,7 +81,7 @@ class RunRecord:
     """The reference's gradients and weights on disk: one flat fp64 array per step and kind, by parameter name."""
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.folder, self.shapes = folder, shapes
+        self.folder, self.shapes, self.norms = folder, shapes, dict[int, float]()
         self.offsets, self.size = {}, 0
         for name, shape in sorted(shapes.items()):
             self.offsets[name] = self.size
@@ -97,6 +98,23 @@ class RunRecord:
     def part(self, array: np.ndarray, name: str) -> np.ndarray:
         shape = self.shapes[name]
         return array[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
+
+    def gradient_scale(self, step: int, name: str) -> float:
+        """What the error of a parameter's gradient is relative to: its largest element, or a thousandth of the root
+        mean square of all gradients, where that is more."""
+        gradients = self.array(step, "gradient", "r")
+        if step not in self.norms:
+            self.norms[step] = float(np.linalg.norm(gradients))
+        floor = 1e-3 * self.norms[step] / math.sqrt(self.size)
+        return max(float(np.abs(self.part(gradients, name)).max()), floor)
+
+    def rounding_alone(self, steps: int, name: str, bound: float) -> np.ndarray:
+        """Where all gradients of the first steps are zero to within `bound`, of a parameter's shape."""
+        alone = np.ones(self.shapes[name], dtype=np.bool_)
+        for step in range(1, steps + 1):
+            gradient = self.part(self.array(step, "gradient", "r"), name)
+            alone &= np.abs(gradient) <= bound * self.gradient_scale(step, name)
+        return alone
 
 
 def run_reference(
@@ -126,14 +144,18 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, folder: str, **s
     """One rank of a layout: trains the same steps and compares everything it holds. stages: as of `run_reference`."""
     record = RunRecord.open(Path(folder))
     trainer = Trainer(config, rank, **stages)
+    by_sign, bound = optimizer_kind(config.optim.name).by_sign, BOUNDS[config.train.dtype]["gradient"]
     history = []
 
     def compare(step: int, kind: str, buckets: Sequence[Tensor], found: Compared) -> None:
         array = record.array(step, kind, "r")
         for held in trainer.buffers.held():
             name, values = held.piece.record.name, held.view(buckets)
-            expected = record.part(array, name)[held.piece.shard.box]
-            error = float(np.abs(values.double().cpu().numpy() - expected).max(initial=0.0))
+            box = held.piece.shard.box
+            apart = np.abs(values.double().cpu().numpy() - record.part(array, name)[box])
+            if by_sign and kind == "weight":  # of a gradient that is rounding the sign is anyone's
+                apart[record.rounding_alone(step, name, bound)[box]] = 0.0
+            error = float(apart.max(initial=0.0))
             errors = found.errors.setdefault(name, [0.0, 0.0])
             column = 0 if kind == "gradient" else 1
             errors[column] = error if math.isnan(error) else max(errors[column], error)
@@ -173,8 +195,6 @@ def judge(
 
     for step, (loss, norm) in enumerate(reference, start=1):
         found = [history[step - 1] for history in ranks]
-        scale = record.array(step, "gradient", "r")
-        floor = 1e-3 * norm / math.sqrt(record.size)
 
         def error(name: str, column: int, found: list[Compared] = found) -> float:
             errors = [one.errors[name][column] for one in found if name in one.errors]
@@ -182,8 +202,7 @@ def judge(
 
         names = sorted({name for one in found for name in one.errors})
         for name in names:
-            largest = max(float(np.abs(record.part(scale, name)).max()), floor)
-            hold(error(name, 0) / largest, "gradient", f"step {step}: gradient of {name}")
+            hold(error(name, 0) / record.gradient_scale(step, name), "gradient", f"step {step}: gradient of {name}")
         hold(max(abs(one.grad_norm - norm) for one in found) / norm, "grad_norm", f"step {step}: gradient norm")
         hold(abs(sum(one.loss for one in found) - loss) / abs(loss), "loss", f"step {step}: loss")
         for name in names:

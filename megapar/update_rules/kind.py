@@ -69,6 +69,7 @@ class OptimizerKind:
     make: (groups, settings, each_matrix) -> the rule at work
     others: None: it takes every parameter, element by element. A name: it takes the matrices of layers, whole ones
         through `each_matrix`, and all else goes by the optimizer of that name
+    by_sign: a step has the same size for a gradient that is rounding alone, whose sign no layout shares with another
     """
 
     name: str
@@ -76,6 +77,7 @@ class OptimizerKind:
     state: tuple[str, ...]
     make: Callable[[Sequence[Group], Settings, EachMatrix], Rule]
     others: str | None = None
+    by_sign: bool = False
 
 
 def keep_unless(finite: Tensor, runs: Sequence[Run], moment: str) -> None:

@@ -41,4 +41,5 @@ OPTIMIZER = OptimizerKind(
     about="the sign of an interpolated momentum: one moment",
     state=("exp_avg",),
     make=Lion,
+    by_sign=True,
 )

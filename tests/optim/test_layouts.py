@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon fp32": ("tp2dp2", {"optim.name": "muon", "train.dtype": "fp32"} | ZERO),
     "muon groups": ("tp2pp2dp2", {"optim.name": "muon"} | ZERO | GROUPS),
     "lion tp2pp2dp2 zero": ("tp2pp2dp2", {"optim.name": "lion"} | ZERO),
+    "lion gpt2 tp2dp2": ("tp2dp2", {"optim.name": "lion"} | STYLES["gpt2"]),  # the gradient of a key's bias is rounding
     "lion tp3dp2": ("tp3dp2", {"optim.name": "lion"} | ODD),
     "lion groups": ("pp2dp2", {"optim.name": "lion"} | GROUPS),
     "adamw groups": ("tp2pp2dp2", ZERO | GROUPS),
