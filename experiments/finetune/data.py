@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lines to turn round, word by word: what a small model is fine-tuned on, made here from a seed.
+"""Lines whose words are to be reversed: what a small model is fine-tuned on, made here from a seed.
 
 python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads
 """
@@ -35,7 +35,7 @@ def lines() -> list[dict[str, str]]:
     while len(found) < COUNT + VALID:
         words = [draw.choice(WORDS) for _ in range(draw.randint(3, 5))]
         found[" ".join(words)] = " ".join(reversed(words))
-    return [{"prompt": f"TURN ROUND: {words}\nANSWER:", "response": f" {turned}"} for words, turned in found.items()]
+    return [{"prompt": f"REVERSE: {words}\nANSWER:", "response": f" {answer}"} for words, answer in found.items()]
 
 
 def write(folder: Path) -> None:
@@ -50,12 +50,12 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
     """The files in the cache, then as `instructions` has it. Raises UserError."""
     if config.path != PATH:
         raise ConfigError("data.path", config.path, f"finetune makes its own lines; use {PATH}")
-    folder = made_once(cache_folder(config) / f"finetune-{COUNT}-{VALID}-{SEED}", write)
+    folder = made_once(cache_folder(config) / f"finetune-reverse-{COUNT}-{VALID}-{SEED}", write)
     files = {"path": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl")}
     return prepare_records(KIND, replace(config, **files), say)  # type: ignore[arg-type]
 
 
-SOURCE = Source("finetune", "lines to turn round, word by word", prepare, Instructions)
+SOURCE = Source("finetune", "lines whose words are to be reversed", prepare, Instructions)
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]))

@@ -18,11 +18,11 @@ from megapar.data.source import find_source
 
 
 def test_the_lines(tmp_path: Path) -> None:
-    """Turned round, none twice, the same every time."""
+    """Reversed, none twice, the same every time."""
     lines = data.lines()
     assert len({line["prompt"] for line in lines}) == len(lines) == data.COUNT + data.VALID
     for line in lines[:50]:
-        words = line["prompt"].removeprefix("TURN ROUND: ").removesuffix("\nANSWER:").split()
+        words = line["prompt"].removeprefix("REVERSE: ").removesuffix("\nANSWER:").split()
         assert 3 <= len(words) <= 5 and line["response"] == " " + " ".join(reversed(words))
     data.write(tmp_path)
     assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "valid")] == [20_000, 500]
