@@ -41,7 +41,7 @@ from megapar.checkpoint.merged import open_merged
 from megapar.checkpoint.save import begin, environment, finish
 from megapar.config.derive import resolve
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.file import dump, load_config
+from megapar.config.file import dump, load_trained
 from megapar.config.keys import changed
 from megapar.config.parse import to_dict
 from megapar.config.run_schema import ExportConfig
@@ -182,7 +182,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
     """Write a run's weights as a Hugging Face folder. Peak memory: the largest tensor. Raises UserError."""
     assert config.run.dir is not None and config.hf is not None
     run_dir, target = Path(config.run.dir), Path(config.hf)
-    trained = load_config(run_dir)
+    trained = load_trained(config)
     folder = find_checkpoint(config.checkpoint.load or run_dir)
     manifest = read_manifest(folder)
     refuse_other_shapes(manifest, trained_shapes(trained), folder)

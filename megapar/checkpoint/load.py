@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from megapar.checkpoint.slices import Slices
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
+from megapar.config.tasks import TASKS
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
@@ -139,7 +141,8 @@ def refuse_other_base(manifest: Manifest, config: TrainConfig, folder: Path) -> 
     """Raise ConfigError where adapters were trained beside other weights than those of `model.lora.base`."""
     then, now = (manifest.data.get("base"), base_hash(config).get("base"))
     if then != now:
-        problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8}); give those"
+        problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8})"
+        problem += "; give those (of a trained run: checkpoint.base=FOLDER)"
         raise ConfigError("model.lora.base", config.model.lora.base, problem)
 
 
@@ -171,7 +174,15 @@ def _refuse_other(manifest: Manifest, config: TrainConfig, folder: Path, concern
         except (KeyError, TypeError):  # written before there was this key
             continue
         if (value := value_of(config, name)) != stored:
-            raise ConfigError(name, value, f"{folder} was trained with {show(stored)}; use {name}={show(stored)}")
+            raise ConfigError(name, value, f"{folder} was trained with {show(stored)}; {_remedy(config, name, stored)}")
+
+
+def _remedy(config: TrainConfig, name: str, stored: Any) -> str:
+    group, _, key = name.partition(".")
+    needs = TASKS.get(config.task.name)
+    if group == "model" and needs is not None and stored not in needs.model.get(key, (stored,)):
+        return f"task.name={config.task.name} {needs.about} and can't use it; give weights of another model"
+    return f"use {name}={show(stored)}" + ", or model=RUN for all of its model" * (group == "model")
 
 
 def _fill(

@@ -10,7 +10,7 @@ from megapar.config.derive import in_one_process
 from megapar.config.errors import UserError
 from megapar.config.keys import changed, value_of
 from megapar.config.model import least_bytes
-from megapar.config.tasks import TASKS
+from megapar.config.tasks import TASKS, refuse_other_samples
 from megapar.kernels import INTERPRET
 from megapar.launch.machine import memory_bytes, num_gpus
 
@@ -36,8 +36,11 @@ def finish(config: T, world_size: int | None = None) -> T:
         config = changed(config, {"task.reference": weights})
     if config.model.lora.rank and config.model.lora.base is None:
         config = changed(config, {"model.lora.base": weights})
+    refuse_missing("task.reference", config.task.reference)
+    refuse_missing("model.lora.base", config.model.lora.base)
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
+    refuse_other_samples(config, prepared.samples)
     sizes = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
     check(config, num_gpus=gpus, world_size=world_size)
@@ -55,6 +58,27 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.train.eval_every:
         source.open(config, "valid")
     return config
+
+
+def refuse_missing(key: str, folder: str | None, remedy: str = "") -> None:
+    """Raise ConfigError where a key names no weights. remedy: what to do instead of naming others by that key."""
+    if folder is None:
+        return
+    from megapar.checkpoint import find_checkpoint
+    from megapar.checkpoint.hf.folder import is_hf_folder
+
+    try:
+        if not is_hf_folder(folder):
+            find_checkpoint(folder)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{folder}: ")
+        raise ConfigError(key, folder, f"{problem.partition(';')[0]}; {remedy}" if remedy else problem) from None
+
+
+def refuse_missing_base(trained: TrainConfig) -> None:
+    """Raise ConfigError where the weights are gone that a run's adapters stand beside."""
+    remedy = "if it has moved, give checkpoint.base=FOLDER"
+    refuse_missing("model.lora.base", trained.model.lora.base, remedy)
 
 
 def _with_tokenizer_of_weights(config: T) -> T:

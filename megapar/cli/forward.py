@@ -18,8 +18,9 @@ W = TypeVar("W", bound=WriterConfig)
 
 def resolve(config: F, world_size: int | None = None) -> tuple[F, TrainConfig]:
     """(the resolved config, that of its run). Refuses what ranks would. Raises UserError."""
+    from megapar.cli.finish import refuse_missing_base
     from megapar.config import check_forward, resolve_forward
-    from megapar.config.file import load_config
+    from megapar.config.file import load_trained
     from megapar.launch.machine import num_gpus
 
     if config.run.dir is None:
@@ -27,11 +28,13 @@ def resolve(config: F, world_size: int | None = None) -> tuple[F, TrainConfig]:
     gpus = num_gpus()
     config = resolve_forward(config, num_gpus=gpus, world_size=world_size)
     folder = Path(str(config.run.dir))
-    trained = load_config(folder)
+    trained = load_trained(config)
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
         raise ConfigError("checkpoint.load", config.checkpoint.load, "no such folder; leave it out for the run's last")
     check_forward(config, trained, num_gpus=gpus, world_size=world_size)
     from megapar.checkpoint import find_checkpoint, read_manifest  # torch: only when nothing cheaper refuses
+
+    refuse_missing_base(trained)
 
     read_manifest(find_checkpoint(config.checkpoint.load or folder))
     return config, trained

@@ -10,15 +10,15 @@ from math import prod
 from typing import Any, TypeVar
 
 from megapar.config.errors import ConfigError
-from megapar.config.found import modules_of
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
+from megapar.config.model_schema import LoraConfig
 from megapar.config.policy import layer_linears
 from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
-from megapar.config.tasks import TASKS
+from megapar.config.tasks import check_task
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, build, generators, refusal, refuse_chunks, refuse_unknown, table_ranks
@@ -77,9 +77,11 @@ def check_model(model: ModelConfig) -> None:
     for name in model.lora.targets or []:
         if there and name not in there:
             raise ConfigError("model.lora.targets", name, f"no such matrix in a layer; there are {', '.join(there)}")
-    if model.lora.targets == []:
-        raise ConfigError("model.lora.targets", [], "nothing would be trained; name matrices, or leave it out for all")
+    check_lora(model.lora)
     if not model.has_logits:
+        if model.output == "classes" and model.causal and model.pooling == "first":
+            problem = "in a decoder the first token sees itself alone; use last or mean"
+            raise ConfigError("model.pooling", "first", problem)
         for key in ("tied", "output_bias", "logit_softcap"):
             if value := getattr(model, key):
                 raise ConfigError(f"model.{key}", value, f"model.output={model.output} has no logits; leave it out")
@@ -90,6 +92,18 @@ def check_model(model: ModelConfig) -> None:
                 raise ConfigError(f"model.{key}", value, problem)
     if model.attention_dropout:
         raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Refuse adapters of nothing, and their keys where there are none."""
+    if lora.targets == []:
+        raise ConfigError("model.lora.targets", [], "nothing would be trained; name matrices, or leave it out for all")
+    if lora.targets is not None and (twice := [name for name in lora.targets if lora.targets.count(name) > 1]):
+        raise ConfigError("model.lora.targets", lora.targets, f"has {twice[0]} twice; name each matrix once")
+    for key, default in (("alpha", LoraConfig().alpha), ("targets", None), ("base", None)):
+        if lora.rank == 0 and (value := getattr(lora, key)) != default:
+            problem = "has no effect here; it is used only with model.lora.rank above 0"
+            raise ConfigError(f"model.lora.{key}", value, problem)
 
 
 def check_layout(config: TrainConfig) -> None:
@@ -226,29 +240,10 @@ def _prove(name: str, ranks: int, microbatches: int, chunks: int) -> None:
         check_table(build(name, ranks, microbatches, chunks=chunks), training=True)
 
 
-def check_task(config: TrainConfig) -> None:
-    """Refuse a model that can't learn the task."""
-    if (known := TASKS.get(config.task.name)) is None:
-        return
-    for key, allowed in known.model.items():
-        if (value := getattr(config.model, key)) not in allowed:
-            needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)
-            raise ConfigError(
-                f"model.{key}", value, f"task.name={config.task.name} {known.about}, which needs {needed}"
-            )
-    if known.source is not None and config.data.source == "tokens":
-        problem = (
-            f"task.name={config.task.name} reads other samples; use {known.source}, as task={config.task.name} does"
-        )
-        raise ConfigError("data.source", config.data.source, problem)
-
-
 def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train = config.train
     check_optimizer(config)
-    if config.task.name not in (tasks := modules_of("megapar.tasks.kinds")):
-        raise ConfigError("task.name", config.task.name, f"no such task; there are {', '.join(sorted(tasks))}")
     if config.checkpoint.load is not None and config.checkpoint.weights is not None:
         problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
         raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)

@@ -1,10 +1,13 @@
 """A configuration on disk or on its way to other ranks: YAML text, without Hydra."""
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.keys import changed
 from megapar.config.parse import parse, to_dict
+from megapar.config.run_schema import ExportConfig, ForwardConfig
 from megapar.config.schema import TrainConfig
 
 T = TypeVar("T")
@@ -41,3 +44,13 @@ def load(kind: type[T], path: str | Path) -> T:
 def load_config(run_dir: str | Path) -> TrainConfig:
     """The resolved config of a run. Raises UserError naming the file."""
     return load(TrainConfig, Path(run_dir) / "config.yaml")
+
+
+def load_trained(config: ForwardConfig | ExportConfig) -> TrainConfig:
+    """The config of the run that a command uses, with what the command says of its model. Raises UserError."""
+    trained, base = load_config(str(config.run.dir)), config.checkpoint.base
+    if base is None:
+        return trained
+    if not trained.model.lora.rank:
+        raise ConfigError("checkpoint.base", base, "the run has no adapters; leave it out")
+    return changed(trained, {"model.lora.base": os.path.abspath(base)})

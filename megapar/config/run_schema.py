@@ -19,13 +19,22 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class TrainedConfig(CheckpointConfig):
+    """Which weights of a run are used."""
+
+    base: str | None = option(
+        None, "of a run with LoRA: its frozen weights, if they have moved", verbatim=True, path=True, identity=False
+    )
+
+
+@dataclass(frozen=True)
 class ForwardConfig:
     """A run's model that only runs forwards, in a layout of its own."""
 
     parallel: ParallelConfig = group(ParallelConfig, "the layout to run in, free of the one trained in")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     run: RunConfig = group(RunConfig, "run.dir: the run to load")
-    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
+    checkpoint: TrainedConfig = group(TrainedConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["fp64", "fp32", "bf16"] = option("fp32", "compute dtype")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where a GPU is visible")
     devices: int | None = option(None, "number of ranks that parallel=auto divides", at_least=1)
@@ -101,7 +110,7 @@ class ExportConfig:
 
     run: RunConfig = group(RunConfig, "run.dir: the run to export")
     hf: str | None = option(None, "folder to make", verbatim=True, path=True)
-    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoint.load: a checkpoint other than the run's last")
+    checkpoint: TrainedConfig = group(TrainedConfig, "checkpoint.load: a checkpoint other than the run's last")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "of the weights; auto: as the checkpoint has them")
     shard_gb: float = option(5.0, "most gigabytes of a file", above=0)
     adapters: bool = option(

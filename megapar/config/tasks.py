@@ -4,15 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megapar.config.errors import ConfigError
+from megapar.config.found import modules_of
+from megapar.config.schema import TaskConfig, TrainConfig
+
+WINDOWS = "tokens"  # the source of windows of a text, and of samples for tasks that name no other
+
 
 @dataclass(frozen=True)
 class Needs:
-    """about: what the task does. model: values that keys of the model may have. source: samples that it reads, where
-    windows of a text won't do. reference: it has a frozen model beside, by default the weights of a run's start."""
+    """What a task needs.
+
+    about: what it does. model: values that keys of the model may have. samples: the source whose samples it reads.
+    keys: those of `task` that it alone uses. reference: it has a frozen model beside, by default the weights of a
+    run's start
+    """
 
     about: str
     model: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    source: str | None = None
+    samples: str = WINDOWS
+    keys: tuple[str, ...] = ()
     reference: bool = False
 
 
@@ -20,7 +31,39 @@ _NEXT = {"causal": (True,), "output": ("lm",)}
 TASKS = {
     "lm": Needs("predicts the next token", _NEXT),
     "sft": Needs("predicts the next token", _NEXT, "instructions"),
-    "dpo": Needs("predicts the next token", _NEXT, "preferences", reference=True),
-    "masked_lm": Needs("looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}),
+    "dpo": Needs("predicts the next token", _NEXT, "preferences", ("beta", "reference"), reference=True),
+    "masked_lm": Needs(
+        "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
+    ),
     "classify": Needs("scores classes", {"output": ("classes",)}, "labelled"),
 }
+
+
+def check_task(config: TrainConfig) -> None:
+    """Refuse an unknown task, a model that can't learn it, other samples, and keys of other tasks."""
+    name = config.task.name
+    if name not in (tasks := modules_of("megapar.tasks.kinds")):
+        raise ConfigError("task.name", name, f"no such task; there are {', '.join(sorted(tasks))}")
+    if (known := TASKS.get(name)) is None:
+        return
+    for key, allowed in known.model.items():
+        if (value := getattr(config.model, key)) not in allowed:
+            needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)
+            raise ConfigError(f"model.{key}", value, f"task.name={name} {known.about}, which needs {needed}")
+    for other, needs in TASKS.items():
+        for key in needs.keys:
+            if key not in known.keys and (value := getattr(config.task, key)) != getattr(TaskConfig(), key):
+                raise ConfigError(f"task.{key}", value, f"has no effect here; it is used only with task={other}")
+    if known.samples != WINDOWS and config.data.source == WINDOWS:
+        problem = f"task.name={name} reads other samples; use {known.samples}, as task={name} does"
+        raise ConfigError("data.source", config.data.source, problem)
+
+
+def refuse_other_samples(config: TrainConfig, samples: str) -> None:
+    """Raise ConfigError where prepared data has samples for another task."""
+    known = TASKS.get(config.task.name)
+    if known is not None and known.samples != samples:
+        fitting = [name for name, needs in TASKS.items() if needs.samples == samples]
+        problem = f"data.source={config.data.source} makes {samples} of it, and task.name={config.task.name} reads"
+        remedy = f"give other data, or use task={' or '.join(fitting)}" if fitting else "give other data"
+        raise ConfigError("data.path", config.data.path, f"{problem} {known.samples}; {remedy}")

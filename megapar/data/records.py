@@ -165,7 +165,8 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
         _write_manifest(prefix, manifest | {"paths": [str(path) for path in paths]})
     tokenizer = tokenizer_beside(prefix)
     assert tokenizer is not None
-    return Prepared(prefix, manifest["vocab_size"], manifest["max_token"], tokenizer, len(manifest["labels"]) or None)
+    classes = len(manifest["labels"]) or None
+    return Prepared(prefix, manifest["vocab_size"], manifest["max_token"], tokenizer, classes, kind.name)
 
 
 def _whole(prefix: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.config.experiments import experiment_files
 from megapar.config.found import modules_of
 from megapar.config.schema import DataConfig, TrainConfig
+from megapar.config.tasks import WINDOWS
 
 Split = Literal["train", "valid"]
 PACKAGE = "megapar.data.sources"
@@ -30,6 +31,7 @@ class Prepared:
     max_token: the largest token, below `model.vocab_size`; None where that need not be checked
     tokenizer_path: the tokenizer's file; None where there is none
     classes: that samples belong to; None where they have no labels
+    samples: the source of megapar's own whose samples these are like: what a task reads (`config/tasks.py`)
     """
 
     prefix: str
@@ -37,6 +39,7 @@ class Prepared:
     max_token: int | None = None
     tokenizer_path: Path | None = None
     classes: int | None = None
+    samples: str = WINDOWS
 
 
 class Samples(Protocol):

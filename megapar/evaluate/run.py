@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megapar.config.errors import ConfigError
-from megapar.config.file import load_config
+from megapar.config.file import load_trained
 from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.evaluate.config import EvalConfig
@@ -36,7 +36,7 @@ def run_rank(config: EvalConfig, rank: int, world_size: int) -> None:
 
     Rank 0 shows the figures on the terminal, and writes them to `config.out`. Raises UserError.
     """
-    trained = in_layout(load_config(Path(str(config.run.dir))), config)
+    trained = in_layout(load_trained(config), config)
     part, manifest = open_part(trained, config.checkpoint.load or str(config.run.dir), rank)
     with all_or_none(part.mesh["world"], part.mesh.device):
         subject = subject_of(config, trained)

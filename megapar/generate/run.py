@@ -11,7 +11,7 @@ from megapar.checkpoint import Manifest
 from megapar.config.check import with_layout
 from megapar.config.derive import for_device
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.file import load_config
+from megapar.config.file import load_trained
 from megapar.config.keys import changed
 from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import TrainConfig
@@ -35,7 +35,7 @@ class Writer:
     def __init__(self, config: WriterConfig, rank: int, texts: int = 1) -> None:
         assert config.run.dir is not None
         run_dir = Path(config.run.dir)
-        trained = in_layout(load_config(run_dir), config)
+        trained = in_layout(load_trained(config), config)
         self.tokenizer = run_tokenizer(run_dir, trained)
         self.part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
         self.context_length = trained.train.seq_length

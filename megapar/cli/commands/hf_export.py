@@ -10,9 +10,13 @@ def run(config: ExportConfig, call: Call) -> int:
     for key, value in (("run.dir", config.run.dir), ("hf", config.hf)):
         if value is None:
             raise ConfigError(key, None, "megapar export reads the run of run.dir=RUN and makes the folder hf=DIR")
+    from megapar.cli.finish import refuse_missing_base
     from megapar.cli.output import say
+    from megapar.config.file import load_trained
     from megapar.convert import export_run
 
+    if not config.adapters:
+        refuse_missing_base(load_trained(config))
     export_run(config, say)
     return 0
 
@@ -28,5 +32,5 @@ COMMAND = Command(
         ("megapar export run.dir=runs/llama hf=tuned", "the newest checkpoint, written in whatever layout"),
         ("megapar export run.dir=runs/demo hf=demo dtype=bf16", "a model of one's own, under a family's names"),
     ],
-    most_used=["run.dir", "hf", "dtype", "shard_gb", "checkpoint.load", "family"],
+    most_used=["run.dir", "hf", "dtype", "shard_gb", "adapters", "checkpoint.load", "family"],
 )

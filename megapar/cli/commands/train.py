@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapar.cli.command import Call, Command
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import TrainConfig
+from megapar.config.tasks import TASKS
 
 if TYPE_CHECKING:
     from megapar.cli.compose import Overrides
@@ -42,6 +43,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     from megapar.launch.rank import Job, name_of
 
     config = finish(config, world_size)
+    refuse_untrained(config)
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     resume.decide(config)  # what is refused is refused before a directory is made
     config = rundir.claim(config, claims)
@@ -73,6 +75,17 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         env=rank_environment(config.kernels.backend),
         schedules=schedules_for(config),
     )
+
+
+def refuse_untrained(config: TrainConfig) -> None:
+    """Raise ConfigError where what stands beside the model, and is never trained, would have random weights."""
+    if config.model.lora.rank and config.model.lora.base is None:
+        problem = "adapters would stand beside random weights; give checkpoint.weights=RUN, or model.lora.base=RUN"
+        raise ConfigError("model.lora.base", None, problem)
+    needs = TASKS.get(config.task.name)
+    if needs is not None and needs.reference and config.task.reference is None:
+        problem = "the reference would have random weights; give checkpoint.weights=RUN, or task.reference=RUN"
+        raise ConfigError("task.reference", None, problem)
 
 
 def schedules_for(config: TrainConfig) -> dict[str, str]:
