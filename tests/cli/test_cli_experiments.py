@@ -62,6 +62,14 @@ def test_one_of_the_current_folder_is_like_one_of_conf(here: Callable) -> None:
     assert compose("train", split(["experiment=demo"])).run.name == "demo"
 
 
+@pytest.mark.parametrize("name", group_files("verify")["experiment"])
+def test_verify_takes_the_model_of_an_experiment(name: str) -> None:
+    """And nothing of its own model, such as the size of its vocabulary."""
+    assert (
+        compose("verify", split([f"experiment={name}"])).model == compose("train", split([f"experiment={name}"])).model
+    )
+
+
 def test_one_of_the_checkout_is_found_from_anywhere(here: Callable, checkout: Path) -> None:
     write(checkout / "experiments", "far", OWN)
     here("near", OWN)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megapar.checkpoint import save
+from megapar.cli import main
 from megapar.config.errors import UserError
 from megapar.config.file import dump, load_config
 from megapar.config.keys import changed
@@ -67,6 +68,26 @@ def test_peft_loads_them(tmp_path: Path, tokens: str) -> None:
     with torch.no_grad():
         found = model(ids)["logits"]
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_base_that_has_moved(tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands say where they looked, and take it from where it is now; another one is refused."""
+    run, _, _ = tuned("llama", tmp_path, tokens, "imported")
+    export(run, tmp_path / "before")
+    imported, moved = tmp_path / "imported", tmp_path / "moved"
+    imported.rename(moved)
+    asked = ["export", str(run), f"hf={tmp_path / 'after'}"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert said == f"model.lora.base={imported}: no such folder; if it has moved, give checkpoint.base=FOLDER\n"
+    assert main([*asked, f"checkpoint.base={run}"]) == 2
+    assert "has adapters of other weights" in capsys.readouterr().err
+    assert main([*asked, f"checkpoint.base={moved}"]) == 0
+    capsys.readouterr()
+    before, after = tensors(tmp_path / "before"), tensors(tmp_path / "after")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["export", str(moved), f"hf={tmp_path / 'plain'}", f"checkpoint.base={moved}"]) == 2
+    assert capsys.readouterr().err.startswith(f"checkpoint.base={moved}: the run has no adapters")
 
 
 def test_refusals(tmp_path: Path, tokens: str) -> None:
