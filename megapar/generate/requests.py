@@ -29,9 +29,9 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Completion:
-    """A request. samples: how every choice of a prompt is drawn, the same for every prompt"""
+    """A request. prompts: texts, or their tokens; samples: how every choice of a prompt is drawn, the same for all"""
 
-    prompts: list[str]
+    prompts: list[str | list[int]]
     samples: list[SampleConfig]
     stops: list[str]
     stream: bool
@@ -47,13 +47,15 @@ def parse(body: bytes, model: str, defaults: SampleConfig, limits: ServeLimits) 
     if not isinstance(found, dict):
         raise Refusal(400, "the body is no JSON object")
     asked = {key: value for key, value in found.items() if key not in IGNORED}
+    if asked.get("best_of") == asked.get("n", 1):
+        asked.pop("best_of")  # all of them are the best
     for key in NOT_DONE:
         if asked.pop(key, None) not in NOTHING:
             raise Refusal(400, f"{key} is not supported; leave it out", key)
     if (name := asked.pop("model", None)) not in (None, model):
         raise Refusal(404, f"the model {name!r} is not here; this is {model!r}", "model", "model_not_found")
     take = _Taker(asked)
-    prompts = take("prompt", None, _is_prompts, "a text, or a list of texts")
+    prompts = take("prompt", None, _is_prompts, "a text or its tokens, or a list of such")
     stops = take("stop", [], _is_stops, f"a text, or a list of up to {MOST_STOPS} texts, none of them empty")
     count = take("n", 1, _whole(1, limits.max_batch), f"a whole number from 1 to serve.max_batch={limits.max_batch}")
     most = min(defaults.max_tokens, limits.max_tokens)
@@ -69,7 +71,7 @@ def parse(body: bytes, model: str, defaults: SampleConfig, limits: ServeLimits) 
         raise Refusal(400, f"{next(iter(asked))}: unknown; leave it out", next(iter(asked)))
     facts = {"max_tokens": tokens, "temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
     return Completion(
-        prompts=[prompts] if isinstance(prompts, str) else prompts,
+        prompts=prompts if _is_many(prompts) else [prompts],
         samples=[SampleConfig(seed=seed + choice, **facts) for choice in range(count)],
         stops=[stops] if isinstance(stops, str) else stops,
         stream=stream,
@@ -95,8 +97,16 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_whole(0, 2**31 - 1), value))
+
+
+def _is_many(value: Any) -> bool:
+    return _is_texts(value) or (isinstance(value, list) and bool(value) and all(map(_is_tokens, value)))
+
+
 def _is_prompts(value: Any) -> bool:
-    return isinstance(value, str) or _is_texts(value)
+    return isinstance(value, str) or _is_tokens(value) or _is_many(value)
 
 
 def _is_stops(value: Any) -> bool:

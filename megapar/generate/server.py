@@ -47,13 +47,18 @@ class Server(ThreadingHTTPServer):
     def start(self) -> None:
         threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
 
-    def encode(self, prompt: str) -> list[int]:
-        """Raises Refusal for a prompt that can't be encoded or is longer than the context."""
-        try:
-            with self._encoding:
-                tokens = prompt_tokens(self.tokenizer, prompt)
-        except UserError as error:
-            raise Refusal(400, str(error), "prompt") from None
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a prompt. Raises Refusal where it can't be encoded or is longer than the context."""
+        if isinstance(prompt, str):
+            try:
+                with self._encoding:
+                    tokens = prompt_tokens(self.tokenizer, prompt)
+            except UserError as error:
+                raise Refusal(400, str(error), "prompt") from None
+        else:
+            tokens, known = prompt, self.tokenizer.vocab_size
+            if max(tokens) >= known:
+                raise Refusal(400, f"prompt: token {max(tokens)}, and the tokenizer has {known}", "prompt")
         if len(tokens) > self.context_length:
             hold = f"the model's context holds {self.context_length}; shorten it"
             raise Refusal(400, f"a prompt of {len(tokens)} tokens, and {hold}", "prompt", "context_length_exceeded")
@@ -97,6 +102,11 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             self._refuse(Refusal(500, "the server failed at this request; its log says why"))
 
+    def _refuse_method(self) -> None:
+        self._refuse(Refusal(405, f"{self.command} is not answered; use GET or POST"))
+
+    do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse_method
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server refuses itself, in the same form."""
         self._refuse(Refusal(code, message or self.responses.get(code, ("refused", ""))[0]))
@@ -115,7 +125,10 @@ class Handler(BaseHTTPRequestHandler):
         most = self.server.config.serve.max_body
         if len(length) > 18 or int(length) > most:
             raise Refusal(413, f"a body of {length} bytes; serve.max_body={most} is the most")
-        return self.rfile.read(int(length))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise Refusal(400, f"the body ends after {len(body)} of its Content-Length={length} bytes")
+        return body
 
     def _complete(self, body: bytes) -> None:
         server, config = self.server, self.server.config

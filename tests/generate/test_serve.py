@@ -121,6 +121,9 @@ def test_answers(pool: WorkerPool, talker: Path, served: Served) -> None:
     *chunks, last, used = events(answer)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected[0] and len(chunks) > 3
     assert last["choices"][0]["finish_reason"] in ("length", "stop") and used["usage"]["prompt_tokens"] > 0
+    tokens = [open_tokenizer(talker / "tokenizer.model").encode(prompt) for prompt in PROMPTS[:2]]
+    assert served.text(prompt=tokens[0], best_of=1, **SHORT) == expected[0]
+    assert [choice["text"] for choice in served.ask({"prompt": tokens, **SHORT})[1]["choices"]] == expected[:2]
     stop = expected[0][5:7]
     status, found = served.ask({"prompt": PROMPTS[0], "stop": stop, **SHORT})
     assert found["choices"][0]["text"] == expected[0].partition(stop)[0]
@@ -131,8 +134,12 @@ BAD: list[tuple[Any, int, str]] = [
     (b"{", 400, "the body is no JSON"),
     (b"[" * 3000, 400, "the body is no JSON"),
     ([], 400, "no JSON object"),
-    ({}, 400, "prompt=null: must be a text, or a list of texts"),
-    ({"prompt": [1, 2]}, 400, "prompt="),
+    ({}, 400, "prompt=null: must be a text or its tokens, or a list of such"),
+    ({"prompt": [1, "x"]}, 400, "prompt="),
+    ({"prompt": [-1]}, 400, "prompt="),
+    ({"prompt": [[1], []]}, 400, "prompt="),
+    ({"prompt": [1, 5000]}, 400, "prompt: token 5000, and the tokenizer has"),
+    ({"prompt": "x", "best_of": 2}, 400, "best_of is not supported"),
     ({"prompt": []}, 400, "prompt="),
     ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens=0: must be a whole number from 1 to serve.max_tokens=100000"),
     ({"prompt": "x", "max_tokens": True}, 400, "max_tokens=true"),
@@ -162,13 +169,15 @@ def test_what_is_refused(served: Served) -> None:
         assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert served.ask(b"", "/v2/other")[0] == 404
     assert served.ask(b"", "/v1/completions", "GET")[0] == 405
-    assert served.ask(b"", "/v1/completions", "PATCH")[0] == 501
+    assert served.ask(b"", "/v1/completions", "PATCH")[0] == served.ask(b"", "/v1/models", "OPTIONS")[0] == 405
     assert served.ask(b"", "/health", "GET") == (200, {"status": "ok"})
     status, models = served.ask(b"", "/v1/models", "GET")
     assert status == 200 and [model["id"] for model in models["data"]] == ["run"]
-    for sent in (b"nonsense\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
+    post = b"POST /v1/completions HTTP/1.1\r\nContent-Length: "
+    for sent in (b"nonsense\r\n\r\n", post + b"-1\r\n\r\n", post + b'99\r\n\r\n{"prompt": "x"}'):
         with socket.create_connection(("127.0.0.1", served.port), timeout=60) as raw:
             raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
             assert b'"error"' in raw.makefile("rb").read()
     _, answer = served.stream(prompt=f"a{POISON}b", max_tokens=3)
     assert events(answer)[-1]["error"]["type"] == "server_error"
