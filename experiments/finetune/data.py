@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Lines whose words are to be reversed: what a small model is fine-tuned on, made here from a seed.
 
-python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads
+python experiments/finetune/data.py FOLDER    writes train.jsonl and valid.jsonl there, as `data.source=finetune` reads,
+                                              and the same as conversations: train-chat.jsonl and valid-chat.jsonl
 """
 
 import json
@@ -38,12 +39,21 @@ def lines() -> list[dict[str, str]]:
     return [{"prompt": f"REVERSE: {words}\nANSWER:", "response": f" {answer}"} for words, answer in found.items()]
 
 
+def conversation(line: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """The same as messages."""
+    asked = line["prompt"].splitlines()[0]
+    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": line["response"].strip()}]
+    return {"messages": said}
+
+
 def write(folder: Path) -> None:
-    """Write both files into a folder that is made for them."""
+    """Write all files into a folder that is made for them."""
     folder.mkdir(parents=True, exist_ok=True)
     made = lines()
     for name, part in (("valid", made[:VALID]), ("train", made[VALID:])):
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in part), encoding="utf-8")
+        for kind, shown in (("", part), ("-chat", map(conversation, part))):
+            text = "".join(f"{json.dumps(line)}\n" for line in shown)
+            (folder / f"{name}{kind}.jsonl").write_text(text, encoding="utf-8")
 
 
 def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:

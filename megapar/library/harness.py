@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 
 from megapar.config.check import check_forward
 from megapar.config.derive import resolve_forward
@@ -36,6 +34,13 @@ from megapar.generate.run import in_layout, refuse_other_tokenizer
 from megapar.generate.text import run_tokenizer
 from megapar.library.ranks import join
 from megapar.part import open_part
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    problem = "megapar.library.harness needs lm_eval, which is not installed; pip install 'megapar[lm_eval]'"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(problem) from None
 
 BATCH_SIZE = 8  # where the harness says "auto"
 MAX_GEN_TOKS = 256  # where a task does not say how much to write

@@ -25,7 +25,11 @@ def test_the_lines(tmp_path: Path) -> None:
         words = line["prompt"].removeprefix("REVERSE: ").removesuffix("\nANSWER:").split()
         assert 3 <= len(words) <= 5 and line["response"] == " " + " ".join(reversed(words))
     data.write(tmp_path)
-    assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "valid")] == [20_000, 500]
+    names = ("train", "train-chat", "valid", "valid-chat")
+    counts = [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in names]
+    assert counts == [20_000, 20_000, 500, 500]
+    user, assistant = json.loads((tmp_path / "valid-chat.jsonl").read_text().splitlines()[0])["messages"]
+    assert lines[0]["prompt"].startswith(user["content"]) and lines[0]["response"].endswith(assistant["content"])
     assert lines == data.lines()
 
 
