@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megapar.checkpoint.hf.family import Family
-from megapar.checkpoint.hf.folder import TORCH_DTYPES, OnDisk, logical_shapes, places
+from megapar.checkpoint.hf.folder import TORCH_DTYPES, OnDisk, is_hf_folder, logical_shapes, places
 from megapar.checkpoint.hf.write import Entry, new_folder, write_tensors
 from megapar.checkpoint.load import CheckpointReader
 from megapar.config.errors import ConfigError, UserError
@@ -63,6 +63,13 @@ def export_adapters(
         facts = json.dumps(_config(config, list(found.values())), indent=2)
         (temporary / "adapter_config.json").write_text(f"{facts}\n", encoding="utf-8")
     say(f"{len(found)} adapters of rank {lora.rank} to {target}")
+    if _base_on_disk(lora.base) is None:
+        say(f"they stand beside {lora.base}, a run: for PEFT, megapar export that, too, and load them on it")
+
+
+def _base_on_disk(base: str | None) -> str | None:
+    """The base as PEFT looks for it: a folder that transformers loads."""
+    return base if base is not None and is_hf_folder(base) else None
 
 
 def _config(config: TrainConfig, found: list[OnDisk]) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def _config(config: TrainConfig, found: list[OnDisk]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if config.model.causal else None,
-        "base_model_name_or_path": lora.base,
+        "base_model_name_or_path": _base_on_disk(lora.base),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

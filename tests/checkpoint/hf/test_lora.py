@@ -62,6 +62,7 @@ def test_peft_loads_them(tmp_path: Path, tokens: str) -> None:
     export(run, tmp_path / "adapters", adapters=True)
     about = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert about["target_modules"] == ["mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    assert about["base_model_name_or_path"] == str(tmp_path / "source")
     export(run, tmp_path / "halves", adapters=True, dtype="bf16")
     assert {tensor.dtype for tensor in tensors(tmp_path / "halves").values()} == {torch.bfloat16}
     model = peft.PeftModel.from_pretrained(load("llama", tmp_path / "source"), str(tmp_path / "adapters"))
