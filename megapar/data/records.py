@@ -25,7 +25,7 @@ from megapar.data.source import Prepared, Split
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenise import tokenizer_settings
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
-from megapar.data.tokenizer.contract import Message
+from megapar.data.tokenizer.contract import Message, RefusedConversation
 from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
 from megapar.data.tokenizer.train import train_bpe
 from megapar.files import write_atomic
@@ -285,7 +285,11 @@ def _encoded(
     """Every sequence: its number, its tokens, and which of them are learned."""
     end = tokenizer.end_of_text
     before, behind = tokenizer.classified if kind.between else ([], [])
-    written = iter(tokenizer.conversations([record.messages for record in records if record.messages]))
+    talks = [record for record in records if record.messages]
+    try:
+        written = iter(tokenizer.conversations([record.messages for record in talks]))
+    except RefusedConversation as error:
+        raise talks[error.number].line.wrong(error.problem) from None
     sequences = [(record, sequence) for record in records for sequence in record.sequences]
     plain = [part.text for record, sequence in sequences if not record.messages for part in sequence]
     texts = iter(tokenizer.encode_batch(plain))

@@ -262,6 +262,85 @@ def test_a_conversation_by_its_template(tmp_path: Path) -> None:
     assert tokens[: len(whole)].tolist() == whole
 
 
+ALPACA = "{% for message in messages %}{{ message.role | upper }}: {{ message.content }}\n{% endfor %}"
+LLAMA2 = (
+    "{% for message in messages %}{% if message.role == 'user' %}<s>[INST] {{ message.content | trim }} [/INST]"
+    "{% else %} {{ message.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+HEADED = (  # a control token begins a turn, and none ends it
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ONCE = (  # what a message of the user's ends with ends no answer
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{{ '</s>' if message.role == 'user' else '\n' }}{% endfor %}"
+    "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "learned"),
+    [
+        (hf.CHATML, ("c", "e f"), ["c", "<|im_end|>", "e f", "<|im_end|>"]),
+        (hf.LLAMA3, (" c\n", " e f"), ["c", "<|im_end|>", "e f", "<|im_end|>"]),
+        (LLAMA2, (" c", " e f\n"), ["c", " ", "</s>", "e f", " ", "</s>"]),
+        (ALPACA, (" c", "e f "), [" c", "</s>", "e f ", "</s>"]),
+        (HEADED, ("c", "e f"), ["c", "</s>", "e f", "</s>"]),
+        (ONCE, ("c", "e f"), ["c", "</s>", "e f", "\n", "<|im_end|>"]),
+    ],
+    ids=["ChatML", "Llama 3", "Llama 2", "Alpaca", "headed", "once"],
+)
+def test_what_is_learned_by_a_template(
+    template: str, answers: tuple[str, str], learned: list[str], tmp_path: Path
+) -> None:
+    """Answers as it writes them, and what ends them: the end of text where the template has no control token there.
+    An answer's context is what `megapar chat` gives the model."""
+    (tmp_path / "hf").mkdir()
+    folder = hf.gpt2_like(tmp_path / "hf", chat_template=template)
+    talk = [dict(turn) for turn in TALK]
+    talk[1]["content"], talk[3]["content"] = answers
+    found, tokens, own = learned_of(
+        prepared(tmp_path, "instructions", [{"messages": talk}], split=0.0, tokenizer=str(folder))
+    )
+    names = {name: number for number, name in enumerate(hf.CONTROLS)}
+    expected = [[names[part]] if part in names else found.encode(part) for part in learned]
+    assert tokens[own].tolist() == [token for part in expected for token in part]
+    chat = found.chat(talk[0]["content"], found.encode(learned[0]), talk[2]["content"])
+    if template != ALPACA:  # which does not begin an answer, so that the last line end may melt into it
+        assert tokens[: len(chat)].tolist() == chat
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + hf.CHATML,
+         r"refuses it \(no system\); change the messages, or the template"),
+        (hf.CHATML.replace("| trim", "| upper"), "changes an answer or leaves it out; change the messages, or the"),
+        ("{{ messages[0].content }}{{ messages[-1].content }}</s>", "changes an answer or leaves it out"),
+        ("{% for message in messages %}{{ message.content }}{{ message.content }}{% endfor %}", "changes an answer or"),
+        ("{% for message in messages %}{{ message.content | replace('*', '') }}{% endfor %}", "makes control tokens"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_take_is_named(template: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    folder = hf.gpt2_like(tmp_path / "hf", chat_template=template)
+    spelled = "<*/s>" if "replace" in template else "a b"
+    bad = [{"role": "system", "content": "be good"}, TALK[0] | {"content": spelled}, *TALK[1:]]
+    fits = "replace" in template or "no system" in problem  # of the other lines
+    lines = [GOOD["instructions"], *[{"messages": TALK[:2]}] * (120 if fits else 0), {"messages": bad}]
+    with pytest.raises(UserError, match=rf"^{tmp_path}/instructions.jsonl:{len(lines)}: the chat template {problem}"):
+        prepared(tmp_path, "instructions", lines, split=0.0, tokenizer=str(folder))
+
+
+def test_a_broken_template_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    folder = hf.gpt2_like(tmp_path / "hf", chat_template="{% for %}")
+    with pytest.raises(
+        ConfigError, match=r"^data.tokenizer=.*json: the chat template: Expected an expr.*; fix the temp"
+    ):
+        prepared(tmp_path, "instructions", [{"messages": TALK}], split=0.0, tokenizer=str(folder))
+
+
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
