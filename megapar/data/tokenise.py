@@ -130,7 +130,7 @@ def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.
         return f"{ends[min(writer.documents, len(sizes))] / total:.0%} of {total / 1e6:.1f} M characters"
 
     if writer.documents:
-        say(f"data: {source.name}: goes on behind {share()}")
+        say(f"data: {source.name}: goes on after {share()}")
     said = time.monotonic()
     try:
         for texts in _batches(islice(source.documents(), writer.documents, None)):
@@ -141,7 +141,7 @@ def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.
                 said = time.monotonic()
         return writer.finish()
     except KeyboardInterrupt:
-        say(f"data: {source.name}: interrupted behind {share()}; the same command goes on from there")
+        say(f"data: {source.name}: interrupted after {share()}; the same command goes on from there")
         raise
     finally:
         writer.close()
