@@ -26,6 +26,8 @@ LINES: dict[str, list[tuple[Any, str]]] = {
     ],
     "match": [
         ({"prompt": "red>"}, 'has no "response"'),
+        ({"messages": [{"role": "user", "content": "a"}]}, '"messages" has the roles user: user and assistant take'),
+        ({"messages": [{"role": "user", "content": "a " * 40}, {"role": "assistant", "content": "b"}]}, "=32 fit"),
         ({"prompt": "red>", "response": " "}, '"response" is blank'),
         ({"prompt": "red>", "response": "blue " * 30}, "of which train.seq_length=32 fit"),
     ],

@@ -68,6 +68,11 @@ class Tokenizer(ABC):
         """Whether there is a chat template."""
         return False
 
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        """Tokens that end an answer in a conversation, beside the end of text: with a chat template, control tokens."""
+        return frozenset()
+
     @abstractmethod
     def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
         """Token ids of a conversation that `prompt`, a user's message, begins, up to where the next answer does.

@@ -281,6 +281,10 @@ class JsonTokenizer(Tokenizer):
     def has_template(self) -> bool:
         return self._template() is not None
 
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        return frozenset(self._never) if self.has_template else frozenset()
+
     def _with_controls(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
             [encoding] = self._encodings(self._model.encode_batch_fast, [part])
