@@ -9,6 +9,8 @@ from typing import Any
 from megapar.config.errors import ConfigError, UserError
 from megapar.files import special
 
+MOST = 500  # characters of an error
+
 
 @dataclass(frozen=True)
 class Line:
@@ -19,8 +21,9 @@ class Line:
     values: Mapping[str, Any]
 
     def wrong(self, problem: str) -> UserError:
-        """The error for what is wrong with it."""
-        return UserError(f"{self.path}:{self.number}: {problem}")
+        """The error for what is wrong with it: one line, whatever keys and values it quotes."""
+        quoted = " ".join(problem.split())
+        return UserError(f"{self.path}:{self.number}: {quoted if len(quoted) <= MOST else quoted[:MOST] + '...'}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
         """The text of a key. Raises UserError where it is missing, no text, or blank. empty: no text at all will do"""

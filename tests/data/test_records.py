@@ -32,6 +32,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "missing": ("instructions", {"prompt": "a"}, 'has no "response"; it has prompt'),
     "empty": ("instructions", {"prompt": "", "response": "a"}, '"prompt" is empty; give some text, or remove the line'),
     "a number": ("labelled", {"text": "a", "label": 3}, '"label" is a number; make it a string'),
+    "odd keys": ("instructions", {"a\nb": 1, "c" * 1000: 2}, r'has no "prompt"; it has a b, c{400,500}\.\.\.$'),
     "blank": ("instructions", {"prompt": "a", "response": " \n"}, '"response" is blank; give some text'),
     "empty response": ("instructions", {"prompt": "a", "response": ""}, '"response" is empty; give some text'),
     "blank preference": ("preferences", {"prompt": "a", "chosen": "b", "rejected": " "}, '"rejected" is blank; give'),
