@@ -91,6 +91,12 @@ def skipped_text(skipped: Mapping[str, str], most: int = 3) -> str:
     return f"{len(skipped)} skipped: {', '.join([*names, *(['...'] if len(skipped) > most else [])])}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `1,200 documents`, `2 classes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def find_text(path: str) -> TextSource:
     """List the text that `data.path` names: a file, a folder or `stdlib`.
 
@@ -206,10 +212,17 @@ def _not_text(path: Path) -> str | None:
                 offset = file.tell() - len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        return f"not UTF-8 text at offset {offset + error.start}; convert it first"
+        at = offset + error.start
+        return f"not UTF-8 text at offset {at}, in line {_lines(path, at)}; convert it first"
     except OSError as error:
         raise ConfigError("data.path", path, f"can't be read: {error.strerror}") from None
     return None
+
+
+def _lines(path: Path, offset: int) -> int:
+    """The number of the line, from 1 on, that the byte at an offset is in."""
+    with open(path, "rb") as file:
+        return 1 + sum(file.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
 
 
 def _documents_of(file: TextFile) -> Iterator[str]:

@@ -9,6 +9,8 @@ from typing import Any
 from megapar.config.errors import ConfigError, UserError
 from megapar.files import special
 
+MOST = 500  # characters of an error
+
 
 @dataclass(frozen=True)
 class Line:
@@ -19,19 +21,21 @@ class Line:
     values: Mapping[str, Any]
 
     def wrong(self, problem: str) -> UserError:
-        """The error for what is wrong with it."""
-        return UserError(f"{self.path}:{self.number}: {problem}")
+        """The error for what is wrong with it: one line, whatever keys and values it quotes."""
+        quoted = " ".join(problem.split())
+        return UserError(f"{self.path}:{self.number}: {quoted if len(quoted) <= MOST else quoted[:MOST] + '...'}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
-        """The text of a key. Raises UserError where it is missing, no text, or empty."""
+        """The text of a key. Raises UserError where it is missing, no text, or blank. empty: no text at all will do"""
         if key not in self.values:
             there = ", ".join(map(str, self.values)) or "nothing"
             raise self.wrong(f'has no "{key}"; it has {there}')
         value = self.values[key]
         if not isinstance(value, str):
-            raise self.wrong(f'"{key}" is {_kind(value)}; make it a text')
-        if not value and not empty:
-            raise self.wrong(f'"{key}" is empty; give some text, or remove the line')
+            raise self.wrong(f'"{key}" is {_kind(value)}; make it a string')
+        if not value.strip() and (value or not empty):
+            blank = "blank" if value else "empty"
+            raise self.wrong(f'"{key}" is {blank}; give some text, or remove the line')
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -46,28 +50,55 @@ def read_lines(path: Path, key: str = "data.path") -> Iterator[Line]:
     count = 0
     try:
         if not path.is_file():
-            problem = f"is a {special(path)}" if path.exists() and not path.is_dir() else "no such file"
-            raise ConfigError(key, path, f"{problem}; name a .jsonl file, with an object in every line")
+            kind = "folder" if path.is_dir() else path.exists() and special(path)
+            raise ConfigError(
+                key,
+                path,
+                f"{f'is a {kind}' if kind else 'no such file'}; name a .jsonl file, with an object in every line",
+            )
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     count += 1
-                    yield Line(path, number, _object(path, number, line))
+                    yield Line(path, number, _object(path, number, line.rstrip()))
     except OSError as error:
         raise ConfigError(key, path, f"can't be read ({error.strerror})") from None
     if not count:
         raise ConfigError(key, path, "holds no line of JSON; give an object in every line")
 
 
+def decoded(path: str | Path, number: int, line: bytes) -> str:
+    """The text of a file's line, a byte order mark left out of the first. Raises UserError for what is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+
+
+class _Twice(Exception):
+    """A key of an object, given twice: which value counts is the reader's guess."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _Twice(ascii(key)[1:-1])
+        values[key] = value
+    return values
+
+
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 at byte {error.start}; save the file as UTF-8"
+        value = json.loads(decoded(path, number, line), object_pairs_hook=_once)
     except RecursionError:
-        problem = "nested too deep; mend the line, or remove it"
-    except ValueError as error:
-        problem = f"not JSON ({str(error).partition(': line ')[0]}); mend the line, or remove it"
+        problem = "nested too deep; fix the line, or remove it"
+    except json.JSONDecodeError as error:
+        problem = f"not JSON ({error.msg} at column {error.colno}); fix the line, or remove it"
+    except _Twice as error:
+        problem = f'has "{error}" twice; keep one of them'
+    except ValueError:  # Python's limit on the digits of a number, which its message would tell how to lift
+        problem = "a number has too many digits; fix the line, or remove it"
     else:
         if isinstance(value, dict):
             return value
@@ -79,7 +110,7 @@ def _kind(value: Any) -> str:
     names = {
         dict: "an object",
         list: "a list",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
         int: "a number",
         float: "a number",

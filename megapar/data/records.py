@@ -18,26 +18,26 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig, TrainConfig
-from megapar.data.corpus import STDLIB
+from megapar.data.corpus import STDLIB, counted
 from megapar.data.jsonl import Line, read_lines
 from megapar.data.prepare import cache_folder, new_folder
 from megapar.data.source import Prepared, Split
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenise import tokenizer_settings
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
-from megapar.data.tokenizer.contract import Message
+from megapar.data.tokenizer.contract import Message, RefusedConversation
 from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
 from megapar.data.tokenizer.train import train_bpe
 from megapar.files import write_atomic
 
-CODE_VERSION = 1  # raise it when the same lines would give other files
+CODE_VERSION = 2  # raise it when the same lines would give other files
 LABELS = "labels.json"  # in a run directory
 SAY = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A text inside a sequence. learned: the loss counts its tokens; closes: an end-of-text token stands behind it,
+    """A text inside a sequence. learned: the loss counts its tokens; closes: an end-of-text token stands after it,
     learned as the text is."""
 
     text: str
@@ -135,7 +135,9 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
     Raises ConfigError or UserError, one line with file and line number, for what can't be used.
     """
     if config.path == STDLIB:
-        raise ConfigError("data.path", config.path, "is text; name a .jsonl file, with an object in every line")
+        raise ConfigError(
+            "data.path", config.path, "is not a file of records; name a .jsonl file, with an object in every line"
+        )
     paths = [Path(path).expanduser().absolute() for path in (config.path, config.valid) if path is not None]
     for key, path in zip(("data.path", "data.valid"), paths, strict=False):
         if not path.is_file():
@@ -227,8 +229,8 @@ def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: 
             "files": {end: _facts(Path(f"{prefix}{end}")) for end in sorted(endings)},
         },
     )
-    count = f"{len(records):,} records ({int(held.sum()):,} held out), {len(tokens):,} tokens"
-    say(f"data: {paths[0].name}: {count}" + (f", {len(labels)} classes" if labels else ""))
+    count = f"{counted(len(records), 'record')} ({int(held.sum()):,} held out), {counted(len(tokens), 'token')}"
+    say(f"data: {paths[0].name}: {count}" + (f", {counted(len(labels), 'class')}" if labels else ""))
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -255,8 +257,13 @@ def _labels(records: Sequence[Record], held: np.ndarray) -> list[str]:
     for record in records:
         if record.label is not None and record.label not in known:
             some = ", ".join(sorted(known)[:5])
-            problem = f'the label "{record.label}" is never seen in training, which has {some}'
-            raise record.line.wrong(problem + ("..." if len(known) > 5 else "") + "; mend it, or give more records")
+            problem = f'the label "{record.label}" does not occur in training, which has {some}'
+            raise record.line.wrong(
+                problem + ("..." if len(known) > 5 else "") + "; correct it, or add records with it to training"
+            )
+    if len(known) == 1:
+        problem = f'every record has the label "{known.pop()}"; a classifier needs two labels or more'
+        raise ConfigError("data.path", records[0].line.path, problem)
     return sorted(known)
 
 
@@ -279,7 +286,11 @@ def _encoded(
     """Every sequence: its number, its tokens, and which of them are learned."""
     end = tokenizer.end_of_text
     before, behind = tokenizer.classified if kind.between else ([], [])
-    written = iter(tokenizer.conversations([record.messages for record in records if record.messages]))
+    talks = [record for record in records if record.messages]
+    try:
+        written = iter(tokenizer.conversations([record.messages for record in talks]))
+    except RefusedConversation as error:
+        raise talks[error.number].line.wrong(error.problem) from None
     sequences = [(record, sequence) for record in records for sequence in record.sequences]
     plain = [part.text for record, sequence in sequences if not record.messages for part in sequence]
     texts = iter(tokenizer.encode_batch(plain))
@@ -315,7 +326,21 @@ def fitting(records: Records, too_long: np.ndarray, config: DataConfig, most: in
         return np.arange(len(records))
     first = int(np.flatnonzero(too_long)[0])
     length = int(records.lengths[first].sum())
-    problem = f"{length} tokens, of which at most {most} fit; raise train.seq_length, or use data.too_long=skip"
-    if config.too_long == "refuse" or too_long.all():
-        raise UserError(f"{records.where(first)}: {problem}")
+    problem = f"{records.where(first)}: {length} tokens, of which at most {most} fit"
+    if config.too_long == "refuse":
+        raise UserError(f"{problem}; raise train.seq_length, or use data.too_long=skip")
+    if too_long.all():
+        raise UserError(f"{problem}, and no other record is shorter than that; raise train.seq_length")
     return np.flatnonzero(~too_long)
+
+
+def teaching(records: Records, chosen: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """Those of the chosen records that still teach something when they are cut, int64 [n]. learned: tokens that the
+    loss counts, [chosen]
+
+    Raises UserError where there is none.
+    """
+    if not learned.any():
+        problem = "no response is left of any record; raise train.seq_length, or shorten the prompts"
+        raise UserError(f"{records.where(int(chosen[0]))}: {problem}")
+    return chosen[learned > 0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig
-from megapar.data.corpus import TextSource, skipped_text
+from megapar.data.corpus import TextSource, counted, skipped_text
 from megapar.data.indexed import IndexedWriter, token_dtype
 from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
@@ -60,7 +60,7 @@ def make_token_files(
         _ = tokenizer.end_of_text  # refuses where there is none
         copy_beside(tokenizer.path, prefix)
     sizes, hashes = _measure(source)
-    say(f"data: {source.name}: {len(sizes)} documents, {sizes.sum() / 1e6:.1f} M characters")
+    say(f"data: {source.name}: {counted(len(sizes), 'document')}, {sizes.sum() / 1e6:.1f} M characters")
     model_path = Path(f"{prefix}.model")
     if tokenizer is None and not model_path.exists():
         begin = time.perf_counter()
@@ -130,7 +130,7 @@ def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.
         return f"{ends[min(writer.documents, len(sizes))] / total:.0%} of {total / 1e6:.1f} M characters"
 
     if writer.documents:
-        say(f"data: {source.name}: goes on behind {share()}")
+        say(f"data: {source.name}: goes on after {share()}")
     said = time.monotonic()
     try:
         for texts in _batches(islice(source.documents(), writer.documents, None)):
@@ -141,7 +141,7 @@ def _tokenise(prefix: Path, source: TextSource, tokenizer: Tokenizer, sizes: np.
                 said = time.monotonic()
         return writer.finish()
     except KeyboardInterrupt:
-        say(f"data: {source.name}: interrupted behind {share()}; the same command goes on from there")
+        say(f"data: {source.name}: interrupted after {share()}; the same command goes on from there")
         raise
     finally:
         writer.close()

@@ -1,6 +1,6 @@
 """Log-likelihoods, scores of classes and greedy texts from a rank's part of a trained model, forwards alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -70,11 +70,15 @@ class Scorer:
         return self._over_batches([len(text) for text in texts], classes, lambda n: self._texts(texts, n), head)
 
     def greedy(
-        self, prompts: Sequence[Sequence[int]], most: Sequence[int], tokenizer: Tokenizer
+        self,
+        prompts: Sequence[Sequence[int]],
+        most: Sequence[int],
+        tokenizer: Tokenizer,
+        ends: Sequence[Collection[int]] = (),
     ) -> list[tuple[str, bool]]:
-        """(what the model writes behind each prompt, the likeliest token each time; whether it ended the text).
+        """(what the model writes after each prompt, the likeliest token each time; whether it ended the text).
 
-        most: tokens of each at most, the end of text counted
+        most: tokens of each at most, the end of text counted; ends: of each, see `Text`; none by default
         """
         generator = Generator(
             self.part.stages,
@@ -85,8 +89,8 @@ class Scorer:
             end_of_text=tokenizer.end_of_text,
         )
         texts = [
-            Text(list(prompt), SampleConfig(max_tokens=limit, temperature=0.0))
-            for prompt, limit in zip(prompts, most, strict=True)
+            Text(list(prompt), SampleConfig(max_tokens=limit, temperature=0.0), ends=end)
+            for prompt, limit, end in zip(prompts, most, ends or [()] * len(prompts), strict=True)
         ]
         for text in generator.write(texts):
             refuse_broken(text)

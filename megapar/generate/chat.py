@@ -35,7 +35,7 @@ def run_rank(config: ChatConfig, rank: int, world_size: int) -> None:
         if tokens is None:
             break
         if text is None:
-            text = Text(tokens, config.sample)
+            text = Text(tokens, config.sample, ends=writer.tokenizer.answer_ends)
         else:
             text.goes_on(tokens, config.sample)
         _answer(writer, text, side)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapar.config.errors import ConfigError, UserError
-from megapar.data.jsonl import read_lines
+from megapar.data.jsonl import decoded, read_lines
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import prompt_tokens
 
@@ -29,13 +29,11 @@ def read_prompts(path: str) -> list[Prompt]:
         lines = read_lines(Path(path), "prompt_file")
         return [Prompt(line.text("prompt"), f"{line.path}:{line.number}") for line in lines]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        read = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError("prompt_file", path, f"can't be read ({error.strerror}); name another file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError("prompt_file", path, f"byte {error.start} is no UTF-8; write it in UTF-8") from None
-    numbered = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
-    prompts = [Prompt(line, where) for where, line in numbered if line.strip()]
+    texts = [(decoded(path, number, line), number) for number, line in enumerate(read.split(b"\n"), 1)]
+    prompts = [Prompt(line.removesuffix("\r"), f"{path}:{number}") for line, number in texts if line.strip()]
     if not prompts:
         raise ConfigError("prompt_file", path, "holds no prompt; write one a line")
     return prompts

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -82,7 +82,7 @@ def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int], fi
     stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
     if not config.chat:
         print(config.prompt, end="", file=file, flush=True)
-    generate_tokens(writer.generator, prompt, config.sample, stream.put)
+    generate_tokens(writer.generator, prompt, config.sample, stream.put, _ends(config, writer))
     stream.finish()
     print(file=file, flush=True)
 
@@ -91,7 +91,7 @@ def _write_many(
     config: GenerateConfig, writer: Writer, prompts: Sequence[Prompt], found: Sequence[list[int]], file: TextIO
 ) -> None:
     """Every text when it and those before it are finished."""
-    texts = [Text(tokens, config.sample) for tokens in found]
+    texts = [Text(tokens, config.sample, ends=_ends(config, writer)) for tokens in found]
     numbers = {id(text): number for number, text in enumerate(texts)}
     finished = ((numbers[id(text)], text) for text in writer.generator.write(texts))
     for prompt, text in zip(prompts, in_order(finished), strict=True):
@@ -102,6 +102,11 @@ def _write_many(
         else:
             line = f"--- {prompt.where}\n" + (new if config.chat else prompt.text + new)
         print(line, file=file, flush=True)
+
+
+def _ends(config: GenerateConfig, writer: Writer) -> Collection[int]:
+    """Tokens that end a text, beside the end of text."""
+    return writer.tokenizer.answer_ends if config.chat else ()
 
 
 def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:

@@ -1,7 +1,7 @@
 """Texts that a model writes token by token, in any layout, several at a time."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -33,12 +33,15 @@ class Text:
     prompt: tokens of the prompt
     logprobs: the natural logarithm of the model's probability of every token that was chosen, the end of text
         included: before temperature, top-k and top-p
-    ended: stop: by the end of text; length: it has `sample.max_tokens`; broken: its logits were not finite
+    ends: tokens that end it as the end of text does
+    ended: stop: by the end of text or one of `ends`; length: it has `sample.max_tokens`; broken: its logits were not
+        finite
     """
 
     tokens: list[int]
     sample: SampleConfig
     prompt: int = -1
+    ends: Collection[int] = ()
     logprobs: list[float] = field(default_factory=list)
     ended: Literal["stop", "length", "broken"] | None = None
     # Where its keys and values are: those of `cached` tokens from number `start` on, in a slot of the generator's.
@@ -167,7 +170,7 @@ class Generator:
             text.ended = "broken"
             return
         text.logprobs.append(logprob)
-        if token == self.end_of_text:
+        if token == self.end_of_text or token in text.ends:
             text.ended = "stop"
             return
         text.tokens.append(token)
@@ -282,15 +285,17 @@ def generate_tokens(
     prompt: Sequence[int],
     sample: SampleConfig,
     on_token: Callable[[int], None] = lambda token: None,
+    ends: Collection[int] = (),
 ) -> list[int]:
     """The tokens that the model writes after `prompt`, up to `sample.max_tokens` or the end of text, which is left out.
 
+    ends: tokens that end it as the end of text does
     on_token: called with each token as soon as it is chosen, on every rank
 
     Collective over the replica's ranks, which all return the same. Raises UserError on all of them for logits that are
     not finite.
     """
-    [text] = generator.write([Text(list(prompt), sample)], lambda text, token: on_token(token))
+    [text] = generator.write([Text(list(prompt), sample, ends=ends)], lambda text, token: on_token(token))
     refuse_broken(text)
     return text.written
 

@@ -69,7 +69,7 @@ def test_what_can_not_be_written_is_refused_before_a_rank_starts(
     folder = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("logs"))
     line, config = ("generate", str(folder), "prompt=x", "chat=true"), folder / "tokenizer_config.json"
     hf.edit(folder, config.name, chat_template="{{ raise_exception('Say something else.') }}")
-    assert refusal(capsys, *line).startswith("chat=true: the chat template: Say something else; mend the template")
+    assert refusal(capsys, *line).startswith("chat=true: the chat template: Say something else; fix the template")
     hf.edit(folder, config.name, chat_template=None)
     assert "tokenizer.json has no chat template; leave it out, or put chat_template.jinja" in refusal(capsys, *line)
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -120,7 +120,7 @@ def test_a_sentencepiece_model_has_none(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_what_a_template_must_not_do_is_one_line(tmp_path: Path, template: str, problem: str) -> None:
-    with pytest.raises(ConfigError, match=r"chat=true: the chat template: .*[^.]; mend the template") as caught:
+    with pytest.raises(ConfigError, match=r"chat=true: the chat template: .*[^.]; fix the template") as caught:
         with_template(tmp_path, template).chat("x")
     assert problem in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 700
 

@@ -31,7 +31,10 @@ def test_binaries_and_undecodable_files_are_left_out_and_counted(tmp_path: Path)
     (tmp_path / "c.txt").write_bytes("é".encode("latin-1"))
     source = find_text(str(tmp_path))
     assert list(source.documents()) == ["text"]
-    assert source.skipped == {"b.bin": "binary, not text", "c.txt": "not UTF-8 text at offset 0; convert it first"}
+    assert source.skipped == {
+        "b.bin": "binary, not text",
+        "c.txt": "not UTF-8 text at offset 0, in line 1; convert it first",
+    }
 
 
 def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
@@ -119,6 +122,7 @@ def test_the_standard_library() -> None:
         ({"a.txt": b"", "b": b"\0"}, "", r"no text in it \(1 skipped: b \(binary"),
         ({"a.txt": b"\0\1"}, "a.txt", "binary"),
         ({"a.txt": b"abc\xff\xfe"}, "a.txt", "not UTF-8 text at offset 3"),
+        ({"a.txt": b"a\nb\n\xff\n"}, "a.txt", "not UTF-8 text at offset 4, in line 3; convert it first"),
         ({"a.txt": b"a" * (1 << 20) + b"bc\xe2"}, "a.txt", f"not UTF-8 text at offset {(1 << 20) + 2}"),
         ({"c.bin": b"\0\1"}, "c", r"c\.bin exists, but not its partner"),
     ],

@@ -201,7 +201,7 @@ def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     folder = hf.gpt2_like(tmp_path, chat_template="x")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "jinja2", None)
-        with pytest.raises(ConfigError, match=r"chat=true: the library jinja2, .*pip install 'megapar\[hf\]'"):
+        with pytest.raises(UserError, match=r"^the library jinja2, .*pip install 'megapar\[hf\]'"):
             open_tokenizer(folder).chat("a")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"tokenizer\.json: the library tokenizers, .*pip install 'megapar\[hf\]'"):

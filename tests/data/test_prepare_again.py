@@ -46,13 +46,13 @@ def test_an_interrupted_preparation_goes_on(
         interrupt_after(4, patch)  # the first is the probe's
         prepare(config, prefix=prefix, log=lines.append)
     assert any("tokenized " in line for line in lines)
-    assert "interrupted behind " in lines[-1] and lines[-1].endswith("; the same command goes on from there")
-    done = lines[-1].partition("behind ")[2].partition(";")[0]
+    assert "interrupted after " in lines[-1] and lines[-1].endswith("; the same command goes on from there")
+    done = lines[-1].partition("interrupted after ")[2].partition(";")[0]
     assert not done.startswith("0%")
     monkeypatch.setattr("megapar.data.tokenise.train_bpe", lambda *given: pytest.fail("trained again"))
     later: list[str] = []
     prepared = prepare(config, prefix=prefix, log=later.append)
-    assert f"data: {folder_name(config)}: goes on behind {done}" in later
+    assert f"data: {folder_name(config)}: goes on after {done}" in later
     for end in (".bin", ".idx", ".model", ".split.npy"):
         assert Path(f"{prepared.prefix}{end}").read_bytes() == Path(f"{whole.prefix}{end}").read_bytes()
     place = Path(prepared.prefix).parent

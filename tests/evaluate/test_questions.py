@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megapar.config.derive import resolve_forward
+from megapar.config.keys import changed
+from megapar.config.run_schema import GenerateConfig
 from megapar.data.records import LABELS
 from megapar.launch.pool import WorkerPool
-from tests.evaluate.runs import TAUGHT, Plainly, evaluate
-from tests.records import WORDS, write
+from tests.data import hf
+from tests.evaluate.runs import TAUGHT, Plainly, evaluate, train
+from tests.generate.jobs import generate
+from tests.records import WORDS, prepared, write
 
 EXACT = 1e-12  # fp64: other orders of sums
 QUESTIONS: list[dict[str, Any]] = [
@@ -18,6 +23,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "cat> ", "choices": ["é dog", "dog house"], "answer": "dog house"},
     {"prompt": "", "choices": ["red", "zz"], "answer": 1},
 ]
+ALPACA = "{% for message in messages %}{{ message.role | upper }}: {{ message.content }}\n{% endfor %}"
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2pp2"])
@@ -53,6 +59,35 @@ def test_match(layout: str, pool: WorkerPool, taught: Path, tmp_path: Path) -> N
     assert [item["matches"] for item in found["items"]] == [True] * 3 + [False] * 3
     assert [item["written"] for item in found["items"][:3]] == list(TAUGHT.values())
     assert found["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize("template", [hf.CHATML, ALPACA], ids=["ChatML", "Alpaca"])
+def test_match_of_conversations(template: str, pool: WorkerPool, tmp_path: Path) -> None:
+    """After what a tuned model was taught, by a template that ends answers with a control token or with none; it ends
+    its answers itself."""
+    folder = hf.gpt2_like(tmp_path / "hf", chat_template=template)
+    talks = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
+        for prompt, response in TAUGHT.items()
+    ]
+    keys = prepared(tmp_path, "instructions", talks * 4, split=0.0, tokenizer=str(folder))
+    keys |= {"task.name": "sft", "train.seq_length": 48, "optim.lr": 2e-2}
+    run = train(tmp_path / "run", 60, **keys)
+    wrong = [talks[0]["messages"][0], {"role": "assistant", "content": "blue dog"}]
+    path = write(tmp_path / "talks.jsonl", [*talks, {"messages": wrong}])
+    found = evaluate(pool, run, match=str(path))["match"]
+    assert [item["matches"] for item in found["items"]] == [True] * 3 + [False]
+    assert [item["written"] for item in found["items"][:3]] == list(TAUGHT.values())
+    if template == ALPACA:  # it does not begin an answer
+        return
+    out, prompts = tmp_path / "out", write(tmp_path / "prompts.txt", ["red>", "cat>"])
+    for given, text in (
+        ({"prompt": "red>"}, "blue\n"),
+        ({"prompt_file": str(prompts)}, '"completion": "dog house"}\n'),
+    ):
+        keys = {"run.dir": str(run), "chat": True, "sample.temperature": 0.0, "prompt": "", "out": str(out)}
+        assert pool.run(generate, 1, resolve_forward(changed(GenerateConfig(), keys | given))) == [None]
+        assert out.read_text().endswith(text)
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2pp2", "dp2"])

@@ -19,18 +19,21 @@ LINES: dict[str, list[tuple[Any, str]]] = {
         (GOOD | {"answer": True}, '"answer" must be the number of a choice'),
         (GOOD | {"answer": "green"}, '"answer" is none of the choices'),
         (GOOD | {"choices": ["blue"]}, '"choices" has 1; give at least two'),
-        (GOOD | {"choices": ["blue", ""]}, '"choices" must be a list of texts, none of them empty'),
+        (GOOD | {"choices": ["blue", ""]}, '"choices" must be a list of strings, none of them empty'),
         (GOOD | {"choices": ["blue", "\ud800"]}, "not valid Unicode"),
         (GOOD | {"prompt": 1}, '"prompt" is a number'),
         (GOOD | {"prompt": "red " * 30}, "tokens, of which train.seq_length=32 fit; shorten the prompt"),
     ],
     "match": [
         ({"prompt": "red>"}, 'has no "response"'),
+        ({"messages": [{"role": "user", "content": "a"}]}, '"messages" has the roles user: user and assistant take'),
+        ({"messages": [{"role": "user", "content": "a " * 40}, {"role": "assistant", "content": "b"}]}, "=32 fit"),
+        ({"prompt": "red>", "response": " "}, '"response" is blank'),
         ({"prompt": "red>", "response": "blue " * 30}, "of which train.seq_length=32 fit"),
     ],
     "labels": [
         ({"text": "a", "label": "pink"}, 'the label "pink" is none of the model\'s, which has blue, green, red'),
-        ({"text": "red cats " * 9, "label": "red"}, "of which train.seq_length=16 fit"),
+        ({"text": "red cats " * 9, "label": "red"}, "of which train.seq_length=16 fit; shorten the text, or"),
     ],
 }
 CASES = [(key, line, problem) for key, lines in LINES.items() for line, problem in lines]
@@ -66,12 +69,17 @@ def test_keys(refused: Any, taught: Path, sorter: Any, tmp_path: Path) -> None:
     run, classifier = str(taught), str(sorter[0])
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "bytes.txt").write_bytes(b"a\n\xff")
     path, nothing = tmp_path / "text.txt", tmp_path / "nothing"
     for words, problem in {
         (run,): "text=null: there is nothing to evaluate; give text=FILE",
         (f"text={path}",): "run.dir=null: says which run's model it is; give run.dir=RUN",
         (run, f"text={nothing}"): f"text={nothing}: no such file",
         (run, f"text={tmp_path / 'empty'}"): f"text={tmp_path / 'empty'}: the folder has no files in it",
+        (
+            run,
+            f"text={tmp_path / 'bytes.txt'}",
+        ): f"text={tmp_path / 'bytes.txt'}: not UTF-8 text at offset 2, in line 2",
         (run, f"choices={nothing}"): f"choices={nothing}: no such file",
         (run, f"text={path}", "stride=33"): "stride=33: would leave tokens out between windows of train.seq_length=32",
         (run, f"labels={path}"): f"labels={path}: this run has model.output=lm; use a run with model.output=classes",

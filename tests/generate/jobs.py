@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from unittest import mock
 
@@ -112,8 +112,11 @@ def generate(rank: int, world_size: int, config: GenerateConfig) -> Any:
     return None
 
 
-def chat(rank: int, world_size: int, config: ChatConfig, lines: list[str]) -> tuple[str, list[int]]:
-    """(what rank 0 shows, tokens that went through the model in every turn). Lines are typed at once."""
+def chat(
+    rank: int, world_size: int, config: ChatConfig, lines: list[str], ends: Collection[int] = ()
+) -> tuple[str, list[int]]:
+    """(what rank 0 shows, tokens that went through the model in every turn). Lines are typed at once. ends: tokens of
+    the tokenizer that end an answer"""
     reading, writing = os.pipe()
     os.write(writing, "\n".join(lines).encode())
     os.close(writing)
@@ -130,6 +133,7 @@ def chat(rank: int, world_size: int, config: ChatConfig, lines: list[str]) -> tu
 
     with (
         mock.patch("megapar.generate.chat._answer", counted),
+        mock.patch("megapar.data.tokenizer.contract.Tokenizer.answer_ends", frozenset(ends)),
         mock.patch("megapar.generate.chat.console", lambda: shown),
     ):
         megapar.generate.chat.run_rank(config, rank, world_size)

@@ -101,6 +101,7 @@ def test_a_template_keeps_the_tokens_of_answers(tmp_path: Path) -> None:
     assert sum(token == end for token in second) == 3
     assert tokenizer.decode(second).endswith("user\nWhy<|im_end|>?\nassistant\n")
     assert not conversation.stops
+    assert tokenizer.answer_ends == set(range(len(CONTROLS)))
 
 
 LINES = ["alpha", "", "beta gamma", "naïve"]
@@ -121,6 +122,12 @@ def test_the_same_answers_in_any_layout(pool: WorkerPool, talker: Path) -> None:
     assert text.count("\n") >= 3
     assert counts[0] < 40
     assert chat(pool, talker, 4, **{"parallel.tp": 2, "parallel.pp": 2}) == (text, counts)
+
+
+def test_a_control_token_ends_an_answer(pool: WorkerPool, talker: Path) -> None:
+    config = resolve_forward(changed(ChatConfig(), {"run.dir": str(talker), "sample.max_tokens": 12}))
+    [(text, _)] = pool.run(jobs.chat, 1, config, LINES, range(403))
+    assert text == "\n\n\n"
 
 
 @pytest.mark.more

@@ -15,6 +15,7 @@ from megapar.config.run_schema import GenerateConfig
 from megapar.data.tokenizer import open_tokenizer
 from megapar.data.tokenizer.files import MODEL
 from megapar.data.tokenizer.train import train_bpe
+from megapar.generate.prompts import read_prompts
 from megapar.generate.run import in_order
 from megapar.launch.pool import WorkerPool
 from tests.data.texts import make_text
@@ -90,12 +91,12 @@ def test_in_order() -> None:
 
 
 BAD_FILES: dict[str, tuple[str | bytes, str]] = {
-    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: not JSON (Expecting value)"),
-    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: "prompt" is a number; make it a text'),
+    "a.jsonl": ('{"prompt": "x"}\n\n{"prompt": \n', "a.jsonl:3: not JSON (Expecting value at column "),
+    "b.jsonl": ('{"prompt": 1}\n', 'b.jsonl:1: "prompt" is a number; make it a string'),
     "c.jsonl": ("[]", "c.jsonl:1: a list, not an object"),
     "d.txt": (" \n\n", "d.txt: holds no prompt; write one a line"),
     "e.txt": ("alpha\n" + "beta " * 50, "e.txt:2: "),
-    "f.txt": (b"\xff", "f.txt: byte 0 is no UTF-8"),
+    "f.txt": (b"alpha\n\xff", "f.txt:2: not UTF-8 at byte 0; save the file as UTF-8"),
 }
 
 
@@ -146,3 +147,9 @@ def test_checkpoint_of_another_model(pool: WorkerPool, trained: Path, copy: Path
     other = resolve(changed(load_config(copy), {"model.ffn": 48}))
     (copy / "config.yaml").write_text(dump(other))
     assert "model.ffn=48: " in generate(pool, copy)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    for name, line in (("a.txt", "alpha"), ("a.jsonl", '{"prompt": "alpha"}')):
+        (tmp_path / name).write_text(f"{line}\r\n{line}", encoding="utf-8-sig")
+        assert [prompt.text for prompt in read_prompts(str(tmp_path / name))] == ["alpha", "alpha"]

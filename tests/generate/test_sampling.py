@@ -85,6 +85,7 @@ def test_context_moves_on_and_text_ends(tokens: str) -> None:
     assert whole == write(long[2:]) == seen  # of 10 tokens it sees 8, of 11 7
     assert whole != write(long[3:])
     assert write(long, end_of_text=whole[2]) == whole[: whole.index(whole[2])]
+    assert generate_tokens(jobs.generator(trainer), long, greedy, ends={whole[2]}) == whole[: whole.index(whole[2])]
     assert max(write(long, vocab_size=5)) < 5
     assert max(whole) < VOCABULARY
 

@@ -4,24 +4,25 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from megapar.config.errors import UserError
 from megapar.config.schema import DataConfig, TrainConfig
 from megapar.data.jsonl import Line
 from megapar.data.order import SampleOrder
 from megapar.data.packing import pack
-from megapar.data.records import Kind, Part, Record, Records, fitting, prepare_records, refuse_too_few
+from megapar.data.records import Kind, Part, Record, Records, fitting, prepare_records, refuse_too_few, teaching
 from megapar.data.source import Prepared, Source, Split
 
 ROLES = ("user", "assistant")
 
 
 def parse(line: Line) -> Record:
-    """`{"prompt": text, "response": text}`: the response is learned, and the end of text behind it. Or a conversation,
+    """`{"prompt": text, "response": text}`: the response is learned, and the end of text after it. Or a conversation,
     `{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}, ...]}`, maybe with a
-    system's message first: answers are learned, and what ends them."""
+    system message first: answers are learned, and what ends them."""
     if "messages" in line.values:
+        if both := [key for key in ("prompt", "response") if key in line.values]:
+            raise line.wrong(f'has "messages" and "{both[0]}"; keep the messages, or prompt and response')
         return _conversation(line)
-    prompt, response = line.text("prompt"), line.text("response", empty=True)
+    prompt, response = line.text("prompt"), line.text("response")
     parts = (Part(prompt), Part(response, learned=True, closes=True))
     return Record(line, (parts,), prompt)
 
@@ -29,14 +30,15 @@ def parse(line: Line) -> Record:
 def _conversation(line: Line) -> Record:
     given = line.values["messages"]
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-        raise line.wrong('"messages" is no list of objects; write [{"role": ..., "content": ...}, ...]')
+        raise line.wrong('"messages" is not a list of objects; write [{"role": ..., "content": ...}, ...]')
     said = [Line(line.path, line.number, one) for one in given]
     messages = tuple((one.text("role"), one.text("content")) for one in said)
     roles = [role for role, _ in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 or turns != [*ROLES] * (len(turns) // 2):
-        problem = "user and assistant take turns, the assistant last; a system's message may come first"
-        raise line.wrong(f'"messages" has the roles {", ".join(roles) or "of none"}: {problem}')
+        there = f"has the roles {', '.join(roles)}" if roles else "is empty"
+        rule = "user and assistant take turns, the assistant last; a system message may come first"
+        raise line.wrong(f'"messages" {there}: {rule}')
     parts = tuple(Part(text) for _, text in messages)
     return Record(line, (parts,), messages[-2][1], messages=messages)
 
@@ -58,10 +60,7 @@ class Instructions:
         learned = np.array([self._learned(record) for record in range(len(self.records))])
         most = self.length + 1
         chosen = fitting(self.records, self.records.lengths[:, 0] > most, config.data, most)
-        chosen = chosen[learned[chosen] > 0]  # cut in its prompt it teaches nothing
-        if not len(chosen):
-            problem = "no response is left of any record; raise train.seq_length, or shorten the prompts"
-            raise UserError(f"{self.records.where(0)}: {problem}")
+        chosen = teaching(self.records, chosen, learned[chosen])
         rows = pack(lengths[chosen], self.length) if config.data.packing else [[n] for n in range(len(chosen))]
         self._rows = [chosen[row] for row in rows]
         self.counts = np.array([learned[row].sum() for row in self._rows])

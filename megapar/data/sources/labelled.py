@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from megapar.config.errors import ConfigError
 from megapar.config.schema import DataConfig, TrainConfig
 from megapar.data.jsonl import Line
 from megapar.data.order import SampleOrder
@@ -28,13 +29,17 @@ class Labelled:
         assert config.data.prefix is not None
         self.records, self.length = Records(config.data.prefix, split), config.train.seq_length
         refuse_too_few(self.records, split, config.data)
+        classes, labels = config.model.classes, len(self.records.labels)
+        if classes is not None and classes != labels:
+            problem = f"the data has {labels} labels; leave model.classes out, or set it to that"
+            raise ConfigError("model.classes", classes, problem)
         lengths = self.records.lengths[:, 0]
         self._chosen = fitting(self.records, lengths > self.length, config.data, self.length)
         self.num_samples = len(self._chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
 
     def batch(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
-        """ids int64 [n, seq_length], 0 behind their ends; lengths int64 [n]; classes int64 [n]."""
+        """ids int64 [n, seq_length], 0 after their ends; lengths int64 [n]; classes int64 [n]."""
         records = [int(self._chosen[self.order.item(int(index))]) for index in indices]
         ids = np.zeros((len(records), self.length), dtype=np.int64)
         lengths = np.minimum(self.records.lengths[records, 0], self.length)

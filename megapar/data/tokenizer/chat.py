@@ -8,12 +8,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megapar.config.errors import ConfigError
+from megapar.config.errors import UserError
 from megapar.data.tokenizer.files import LIBRARIES
 
 CPU_S = 5  # processor time of all renderings of a call
 MEMORY = 1 << 30  # bytes of that process
 SCRIPT = Path(__file__).with_name("render.py")
+
+
+class TemplateError(Exception):
+    """What a template says (raise_exception) or what is wrong with it. number: of the conversation; None: of all"""
+
+    def __init__(self, problem: str, number: int | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.number = problem, number
 
 
 def render(
@@ -22,27 +30,23 @@ def render(
     """The text of each conversation of (role, content).
 
     answer: up to where the next answer begins; else to the end of the last
-    variables: bos_token and so on. Raises ConfigError for `chat` with what the template says (raise_exception) or what
-    is wrong with it: a syntax error, a reach out of the sandbox, no end.
+    variables: bos_token and so on. Raises TemplateError: what the template says, a syntax error, a reach out of the
+    sandbox, no end; and UserError where Jinja is not installed.
     """
     if importlib.util.find_spec("jinja2") is None:
-        raise ConfigError("chat", True, f"the library jinja2, which renders chat templates, {LIBRARIES}")
+        raise UserError(f"the library jinja2, which renders chat templates, {LIBRARIES}")
     limits = {"cpu_s": CPU_S, "memory": MEMORY}
     said = {"conversations": [list(turns) for turns in conversations], "variables": dict(variables), "answer": answer}
     given = {"template": template, **said, **limits}
     command = [sys.executable, "-P", str(SCRIPT)]
     done = subprocess.run(command, input=json.dumps(given), capture_output=True, encoding="utf-8")
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise _refused(f"does not end within {CPU_S} seconds")
+        raise TemplateError(f"does not end within {CPU_S} seconds")
     try:
         written = json.loads(done.stdout)
     except ValueError:
-        raise _refused(f"broke its process (exit code {done.returncode})") from None
+        raise TemplateError(f"broke its process (exit code {done.returncode})") from None
     if "error" in written:
-        raise _refused(written["error"])
+        raise TemplateError(written["error"], written["number"])
     texts: list[str] = written["texts"]
     return texts
-
-
-def _refused(problem: str) -> ConfigError:
-    return ConfigError("chat", True, f"the chat template: {problem}; mend the template, or leave chat out")

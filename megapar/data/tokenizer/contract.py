@@ -22,6 +22,14 @@ Message = tuple[str, str]  # (role, content), the role system, user or assistant
 Piece = tuple[list[int], bool]  # token ids, and whether an assistant wrote them
 
 
+class RefusedConversation(Exception):
+    """A conversation that can't be learned from. number: of it; problem: why, and what to do"""
+
+    def __init__(self, number: int, problem: str) -> None:
+        super().__init__(problem)
+        self.number, self.problem = number, problem
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -60,6 +68,11 @@ class Tokenizer(ABC):
         """Whether there is a chat template."""
         return False
 
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        """Tokens that end an answer in a conversation, beside the end of text: with a chat template, control tokens."""
+        return frozenset()
+
     @abstractmethod
     def chat(self, prompt: str, *more: str | Sequence[int]) -> list[int]:
         """Token ids of a conversation that `prompt`, a user's message, begins, up to where the next answer does.
@@ -70,10 +83,12 @@ class Tokenizer(ABC):
 
     def conversations(self, given: Sequence[Sequence[Message]]) -> list[list[Piece]]:
         """Conversations to learn from, each maybe a system's message, then a user's and an assistant's in turn: token
-        ids by who wrote them. What ends an answer counts as written by the assistant: a control token right behind it,
-        or in a transcript the end of the text, or the beginning of the user's next line.
+        ids by who wrote them. What ends an answer counts as written by the assistant: in a transcript the end of the
+        text, or the beginning of the user's next line; by a chat template what it writes behind the last answer up to
+        its first control token, or else an end-of-text token, which is put behind every answer.
 
-        Raises ConfigError where there is a chat template that does not take a conversation.
+        Raises RefusedConversation where a chat template does not take one or does not write each of its answers, but
+        for white space around them; and ConfigError where the template is broken.
         """
         return [self._transcript(messages) for messages in given]
 

@@ -11,12 +11,13 @@ from typing import Any
 import tokenizers
 
 from megapar.config.errors import ConfigError, UserError
-from megapar.data.tokenizer.chat import render
+from megapar.data.tokenizer.chat import TemplateError, render
 from megapar.data.tokenizer.contract import (
     PROBE,
     SPACE_MARK,
     Message,
     Piece,
+    RefusedConversation,
     Tokenizer,
     check_unicode,
     encode_around_marks,
@@ -33,7 +34,7 @@ ROLES = ("user", "assistant")
 AT_ONCE = 100  # conversations that a process renders, which has little time
 
 
-class _MakesControls(Exception):
+class _MakesControls(TemplateError):
     problem = "the template makes control tokens of it"
 
 
@@ -163,8 +164,14 @@ class JsonTokenizer(Tokenizer):
         turns = [(ROLES[number % 2], turn) for number, turn in enumerate((prompt, *more))]
         try:
             [parts] = self._rendered([turns], answer=True)
+            if more:  # as in training
+                [before] = self._rendered([turns[:-1]], answer=False)
+                parts = self._with_ends(parts, self._ending(before))
         except _MakesControls:
             raise ConfigError("prompt", ascii(prompt), f"{_MakesControls.problem}; write it another way") from None
+        except TemplateError as error:
+            problem = f"the chat template: {error.problem}; fix the template, or leave chat out"
+            raise ConfigError("chat", True, problem) from None
         return [token for ids, _ in parts for token in ids]
 
     def conversations(self, given: Sequence[Sequence[Message]]) -> list[list[Piece]]:
@@ -173,21 +180,62 @@ class JsonTokenizer(Tokenizer):
         found: list[list[Piece]] = []
         for first in range(0, len(given), AT_ONCE):
             batch = given[first : first + AT_ONCE]
-            answers = iter(self.encode_batch([text for one in batch for role, text in one if role == "assistant"]))
-            turns = [[(role, next(answers) if role == "assistant" else text) for role, text in one] for one in batch]
             try:
-                found += [self._with_ends(parts) for parts in self._rendered(turns, answer=False)]
-            except _MakesControls:
-                raise refused(self.path, f"{_MakesControls.problem}; mend the template, or the messages") from None
+                found += self._learnable(batch)
+            except TemplateError as error:
+                if error.number is None:
+                    raise refused(self.path, f"the chat template: {error.problem}; fix the template") from None
+                makes = isinstance(error, _MakesControls)
+                why = "makes control tokens of it" if makes else f"refuses it ({error.problem})"
+                problem = f"the chat template {why}; change the messages, or the template"
+                raise RefusedConversation(first + error.number % len(batch), problem) from None
+            except RefusedConversation as error:
+                raise RefusedConversation(first + error.number, error.problem) from None
         return found
 
-    def _with_ends(self, parts: Sequence[Piece]) -> list[Piece]:
-        """With a control token that stands right behind an answer as a part of it."""
+    def _learnable(self, given: Sequence[Sequence[Message]]) -> list[list[Piece]]:
+        """See `Tokenizer.conversations`; numbers in errors may count the conversations more than once around."""
+        answers = iter(self.encode_batch([answer for one in self._written(given) for answer in one]))
+        turns = [[(role, next(answers) if role == "assistant" else text) for role, text in one] for one in given]
+        return [self._with_ends(parts, self._ending(parts)) for parts in self._rendered(turns, answer=False)]
+
+    def _written(self, given: Sequence[Sequence[Message]]) -> list[list[str]]:
+        """The answers of each conversation as the template writes them, which may trim them. Raises
+        RefusedConversation where it writes something else, or does not write each once."""
+        nonce = str(uuid.uuid4().int)
+        marked = [[(role, f"{nonce}:" if role == "assistant" else text) for role, text in one] for one in given]
+        texts = self._by_template([*given, *marked], answer=False)
+        found = []
+        for number, (one, text) in enumerate(zip(given, texts, strict=False)):
+            before, *between = texts[len(given) + number].split(f"{nonce}:")
+            answers = [content for role, content in one if role == "assistant"]
+            at, written = len(before), []
+            for answer, behind in zip(answers, between, strict=False):
+                shape = next((shape for shape in _trimmed(answer) if text.startswith(shape + behind, at)), None)
+                if shape is None:
+                    break
+                written.append(shape)
+                at += len(shape + behind)
+            if not text.startswith(before) or len(written) != len(answers) or at != len(text):
+                problem = "the chat template changes an answer or leaves it out; change the messages, or the template"
+                raise RefusedConversation(number, problem)
+            found.append(written)
+        return found
+
+    def _ending(self, parts: Sequence[Piece]) -> list[int]:
+        """What a template writes behind the last answer, up to its first control token; nothing where it has none."""
+        last = max((number for number, (_, answer) in enumerate(parts) if answer), default=-1)
+        behind = parts[last + 1][0]
+        return next((behind[: at + 1] for at, token in enumerate(behind) if token in self._never), [])
+
+    def _with_ends(self, parts: Sequence[Piece], ending: list[int]) -> list[Piece]:
+        """With the ending as a part of every answer that it stands behind; the others get an end-of-text token."""
         found: list[Piece] = []
         for ids, answer in parts:
-            if found and found[-1][1] and not answer and ids and ids[0] in self._never:
-                found[-1] = ([*found[-1][0], ids[0]], True)
-                ids = ids[1:]
+            if found and found[-1][1]:
+                ends = bool(ending) and ids[: len(ending)] == ending
+                found[-1] = ([*found[-1][0], *(ending if ends else [self.end_of_text])], True)
+                ids = ids[len(ending) :] if ends else ids
             found.append((ids, answer))
         return found
 
@@ -195,7 +243,7 @@ class JsonTokenizer(Tokenizer):
         self, given: Sequence[Sequence[tuple[str, str | Sequence[int]]]], *, answer: bool
     ) -> list[list[Piece]]:
         """Conversations of (role, text, or token ids of an answer) as the template writes them: token ids, and whether
-        they are an answer's. Raises _MakesControls."""
+        they are an answer's. Raises _MakesControls, and what `render` does."""
         nonce = str(uuid.uuid4().int)  # digits: no filter of a template changes them
         contents = sorted(self._controls, key=len, reverse=True)
         spelled = re.compile("|".join(map(re.escape, contents)) or "(?!)")
@@ -212,23 +260,30 @@ class JsonTokenizer(Tokenizer):
         plain = [[(role, "x") for role, _ in turns] for turns in given]
         texts = [re.split(f"{nonce}:([0-9]+):", text) for text in self._by_template([*said, *plain], answer)]
         found = []
-        for whole, alone in zip(texts[: len(given)], texts[len(given) :], strict=True):
+        for number, (whole, alone) in enumerate(zip(texts[: len(given)], texts[len(given) :], strict=True)):
             parts: list[Piece] = []
-            for number, part in enumerate(whole):
-                ids = list(pieces[int(part)]) if number % 2 else self._with_controls(part)
-                parts.append((ids, bool(number % 2) and int(part) >= len(contents)))
+            for place, part in enumerate(whole):
+                ids = list(pieces[int(part)]) if place % 2 else self._with_controls(part)
+                parts.append((ids, bool(place % 2) and int(part) >= len(contents)))
             expected = [token for token in self._with_controls(alone[0]) if token in self._never]
             if [token for ids, _ in parts for token in ids if token in self._never] != expected:
-                raise _MakesControls
+                raise _MakesControls(_MakesControls.problem, number)
             found.append(parts)
         return found
 
     def _by_template(self, conversations: Sequence[Sequence[tuple[str, str]]], answer: bool) -> list[str]:
-        return render(self._template(), conversations, self._names, answer=answer)
+        if (template := self._template()) is None:
+            problem = f"{self.path} has no chat template; leave it out, or put {TEMPLATE} beside it"
+            raise ConfigError("chat", True, problem)
+        return render(template, conversations, self._names, answer=answer)
 
     @property
     def has_template(self) -> bool:
-        return TEMPLATE in self._files or bool(self._settings.get(CONFIG, {}).get("chat_template"))
+        return self._template() is not None
+
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        return frozenset(self._never) if self.has_template else frozenset()
 
     def _with_controls(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
@@ -242,18 +297,20 @@ class JsonTokenizer(Tokenizer):
         finally:
             self._model.encode_special_tokens = True
 
-    def _template(self) -> str:
-        """The chat template: a file of its own, or in the configuration. Raises ConfigError where there is none."""
+    def _template(self) -> str | None:
+        """The chat template: a file of its own, or in the configuration."""
         if TEMPLATE in self._files:
             return _read(self._files[TEMPLATE]).decode("utf-8", errors="replace")
         template = self._settings.get(CONFIG, {}).get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
             template = named.get("default")
-        if not isinstance(template, str):
-            problem = f"{self.path} has no chat template; leave it out, or put {TEMPLATE} beside it"
-            raise ConfigError("chat", True, problem)
-        return template
+        return template if isinstance(template, str) else None
+
+
+def _trimmed(text: str) -> list[str]:
+    """A text as templates may write it: as it is, or without white space, or line ends, at its sides."""
+    return [text, *(trim(text, which) for which in (None, "\n") for trim in (str.strip, str.lstrip, str.rstrip))]
 
 
 def _unknown(model: dict[str, Any]) -> str | None:

@@ -11,7 +11,6 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MOST = 10_000_000  # characters
-ARGUMENTS = ("template", "conversations", "variables", "answer")
 
 
 class Generation(jinja2.ext.Extension):
@@ -44,20 +43,22 @@ def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
-def render(template: str, conversations: list[list[list[str]]], variables: dict[str, str], answer: bool) -> list[str]:
-    """Each conversation of [role, content]. answer: up to where the next answer begins. Raises what a template may."""
+def compiled(template: str) -> jinja2.Template:
+    """Raises what Jinja may."""
     extensions = [Generation, jinja2.ext.loopcontrols]
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    compiled = environment.from_string(template)
-    texts = []
-    for turns in conversations:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        texts.append(compiled.render(messages=messages, add_generation_prompt=answer, **variables))
-        if len(texts[-1]) > MOST:
-            raise jinja2.TemplateError(f"writes more than {MOST:,} characters")
-    return texts
+    return environment.from_string(template)
+
+
+def render(template: jinja2.Template, turns: list[list[str]], variables: dict[str, str], answer: bool) -> str:
+    """A conversation of [role, content]. answer: up to where the next answer begins. Raises what a template may."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = template.render(messages=messages, add_generation_prompt=answer, **variables)
+    if len(text) > MOST:
+        raise jinja2.TemplateError(f"writes more than {MOST:,} characters")
+    return text
 
 
 def main() -> None:
@@ -65,12 +66,18 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (given["cpu_s"], given["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (given["memory"], given["memory"]))
+    texts: list[str] = []
+    number: int | None = None  # of the conversation
     try:
-        answer: dict[str, Any] = {"texts": render(*(given[name] for name in ARGUMENTS))}
+        template = compiled(given["template"])
+        for turns in given["conversations"]:
+            number = len(texts)
+            texts.append(render(template, turns, given["variables"], given["answer"]))
+        said: dict[str, Any] = {"texts": texts}
     except Exception as error:  # whatever a template does
         kind = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__
-        answer = {"error": " ".join([kind, *str(error).split()]).strip(" .")[:500]}
-    json.dump(answer, sys.stdout)
+        said = {"error": " ".join([kind, *str(error).split()]).strip(" .")[:500], "number": number}
+    json.dump(said, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def _question(line: Line, subject: Subject) -> Question:
 def _choices(line: Line) -> list[str]:
     choices = line.values.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise line.wrong('"choices" must be a list of texts, none of them empty; mend the line, or remove it')
+        raise line.wrong('"choices" must be a list of strings, none of them empty; fix the line, or remove it')
     if len(choices) < 2:
         raise line.wrong(f'"choices" has {len(choices)}; give at least two')
     for choice in choices:
@@ -60,11 +60,11 @@ def _answer(line: Line, choices: list[str]) -> int:
     return answer
 
 
-def refuse_long(line: Line, tokens: int, subject: Subject) -> None:
-    """Raise UserError for more tokens than the model can look at."""
+def refuse_long(line: Line, tokens: int, subject: Subject, what: str = "prompt") -> None:
+    """Raise UserError for more tokens than the model can look at. what: is to be shortened"""
     if tokens > (most := subject.context_length):
         raise line.wrong(
-            f"{tokens} tokens, of which train.seq_length={most} fit; shorten the prompt, or remove the line"
+            f"{tokens} tokens, of which train.seq_length={most} fit; shorten the {what}, or remove the line"
         )
 
 

@@ -39,7 +39,7 @@ def _tokens(line: Line, subject: Subject) -> list[int]:
     tokens = [*before, *subject.tokenizer.encode(line.text("text")), *behind]
     if subject.config.data.too_long == "truncate" and len(tokens) > subject.context_length:
         return [*tokens[: subject.context_length - 1], tokens[-1]]
-    refuse_long(line, len(tokens), subject)
+    refuse_long(line, len(tokens), subject, "text")
     return tokens
 
 
@@ -47,7 +47,9 @@ def _class(line: Line, numbers: dict[str, int]) -> int:
     label = line.text("label")
     if label not in numbers:
         some = ", ".join(list(numbers)[:5]) + ("..." if len(numbers) > 5 else "")
-        raise line.wrong(f'the label "{label}" is none of the model\'s, which has {some}; mend it, or remove the line')
+        raise line.wrong(
+            f'the label "{label}" is none of the model\'s, which has {some}; correct it, or remove the line'
+        )
     return numbers[label]
 
 
