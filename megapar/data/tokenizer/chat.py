@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megapar.config.errors import UserError
-from megapar.data.tokenizer.files import LIBRARIES
+from megapar.data.tokenizer.contract import LIBRARIES
 
 CPU_S = 5  # processor time of all renderings of a call
 MEMORY = 1 << 30  # bytes of that process

@@ -18,6 +18,7 @@ PROBE = "  \ufb01 A\u030a\t\r\n\n \u2460\u3000\U0001f389 \0</s><0x41>" + SPACE_M
 
 # A conversation without a chat template is a transcript: `User: How?`, `Assistant: So.`, a line each.
 USER, ASSISTANT, NEXT_USER = "User: ", "\nAssistant:", "\nUser:"
+LIBRARIES = "is not installed; pip install 'megapar[hf]'"
 Message = tuple[str, str]  # (role, content), the role system, user or assistant
 Piece = tuple[list[int], bool]  # token ids, and whether an assistant wrote them
 

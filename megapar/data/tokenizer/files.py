@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megapar.config.errors import ConfigError
-from megapar.data.tokenizer.contract import Tokenizer, refused
+from megapar.data.tokenizer.contract import LIBRARIES, Tokenizer, refused
 from megapar.files import special
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # a tokenizer.json's, if there
 NAMES = (JSON, MODEL, *BESIDE)
 ENDINGS = {JSON: ".tokenizer.json", MODEL: ".model"} | {name: f".{name}" for name in BESIDE}  # of PREFIX
-LIBRARIES = "is not installed; pip install 'megapar[hf]'"
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
