@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
         return 1
     except KeyboardInterrupt as interruption:
         print("\n".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        # CPython keeps in mind that an interrupt passed through an exec of text, as dataclasses use it, and would end the
-        # process by SIGINT whatever code it returns. The next exec forgets that.
-        exec("")  # noqa: E501
+        # CPython remembers that an interrupt passed through an exec of text, as dataclasses use it, and would end the
+        # process by SIGINT, whatever code it returns. The next exec forgets that.
+        exec("")
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
