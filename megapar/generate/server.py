@@ -9,6 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, Queue
 from typing import Any
@@ -145,15 +146,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _events(self, events: "Queue[Event]", choices: int) -> Iterator[Event]:
         """All of a request. Raises ConnectionAbortedError when its client has gone."""
+        look = time.monotonic() + LOOK_S
         while choices:
-            try:
-                event = events.get(timeout=LOOK_S)
-            except Empty:
+            event = None
+            with suppress(Empty):
+                event = events.get(timeout=max(0.0, look - time.monotonic()))
+            if time.monotonic() >= look:  # of text that nobody reads there may always be more
                 if self._gone():
-                    raise ConnectionAbortedError from None
-                continue
-            choices -= event.ended is not None
-            yield event
+                    raise ConnectionAbortedError
+                look = time.monotonic() + LOOK_S
+            if event is not None:
+                choices -= event.ended is not None
+                yield event
 
     def _gone(self) -> bool:
         readable = select.select([self.connection], [], [], 0)[0]

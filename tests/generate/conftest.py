@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,7 +21,7 @@ POISON = "\x07"  # reading it gives logits that are not finite, in runs that hav
 
 
 def make_run(folder: Path, poisoned: bool = False, **values: Any) -> Path:
-    """Two steps, both in checkpoints; one where a token is poisoned."""
+    """Two steps, both in checkpoints; one where a token is poisoned, and no greedy text writes that one or ends."""
     (folder / "text.txt").write_text("".join(make_text(seed) for seed in range(8)), encoding="utf-8")
     data = DataConfig(path=str(folder / "text.txt"), vocab_size=400, split=0.0, cache=str(folder / "cache"))
     prepared = prepare(data)
@@ -39,9 +39,10 @@ def make_run(folder: Path, poisoned: bool = False, **values: Any) -> Path:
     for step in (1,) if poisoned else (1, 2):
         trainer.step(step)
         if poisoned:
-            [token] = open_tokenizer(folder / "run" / MODEL).encode(POISON)
-            stage: Any = trainer.stages[0]
+            tokenizer, stage = open_tokenizer(folder / "run" / MODEL), cast(Any, trainer.stages[0])
+            [token] = tokenizer.encode(POISON)
             stage.embedding.tokens.owner.tensor.data[token] = float("nan")
+            stage.head.logits.owner.tensor.data[[token, tokenizer.end_of_text]] = 0.0  # never the likeliest
         save(folder / "run" / "checkpoints", trainer.optimizer, config, step)
     shutil.rmtree(folder / "cache")
     return folder / "run"
