@@ -1,6 +1,6 @@
-"""Scaled dot-product attention with grouped query heads, windows and packed sequences.
+"""Scaled dot-product attention with grouped query heads, windows, packed sequences and an additive bias.
 
-`attention` is the contract; the two operators that torch sees follow it. Its form in torch is in `plain`, the Triton
+`attention` is the contract; the three operators that torch sees follow it. Its form in torch is in `plain`, the Triton
 kernels are in `forward` and `backward` with what they share in `tiles`, their launches and the table of block sizes in
 `launch`. `fused` has the same of one matrix of q, k and v, with their rotary positions.
 
@@ -15,6 +15,7 @@ K key/value heads, D channels of q and k, E channels of v.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from megapar.kernels.registry import Kernel
 
 WIDEST = 256  # channels of a head
 
+# scale, keys before and behind a query's place that it sees, softcap, bias
+Settings = tuple[float, int, int, float | None, Tensor | None]
+
 
 def attention(
     q: Tensor,
@@ -41,9 +45,10 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """softmax(scale * q k^T) v per head.
+    """softmax(scale * q k^T + bias) v per head.
 
     q [B, S, N, D], k [B, L, K, D], v [B, L, K, E] in one floating dtype; N is a multiple of K, and query head n reads
     kv head n // (N / K). Query i stands at key i + L - S: the last query beside the last key.
@@ -53,7 +58,10 @@ def attention(
         k, v [T', K, .] begins, and the end of the last: 0 first, then never less, at most T. Sequences may be empty.
         Give both or neither. On a GPU nothing checks the numbers: the kernels cut each to 0 and T, so that wrong ones
         give wrong results and no access outside the tensors
-    scale: positive, 1/sqrt(D) by default; softcap: scores become softcap * tanh(scores / softcap)
+    scale: positive, 1/sqrt(D) by default; softcap: scores become softcap * tanh(scores / softcap), without a bias
+    bias: [N, S, L] in a floating dtype, the same for every sample, differentiable. Of packed sequences, whose positions
+        count from their own beginning, at least as long as the longest of them; on a GPU nothing checks that, and
+        where it has no element it is 0
 
     Returns [B, S, N, E] (packed: [T, N, E]) in q's dtype. With return_lse also the natural logarithm of the softmax's
     denominator, fp32 (fp64 for fp64), of the same shape without E, differentiable too, for `merge_attention`.
@@ -63,7 +71,7 @@ def attention(
     backend that was asked for can't run. The Triton gradients can be differentiated no further.
     """
     starts = cu_seqlens_q, cu_seqlens_k
-    backend, settings = settle(q, k, v, starts, causal, window, scale, softcap)
+    backend, settings = settle(q, k, v, starts, causal, window, scale, softcap, bias)
     if backend == "torch":
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings, return_lse)
@@ -101,20 +109,22 @@ def settle(
     window: tuple[int | None, int | None] | None,
     scale: float | None,
     softcap: float | None,
-) -> tuple[str, tuple[float, int, int, float | None]]:
-    """(backend, (scale, keys before and behind a query's place that it sees, softcap)) of a call of `attention`, whose
-    cu_seqlens are `starts`. Raises ValueError as it does."""
+    bias: Tensor | None = None,
+) -> tuple[str, "Settings"]:
+    """(backend, settings) of a call of `attention`, whose cu_seqlens are `starts`. Raises ValueError as it does."""
     left, right = _window(causal, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     _check(q, k, v, *starts, scale, softcap)
+    if bias is not None:
+        _check_bias(q, k, starts, softcap, bias)
     backend = backend_of("attention", q.device.type, q.dtype)
-    for numbers, rows in zip(starts, (len(q), len(k)), strict=True):
+    for place, (numbers, rows) in enumerate(zip(starts, (len(q), len(k)), strict=True)):
         if numbers is not None and (backend == "torch" or numbers.device.type == "cpu"):
-            _check_starts(numbers, rows)
+            _check_starts(numbers, rows, None if bias is None else bias.shape[1 + place])
     if backend != "torch" and max(q.shape[-1], v.shape[-1]) > WIDEST:
         heads = f"heads of {q.shape[-1]} and {v.shape[-1]} channels"
         raise ValueError(f"{heads}: the kernels take up to {WIDEST}; use kernels.backend=torch")
-    return backend, (scale, left, right, softcap)
+    return backend, (scale, left, right, softcap, bias)
 
 
 def _window(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -149,13 +159,26 @@ def _check(
         raise ValueError(f"scale={scale}, softcap={softcap}: must be positive")
 
 
-def _check_starts(starts: Tensor, rows: int) -> None:
-    """Called where it costs no wait for a GPU."""
+def _check_bias(
+    q: Tensor, k: Tensor, starts: tuple[Tensor | None, Tensor | None], softcap: float | None, bias: Tensor
+) -> None:
+    if softcap is not None:
+        raise ValueError(f"softcap={softcap} and a bias: no model has both; give one of them")
+    whole = starts[0] is not None or bias.shape[1:] == (q.shape[1], k.shape[1])
+    if bias.dim() != 3 or len(bias) != q.shape[-2] or not bias.is_floating_point() or not whole:
+        needed = f"[{q.shape[-2]}, S, L]" if starts[0] is not None else f"[{q.shape[-2]}, {q.shape[1]}, {k.shape[1]}]"
+        raise ValueError(f"bias {list(bias.shape)} {bias.dtype}: need {needed} in a floating dtype")
+
+
+def _check_starts(starts: Tensor, rows: int, longest: int | None) -> None:
+    """Called where it costs no wait for a GPU. longest: the most that a sequence may have."""
     if torch.compiler.is_compiling():
         return
     ends = starts.tolist()
     if ends != sorted(ends) or ends[0] != 0 or ends[-1] > rows:
         raise ValueError(f"cu_seqlens {ends}: need 0 first, then numbers that never fall, of at most {rows}")
+    if longest is not None and max(b - a for a, b in pairwise(ends)) > longest:
+        raise ValueError(f"cu_seqlens {ends}: a sequence is longer than the {longest} positions of the bias")
 
 
 # -------------------------------------------------------------------------------------------------------- operators
@@ -172,9 +195,10 @@ def attention_op(
     left: int,
     right: int,
     softcap: float | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, S, N, E] or [T, N, E], lse [N, B*S] or [N, T] in fp32), contiguous; arguments checked by `attention`."""
-    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, bias)
     o, lse = outputs(q, v)
     if cu_seqlens_q is not None or not call.useful:  # rows that belong to no sequence
         o.zero_()
@@ -199,9 +223,10 @@ def attention_backward_op(
     left: int,
     right: int,
     softcap: float | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous, from the gradients of both outputs of `attention_op`. The same bits every time."""
-    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap)
+    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, bias)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if cu_seqlens_q is not None or not call.useful:
         for gradient in (dq, dk, dv):
@@ -215,8 +240,38 @@ def attention_backward_op(
     return dq, dk, dv
 
 
+@custom_op("megapar::attention_bias_backward")
+def attention_bias_backward_op(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+    bias: Tensor,
+) -> Tensor:
+    """The bias's gradient [N, S, L] in its dtype, contiguous, summed over samples. dlse: None for zeros. The same bits
+    every time."""
+    call = Call.of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap, bias)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    if not call.useful or not bias.numel():
+        return dbias.zero_()
+    arch, do = target_arch(), matrix(do.contiguous())
+    statistics = lse.new_empty(2, *lse.shape)
+    call.statistics(arch, matrix(o), do, lse, None if dlse is None else dlse.contiguous(), statistics).run()
+    call.dbias(arch, do, statistics, dbias).run()
+    return dbias
+
+
 @attention_op.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right, softcap):
+def _(q, k, v, *rest):
     return outputs(q, v)
 
 
@@ -225,14 +280,23 @@ def _(do, dlse, q, k, v, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
+@attention_bias_backward_op.register_fake
+def _(*arguments):
+    return torch.empty_like(arguments[-1], memory_format=torch.contiguous_format)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
-    ctx.settings = inputs[5:]
+    *settings, bias = inputs[5:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5], bias)
+    ctx.settings = settings
 
 
 def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = call(attention_backward_op, do, dlse, *ctx.saved_tensors, *ctx.settings)
-    return *gradients, *(None,) * 6
+    *tensors, bias = ctx.saved_tensors
+    given = (do, dlse, *tensors, *ctx.settings, bias)
+    gradients = call(attention_backward_op, *given)
+    dbias = call(attention_bias_backward_op, *given) if ctx.needs_input_grad[-1] else None
+    return *gradients, *(None,) * 6, dbias
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Attention's backward kernels: what each query contributes to both (statistics), dK with dV, and dQ."""
+"""Attention's backward kernels: what each query contributes to all (statistics), dK with dV, dQ, and the bias's."""
 
 from typing import Any
 
@@ -9,12 +9,14 @@ from megapar.kernels._common import (
     dot,
     load_full_tile,
     load_tile,
+    sequence_rows,
     store_tile,
     tl,
     triton,
 )
 from megapar.kernels.attention.tiles import (
     VARYING,
+    biased,
     bytes_of,
     cap,
     edge,
@@ -56,10 +58,9 @@ def attention_statistics_kernel(
 
 
 @device_function
-def _weights(s, logarithm, inner, scale, softcap):
-    """(scores as `cap` returns them, weights) from q k^T; logarithm: inf where a query does not see a key."""
-    t = cap(s, inner, softcap)
-    return t, tl.exp2(t * scale - logarithm)
+def _weights(t, logarithm, scale):
+    """Weights from scores as `cap` and `biased` return them; logarithm: inf where a query does not see a key."""
+    return tl.exp2(t * scale - logarithm)
 
 
 @device_function
@@ -74,7 +75,7 @@ def _scores_gradient(p, dp, delta, t, softcap):
 @triton.jit(launch_metadata=metadata(2, 2), do_not_specialize=VARYING)
 def attention_dkdv_kernel(
     q, k, v, do, q_tiles, do_tiles, statistics, dk, dv,
-    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride, bias, bias_queries, bias_keys,
     total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
@@ -119,7 +120,9 @@ def attention_dkdv_kernel(
         logarithm = tl.where(seen, logarithm[None, :], float("inf"))
         s = dot(k_tile, q_tile.T, None, PRECISION)
         dp = dot(v_tile, do_tile.T, None, PRECISION)
-        t, p = _weights(s, logarithm, inner, scale_2, softcap)
+        t = cap(s, inner, softcap)
+        t = biased(t, bias, head, m, start, scale, bias_queries, bias_keys, EDGE, ROWS, True)
+        p = _weights(t, logarithm, scale_2)
         dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc, PRECISION)
         ds = _scores_gradient(p, dp, delta[None, :], t, softcap)
         dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc, PRECISION)
@@ -134,7 +137,9 @@ def attention_dkdv_kernel(
         logarithm = tl.load(at)[None, :]
         s = dot(k_tile, q_tile.T, None, PRECISION)
         dp = dot(v_tile, do_tile.T, None, PRECISION)
-        t, p = _weights(s, logarithm, inner, scale_2, softcap)
+        t = cap(s, inner, softcap)
+        t = biased(t, bias, head, row - first_q, start, scale, bias_queries, bias_keys, STEP, ROWS, True)
+        p = _weights(t, logarithm, scale_2)
         dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc, PRECISION)
         ds = _scores_gradient(p, dp, tl.load(at + total)[None, :], t, softcap)
         dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc, PRECISION)
@@ -153,19 +158,23 @@ def attention_dkdv_kernel(
 
 
 @device_function
-def _dq_step(q_tile, do_tile, k_tile, v_tile, logarithm, delta, dq, inner, scale, softcap, PRECISION: tl.constexpr):
-    """dq with what one tile of keys adds."""
+def _of_keys(
+    q_tile, do_tile, k_tile, v_tile, logarithm, delta, bias, head, row, key, scale, softcap, bias_queries, bias_keys,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scaled scores of ROWS queries and KEYS keys before the softcap, [ROWS, KEYS]."""
+    inner, scale_2 = factors(scale, softcap)
     s = dot(q_tile, k_tile.T, None, PRECISION)
     dp = dot(do_tile, v_tile.T, None, PRECISION)
-    t, p = _weights(s, logarithm, inner, scale, softcap)
-    ds = _scores_gradient(p, dp, delta[:, None], t, softcap)
-    return dot(cast(ds, k_tile.dtype), k_tile, dq, PRECISION)
+    t = cap(s, inner, softcap)
+    t = biased(t, bias, head, row, key, scale, bias_queries, bias_keys, ROWS, KEYS)
+    return _scores_gradient(_weights(t, logarithm, scale_2), dp, delta[:, None], t, softcap)
 
 
 @triton.jit(launch_metadata=metadata(2, 1), do_not_specialize=VARYING)
 def attention_dq_kernel(
     q, k, v, do, k_tiles, v_tiles, statistics, dq,
-    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride, bias, bias_queries, bias_keys,
     total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
@@ -181,7 +190,6 @@ def attention_dq_kernel(
     kv_head = head // group
     end_q, end_k = first_q + len_q, first_k + len_k
     shift = len_k - len_q
-    inner, scale_2 = factors(scale, softcap)
     do_stride = tl.num_programs(1) * E
     q_tile = load_tile(q, first_q + start, head * D, q_stride, end_q, ROWS, D, BLOCK_D)
     do_tile = load_tile(do, first_q + start, head * E, do_stride, end_q, ROWS, E, BLOCK_E)
@@ -199,16 +207,67 @@ def attention_dq_kernel(
         v_tile = load_tile(v, first_k + n, kv_head * E, v_stride, end_k, EDGE, E, BLOCK_E)
         seen = sees(rows[:, None], keys[None, :], shift, left, right, len_k)
         hiding = tl.where(seen, logarithm[:, None], float("inf"))
-        acc = _dq_step(q_tile, do_tile, k_tile, v_tile, hiding, delta, acc, inner, scale_2, softcap, PRECISION)
+        ds = _of_keys(
+            q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, start, n, scale, softcap,
+            bias_queries, bias_keys, ROWS, EDGE, PRECISION,
+        )  # fmt: skip
+        acc = dot(cast(ds, k_tile.dtype), k_tile, acc, PRECISION)
 
     for n in tl.range(full_low, full_high, STEP):
         k_tile = load_full_tile(k, k_tiles, first_k + n, kv_head * D, k_stride, STEP, D, BLOCK_D)
         v_tile = load_full_tile(v, v_tiles, first_k + n, kv_head * E, v_stride, STEP, E, BLOCK_E)
-        acc = _dq_step(
-            q_tile, do_tile, k_tile, v_tile, logarithm[:, None], delta, acc, inner, scale_2, softcap, PRECISION
-        )
+        ds = _of_keys(
+            q_tile, do_tile, k_tile, v_tile, logarithm[:, None], delta, bias, head, start, n, scale, softcap,
+            bias_queries, bias_keys, ROWS, STEP, PRECISION,
+        )  # fmt: skip
+        acc = dot(cast(ds, k_tile.dtype), k_tile, acc, PRECISION)
 
     dq_stride = tl.num_programs(1) * D
     if FUSED:
         dq_stride = (tl.num_programs(1) + tl.num_programs(1) // group * 2) * D
     store_tile(dq, acc * scale, first_q + start, head * D, dq_stride, end_q, ROWS, D, BLOCK_D)
+
+
+@triton.jit(launch_metadata=metadata(1, 1), do_not_specialize=VARYING)
+def attention_dbias_kernel(
+    q, k, v, do, statistics, dbias,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride, bias, bias_queries, bias_keys,
+    total_q, len_q, len_k, left, right, num_sequences, group,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries and STEP keys of one head: dbias [N, bias_queries, bias_keys], a sum over the sequences in their
+    order: no atomics, and the same bits every time. Grid: tiles of keys, tiles of queries, N."""
+    key, row, head = tl.program_id(0) * STEP, tl.program_id(1) * ROWS, tl.program_id(2)
+    kv_head = head // group
+    do_stride = tl.num_programs(2) * E
+    total = tl.cast(tl.num_programs(2), tl.int64) * total_q
+    rows, keys = row + tl.arange(0, ROWS), key + tl.arange(0, STEP)
+    acc = tl.full([ROWS, STEP], 0.0, tl.float32)
+    for sequence in tl.range(0, num_sequences):
+        first_q, queries, first_k, there = sequence * len_q, len_q, sequence * len_k, len_k
+        if starts_q is not None:
+            first_q, queries = sequence_rows(starts_q, sequence, len_q)
+            first_k, there = sequence_rows(starts_k, sequence, len_k)
+        shift = there - queries
+        # The farthest right that one of these queries sees, and the farthest left.
+        high = tl.minimum(tl.minimum(row + ROWS, queries) + shift + right, there)
+        low = tl.maximum(row + shift - left, 0)
+        if (row < queries) & (key < high) & (key + STEP > low):
+            q_tile = load_tile(q, first_q + row, head * D, q_stride, first_q + queries, ROWS, D, BLOCK_D)
+            do_tile = load_tile(do, first_q + row, head * E, do_stride, first_q + queries, ROWS, E, BLOCK_E)
+            k_tile = load_tile(k, first_k + key, kv_head * D, k_stride, first_k + there, STEP, D, BLOCK_D)
+            v_tile = load_tile(v, first_k + key, kv_head * E, v_stride, first_k + there, STEP, E, BLOCK_E)
+            at = statistics + tl.cast(head, tl.int64) * total_q + first_q + rows
+            logarithm = tl.load(at, mask=rows < queries, other=float("inf"))
+            delta = tl.load(at + total, mask=rows < queries, other=0.0)
+            seen = sees(rows[:, None], keys[None, :], shift, left, right, there)
+            hiding = tl.where(seen, logarithm[:, None], float("inf"))
+            acc += _of_keys(
+                q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, row, key, scale, softcap,
+                bias_queries, bias_keys, ROWS, STEP, PRECISION,
+            )  # fmt: skip
+    exists = (rows[:, None] < bias_queries) & (keys[None, :] < bias_keys)
+    first = dbias + tl.cast(head, tl.int64) * bias_queries * bias_keys
+    places = first + rows[:, None].to(tl.int64) * bias_keys + keys[None, :]
+    tl.store(places, cast(acc, dbias.dtype.element_ty), mask=exists)

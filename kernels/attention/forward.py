@@ -12,7 +12,18 @@ from megapar.kernels._common import (
     tl,
     triton,
 )
-from megapar.kernels.attention.tiles import VARYING, cap, edge, factors, metadata, num_edges, place, ranges, sees
+from megapar.kernels.attention.tiles import (
+    VARYING,
+    biased,
+    cap,
+    edge,
+    factors,
+    metadata,
+    num_edges,
+    place,
+    ranges,
+    sees,
+)
 
 
 @device_function
@@ -30,7 +41,7 @@ def _softmax(s, m, total, scale, BOUNDARY: tl.constexpr):
 @triton.jit(launch_metadata=metadata(1, 1), do_not_specialize=VARYING)
 def attention_forward_kernel(
     q, k, v, k_tiles, v_tiles, o, lse,
-    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride,
+    starts_q, starts_k, scale, softcap, q_stride, k_stride, v_stride, bias, bias_queries, bias_keys,
     total_q, len_q, len_k, left, right, num_sequences, group,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -46,6 +57,7 @@ def attention_forward_kernel(
     kv_head = head // group
     end_q, end_k = first_q + len_q, first_k + len_k
     shift = len_k - len_q
+    plain_scale = scale
     inner, scale = factors(scale, softcap)
     q_tile = load_tile(q, first_q + start, head * D, q_stride, end_q, ROWS, D, BLOCK_D)
     rows = start + tl.arange(0, ROWS)
@@ -58,6 +70,7 @@ def attention_forward_kernel(
         n = edge(index, low, full_low, full_high, EDGE)
         k_tile = load_tile(k, first_k + n, kv_head * D, k_stride, end_k, EDGE, D, BLOCK_D)
         s = cap(dot(q_tile, k_tile.T, None, PRECISION), inner, softcap)
+        s = biased(s, bias, head, start, n, plain_scale, bias_queries, bias_keys, ROWS, EDGE)
         keys = n + tl.arange(0, EDGE)
         s = tl.where(sees(rows[:, None], keys[None, :], shift, left, right, len_k), s, float("-inf"))
         p, m, total, decay = _softmax(s, m, total, scale, True)
@@ -69,6 +82,7 @@ def attention_forward_kernel(
         # computed. p is carried in fp32: cast before it is carried, Triton would take it through shared memory.
         k_tile = load_full_tile(k, k_tiles, first_k + full_low, kv_head * D, k_stride, STEP, D, BLOCK_D)
         s = cap(dot(q_tile, k_tile.T, None, PRECISION), inner, softcap)
+        s = biased(s, bias, head, start, full_low, plain_scale, bias_queries, bias_keys, ROWS, STEP)
         p, m, total, decay = _softmax(s, m, total, scale, False)
         for n in tl.range(full_low + STEP, full_high, STEP):
             weights = cast(p, v.dtype.element_ty)
@@ -76,7 +90,9 @@ def attention_forward_kernel(
             s = dot(q_tile, k_tile.T, None, PRECISION)
             v_tile = load_full_tile(v, v_tiles, first_k + n - STEP, kv_head * E, v_stride, STEP, E, BLOCK_E)
             acc = dot(weights, v_tile, acc * decay[:, None], PRECISION)
-            p, m, total, decay = _softmax(cap(s, inner, softcap), m, total, scale, False)
+            s = cap(s, inner, softcap)
+            s = biased(s, bias, head, start, n, plain_scale, bias_queries, bias_keys, ROWS, STEP)
+            p, m, total, decay = _softmax(s, m, total, scale, False)
         v_tile = load_full_tile(v, v_tiles, first_k + full_high - STEP, kv_head * E, v_stride, STEP, E, BLOCK_E)
         acc = dot(cast(p, v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
 

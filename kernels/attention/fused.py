@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from megapar.kernels import rope as rotary
 from megapar.kernels._common import FARTHEST, matrix, target_arch
 from megapar.kernels._operators import call, custom_op
-from megapar.kernels.attention import attention, attention_op, settle
+from megapar.kernels.attention import attention, attention_bias_backward_op, attention_op, settle
 from megapar.kernels.attention.launch import Call
 
 Sizes = tuple[int, int, int]  # N, K, S
@@ -36,6 +36,7 @@ def fused_attention_(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Attention of qkv [T, W]: [T, N D] in its dtype. heads: N, kv_heads: K, length: S.
@@ -58,16 +59,17 @@ def fused_attention_(
     if table is not None:
         q, k, _ = _parts(seen, sizes)
         rotary.check(q, k, table)
-    backend, settings = settle(*_parts(seen, sizes, starts), (starts, starts), causal, window, scale, softcap)
+    parts = _parts(seen, sizes, starts)
+    backend, (*settings, _) = settle(*parts, (starts, starts), causal, window, scale, softcap, bias)
     if backend == "torch" or torch.compiler.is_compiling():  # it traces no function that writes to its input
         attend = partial(
             attention, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=causal, window=window, scale=scale,
-            softcap=softcap,
+            softcap=softcap, bias=bias,
         )  # fmt: skip
         return _of_parts(attend, qkv, sizes, table, starts, recompute)
     if table is not None and not _is_own(qkv):
         qkv = qkv.clone(memory_format=torch.contiguous_format)
-    o, *_ = _FusedAttention.apply(qkv, table, starts, sizes, settings, recompute)
+    o, *_ = _FusedAttention.apply(qkv, bias, table, starts, sizes, settings, recompute)
     return _matrix_of(o)
 
 
@@ -109,29 +111,33 @@ class _FusedAttention(torch.autograd.Function):
     """(o,), and with a table (o, qkv with q and k turned)."""
 
     @staticmethod
-    def forward(ctx, qkv, table, starts, sizes, settings, recompute):
+    def forward(ctx, qkv, bias, table, starts, sizes, settings, recompute):
         ctx.set_materialize_grads(False)
         if table is not None:
             call(rotary.rope_in_place_op, qkv, table, *sizes, False)
             ctx.mark_dirty(qkv)
-        o, lse = call(attention_op, *_parts(qkv, sizes, starts), starts, starts, *settings)
-        ctx.save_for_backward(qkv, table, starts, *((None, None) if recompute else (o, lse)))
+        o, lse = call(attention_op, *_parts(qkv, sizes, starts), starts, starts, *settings, bias)
+        ctx.save_for_backward(qkv, bias, table, starts, *((None, None) if recompute else (o, lse)))
         ctx.sizes, ctx.settings = sizes, settings
         return (o,) if table is None else (o, qkv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dturned=None):
-        qkv, table, starts, o, lse = ctx.saved_tensors
+        qkv, bias, table, starts, o, lse = ctx.saved_tensors
+        parts, settings = _parts(qkv, ctx.sizes, starts), (*ctx.settings, bias)
         if o is None:
-            o, lse = call(attention_op, *_parts(qkv, ctx.sizes, starts), starts, starts, *ctx.settings)
+            o, lse = call(attention_op, *parts, starts, starts, *settings)
         do = torch.zeros_like(o) if do is None else do
-        gradient = call(fused_attention_backward_op, do, qkv, o, lse, starts, *ctx.sizes, *ctx.settings)
+        gradient = call(fused_attention_backward_op, do, qkv, o, lse, starts, *ctx.sizes, *settings)
+        dbias = None
+        if ctx.needs_input_grad[1]:
+            dbias = call(attention_bias_backward_op, do, None, *parts, o, lse, starts, starts, *settings)
         if dturned is not None:  # of who used qkv afterwards
             gradient += dturned
         if table is not None:
             call(rotary.rope_in_place_op, gradient, table, *ctx.sizes, True)
-        return gradient, None, None, None, None, None
+        return gradient, dbias, None, None, None, None, None
 
 
 @custom_op("megapar::fused_attention_backward")
@@ -148,11 +154,12 @@ def fused_attention_backward_op(
     left: int,
     right: int,
     softcap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """The gradient [T, W], contiguous, of qkv as `attention_op` got its parts, from that of its o. The same bits every
     time."""
     sizes = heads, kv_heads, length
-    call = Call.of(*_parts(qkv, sizes, starts), starts, starts, scale, left, right, softcap)
+    call = Call.of(*_parts(qkv, sizes, starts), starts, starts, scale, left, right, softcap, bias)
     gradient = qkv.new_empty(qkv.shape)
     if starts is not None or not call.useful:  # rows that belong to no sequence
         gradient.zero_()

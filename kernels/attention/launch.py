@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from megapar.kernels._common import Launch, matrix, next_power_of_2, num_tiles, precision, relative, tiles_of
-from megapar.kernels.attention.backward import attention_dkdv_kernel, attention_dq_kernel, attention_statistics_kernel
+from megapar.kernels.attention.backward import (
+    attention_dbias_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_statistics_kernel,
+)
 from megapar.kernels.attention.forward import attention_forward_kernel
 from megapar.kernels.shapes import LLAMA, MODELS, Sizes
 
@@ -73,6 +78,7 @@ CONFIGS = {
     ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
     ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
     ("dq", "interpret", 256): Config(128, 128, 64, 4, 1),
+    ("dbias", "interpret", 256): Config(128, 128, 64, 4, 1),
     # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
     ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
@@ -117,18 +123,19 @@ class Call:
     left: int
     right: int
     softcap: float | None
+    bias: Tensor | None = None  # [N, queries, keys], contiguous
 
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None,
-        scale: float, left: int, right: int, softcap: float | None,
+        scale: float, left: int, right: int, softcap: float | None, bias: Tensor | None = None,
     ) -> "Call":  # fmt: skip
         packed = starts_q is not None
-        starts_q, starts_k = (None if x is None else x.contiguous() for x in (starts_q, starts_k))
+        starts_q, starts_k, bias = (None if x is None else x.contiguous() for x in (starts_q, starts_k, bias))
         return cls(
             matrix(q), matrix(k), matrix(v), starts_q, starts_k, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1],
             len(starts_q) - 1 if starts_q is not None else q.shape[0],
-            q.shape[0 if packed else 1], k.shape[0 if packed else 1], scale, left, right, softcap,
+            q.shape[0 if packed else 1], k.shape[0 if packed else 1], scale, left, right, softcap, bias,
         )  # fmt: skip
 
     @property
@@ -149,19 +156,27 @@ class Call:
         if block_d != self.D or block_e != self.E or None in tiles.values():
             tiles = dict.fromkeys(tiles)  # a tile wider than a head would reach into the next one
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, **own, **tiles,
-            "starts_q": self.starts_q, "starts_k": self.starts_k,
-            "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
-            "v_stride": self.v.stride(0), "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
-            "left": self.left, "right": self.right, "num_sequences": self.num_sequences,
-            "group": self.heads // self.kv_heads, "D": self.D, "E": self.E, "BLOCK_D": block_d, "BLOCK_E": block_e,
-            "ROWS": config.rows, "STEP": config.step, "EDGE": config.edge, "PRECISION": precision(arch),
+            "q": self.q, "k": self.k, "v": self.v, **own, **tiles, **self.facts(arch),
+            "ROWS": config.rows, "STEP": config.step, "EDGE": config.edge,
         }  # fmt: skip
         if starts is None:
             grid = (num_tiles(length, config.rows), heads, self.num_sequences)
         else:
             grid = (len(rows) // config.rows + self.num_sequences + 1, heads, 1)
         return Launch(kernel, grid, arguments, config.warps, config.stages)
+
+    def facts(self, arch: str) -> dict[str, Any]:
+        """What every kernel but that of the statistics is told. Without a bias they are compiled without it."""
+        queries, keys = (None, None) if self.bias is None else self.bias.shape[1:]
+        return {
+            "starts_q": self.starts_q, "starts_k": self.starts_k,
+            "scale": self.scale, "softcap": self.softcap, "q_stride": self.q.stride(0), "k_stride": self.k.stride(0),
+            "v_stride": self.v.stride(0), "bias": self.bias, "bias_queries": queries, "bias_keys": keys,
+            "total_q": len(self.q), "len_q": self.len_q, "len_k": self.len_k,
+            "left": self.left, "right": self.right, "num_sequences": self.num_sequences,
+            "group": self.heads // self.kv_heads, "D": self.D, "E": self.E,
+            "BLOCK_D": next_power_of_2(self.D), "BLOCK_E": next_power_of_2(self.E), "PRECISION": precision(arch),
+        }  # fmt: skip
 
     def forward(self, arch: str, o: Tensor, lse: Tensor) -> Launch:
         streamed = {"k": self.k, "v": self.v}
@@ -182,6 +197,18 @@ class Call:
         """dk, dv: contiguous; fused: columns of a contiguous gradient of q, k and v."""
         own = {"do": do, "statistics": statistics, "dk": dk, "dv": dv, "FUSED": fused}
         return self.launch("dkdv", attention_dkdv_kernel, arch, {"q": self.q, "do": do}, **own)
+
+    def dbias(self, arch: str, do: Tensor, statistics: Tensor, dbias: Tensor) -> Launch:
+        """dbias: contiguous."""
+        config = config_of("dbias", arch, max(self.D, self.E), self.q.dtype)
+        assert self.bias is not None
+        heads, queries, keys = self.bias.shape
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, "do": do, "statistics": statistics, "dbias": dbias, **self.facts(arch),
+            "ROWS": config.rows, "STEP": config.step,
+        }  # fmt: skip
+        grid = (num_tiles(keys, config.step), num_tiles(queries, config.rows), heads)
+        return Launch(attention_dbias_kernel, grid, arguments, config.warps, config.stages)
 
     def dq(self, arch: str, do: Tensor, statistics: Tensor, dq: Tensor, fused: bool = False) -> Launch:
         own = {"do": do, "statistics": statistics, "dq": dq, "FUSED": fused}

@@ -9,9 +9,17 @@ from torch import Tensor
 
 
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float | None,
+    bias: Tensor | None,
+    return_lse: bool,
 ) -> Any:
-    """Attention in plain differentiable torch: q [B, S, N, D], k [B, L, K, D], v [B, L, K, E]."""
+    """Attention in plain differentiable torch: q [B, S, N, D], k [B, L, K, D], v [B, L, K, E], bias [N, S, L]."""
     batch, length, heads, channels = q.shape
     keys, groups, width = k.shape[1], k.shape[2], v.shape[3]
     # One batched matmul per kv head: the query heads that share it are stacked along the rows.
@@ -23,6 +31,9 @@ def dense(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if softcap is not None:
         scores = softcap * torch.tanh(scores.to(wide) / softcap)
+    if bias is not None:
+        by_sample = scores.to(wide).view(batch, heads, length, keys) + bias.to(wide)
+        scores = by_sample.view(scores.shape)
     hidden, empty = _hidden(length, keys, left, right, q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
@@ -66,12 +77,18 @@ def packed(
     left: int,
     right: int,
     softcap: float | None,
+    bias: Tensor | None,
     return_lse: bool,
 ) -> Any:
-    """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]."""
+    """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]; each has the first
+    rows and columns of bias."""
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+
+    def bias_of(length: int, keys: int) -> Tensor | None:
+        return None if bias is None else bias[:, :length, :keys]
+
     parts = [
-        dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, True)
+        dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, bias_of(b - a, d - c), True)
         for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
     ]
     outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts]

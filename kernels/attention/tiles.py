@@ -8,7 +8,7 @@ from torch import Tensor
 from megapar.kernels._common import LOG2_E, device_function, find_sequence, sequence_rows, tl
 
 # Arguments whose values must not become part of a compilation: they change from batch to batch.
-VARYING = ["total_q", "len_q", "len_k", "left", "right", "num_sequences", "group"]
+VARYING = ["total_q", "len_q", "len_k", "left", "right", "num_sequences", "group", "bias_queries", "bias_keys"]
 
 
 def _visible_pairs(args: dict[str, Any]) -> float:
@@ -111,4 +111,27 @@ def cap(s, inner, softcap):
     """tanh, the score in units of softcap; without a softcap s as it is."""
     if softcap is not None:
         s = 1.0 - 2.0 / (1.0 + tl.exp2(s * inner))
+    return s
+
+
+@device_function
+def biased(
+    s, bias, head, row, key, scale, bias_queries, bias_keys, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Scores s, before they are scaled, of ROWS queries from `row` and KEYS keys from `key` on, and their bias
+    [N, bias_queries, bias_keys]; None: s as it is. TRANSPOSED: s is [KEYS, ROWS].
+
+    Where the bias has no element it is 0, and nothing is read.
+    """
+    if bias is not None:
+        queries, keys = row + tl.arange(0, ROWS), key + tl.arange(0, KEYS)
+        if TRANSPOSED:
+            queries, keys = queries[None, :], keys[:, None]
+        else:
+            queries, keys = queries[:, None], keys[None, :]
+        first = bias + tl.cast(head, tl.int64) * bias_queries * bias_keys
+        exists = (queries < bias_queries) & (keys < bias_keys)
+        tile = tl.load(first + queries.to(tl.int64) * bias_keys + keys, mask=exists, other=0.0)
+        s += tile.to(tl.float32) / scale
     return s

@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ from megapar.kernels import registry, use_backend
 from megapar.kernels.attention import attention
 from megapar.kernels.attention.launch import CONFIGS, Config
 
-NAMES = ("o", "lse", "dq", "dk", "dv")
+NAMES = ("o", "lse", "dq", "dk", "dv", "dbias")  # the last where there is a bias
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Small, so that short sequences have full tiles and boundary tiles on both sides of them.
 TILES = {
@@ -47,6 +47,7 @@ class Case:
     mask: tuple[bool, Any]  # causal, window
     softcap: float | None
     tiles: str
+    bias: bool = field(default=False, repr=False)
 
     @property
     def packed(self) -> bool:
@@ -61,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of o, lse, dq, dk, dv: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
+    """Of o, lse, dq, dk, dv, dbias: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
 
     error: dict[str, float]
     torch_error: dict[str, float]
@@ -86,7 +87,8 @@ def tiles(config: Config) -> Iterator[None]:
 
 
 def inputs(case: Case) -> list[Tensor]:
-    """q, k, v, do, dlse in fp64 with values that the case's dtype holds; rows behind the packed sequences are NaN."""
+    """q, k, v, do, dlse, maybe bias in fp64 with values that the case's dtype holds; rows behind the packed sequences
+    are NaN, and so are the bias's behind the longest of them."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
     (n, k), (d, e), (s, length) = case.heads, case.channels, case.lengths
     rows, keys = ((sum(s) + 3,), (sum(length) + 2,)) if case.packed else ((2, s), (2, length))
@@ -95,15 +97,18 @@ def inputs(case: Case) -> list[Tensor]:
     if case.packed:
         for tensor, behind in zip(made, (3, 2, 2, 3, 3), strict=True):
             tensor[-behind:] = math.nan
+    if case.bias:
+        queries, there = (max(s), max(length)) if case.packed else (s, length)
+        made.append(torch.randn(n, queries, there, generator=generator).to(DTYPES[case.dtype]).double())
     return made
 
 
 def run(case: Case, backend: str, dtype: torch.dtype, given: list[Tensor]) -> list[Tensor]:
-    """o, lse, dq, dk, dv of a backend in a dtype. Memory that a kernel does not write holds NaN."""
+    """o, lse, dq, dk, dv, maybe dbias of a backend in a dtype. Memory that a kernel does not write holds NaN."""
     use_backend(backend)
-    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in given[:3])
-    o, lse = attention(q, k, v, return_lse=True, **case.options())
-    gradients = torch.autograd.grad([o, lse], [q, k, v], [given[3].to(o.dtype), given[4].to(lse.dtype)])
+    q, k, v, *bias = (tensor.to(dtype).requires_grad_() for tensor in (*given[:3], *given[5:]))
+    o, lse = attention(q, k, v, bias=bias[0] if bias else None, return_lse=True, **case.options())
+    gradients = torch.autograd.grad([o, lse], [q, k, v, *bias], [given[3].to(o.dtype), given[4].to(lse.dtype)])
     return [x.detach().double() for x in (o, lse, *gradients)]
 
 
@@ -114,9 +119,12 @@ def run_case(case: Case) -> Outcome:
         plain = run(case, "torch", DTYPES[case.dtype], given)
         found = run(case, "interpret", DTYPES[case.dtype], given)
     return Outcome(
-        {name: distance(a, b) for name, a, b in zip(NAMES, found, exact, strict=True)},
-        {name: distance(a, b) for name, a, b in zip(NAMES, plain, exact, strict=True)},
-        {name: float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for name, x in zip(NAMES, exact, strict=True)},
+        {name: distance(a, b) for name, a, b in zip(NAMES, found, exact, strict=False)},
+        {name: distance(a, b) for name, a, b in zip(NAMES, plain, exact, strict=False)},
+        {
+            name: float(x.nan_to_num(0.0, 0.0, 0.0).abs().amax()) if x.numel() else 0.0
+            for name, x in zip(NAMES, exact, strict=False)
+        },
     )
 
 
@@ -215,12 +223,17 @@ def check_operators(rank: int, world_size: int) -> None:
     q, k, v, do = (torch.randn(1, 5, n, 16, requires_grad=True) for n in (2, 1, 1, 2))
     for starts_q in (None, starts((2, 3))):
         q, k, v, do = (x.detach()[0] if starts_q is not None else x.detach() for x in (q, k, v, do))
-        settings = (starts_q, starts_q, 0.25, module.UNLIMITED, 0, None)
-        arguments = tuple(x.requires_grad_() for x in (q, k, v))
-        torch.library.opcheck(module.attention_op, (*arguments, *settings))
-        o, lse = (x.detach() for x in module.attention_op(q, k, v, *settings))
-        plain = tuple(x.detach() for x in (do, torch.randn_like(lse), q, k, v))
-        torch.library.opcheck(module.attention_backward_op, (*plain, o, lse, *settings))
+        for bias in (None, torch.randn(2, 5, 5)):
+            settings = (starts_q, starts_q, 0.25, module.UNLIMITED, 0, None)
+            arguments = tuple(x.requires_grad_() for x in (q, k, v))
+            given = bias if bias is None else bias.requires_grad_()
+            torch.library.opcheck(module.attention_op, (*arguments, *settings, given))
+            o, lse = (x.detach() for x in module.attention_op(q, k, v, *settings, given))
+            plain = (do, torch.randn_like(lse), q, k, v, o, lse, *settings, bias)
+            plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in plain)
+            torch.library.opcheck(module.attention_backward_op, plain)
+            if bias is not None:
+                torch.library.opcheck(module.attention_bias_backward_op, plain)
 
 
 def compiled(rank: int, world_size: int) -> tuple[float, list[torch.dtype]]:
@@ -253,12 +266,12 @@ def merged(rank: int, world_size: int, cut: int) -> dict[str, float]:
     both = module.merge_attention(*first, *second)
     exact = torch.autograd.grad([*whole], [q, k, v], [do, do[..., 0]], retain_graph=True)
     found = torch.autograd.grad([*both], [q, k, v], [do, do[..., 0]])
-    return {name: distance(a, b) for name, a, b in zip(NAMES, (*both, *found), (*whole, *exact), strict=True)}
+    return {name: distance(a, b) for name, a, b in zip(NAMES, (*both, *found), (*whole, *exact), strict=False)}
 
 
 def run_guarded(rank: int, world_size: int, case: Case) -> None:
     """Every kernel on tensors beside pages that can't be touched: a stray read or write ends the process."""
-    q, k, v, do, _ = (x.nan_to_num().to(DTYPES[case.dtype]) for x in inputs(case))
+    q, k, v, do, _, *bias = (x.nan_to_num().to(DTYPES[case.dtype]) for x in inputs(case))
     heads, rows = case.heads[0], q.shape[:-2].numel()
     lse, statistics = torch.zeros(heads, rows), torch.zeros(2, heads, rows)
     options = case.options()
@@ -274,12 +287,14 @@ def run_guarded(rank: int, world_size: int, case: Case) -> None:
 
         with tiles(TILES[case.tiles]):
             inside = (guard(q), guard(k), guard(v), guard(starts_q), guard(starts_k))
-            call = module.Call.of(*inside, 0.3, *sides, case.softcap)
+            call = module.Call.of(*inside, 0.3, *sides, case.softcap, guard(bias[0]) if bias else None)
             o, do_, found, given = place(do), place(do), guard(lse), guard(statistics)
             call.forward("interpret", o, found).run()
             call.statistics("interpret", o, do_, found, guard(lse), given).run()
             call.dkdv("interpret", do_, given, place(k), place(v)).run()
             call.dq("interpret", do_, given, place(q)).run()
+            if bias:
+                call.dbias("interpret", do_, given, guard(bias[0])).run()
 
 
 # Of T = 70 rows; the first are right. Past the end, before the beginning, falling, not from the first row on.
@@ -295,10 +310,13 @@ def run_wrong_starts(rank: int, world_size: int, tile: str) -> None:
     for numbers, before in itertools.product(zip(STARTS, STARTS[1:] + STARTS[:1], strict=True), (False, True)):
         q, k, v, do, dlse = (guarded(x, before) for x in given)
         starts_q, starts_k = (guarded(torch.tensor(x, dtype=torch.int32), before) for x in numbers)
-        settings = (starts_q, starts_k, 0.3, module.UNLIMITED, 0, None)
-        with tiles(TILES[tile]):
-            o, lse = module.attention_op(q, k, v, *settings)
-            module.attention_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
+        for bias in (None, guarded(torch.randn(2, 9, 21), before)):
+            settings = (starts_q, starts_k, 0.3, module.UNLIMITED, 0, None, bias)
+            with tiles(TILES[tile]):
+                o, lse = module.attention_op(q, k, v, *settings)
+                module.attention_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
+                if bias is not None:
+                    module.attention_bias_backward_op(do, dlse.t(), q, k, v, o, lse, *settings)
 
 
 @contextmanager

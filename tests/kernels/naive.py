@@ -7,9 +7,17 @@ from torch import Tensor
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: tuple, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: tuple,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q [S, N, D], k [L, K, D], v [L, K, E] -> o [S, N, E], lse [S, N]."""
+    """One sequence: q [S, N, D], k [L, K, D], v [L, K, E], bias [N, S, L] -> o [S, N, E], lse [S, N]."""
     (length, heads, _), (keys, groups, width) = q.shape, v.shape
     left, right = window
     o, lse = torch.zeros(length, heads, width, dtype=q.dtype), torch.full((length, heads), -math.inf, dtype=q.dtype)
@@ -29,6 +37,8 @@ def naive_attention(
             scores = torch.stack([q[i, n] @ k[j, group] * scale for j in seen])
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
+            if bias is not None:
+                scores = scores + bias[n, i, seen]
             total = scores.exp().sum()
             o[i, n] = sum((scores[a].exp() / total) * v[j, group] for a, j in enumerate(seen))
             lse[i, n] = total.log()

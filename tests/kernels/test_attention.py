@@ -41,8 +41,10 @@ PLAIN = pairwise(
         "heads": [(1, 1), (4, 2), (3, 1)],
         "softcap": [None, 2.0],
         "wide": [3, 5],
+        "bias": [False, True],
     }
 )
+PLAIN = [case for case in PLAIN if not (case["bias"] and case["softcap"])]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -57,8 +59,9 @@ def test_the_torch_form_is_the_definition(case: dict[str, Any]) -> None:
         random(2, keys, groups, 3, seed=1),
         random(2, keys, groups, case["wide"], seed=2),
     )
-    options = {"causal": causal, "softcap": case["softcap"], "scale": 0.7}
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    bias = random(heads, length, keys, seed=5).requires_grad_() if case["bias"] else None
+    options = {"causal": causal, "softcap": case["softcap"], "scale": 0.7, "bias": bias}
+    inputs = [x.requires_grad_() for x in (q, k, v)] + [bias] * case["bias"]
     o, lse = attention(q, k, v, window=window, return_lse=True, **options)
     parts = [
         naive_attention(a, b, c, window=window or (None, None), **options) for a, b, c in zip(q, k, v, strict=True)
@@ -87,12 +90,13 @@ def compare(inputs: list[Tensor], found: tuple[Tensor, ...], expected: tuple[Ten
 def test_packed_sequences_are_sequences() -> None:
     lengths_q, lengths_k = (3, 0, 5, 1), (3, 2, 4, 0)
     q, k, v = random(11, 4, 3), random(10, 2, 3, seed=1), random(10, 2, 5, seed=2)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    bias = random(4, 6, 4, seed=3)  # longer than the longest
+    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+    options: dict[str, Any] = {"causal": True, "window": (2, None), "bias": bias}
     starts_q, starts_k = cases.starts(lengths_q), cases.starts(lengths_k)
-    found = attention(q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, window=(2, None), return_lse=True)
-    options: dict[str, Any] = {"causal": True, "window": (2, None), "scale": 3**-0.5, "softcap": None}
+    found = attention(q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True, **options)
     parts = [
-        naive_attention(a, b, c, **options)
+        naive_attention(a, b, c, scale=3**-0.5, softcap=None, **options)
         for a, b, c in zip(q[:9].split(lengths_q), k[:9].split(lengths_k), v[:9].split(lengths_k), strict=True)
     ]
     behind = torch.zeros(2, 4, 5, dtype=torch.float64), torch.full((2, 4), -math.inf, dtype=torch.float64)
@@ -122,6 +126,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "window of fractions": ({"window": (1.5, None)}, "two whole numbers"),
     "scale": ({"scale": 0.0}, "positive"),
     "softcap": ({"softcap": -1.0}, "positive"),
+    "bias of other heads": (
+        {"bias": torch.zeros(1, 4, 4)},
+        r"bias \[1, 4, 4\] .* need \[2, 4, 4\] in a floating dtype",
+    ),
+    "bias of other lengths": ({"bias": torch.zeros(2, 5, 4)}, r"need \[2, 4, 4\]"),
+    "bias of integers": ({"bias": torch.zeros(2, 4, 4, dtype=torch.int64)}, "floating"),
+    "bias and softcap": ({"bias": torch.zeros(2, 4, 4), "softcap": 2.0}, "no model has both"),
     "one of two": ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, "both, or neither"),
 }
 
@@ -167,8 +178,9 @@ OPTIONS: dict[str, list[Any]] = {
     "heads": [(1, 1), (4, 2), (3, 1)],
     "softcap": [None, 5.0],
     "tiles": list(cases.TILES),
+    "bias": [False, True],
 }
-CASES = [Case(**options) for options in pairwise(OPTIONS)]
+CASES = [Case(**options) for options in pairwise(OPTIONS) if not (options["bias"] and options["softcap"])]
 # Rounding in fp32 that torch's own error need not show, as where its sums happen to be exact: a few of fp32's last bits
 # for each of the sums that lead to a value. 16-bit errors are far above it.
 FLOOR = 16 * torch.finfo(torch.float32).eps
@@ -176,7 +188,7 @@ FLOOR = 16 * torch.finfo(torch.float32).eps
 
 def hold(case: Case, outcome: Outcome) -> None:
     """No error is more than twice torch's in the same dtype."""
-    for name in cases.NAMES:
+    for name in outcome.error:
         bound = 2 * outcome.torch_error[name] + FLOOR * max(1.0, outcome.size[name])
         assert outcome.error[name] <= bound, f"{name}: {outcome.error[name]:.2e}, torch {outcome.torch_error[name]:.2e}"
 
@@ -207,13 +219,14 @@ PACKED = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1,
     tiles=st.sampled_from(list(cases.TILES)),
 )
 def test_any_shape(interpreter: WorkerPool, **options: Any) -> None:
-    case = Case(**options)
-    hold(case, interpreter.run(cases.run_one, 1, case)[0])
+    for bias in (False, True) if options["softcap"] is None else (False,):
+        case = Case(**options, bias=bias)
+        hold(case, interpreter.run(cases.run_one, 1, case)[0])
 
 
 @pytest.mark.parametrize("tile", ["square", "tma"])
 def test_the_backward_is_bitwise_reproducible(interpreter: WorkerPool, tile: str) -> None:
-    case = Case("bf16", (32, 32), (4, 2), ((37, 20), (37, 20)), (True, None), None, tile)
+    case = Case("bf16", (32, 32), (4, 2), ((37, 20), (37, 20)), (True, None), None, tile, bias=True)
     assert interpreter.run(cases.repeat, 2, case) == [True, True]
 
 

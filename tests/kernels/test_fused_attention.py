@@ -41,6 +41,7 @@ class Case:
     softcap: float | None = None
     tiles: str = "square"
     recompute: bool = False
+    bias: bool = False
 
     def options(self) -> dict[str, Any]:
         wide = torch.float64 if self.dtype == "fp64" else torch.float32
@@ -55,6 +56,14 @@ class Case:
         made = [torch.randn(rows, n * self.channels, generator=generator).to(DTYPES[self.dtype]) for n in columns]
         return made[0].double(), made[1].double()
 
+    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """[bias [N, S, S]], or none."""
+        if not self.bias:
+            return []
+        generator, longest = torch.Generator().manual_seed(1), max(self.packed or (self.length,))
+        made = torch.randn(self.heads[0], longest, longest, generator=generator)
+        return [made.to(DTYPES[self.dtype]).to(dtype).requires_grad_()]
+
 
 CASES = [
     Case("fp32", (4, 2), 16, 9),
@@ -68,15 +77,18 @@ CASES = [
     Case("bf16", (1, 1), 2, 1),
     Case("fp32", (4, 2), 16, 19, rotates=False),
     Case("bf16", (2, 1), 32, 20, rotates=False, packed=(11, 29), softcap=3.0),
+    Case("fp32", (4, 2), 16, 37, rotates=False, bias=True),
+    Case("bf16", (4, 1), 32, 25, packed=(13, 30, 7), window=(9, None), recompute=True, bias=True, tiles="tma"),
 ]
 
 
-def run(call: Callable[..., Tensor], case: Case, dtype: torch.dtype, **more: Any) -> tuple[Tensor, Tensor]:
-    """(result, gradient of qkv), where qkv is the result of something, as a linear layer's."""
+def run(call: Callable[..., Tensor], case: Case, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+    """[result, gradient of qkv, maybe that of the bias], where qkv is the result of something, as a linear layer's."""
     qkv, do = (x.to(dtype) for x in case.given())
-    leaf = qkv.requires_grad_()
-    o = call(leaf * 1, *case.heads, case.length, **case.options() | more)
-    return o.detach(), torch.autograd.grad(o, leaf, do)[0]
+    leaf, biases = qkv.requires_grad_(), case.biases(dtype)
+    bias = {"bias": biases[0]} if biases else {}
+    o = call(leaf * 1, *case.heads, case.length, **case.options() | bias | more)
+    return [o.detach(), *torch.autograd.grad(o, [leaf, *biases], do)]
 
 
 def by_parts(qkv: Tensor, heads: int, kv_heads: int, length: int, table: Any, starts: Any, **options: Any) -> Tensor:
@@ -153,7 +165,7 @@ def errors(rank: int, world_size: int, case: Case) -> list[tuple[str, float, flo
         use_backend("interpret")
         found = run(fused_attention_, case, DTYPES[case.dtype], recompute=case.recompute)
     rows = []
-    for name, a, b, c in zip(("o", "gradient"), found, plain, exact, strict=True):
+    for name, a, b, c in zip(("o", "gradient", "of bias")[: len(exact)], found, plain, exact, strict=True):
         bound = 2 * distance(b.double(), c) + FLOOR * max(1.0, float(c.abs().max()))
         rows.append((name, distance(a.double(), c), bound))
     return rows
@@ -304,7 +316,7 @@ def check_operators(rank: int, world_size: int) -> None:
         qkv, options = matrix(case), case.options()
         table, begins, sizes = options["table"], options["starts"], (2, 1, 5)
         torch.library.opcheck(rope_in_place_op, (qkv.clone(), table, *sizes, False))
-        settings = (0.3, UNLIMITED, 0, None)
+        settings = (0.3, UNLIMITED, 0, None, None)
         o, lse = module.attention_op(*module._parts(qkv, sizes, begins), begins, begins, *settings)
         given = (torch.randn_like(o), qkv, o, lse, begins, *sizes, *settings)
         torch.library.opcheck(fused_attention_backward_op, given)
