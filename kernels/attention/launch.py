@@ -204,8 +204,8 @@ class Call:
         assert self.bias is not None
         heads, queries, keys = self.bias.shape
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, "do": do, "statistics": statistics, "dbias": dbias, **self.facts(arch),
-            "ROWS": config.rows, "STEP": config.step,
+            "q": self.q, "k": self.k, "v": self.v, "do": do, "statistics": statistics, "dbias": dbias,
+            **self.facts(arch), "ROWS": config.rows, "STEP": config.step,
         }  # fmt: skip
         grid = (num_tiles(keys, config.step), num_tiles(queries, config.rows), heads)
         return Launch(attention_dbias_kernel, grid, arguments, config.warps, config.stages)

@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of o, lse, dq, dk, dv, dbias: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
+    """Of each of NAMES: the largest error and that of torch in the same dtype, and the largest value, in fp64."""
 
     error: dict[str, float]
     torch_error: dict[str, float]
