@@ -15,7 +15,7 @@ from megapar.kernels.attention.backward import (
     attention_statistics_kernel,
 )
 from megapar.kernels.attention.forward import attention_forward_kernel
-from megapar.kernels.shapes import LLAMA, MODELS, Sizes
+from megapar.kernels.shapes import GPT2, LLAMA, MODELS, Sizes
 
 UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
 
@@ -100,6 +100,8 @@ def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Conf
         arch = "fp32"
     elif ("forward", arch, 256) not in CONFIGS:
         arch = relative(arch)
+    if (kernel, arch, 256) not in CONFIGS:
+        kernel = kernel.removesuffix("_bias")
     return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels)]
 
 
@@ -143,10 +145,15 @@ class Call:
         """Whether any query can see any key, so that there is something to launch."""
         return self.q.numel() > 0 and self.k.numel() > 0 and self.num_sequences > 0
 
+    def config(self, kernel: str, arch: str) -> Config:
+        """The block sizes of a kernel. A bias takes registers, so kernels that read one have rows of their own."""
+        kind = f"{kernel}_bias" if self.bias is not None and kernel != "dbias" else kernel
+        return config_of(kind, arch, max(self.D, self.E), self.q.dtype)
+
     def launch(self, name: str, kernel: Any, arch: str, streamed: dict[str, Tensor], **own: Any) -> Launch:
         """A launch of the forward, dkdv or dq kernel. streamed: the matrices that its loop reads, by name; own: what
         other kernels do not have."""
-        config = config_of(name, arch, max(self.D, self.E), self.q.dtype)
+        config = self.config(name, arch)
         over_keys = name == "dkdv"
         rows, starts = (self.k, self.starts_k) if over_keys else (self.q, self.starts_q)
         length, heads = (self.len_k, self.kv_heads) if over_keys else (self.len_q, self.heads)
@@ -200,7 +207,7 @@ class Call:
 
     def dbias(self, arch: str, do: Tensor, statistics: Tensor, dbias: Tensor) -> Launch:
         """dbias: contiguous."""
-        config = config_of("dbias", arch, max(self.D, self.E), self.q.dtype)
+        config = self.config("dbias", arch)
         assert self.bias is not None
         heads, queries, keys = self.bias.shape
         arguments = {
@@ -229,11 +236,15 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     specs: dict[str, Launch] = {}
     for sizes in MODELS.values():
         specs |= aot_launches(arch, sizes)
-    return specs | aot_launches(arch, LLAMA, packed=True)
+    biased = aot_launches(arch, GPT2, bias=True) | aot_launches(arch, LLAMA, bias=True)
+    return specs | aot_launches(arch, LLAMA, packed=True) | biased
 
 
-def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float | None = None) -> dict[str, Launch]:
-    """The launches of a model's attention: causal over 2 x 4096 tokens, or packed sequences with a window."""
+def aot_launches(
+    arch: str, sizes: Sizes, packed: bool = False, softcap: float | None = None, bias: bool = False
+) -> dict[str, Launch]:
+    """The launches of a model's attention: causal over 2 x 4096 tokens, or packed sequences with a window, or an
+    encoder's with a bias of the same dtype."""
     dtype, heads, kv_heads, channels = sizes.torch_dtype, sizes.heads, sizes.kv_heads, sizes.head_dim
     counts = (heads, kv_heads, kv_heads)
     with torch.device("meta"):
@@ -243,17 +254,21 @@ def aot_launches(arch: str, sizes: Sizes, packed: bool = False, softcap: float |
         starts = torch.empty(9, dtype=torch.int32) if packed else None
         o, lse = outputs(q, v)
         statistics = lse.new_empty(2, *lse.shape)
-    call = Call.of(q, k, v, starts, starts, channels**-0.5, 1024 if packed else UNLIMITED, 0, softcap)
+        biases = torch.empty(heads, 4096, 4096, dtype=dtype) if bias else None
+    left, right = 1024 if packed else UNLIMITED, UNLIMITED if bias else 0
+    call = Call.of(q, k, v, starts, starts, channels**-0.5, left, right, softcap, biases)
     do, o = matrix(o), matrix(o)
-    size = f"d{channels}" + ("_packed" if packed else "") + ("_softcap" if softcap else "")
+    size = f"d{channels}" + ("_packed" if packed else "") + ("_softcap" if softcap else "") + ("_bias" if bias else "")
     launches = {
-        f"attention_fwd_{size}" + ("" if packed else "_causal"): call.forward(arch, o, lse),
+        f"attention_fwd_{size}" + ("" if packed or bias else "_causal"): call.forward(arch, o, lse),
         f"attention_dkdv_{size}": call.dkdv(arch, do, statistics, matrix(k), matrix(v)),
         f"attention_dkdv_{size}_fused": call.dkdv(arch, do, statistics, fused[1], fused[2], fused=True),
         f"attention_dq_{size}": call.dq(arch, do, statistics, matrix(q)),
         f"attention_dq_{size}_fused": call.dq(arch, do, statistics, fused[0], fused=True),
     }
-    if not packed:
+    if biases is not None:
+        launches[f"attention_dbias_{size}"] = call.dbias(arch, do, statistics, biases)
+    elif not packed:
         for name, dlse in ((size, lse), (f"{size}_fused", None)):
             launches[f"attention_statistics_{name}"] = call.statistics(arch, o, do, lse, dlse, statistics)
     return launches

@@ -125,13 +125,13 @@ def biased(
     Where the bias has no element it is 0, and nothing is read.
     """
     if bias is not None:
-        queries, keys = row + tl.arange(0, ROWS), key + tl.arange(0, KEYS)
+        rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
         if TRANSPOSED:
-            queries, keys = queries[None, :], keys[:, None]
+            rows, keys = rows[None, :], keys[:, None]
         else:
-            queries, keys = queries[:, None], keys[None, :]
-        first = bias + tl.cast(head, tl.int64) * bias_queries * bias_keys
-        exists = (queries < bias_queries) & (keys < bias_keys)
-        tile = tl.load(first + queries.to(tl.int64) * bias_keys + keys, mask=exists, other=0.0)
-        s += tile.to(tl.float32) / scale
+            rows, keys = rows[:, None], keys[None, :]
+        first = bias + (tl.cast(head, tl.int64) * bias_queries + row) * bias_keys + key
+        exists = (rows < bias_queries - row) & (keys < bias_keys - key)
+        tile = tl.load(first + rows * bias_keys + keys, mask=exists, other=0.0)
+        s += tile.to(tl.float32) * (1.0 / scale)
     return s

@@ -229,8 +229,8 @@ def check_operators(rank: int, world_size: int) -> None:
             given = bias if bias is None else bias.requires_grad_()
             torch.library.opcheck(module.attention_op, (*arguments, *settings, given))
             o, lse = (x.detach() for x in module.attention_op(q, k, v, *settings, given))
-            plain = (do, torch.randn_like(lse), q, k, v, o, lse, *settings, bias)
-            plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in plain)
+            given_back: tuple[Any, ...] = (do, torch.randn_like(lse), q, k, v, o, lse, *settings, bias)
+            plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in given_back)
             torch.library.opcheck(module.attention_backward_op, plain)
             if bias is not None:
                 torch.library.opcheck(module.attention_bias_backward_op, plain)

@@ -61,7 +61,7 @@ def test_the_torch_form_is_the_definition(case: dict[str, Any]) -> None:
     )
     bias = random(heads, length, keys, seed=5).requires_grad_() if case["bias"] else None
     options = {"causal": causal, "softcap": case["softcap"], "scale": 0.7, "bias": bias}
-    inputs = [x.requires_grad_() for x in (q, k, v)] + [bias] * case["bias"]
+    inputs = [x.requires_grad_() for x in (q, k, v)] + ([] if bias is None else [bias])
     o, lse = attention(q, k, v, window=window, return_lse=True, **options)
     parts = [
         naive_attention(a, b, c, window=window or (None, None), **options) for a, b, c in zip(q, k, v, strict=True)

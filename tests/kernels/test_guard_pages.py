@@ -83,7 +83,7 @@ def normal(sizes: Sizes, *shape: int) -> Tensor:
 
 
 def attention_options(sizes: Sizes, tokens: int) -> None:
-    """Packed sequences, a window and a softcap."""
+    """Packed sequences, a window and a softcap, or a bias, as long as the longest sequence."""
     q, k, v, do = (
         normal(sizes, tokens, heads, sizes.head_dim).requires_grad_()
         for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
@@ -91,6 +91,9 @@ def attention_options(sizes: Sizes, tokens: int) -> None:
     starts = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     o = attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, window=(tokens // 3, None), softcap=5.0)
     torch.autograd.grad(o, [q, k, v], do)
+    bias = normal(sizes, sizes.heads, tokens - tokens // 2, tokens - tokens // 2).requires_grad_()
+    o = attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=False, bias=bias)
+    torch.autograd.grad(o, [q, k, v, bias], do)
 
 
 def fused_attention_options(sizes: Sizes, tokens: int) -> None:
