@@ -9,12 +9,11 @@ from functools import cache
 from math import prod
 from typing import Any, TypeVar
 
+from megapar.config.check_model import check_model
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
-from megapar.config.model_schema import LoraConfig
-from megapar.config.policy import layer_linears
 from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
@@ -47,65 +46,6 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
         check_verify(config, num_gpus=num_gpus)
 
 
-def check_model(model: ModelConfig) -> None:
-    """Refuse a model that no layout can run."""
-    if model.kv_heads is not None and model.heads % model.kv_heads:
-        problem = f"model.heads={model.heads} is not a multiple of it; use {_divisors(model.heads)}"
-        raise ConfigError("model.kv_heads", model.kv_heads, problem)
-    if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
-        raise ConfigError(
-            "model.head_dim", model.head_dim, "rotary embedding needs it even; or use model.position=learned"
-        )
-    if model.qk_norm == "all" and model.norm_offset:
-        raise ConfigError("model.norm_offset", True, "qk_norm=all has no such norm; use qk_norm=head")
-    if model.norm_offset and model.norm == "layernorm":
-        raise ConfigError("model.norm_offset", True, "LayerNorm has no offset; use model.norm=rmsnorm")
-    if not model.window_pattern or set(model.window_pattern) - set("WF"):
-        raise ConfigError("model.window_pattern", model.window_pattern, "use letters W (window) and F (full), as WWF")
-    if model.window is not None and not model.causal:
-        raise ConfigError("model.window", model.window, "looks back alone; use it with model.causal=true")
-    scaling = model.rope_scaling
-    if scaling.kind in ("dynamic", "llama3") and scaling.original_length is None:
-        key = "model.rope_scaling.original_length"
-        raise ConfigError(key, None, f"{scaling.kind} needs the positions that the model was first trained on")
-    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
-        key = "model.rope_scaling.low_freq_factor"
-        raise ConfigError(key, scaling.low_freq_factor, f"use less than high_freq_factor={scaling.high_freq_factor}")
-    if scaling.kind == "dynamic" and model.head_dim == 2:
-        raise ConfigError("model.head_dim", 2, "dynamic rope scaling needs more channels")
-    there = [output.name for linear in layer_linears(model).values() for output in linear.outputs] if model.ffn else []
-    for name in model.lora.targets or []:
-        if there and name not in there:
-            raise ConfigError("model.lora.targets", name, f"no such matrix in a layer; there are {', '.join(there)}")
-    check_lora(model.lora)
-    if not model.has_logits:
-        if model.output == "classes" and model.causal and model.pooling == "first":
-            problem = "in a decoder the first token sees itself alone; use last or mean"
-            raise ConfigError("model.pooling", "first", problem)
-        for key in ("tied", "output_bias", "logit_softcap"):
-            if value := getattr(model, key):
-                raise ConfigError(f"model.{key}", value, f"model.output={model.output} has no logits; leave it out")
-    else:
-        for key, none in (("pooler", False), ("classes", None)):
-            if (value := getattr(model, key)) != none:
-                problem = f"model.output={model.output} has none; use it with model.output=classes"
-                raise ConfigError(f"model.{key}", value, problem)
-    if model.attention_dropout:
-        raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")
-
-
-def check_lora(lora: LoraConfig) -> None:
-    """Refuse adapters of nothing, and their keys where there are none."""
-    if lora.targets == []:
-        raise ConfigError("model.lora.targets", [], "nothing would be trained; name matrices, or leave it out for all")
-    if lora.targets is not None and (twice := [name for name in lora.targets if lora.targets.count(name) > 1]):
-        raise ConfigError("model.lora.targets", lora.targets, f"has {twice[0]} twice; name each matrix once")
-    for key, default in (("alpha", LoraConfig().alpha), ("targets", None), ("base", None)):
-        if lora.rank == 0 and (value := getattr(lora, key)) != default:
-            problem = "has no effect here; it is used only with model.lora.rank above 0"
-            raise ConfigError(f"model.lora.{key}", value, problem)
-
-
 def check_layout(config: TrainConfig) -> None:
     """Refuse a layout that does not divide the model, the stages or the batch."""
     for name, kind in AXES.items():
@@ -115,12 +55,12 @@ def check_layout(config: TrainConfig) -> None:
     check_tensor_parallel(config.model, config.parallel.tp)
     check_pipeline(config)
     train, parallel, layout = config.train, config.parallel, config.parallel.layout
-    tokens = train.micro_batch_size * train.seq_length
-    if parallel.sequence_parallel and tokens % parallel.tp:
-        problem = (
-            f"train.micro_batch_size * seq_length = {tokens} is not divisible by parallel.tp={parallel.tp}; turn it off"
-        )
-        raise ConfigError("parallel.sequence_parallel", True, problem)
+    lengths = {"seq_length": train.seq_length, "source_length": train.source_length or 0}
+    for name, length in lengths.items() if parallel.sequence_parallel else ():
+        if (tokens := train.micro_batch_size * length) % parallel.tp:
+            product = f"train.micro_batch_size * {name} = {tokens}"
+            problem = f"{product} is not divisible by parallel.tp={parallel.tp}; turn it off"
+            raise ConfigError("parallel.sequence_parallel", True, problem)
     split = {f"parallel.{name}": layout[name] for name, kind in AXES.items() if kind.splits == "samples"}
     factors, batch = {"train.micro_batch_size": train.micro_batch_size} | split, train.global_batch_size
     step = prod(factors.values())
@@ -155,20 +95,26 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
 
 def check_pipeline(config: TrainConfig) -> None:
     """Refuse stages without layers and partitions that do not add up."""
-    layers, pp, partition = config.model.layers, config.parallel.pp, config.pipeline.partition
+    layers, pp, partition = config.model.all_layers, config.parallel.pp, config.pipeline.partition
     chunks = config.pipeline.chunks or 1
     if why := refuse_chunks(config.pipeline.schedule, chunks):
         raise ConfigError("pipeline.chunks", chunks, why)
     stages = num_stages(config)
     most = layers if partition == "uniform" else len(parts(config))
     if stages > most:
-        problem = f"more stages than model.layers={layers}; use at most {layers // chunks}"
+        there = f"model.layers={layers}" if not config.model.encoder.layers else f"the {layers} layers of the model"
+        problem = f"more stages than {there}; use at most {layers // chunks}"
         if chunks > layers:
-            problem = f"with pipeline.chunks={chunks} more stages than model.layers={layers}; use fewer chunks"
+            problem = f"with pipeline.chunks={chunks} more stages than {there}; use fewer chunks"
         elif chunks > 1:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)
+    if config.model.encoder.layers:
+        for key, none in (("costs", None), ("rebalance", 0)):
+            if (value := getattr(config.pipeline, key)) != none:
+                problem = "measured times are of layers that are alike; with an encoder use pipeline.partition=balanced"
+                raise ConfigError(f"pipeline.{key}", value, problem)
     if config.pipeline.costs is not None:
         part_costs(config)
     if isinstance(partition, str):
@@ -176,13 +122,15 @@ def check_pipeline(config: TrainConfig) -> None:
             problem = "use uniform, balanced, or the layers of each stage such as [5,3]"
             raise ConfigError("pipeline.partition", partition, problem)
         return
+    assert not isinstance(partition, dict), "resolve the configuration first"
     if len(partition) != stages:
         product = f"parallel.pp={pp}" if chunks == 1 else f"parallel.pp * pipeline.chunks = {pp} * {chunks}"
         raise ConfigError(
             "pipeline.partition", partition, f"needs {stages} numbers, one per stage ({product}); or uniform"
         )
     if min(partition) < 0 or 0 in partition[1:-1] or sum(partition) != layers:
-        problem = f"must be {stages} numbers that add up to model.layers={layers}; only the ends may be 0; or uniform"
+        total = f"model.layers={layers}" if not config.model.encoder.layers else f"the model's {layers} layers"
+        problem = f"must be {stages} numbers that add up to {total}; only the ends may be 0; or uniform"
         raise ConfigError("pipeline.partition", partition, problem)
 
 
@@ -273,7 +221,8 @@ def check_optimizer(config: TrainConfig) -> None:
         raise ConfigError("optim.decay_steps", optim.decay_steps, problem)
     for pattern in optim.groups or {}:
         if not any(fnmatchcase(part.name, pattern) for part in parts(config)):
-            there = f"embedding, layers.0 to layers.{config.model.layers - 1}, head; or a pattern such as layers.*"
+            names = [part.name for part in parts(config)]
+            there = f"{names[0]}, {names[1]} to {names[-2]}, {names[-1]}; or a pattern such as layers.*"
             raise ConfigError("optim.groups", pattern, f"matches no part of the model; there are {there}")
 
 
@@ -376,8 +325,8 @@ def check_forward(
     """Refuse a layout that the trained model does not divide into, absent hardware, and what can't be written."""
     check_values(config)
     check_backend(config.kernels.backend, config.device, config.dtype)
-    if config.parallel.pp > trained.model.layers:
-        problem = f"more stages than model.layers={trained.model.layers} of this run; use at most that"
+    if config.parallel.pp > trained.model.all_layers:
+        problem = f"more stages than the {trained.model.all_layers} layers of this run's model; use at most that"
         raise ConfigError("parallel.pp", config.parallel.pp, problem)
     check_tensor_parallel(trained.model, config.parallel.tp)
     if isinstance(config, WriterConfig):

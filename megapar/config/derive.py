@@ -47,6 +47,7 @@ def resolve(
     sizes |= _classes(config.model, classes)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
+    config = changed(config, _of_encoder(config))
     if config.train.trace is None:
         config = changed(config, {"train.trace": [config.train.steps] * 2})
     if isinstance(config, VerifyConfig):
@@ -174,6 +175,25 @@ def _classes(model: ModelConfig, classes: int | None) -> dict[str, Any]:
     return {"classes": model.classes or classes}
 
 
+def _of_encoder(config: TrainConfig) -> dict[str, Any]:
+    """The length of what an encoder reads, and a partition of both halves as one."""
+    layers, length, partition = config.model.encoder.layers, config.train.source_length, config.pipeline.partition
+    if not layers and length is not None:
+        raise ConfigError("train.source_length", length, "the model has no encoder to read it; leave it out")
+    values: dict[str, Any] = {"train.source_length": length or config.train.seq_length} if layers else {}
+    if not isinstance(partition, dict):
+        return values
+    if not layers or set(partition) != {"encoder", "decoder"}:
+        problem = "use {encoder: [...], decoder: [...]} for a model with model.encoder.layers, else a list"
+        raise ConfigError("pipeline.partition", partition, problem)
+    for half, there in (("encoder", layers), ("decoder", config.model.layers)):
+        if sum(partition[half]) != there or min(partition[half], default=0) < 1:
+            key = "model.encoder.layers" if half == "encoder" else "model.layers"
+            problem = f"those of the {half} must add up to {key}={there}, each at least 1"
+            raise ConfigError("pipeline.partition", partition, problem)
+    return values | {"pipeline.partition": [*partition["encoder"], *partition["decoder"]]}
+
+
 def _derive_sizes(config: C, ranks: int) -> C:
     """The derived axis takes what the others leave of `ranks`, unless it has a size of its own."""
     [derived] = [name for name, kind in AXES.items() if kind.derived]
@@ -201,7 +221,7 @@ def _auto(config: T, ranks: int) -> Layout:
 
     exact = fitting(ranks)
     if not exact:
-        bound = config.model.heads * (config.model.layers + 2) * config.train.global_batch_size
+        bound = config.model.heads * (config.model.all_layers + 2) * config.train.global_batch_size
         fewer = range(min(ranks - 1, bound), 0, -1)[:MOST_TRIED]
         most = next((number for number in fewer if fitting(number)), 0)
         problem = f"no {'*'.join(AXES)} of {ranks} ranks divides heads, ffn, layers and batch"

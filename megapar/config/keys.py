@@ -125,10 +125,10 @@ def check_values(config: Any, prefix: str = "") -> None:
     """Raise ConfigError for a value out of its key's bounds; None (not derived yet) passes. prefix: of the keys"""
     for key, facts in keys(type(config)).items():
         value = value_of(config, key)
-        if isinstance(value, dict):
-            for name, options in value.items():
+        tables = value if isinstance(value, dict) else {}
+        for name, options in tables.items():
+            if is_dataclass(options):
                 check_values(options, f"{prefix}{key}.{name}.")
-            continue
         for item in value if isinstance(value, list) else [value]:
             if problem := facts.refusal(item):
                 raise ConfigError(prefix + key, value, problem)

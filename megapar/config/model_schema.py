@@ -57,8 +57,17 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder beside a decoder, whose layers attend to its output. Of its sizes it has the model's."""
+
+    layers: int = option(0, "Transformer layers of an encoder in front of the decoder; 0: there is none", at_least=0, fixed=True)
+    shared: bool = option(True, "encoder and decoder share the table of token embeddings", fixed=True)
+    start: int = option(0, "token that a target begins with (decoder_start_token_id)", at_least=0, fixed=True)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A Transformer of one stack of layers, a decoder or an encoder, of a family by its switches."""
+    """A Transformer of a family by its switches: a decoder or an encoder, or both with model.encoder.layers."""
 
     layers: int = option(
         4, "number of Transformer layers", at_least=1, fixed=True, also=("num_layers", "num_hidden_layers", "n_layer")
@@ -95,8 +104,14 @@ class ModelConfig:
     )
     norm_offset: bool = option(False, "RMSNorm multiplies by 1 + weight (Gemma)", fixed=True)
     norm_eps: float = option(1e-5, "epsilon inside the normalisation", above=0, fixed=True)
-    position: Literal["rope", "learned"] = option(
-        "rope", "rotary embedding of q and k, or a learned table added once", fixed=True
+    position: Literal["rope", "learned", "relative"] = option(
+        "rope",
+        "rotary embedding of q and k; a learned table added once; or learned biases of scores by distance (T5)",
+        fixed=True,
+    )
+    relative_buckets: int = option(32, "position=relative: how many biases a head has", at_least=4, fixed=True)
+    relative_distance: int = option(
+        128, "position=relative: tokens that are this far apart, or further, have one bias", at_least=2, fixed=True
     )
     rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, fixed=True)
     rope_scaling: RopeScalingConfig = group(RopeScalingConfig, "rotary frequencies of longer texts")
@@ -122,7 +137,7 @@ class ModelConfig:
     attention_softcap: float | None = option(
         None, "scores become softcap * tanh(scores / softcap); default: as they are", above=0, fixed=True
     )
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = option(
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf", "relu"] = option(
         "swiglu", "MLP nonlinearity; the first two have a gate; gelu is the form with a tanh", fixed=True
     )
     bias: bool = option(False, "biases in the linear layers of attention and MLP", fixed=True)
@@ -139,6 +154,7 @@ class ModelConfig:
         head=True,
     )
     output_bias: bool = option(False, "a bias of every logit", fixed=True, head=True)
+    logit_scale: float = option(1.0, "what logits are multiplied by", above=0, fixed=True, head=True)
     logit_softcap: float | None = option(
         None, "logits become softcap * tanh(logits / softcap); default: as they are", above=0, fixed=True, head=True
     )
@@ -168,6 +184,7 @@ class ModelConfig:
         kept=True,
     )
 
+    encoder: EncoderConfig = group(EncoderConfig, "an encoder in front of the decoder")
     lora: LoraConfig = group(LoraConfig, "low-rank adapters")
     module: str | None = option(
         None,
@@ -185,6 +202,16 @@ class ModelConfig:
     def has_logits(self) -> bool:
         """Whether the last part gives scores of tokens."""
         return self.output in ("lm", "mlm")
+
+    @property
+    def all_layers(self) -> int:
+        """Of encoder and decoder."""
+        return self.encoder.layers + self.layers
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether the decoder's table of token embeddings is also another part's."""
+        return self.tied or (self.encoder.layers > 0 and self.encoder.shared)
 
     @property
     def gated(self) -> bool:

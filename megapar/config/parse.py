@@ -71,9 +71,9 @@ def _parse(kind: Any, data: object, prefix: str, refuse: Callable[[str, object],
 
 
 def _convert(key: str, value: object, hint: Any) -> Any:
-    table = next((choice for choice in get_args(hint) if get_origin(choice) is dict), None)
-    if table is not None:
-        return None if value is None else _table(key, value, get_args(table)[1])
+    tables = [get_args(choice)[1] for choice in get_args(hint) if get_origin(choice) is dict]
+    if tables and is_dataclass(tables[0]):
+        return None if value is None else _table(key, value, tables[0])
     for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         good, result = _as(value, choice)
         if good:
@@ -109,6 +109,10 @@ def _as(value: object, hint: Any) -> tuple[bool, Any]:
     if get_origin(hint) is list:
         items = [_as(item, get_args(hint)[0]) for item in value] if isinstance(value, list | tuple) else [(False, None)]
         return all(good for good, _ in items), [item for _, item in items]
+    if get_origin(hint) is dict:
+        found = {name: _as(each, get_args(hint)[1]) for name, each in value.items()} if isinstance(value, Mapping) else {}
+        fits = bool(found) and all(isinstance(name, str) and good for name, (good, _) in found.items())
+        return fits, {name: result for name, (_, result) in found.items()}
     if isinstance(value, bool):
         return hint is bool, value
     if hint is float:
@@ -131,6 +135,8 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in args)
     if origin is list:
         return f"a list such as [{'5,3' if args[0] is int else 'a,b'}]"
+    if origin is dict:
+        return f"NAME: VALUE for some names, each {describe(args[1])}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
     return words[hint]
 

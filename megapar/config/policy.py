@@ -9,9 +9,14 @@ rank sends follows from it (`megapar.plan`). Shapes on a rank, letters as in `me
 | norms         | none       |                | x [t, H]         | x [t, H]           |
 | attention.qkv | column     | heads          | x [t, H]         | qkv [T, (N+2K)*D]  |
 | attention.out | row        | heads          | y [T, N*D]       | x [t, H]           |
+| cross.q       | column     | heads          | x [t, H]         | q [T, N*D]         |
+| cross.kv      | column     | heads          | memory [t, H]    | kv [T, 2K*D]       |
+| cross.out     | row        | heads          | y [T, N*D]       | x [t, H]           |
 | mlp.up        | column     | inner features | x [t, H]         | gate, up [T, F]    |
 | mlp.down      | row        | inner features | h [T, F]         | x [t, H]           |
 | head          | column     | token ids      | x [t, H]         | logits [T, V]      |
+
+`cross` is attention to an encoder's output, the memory, in the layers of a decoder that has an encoder in front of it.
 """
 
 from dataclasses import dataclass
@@ -38,7 +43,7 @@ class Linear:
     split: `column` cuts the features of every output, `row` those of the input
     inputs: features of the input, of which `blocks` can't be cut (row)
     outputs: several that read the same input are one product
-    residual: it writes to the residual stream
+    residual: it writes to the residual stream; memory: it reads the encoder's output
     """
 
     split: Literal["column", "row"]
@@ -47,6 +52,7 @@ class Linear:
     bias: bool
     blocks: int | None = None
     residual: bool = False
+    memory: bool = False
 
     def adapters(self, lora: LoraConfig) -> int:
         """Elements of the adapters of its outputs."""
@@ -69,8 +75,8 @@ class Linear:
         return self.inputs * self.features
 
 
-def layer_linears(model: ModelConfig) -> dict[str, Linear]:
-    """The products of a layer of a resolved model, by place."""
+def layer_linears(model: ModelConfig, cross: bool = False) -> dict[str, Linear]:
+    """The products of a layer of a resolved model, by place. cross: it attends to an encoder's output, too."""
     heads, kv_heads, channels, ffn = model.heads, model.kv_heads, model.head_dim, model.ffn
     assert kv_heads and channels and ffn, "resolve the configuration first"
     qkv = (
@@ -81,9 +87,16 @@ def layer_linears(model: ModelConfig) -> dict[str, Linear]:
     up = (*((Output("gate", ffn),) if model.gated else ()), Output("up", ffn))
     into_stream = (Output("out", model.hidden),), (Output("down", model.hidden),)
     qkv_bias, out_bias = model.biases.values()
+    out = Linear("row", heads * channels, into_stream[0], out_bias, heads, residual=True)
+    to_memory = {
+        "cross.q": Linear("column", model.hidden, qkv[:1], qkv_bias),
+        "cross.kv": Linear("column", model.hidden, qkv[1:], qkv_bias, memory=True),
+        "cross.out": out,
+    }
     return {
         "attention.qkv": Linear("column", model.hidden, qkv, qkv_bias),
-        "attention.out": Linear("row", heads * channels, into_stream[0], out_bias, heads, residual=True),
+        "attention.out": out,
+        **(to_memory if cross else {}),
         "mlp.up": Linear("column", model.hidden, up, model.bias),
         "mlp.down": Linear("row", ffn, into_stream[1], model.bias, residual=True),
     }

@@ -62,8 +62,10 @@ class PipelineConfig:
     """The pipeline schedule and the partition of layers."""
 
     schedule: str = option("1f1b", "order of forward and backward passes: a schedule's name, auto, or csv:PATH")
-    partition: str | list[int] = option(
-        "uniform", "layers per stage: uniform; balanced: the slowest stage as fast as can be; or a list such as [5,3]"
+    partition: str | list[int] | dict[str, list[int]] = option(
+        "uniform",
+        "layers per stage: uniform; balanced: the slowest stage as fast as can be; or a list such as [5,3], of an "
+        "encoder and its decoder {encoder: [2], decoder: [3,3]}",
     )
     chunks: int | None = option(
         None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1", at_least=1
@@ -214,6 +216,9 @@ class TrainSection:
         at_least=1,
         fixed=True,
         also=("seq_len", "sequence_length", "block_size", "max_position_embeddings"),
+    )
+    source_length: int | None = option(
+        None, "tokens per sample that an encoder reads; default: seq_length", at_least=1, fixed=True
     )
     micro_batch_size: int = option(
         4, "samples of one forward pass on one data-parallel rank", at_least=1, also=("mbs",)

@@ -55,8 +55,9 @@ def _part_counts(config: TrainConfig, whole: Sequence[Part]) -> list[int]:
     choice, stages = config.pipeline.partition, num_stages(config)
     if stages == 1:
         return [len(whole)]
+    assert not isinstance(choice, dict), "resolve the configuration first"
     if isinstance(choice, list) or choice == "uniform":
-        layers = choice if isinstance(choice, list) else uniform(config.model.layers, stages)
+        layers = choice if isinstance(choice, list) else uniform(config.model.all_layers, stages)
         return _with_ends(whole, layers)
     costs = part_costs(config)
     time = [sum(of_part) for of_part in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
@@ -69,9 +70,11 @@ def _part_counts(config: TrainConfig, whole: Sequence[Part]) -> list[int]:
 
 
 def _with_ends(whole: Sequence[Part], layers: Sequence[int]) -> list[int]:
-    """Parts per stage for layers per stage: what is not a layer goes with the ends."""
+    """Parts per stage for layers per stage. What is not a layer goes with the layer in front of it, and an embedding
+    with the one behind it."""
     where = [number for number, part in enumerate(whole) if part.kind == "layer"]
     starts = [where[first] if first < len(where) else where[-1] + 1 for first in [0, *accumulate(layers)][1:-1]]
+    starts = [start - (start > 1 and whole[start - 1].kind == "embedding") for start in starts]
     return [end - start for start, end in zip([0, *starts], [*starts, len(whole)], strict=True)]
 
 
@@ -95,7 +98,7 @@ def make_schedule(config: TrainConfig) -> Schedule:
 
 def part_costs(config: TrainConfig) -> Costs:
     """Costs of every part: measured ones from `pipeline.costs`, else estimated. Raises ConfigError."""
-    layers, path = config.model.layers, config.pipeline.costs
+    layers, path = config.model.all_layers, config.pipeline.costs
     whole = parts(config)
     if path is None:
         return _estimated(config, whole)

@@ -17,7 +17,7 @@ class Needs:
 
     about: what it does. model: values that keys of the model may have. samples: the source whose samples it reads.
     keys: those of `task` that it alone uses. reference: it has a frozen model beside, by default the weights of a
-    run's start
+    run's start. encoder: its model has one beside a decoder
     """
 
     about: str
@@ -25,6 +25,7 @@ class Needs:
     samples: str = WINDOWS
     keys: tuple[str, ...] = ()
     reference: bool = False
+    encoder: bool = False
 
 
 _NEXT = {"causal": (True,), "output": ("lm",)}
@@ -36,6 +37,7 @@ TASKS = {
         "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
     ),
     "classify": Needs("scores classes", {"output": ("classes",)}, "labelled"),
+    "seq2seq": Needs("writes what an encoder's source asks for", {}, "paired", encoder=True),
 }
 
 
@@ -46,6 +48,10 @@ def check_task(config: TrainConfig) -> None:
         raise ConfigError("task.name", name, f"no such task; there are {', '.join(sorted(tasks))}")
     if (known := TASKS.get(name)) is None:
         return
+    if known.encoder != (config.model.encoder.layers > 0):
+        layers = config.model.encoder.layers
+        problem = "needs an encoder; use 1 or more" if known.encoder else "reads no source for it; use task=seq2seq"
+        raise ConfigError("model.encoder.layers", layers, f"task.name={name} {known.about} and {problem}")
     for key, allowed in known.model.items():
         if (value := getattr(config.model, key)) not in allowed:
             needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)

@@ -16,21 +16,26 @@ from megapar.parallel.rotary import Rotary
 
 
 class Attention(nn.Module):
-    """x [t, H] -> [t, H] of layer `index`. recompute: attention itself, without its projections, again in backward."""
+    """x [t, H] -> [t, H] of layer `index`. recompute: attention itself, without its projections, again in backward;
+    encoder: of an encoder beside a decoder."""
 
-    def __init__(self, context: StageContext, model: ModelConfig, index: int, recompute: bool) -> None:
+    def __init__(
+        self, context: StageContext, model: ModelConfig, index: int, recompute: bool, encoder: bool = False
+    ) -> None:
         super().__init__()
         assert model.head_dim is not None, "resolve the configuration first"
-        linears, name = layer_linears(model), f"layers.{index}.attention"
+        linears, name = layer_linears(model), f"{'encoder.' if encoder else ''}layers.{index}.attention"
         self.index = index
         self.rotary, self.channels, self.recompute = Rotary.of(model, index), model.head_dim, recompute
-        self.causal, self.scale, self.softcap = model.causal, model.attention_scale, model.attention_softcap
-        self.window = model.window if model.windowed(index) else None
+        self.causal = model.causal and not encoder
+        self.scale, self.softcap = model.attention_scale, model.attention_softcap
+        self.window = model.window if model.windowed(index) and not encoder else None
         self.qkv = column(context, model, linears["attention.qkv"], f"{name}.")
         self.qk_norm = QKNorm(context, model, name) if model.qk_norm != "none" else None
         self.out = row(context, model, linears["attention.out"], f"{name}.")
 
-    def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x_tH: Tensor, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
+        """bias: of the scores, [N, S, S]."""
         qkv_TW = self.qkv(x_tH)
         if self.qk_norm is not None:
             qkv_TW = self.qk_norm(qkv_TW, self.qkv.sizes)
@@ -38,7 +43,7 @@ class Attention(nn.Module):
         table, length = (None, tokens.length) if self.rotary is None else tokens.rope_table(self.rotary)
         y_TC = attend_(
             qkv_TW, heads, kv_heads, length, table=table, starts=tokens.starts, causal=self.causal, window=self.window,
-            scale=self.scale, softcap=self.softcap, recompute=self.recompute and self.training,
+            scale=self.scale, softcap=self.softcap, bias=bias, recompute=self.recompute and self.training,
             new=tokens.new, layer=self.index,
         )  # fmt: skip
         return self.out(y_TC)

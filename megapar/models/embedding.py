@@ -11,22 +11,25 @@ from megapar.parallel.record import Normal
 
 
 class Embedding(nn.Module):
-    """ids [B, S], and learned positions and token types, to x [t, H]. positions: rows of their table."""
+    """ids [B, S], and learned positions and token types, to x [t, H]. positions: rows of their table; encoder: it is
+    an encoder's, beside a decoder's."""
 
-    def __init__(self, context: StageContext, model: ModelConfig, positions: int) -> None:
+    def __init__(self, context: StageContext, model: ModelConfig, positions: int, encoder: bool = False) -> None:
         super().__init__()
         assert model.vocab_size is not None, "resolve the configuration first"
-        init, tie = Normal(model.init_std), "embedding" if model.tied else None
-        self.tokens = VocabParallelEmbedding(context, "embedding", model.vocab_size, model.hidden, init=init, tie=tie)
+        init, prefix = Normal(model.init_std), "encoder." if encoder else ""
+        shared = model.encoder.shared if encoder else model.shares_embedding
+        name, tie = (("embedding", "embedding") if shared else (f"{prefix}embedding", None))
+        self.tokens = VocabParallelEmbedding(context, name, model.vocab_size, model.hidden, init=init, tie=tie)
         self.scale = model.embedding_scale
         self.positions: ReplicatedEmbedding | None = None
         if model.position == "learned":
-            self.positions = ReplicatedEmbedding(context, "positions", positions, model.hidden, init=init)
+            self.positions = ReplicatedEmbedding(context, f"{prefix}positions", positions, model.hidden, init=init)
         self.types: ReplicatedEmbedding | None = None
         if model.token_types:
-            self.types = ReplicatedEmbedding(context, "token_types", model.token_types, model.hidden, init=init)
-        self.norm = norm(context, model, "embedding_norm") if model.embedding_norm else None
-        self.dropout = HiddenDropout(context, model.dropout, 0, SITE_EMBEDDING)
+            self.types = ReplicatedEmbedding(context, f"{prefix}token_types", model.token_types, model.hidden, init=init)
+        self.norm = norm(context, model, f"{prefix}embedding_norm") if model.embedding_norm else None
+        self.dropout = HiddenDropout(context, model.dropout, model.layers if encoder else 0, SITE_EMBEDDING)
 
     def forward(self, ids: Tensor, tokens: Tokens) -> Tensor:
         x_tH = self.tokens(ids.reshape(-1))

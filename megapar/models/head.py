@@ -28,7 +28,7 @@ class Head(nn.Module):
 
     def __init__(self, context: StageContext, model: ModelConfig) -> None:
         super().__init__()
-        self.context, self.softcap = context, model.logit_softcap
+        self.context, self.scale, self.softcap = context, model.logit_scale, model.logit_softcap
         self.dense: ReplicatedLinear | None = None
         if model.output == "mlm":
             init = Normal(model.init_std)
@@ -47,7 +47,8 @@ class Head(nn.Module):
     def forward(self, x_tH: Tensor) -> Tensor:
         if self.dense is not None:
             x_tH = self.activation(self.dense(x_tH))
-        logits_TV = self.logits(x_tH if self.norm is None else self.norm(x_tH))
+        x_tH = x_tH if self.norm is None else self.norm(x_tH)
+        logits_TV = self.logits(x_tH if self.scale == 1.0 else x_tH * self.scale)
         if self.bias_owner is not None:
             logits_TV = owned_op(AddBias, logits_TV, self.bias_owner, self.context.weight_grads)
         if self.softcap is not None:  # what comes last keeps nothing, as the cross entropy overwrites it

@@ -1,4 +1,8 @@
-"""A layer of the residual stream: attention, then MLP, each with its norms."""
+"""A layer of the residual stream: attention, in a decoder behind an encoder attention to its output, then the MLP, each
+with its norms."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -6,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from megapar.config.schema import ModelConfig
 from megapar.kernels.dropout import dropout
 from megapar.models.attention import Attention
+from megapar.models.cross_attention import CrossAttention
 from megapar.models.mlp import MLP
-from megapar.models.tokens import Tokens
+from megapar.models.tokens import Memory, Tokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.norms import Norm
 
-SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP = range(3)
+SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP, SITE_CROSS = range(4)
 
 
 class HiddenDropout(nn.Module):
@@ -31,46 +36,81 @@ class HiddenDropout(nn.Module):
         return dropout(x_tH, self.rate, tokens.local_samples, tokens.local_places, site, residual)
 
 
+class _Step(NamedTuple):
+    """A function of the residual stream with its norms and its dropout."""
+
+    norm: Norm
+    compute: Callable[[Tensor], Tensor]
+    norm_out: Norm | None
+    dropout: HiddenDropout
+
+
 class TransformerLayer(nn.Module):
     """Residual block: x [t, H] -> [t, H]. recompute: `none`, `selective` (attention) or `full`.
 
     Of f, attention or MLP, by `model.norm_order`: pre x + f(norm(x)); post norm(x + f(x)) (Vaswani et al. 2017);
     output x + norm(f(x)) (OLMo 2); sandwich x + norm_out(f(norm(x))) (Gemma 2).
+    encoder: of an encoder beside a decoder. The decoder's layers attend to its output between the two.
     """
 
-    def __init__(self, context: StageContext, model: ModelConfig, index: int, recompute: str) -> None:
+    def __init__(
+        self, context: StageContext, model: ModelConfig, index: int, recompute: str, encoder: bool = False
+    ) -> None:
         super().__init__()
-        name = f"layers.{index}"
+        name, site = (f"encoder.layers.{index}", model.layers + index) if encoder else (f"layers.{index}", index)
         self.recompute = recompute == "full"
         self.order, sandwich = model.norm_order, model.norm_order == "sandwich"
         self.norm1 = norm(context, model, f"{name}.norm1")
-        self.attention = Attention(context, model, index, recompute == "selective")
+        self.attention = Attention(context, model, index, recompute == "selective", encoder)
         self.norm1_out = norm(context, model, f"{name}.norm1_out") if sandwich else None
-        self.dropout1 = HiddenDropout(context, model.dropout, index, SITE_ATTENTION)
+        self.dropout1 = HiddenDropout(context, model.dropout, site, SITE_ATTENTION)
+        self.cross: CrossAttention | None = None
+        if model.encoder.layers and not encoder:
+            self.cross_norm = norm(context, model, f"{name}.cross_norm")
+            self.cross = CrossAttention(context, model, index, recompute == "selective")
+            self.cross_norm_out = norm(context, model, f"{name}.cross_norm_out") if sandwich else None
+            self.cross_dropout = HiddenDropout(context, model.dropout, site, SITE_CROSS)
         self.norm2 = norm(context, model, f"{name}.norm2")
         self.mlp = MLP(context, model, f"{name}.mlp")
         self.norm2_out = norm(context, model, f"{name}.norm2_out") if sandwich else None
-        self.dropout2 = HiddenDropout(context, model.dropout, index, SITE_MLP)
+        self.dropout2 = HiddenDropout(context, model.dropout, site, SITE_MLP)
 
-    def forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x_tH: Tensor, tokens: Tokens, bias: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        """bias: of the scores of attention, [N, S, S]; memory: the encoder's output."""
         if self.recompute and self.training:
-            return checkpoint(self._forward, x_tH, tokens, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_tH, tokens)
+            args = x_tH, tokens, bias, memory
+            return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_tH, tokens, bias, memory)
 
-    def _forward(self, x_tH: Tensor, tokens: Tokens) -> Tensor:
+    def _forward(self, x_tH: Tensor, tokens: Tokens, bias: Tensor | None, memory: Memory | None) -> Tensor:
+        steps = self._steps(tokens, bias, memory)
         match self.order:
             case "post":
-                x_tH, _ = self.norm1.of_sum(self.dropout1(self.attention(x_tH, tokens), tokens), x_tH)
-                return self.norm2.of_sum(self.dropout2(self.mlp(x_tH), tokens), x_tH)[0]
+                for step in steps:
+                    x_tH, _ = step.norm.of_sum(step.dropout(step.compute(x_tH), tokens), x_tH)
+                return x_tH
             case "output":
-                x_tH = self.dropout1(self.norm1(self.attention(x_tH, tokens)), tokens, residual=x_tH)
-                return self.dropout2(self.norm2(self.mlp(x_tH)), tokens, residual=x_tH)
-        attended = self.attention(self.norm1(x_tH), tokens)
-        if self.norm1_out is not None:
-            attended = self.norm1_out(attended)
-        y_tH, x_tH = self.norm2.of_sum(self.dropout1(attended, tokens), x_tH)
-        y_tH = self.mlp(y_tH)
-        return self.dropout2(y_tH if self.norm2_out is None else self.norm2_out(y_tH), tokens, residual=x_tH)
+                for step in steps:
+                    x_tH = step.dropout(step.norm(step.compute(x_tH)), tokens, residual=x_tH)
+                return x_tH
+        y_tH = steps[0].norm(x_tH)
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            y_tH = step.compute(y_tH)
+            if step.norm_out is not None:
+                y_tH = step.norm_out(y_tH)
+            if following is None:
+                x_tH = step.dropout(y_tH, tokens, residual=x_tH)
+            else:
+                y_tH, x_tH = following.norm.of_sum(step.dropout(y_tH, tokens), x_tH)
+        return x_tH
+
+    def _steps(self, tokens: Tokens, bias: Tensor | None, memory: Memory | None) -> list[_Step]:
+        attention, cross = self.attention, self.cross
+        steps = [_Step(self.norm1, lambda x_tH: attention(x_tH, tokens, bias), self.norm1_out, self.dropout1)]
+        if cross is not None:
+            attend = lambda x_tH: cross(x_tH, tokens, memory)  # noqa: E731
+            steps.append(_Step(self.cross_norm, attend, self.cross_norm_out, self.cross_dropout))
+        return [*steps, _Step(self.norm2, self.mlp, self.norm2_out, self.dropout2)]
 
 
 def norm(context: StageContext, model: ModelConfig, name: str) -> Norm:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, nn, relu
 
 from megapar.config.policy import layer_linears
 from megapar.config.schema import ModelConfig
@@ -10,11 +10,17 @@ from megapar.kernels.swiglu import geglu, gelu, gelu_erf, swiglu
 from megapar.models.linear import column, row
 from megapar.parallel.context import StageContext
 
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": gelu, "gelu_erf": gelu_erf}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "gelu": gelu,
+    "gelu_erf": gelu_erf,
+    "relu": relu,
+}
 
 
 class MLP(nn.Module):
-    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, or GELU in either form."""
+    """x [t, H] -> [t, H] through an inner width F: SwiGLU or GEGLU with a gate, GELU in either form, or ReLU."""
 
     def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
         super().__init__()

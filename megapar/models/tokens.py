@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Tokens:
         more = {name: batch.get(name) for name in ("starts", "positions", "types", "lengths")}
         new = None if cache is None else NewTokens.of(batch, cache)
         return cls(context, batch["samples"], batch["ids"].shape[1], int(batch["step"]), new=new, **more)
+
+    @classmethod
+    def of_source(cls, batch: Batch, context: StageContext) -> "Tokens":
+        """Of what an encoder reads: `source` [B, L], and maybe `source_starts` and `source_positions`."""
+        more = {name: batch.get(f"source_{name}") for name in ("starts", "positions")}
+        return cls(context, batch["samples"], batch["source"].shape[1], int(batch["step"]), **more)
 
     @property
     def count(self) -> int:
@@ -96,3 +103,10 @@ class Tokens:
     @cached_property
     def _turns(self) -> dict[Rotary, Tensor]:
         return {}
+
+
+class Memory(NamedTuple):
+    """An encoder's output, x [t, H], and where its tokens stand."""
+
+    x_tH: Tensor
+    tokens: Tokens

@@ -105,6 +105,7 @@ class ParameterRecord:
         rank's tokens outside the tensor-parallel regions; `heads`, those of this rank; `all`, the same on every rank.
         Gradients are parts of a sum where ranks see different things.
     adapter: trained also where the rest of the model is frozen.
+    table: its rows are looked up; no layer multiplies by it as a matrix.
     tie: name of the group of stages that hold a copy of it (tied embeddings), or None.
     """
 
@@ -115,6 +116,7 @@ class ParameterRecord:
     tie: str | None = None
     sees: Literal["local", "heads", "all"] = "local"
     adapter: bool = False
+    table: bool = False
 
     @property
     def numel(self) -> int:

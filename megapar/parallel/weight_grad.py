@@ -65,7 +65,8 @@ class LocalParameter:
     @property
     def is_layer_matrix(self) -> bool:
         """Whether it is a matrix that a layer multiplies by, and neither a table nor the product to logits."""
-        return self.part is not None and self.part.kind == "layer" and len(self.shape) == 2
+        in_layer = self.part is not None and self.part.kind == "layer"
+        return in_layer and len(self.shape) == 2 and not self.pieces[0].record.table
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from megapar.config.keys import changed, keys
 from megapar.config.layout import Layout
 from megapar.config.model_schema import LoraConfig
 from megapar.config.schema import ModelConfig, TrainConfig
+from megapar.config.stages import ties
 from megapar.mesh import Mesh
 from megapar.models.stage import build_stage
 from megapar.parallel.boxes import Box
@@ -28,7 +29,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 CODE = "auto_map"  # in config.json: classes that are in the folder itself
 QUANTIZED = "quantization_config"
 HEAD = {name for name, facts in keys(ModelConfig).items() if facts.head}  # what the last part is made of
-LOGICAL_LAYER = re.compile(r"^layers\.(\d+)\.")
+LOGICAL_LAYER = re.compile(r"^((?:encoder\.)?layers)\.(\d+)\.")
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -95,7 +96,8 @@ def trained_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
 def _shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
     config = with_layout(config, Layout())
     context = StageContext(Mesh(groups=False), frozen=config.model.lora.rank > 0)
-    context.tie("embedding", [0])
+    for name, (stages, part) in ties(config).items():
+        context.tie(name, stages, part)
     build_stage(config, context)
     trained = [local for local in context.parameters if not local.frozen]
     return {piece.record.name: piece.record.shape for local in trained for piece in local.pieces}
@@ -136,8 +138,8 @@ def places(
     by_name: dict[str, Stored] = {name: stored for stored in family.tensors for name in stored.ours}
     found, on_disk = {}, {}
     for name, shape in shapes.items():
-        layer = match[1] if (match := LOGICAL_LAYER.match(name)) else ""
-        stored = by_name.get(LOGICAL_LAYER.sub(f"layers.{LAYER}.", name))
+        layer = match[2] if (match := LOGICAL_LAYER.match(name)) else ""
+        stored = by_name.get(LOGICAL_LAYER.sub(rf"\1.{LAYER}.", name))
         if stored is None:
             raise UserError(f"{family.model_type} has no place for the parameter {name}")
         mates = [one.replace(LAYER, layer) for one in stored.ours]
