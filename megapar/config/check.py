@@ -9,7 +9,7 @@ from functools import cache
 from math import prod
 from typing import Any, TypeVar
 
-from megapar.config.check_model import check_model
+from megapar.config.check_model import check_model, divisors
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
@@ -87,7 +87,7 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
             raise ConfigError(key, size, f"not divisible by parallel.tp={tp}; use {_near(size, tp)}, or another tp")
     kv_heads = model.kv_heads
     if kv_heads is not None and kv_heads % tp and tp % kv_heads:
-        problem = f"neither divides parallel.tp={tp} nor is a multiple of it; use a tp of {_divisors(kv_heads)}"
+        problem = f"neither divides parallel.tp={tp} nor is a multiple of it; use a tp of {divisors(kv_heads)}"
         raise ConfigError("model.kv_heads", kv_heads, problem)
     if model.vocab_size is not None and model.vocab_size < tp:
         raise ConfigError("model.vocab_size", model.vocab_size, f"smaller than parallel.tp={tp}; use at least {tp}")
@@ -384,7 +384,3 @@ def feasible_layouts(config: TrainConfig, ranks: int = 8) -> list[Layout]:
 def _near(value: int, step: int) -> str:
     below, above = value // step * step, (value // step + 1) * step
     return f"{below} or {above}" if below else str(above)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -10,7 +10,7 @@ from megapar.config.schema import ModelConfig
 def check_model(model: ModelConfig) -> None:
     """Refuse a model that no layout can run."""
     if model.kv_heads is not None and model.heads % model.kv_heads:
-        problem = f"model.heads={model.heads} is not a multiple of it; use {_divisors(model.heads)}"
+        problem = f"model.heads={model.heads} is not a multiple of it; use {divisors(model.heads)}"
         raise ConfigError("model.kv_heads", model.kv_heads, problem)
     check_encoder(model)
     if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
@@ -95,3 +95,8 @@ def check_encoder(model: ModelConfig) -> None:
     if model.vocab_size is not None and encoder.start >= model.vocab_size:
         problem = f"no token of model.vocab_size={model.vocab_size}; use a smaller one"
         raise ConfigError("model.encoder.start", encoder.start, problem)
+
+
+def divisors(number: int) -> str:
+    """All of them, as text."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -153,8 +153,8 @@ def _head(config: TrainConfig, tie: Any) -> Part:
         weights += (model.vocab_size or 0) if model.output_bias else 0
     if model.output == "mlm":
         weights, matmul = weights + dense, matmul + 2.0 * model.hidden**2
-    facts = {"matmul": matmul, "activation": _head_activation(config)}
-    return Part("head", "head", ("hidden",), weights, **tie, **facts)
+    kept = _head_activation(config)
+    return Part("head", "head", ("hidden",), weights, **tie, matmul=matmul, activation=kept)
 
 
 def _norm(model: ModelConfig) -> int:

@@ -60,7 +60,9 @@ class LoraConfig:
 class EncoderConfig:
     """An encoder beside a decoder, whose layers attend to its output. Of its sizes it has the model's."""
 
-    layers: int = option(0, "Transformer layers of an encoder in front of the decoder; 0: there is none", at_least=0, fixed=True)
+    layers: int = option(
+        0, "Transformer layers of an encoder in front of the decoder; 0: there is none", at_least=0, fixed=True
+    )
     shared: bool = option(True, "encoder and decoder share the table of token embeddings", fixed=True)
     start: int = option(0, "token that a target begins with (decoder_start_token_id)", at_least=0, fixed=True)
 

@@ -110,7 +110,9 @@ def _as(value: object, hint: Any) -> tuple[bool, Any]:
         items = [_as(item, get_args(hint)[0]) for item in value] if isinstance(value, list | tuple) else [(False, None)]
         return all(good for good, _ in items), [item for _, item in items]
     if get_origin(hint) is dict:
-        found = {name: _as(each, get_args(hint)[1]) for name, each in value.items()} if isinstance(value, Mapping) else {}
+        found = (
+            {name: _as(each, get_args(hint)[1]) for name, each in value.items()} if isinstance(value, Mapping) else {}
+        )
         fits = bool(found) and all(isinstance(name, str) and good for name, (good, _) in found.items())
         return fits, {name: result for name, (_, result) in found.items()}
     if isinstance(value, bool):

@@ -317,8 +317,11 @@ def refuse_too_few(records: Records, split: Split, config: DataConfig) -> None:
     raise ConfigError("data.split", config.split, problem)
 
 
-def fitting(records: Records, too_long: np.ndarray, config: DataConfig, most: int) -> np.ndarray:
-    """Numbers of the records to use, int64 [n]. too_long: those of more tokens than fit, bool [records].
+def fitting(
+    records: Records, too_long: np.ndarray, config: DataConfig, most: int | str, keys: str = "train.seq_length"
+) -> np.ndarray:
+    """Numbers of the records to use, int64 [n]. too_long: those of more tokens than fit, bool [records]; most: how many
+    do; keys: what says so.
 
     Raises UserError for the first of them, unless `data.too_long` says what to do, and where none is left.
     """
@@ -328,9 +331,9 @@ def fitting(records: Records, too_long: np.ndarray, config: DataConfig, most: in
     length = int(records.lengths[first].sum())
     problem = f"{records.where(first)}: {length} tokens, of which at most {most} fit"
     if config.too_long == "refuse":
-        raise UserError(f"{problem}; raise train.seq_length, or use data.too_long=skip")
+        raise UserError(f"{problem}; raise {keys}, or use data.too_long=skip")
     if too_long.all():
-        raise UserError(f"{problem}, and no other record is shorter than that; raise train.seq_length")
+        raise UserError(f"{problem}, and no other record is shorter than that; raise {keys}")
     return np.flatnonzero(~too_long)
 
 

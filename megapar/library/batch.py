@@ -36,10 +36,18 @@ def whole(ids: Tensor, step: int) -> Batch:
     return {"ids": ids.long().contiguous(), "samples": samples, "step": torch.tensor(step)}
 
 
-def deal(ids: Tensor, labels: Tensor, step: int, peers: Axis, microbatches: int) -> list[Batch]:
+def deal(
+    ids: Tensor,
+    labels: Tensor,
+    step: int,
+    peers: Axis,
+    microbatches: int,
+    source: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> list[Batch]:
     """This rank's micro-batches of a global batch: samples go out micro-batch by micro-batch, rank after rank.
 
-    ids, labels [B, S], the same on every rank. Raises ValueError unless B divides.
+    ids, labels [B, S], source, source_mask [B, L], the same on every rank. Raises ValueError unless B divides.
     """
     if labels.shape != ids.shape:
         raise ValueError(f"labels: {list(labels.shape)}, and ids are {list(ids.shape)}; give a label for every token")
@@ -55,6 +63,8 @@ def deal(ids: Tensor, labels: Tensor, step: int, peers: Axis, microbatches: int)
     for m in range(microbatches):
         first = (m * peers.size + peers.index) * size
         part = {name: batch[name][first : first + size] for name in ("ids", "samples", "labels")}
+        sources = (None if given is None else given[first : first + size] for given in (source, source_mask))
+        part |= source_inputs(part["ids"], *sources)
         dealt.append(part | {"step": batch["step"], "tokens": counted})
     return dealt
 
@@ -70,6 +80,25 @@ def side_inputs(ids: Tensor, attention_mask: Tensor | None, token_types: Tensor 
     if attention_mask is not None:
         found["starts"] = starts_of_mask(attention_mask)
         found["lengths"] = attention_mask.shape[1] - attention_mask.flip(1).int().argmax(1)
+    return found
+
+
+def source_inputs(
+    ids: Tensor, source: Tensor | None, source_mask: Tensor | None, attention_mask: Tensor | None = None
+) -> Batch:
+    """What an encoder reads, see `Model.forward`. Raises ValueError for other shapes, and for a mask with holes."""
+    if source is None:
+        return {}
+    if len(source) != len(ids):
+        raise ValueError(f"source: {len(source)} samples, and ids are {len(ids)}; give one for every sample")
+    found = {"source": source.long().contiguous()}
+    if source_mask is None and attention_mask is None:
+        return found
+    masks = {"starts": (attention_mask, ids), "source_starts": (source_mask, source)}
+    for name, (mask, tokens) in masks.items():
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"a mask {list(mask.shape)}, and its tokens are {list(tokens.shape)}; give one for each")
+        found[name] = starts_of_mask(torch.ones_like(tokens) if mask is None else mask)
     return found
 
 

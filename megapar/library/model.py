@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig, TrainConfig
-from megapar.library.batch import check_ids, deal, side_inputs, whole
+from megapar.library.batch import check_ids, deal, side_inputs, source_inputs, whole
 from megapar.library.gradients import VisibleGrads
 from megapar.library.logits import LossFn, cross_entropy, gather_logits, own_loss
 from megapar.library.ranks import join, refuse_part
 from megapar.library.settings import default_microbatches, proven_schedule, settings
 from megapar.models.embedding import Embedding
 from megapar.models.head import Head, HiddenStates
-from megapar.models.tokens import Tokens
+from megapar.models.relative import RelativeBias
+from megapar.models.stage import EncoderStack
+from megapar.models.tokens import Memory, Tokens
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.grad_sync import GradSync
 from megapar.part import ModelPart
@@ -78,9 +80,11 @@ class Model(nn.Module):
         self.sync = GradSync(self.part.buffers)
         self.executor = Executor(self.part.stages, self.part.mesh, self.gradients, reduce=self.sync.finish)
         stages: list[Any] = list(self.part.stages.values())
-        self.embedding: Embedding | None = next((s.embedding for s in stages if s.embedding is not None), None)
+        self.embedding: Embedding | None = _first(stages, "embedding")
+        self.relative: RelativeBias | None = _first(stages, "relative")
         self.layers = nn.ModuleDict({index: layer for s in stages for index, layer in s.layers.items()})
-        self.head: Head | HiddenStates | None = next((s.head for s in stages if s.head is not None), None)
+        self.head: Head | HiddenStates | None = _first(stages, "head")
+        self.encoder: EncoderStack | None = _encoder_of(stages)
         self.read_bytes = 0  # of the files that the weights are from
         self._calls = 0
 
@@ -90,6 +94,8 @@ class Model(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         token_types: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
         hidden: bool = False,
     ) -> Any:
         """ids int64 [B, S] of any B and S -> logits [B, S, V] in the model's dtype.
@@ -99,20 +105,28 @@ class Model(nn.Module):
 
         attention_mask: [B, S], 1 for tokens and 0 for padding on either side of them, which tokens don't see. What
             padding gives means nothing. token_types: int64 [B, S] of models that have them; default: all 0
+        source: int64 [B, L], what the encoder of an encoder-decoder reads, which then begins its ids with
+            model.encoder.start; source_mask: its attention_mask
         hidden: (logits, {"embedding": x, "layers.0": x, ...}) with x [B, S, H], the residual stream behind each part.
         With tp the logits are gathered: the whole vocabulary on every rank. Not for layouts with pp. Raises ValueError
         for ids that the model can't read.
         """
         if self.embedding is None or self.head is None:
             raise UserError("model(ids): this rank has not all layers; use model.forward_backward, or model.evaluate")
-        check_ids(ids, self.config, self.device)
+        self._check(ids, source)
         self.part.mesh.timeline.forget()
         batch = whole(ids, self._count() if self.training else 0) | side_inputs(ids, attention_mask, token_types)
-        tokens = Tokens.of(batch, self.part.context)
+        batch |= source_inputs(ids, source, source_mask, attention_mask)
+        context = self.part.context
+        tokens, memory = Tokens.of(batch, context), None
+        if self.encoder is not None:
+            read = Tokens.of_source(batch, context)
+            memory = Memory(self.encoder.read(None, batch["source"], read), read)
         x_tH = self.embedding(batch["ids"], tokens)
         behind = {"embedding": x_tH}
+        bias = None if self.relative is None else self.relative(tokens.length, tokens.length)
         for index, layer in self.layers.items():
-            x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens)
+            x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens, bias, memory)
         if isinstance(self.head, HiddenStates):
             outputs = self.head(x_tH, tokens)
             logits: Any = outputs.get("scores")
@@ -124,12 +138,20 @@ class Model(nn.Module):
         return (logits, {name: x.view(*ids.shape, -1) for name, x in behind.items()}) if hidden else logits
 
     def forward_backward(
-        self, ids: Tensor, labels: Tensor, *, microbatches: int | None = None, loss_fn: LossFn | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        microbatches: int | None = None,
+        loss_fn: LossFn | None = None,
     ) -> Tensor:
         """The loss of a global batch, fp64 scalar without a graph, the same on every rank, and its gradients.
 
         ids, labels: int64 [B, S], the whole batch on every rank; each takes its share. labels are what the model should
             say at each place (the next token); -100 does not count
+        source, source_mask: as of `forward`
         microbatches: passes on each data-parallel rank, one after another, or through the pipeline by its schedule;
             B is a multiple of microbatches * dp. Default: 1, with pp two for every pipeline rank
         loss_fn: (logits [b, S, V], labels [b, S]) of a micro-batch -> its mean loss, in place of cross entropy over all
@@ -140,7 +162,7 @@ class Model(nn.Module):
         ConfigError where the schedule can't have so many micro-batches.
         """
         self.gradients.refuse_hidden(self.part.context.dtype)
-        batches, number = self._dealt(ids, labels, microbatches, self._count())
+        batches, number = self._dealt(ids, labels, microbatches, self._count(), source, source_mask)
         schedule = proven_schedule(self.config, number)
         with self.gradients.whole_step():
             self.sync.start(schedule)
@@ -150,10 +172,17 @@ class Model(nn.Module):
         return self._total(losses)
 
     def evaluate(
-        self, ids: Tensor, labels: Tensor, *, microbatches: int | None = None, loss_fn: LossFn | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        microbatches: int | None = None,
+        loss_fn: LossFn | None = None,
     ) -> Tensor:
         """The loss of `forward_backward` without its gradients, and without dropout."""
-        batches, number = self._dealt(ids, labels, microbatches, 0)
+        batches, number = self._dealt(ids, labels, microbatches, 0, source, source_mask)
         placement = self.part.schedule.placement
         schedule = lower(forward_only(placement, number), len(placement), number)
         return self._total(self.executor.run(schedule, batches, self._loss(loss_fn, number)))
@@ -225,12 +254,29 @@ class Model(nn.Module):
     def _gathered(self, logits: Tensor) -> Tensor:
         return gather_logits(logits, self.config.model.vocab_size or 0, self.part.mesh["tp"])
 
-    def _dealt(self, ids: Tensor, labels: Tensor, microbatches: int | None, step: int) -> tuple[list[Any], int]:
+    def _check(self, ids: Tensor, source: Tensor | None) -> None:
         check_ids(ids, self.config, self.device)
+        reads = self.config.model.encoder.layers > 0
+        if reads != (source is not None):
+            needed = "has an encoder; give what it reads" if reads else "has no encoder; leave it out"
+            raise ValueError(f"source: the model {needed}")
+        if source is not None:
+            check_ids(source, self.config, self.device, "source")
+
+    def _dealt(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        microbatches: int | None,
+        step: int,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+    ) -> tuple[list[Any], int]:
+        self._check(ids, source)
         check_ids(labels, self.config, self.device, "labels")
         number = default_microbatches(self.config) if microbatches is None else microbatches
         self.part.mesh.timeline.forget()
-        return deal(ids, labels, step, self.part.mesh.samples, number), number
+        return deal(ids, labels, step, self.part.mesh.samples, number, source, source_mask), number
 
     def _loss(self, loss_fn: LossFn | None, microbatches: int) -> Any:
         tp = self.part.mesh["tp"]
@@ -246,3 +292,19 @@ class Model(nn.Module):
         counted = losses if mesh.first_along("weights", None) else []
         total = sum((loss.double() for loss in counted), torch.zeros((), dtype=torch.float64, device=self.device))
         return all_reduce(total, mesh["world"])
+
+
+def _first(stages: list[Any], name: str) -> Any:
+    return next((found for stage in stages if (found := getattr(stage, name)) is not None), None)
+
+
+def _encoder_of(stages: list[Any]) -> EncoderStack | None:
+    """What these stages have of an encoder, together."""
+    stacks = [stage.encoder for stage in stages if stage.encoder is not None]
+    if len(stacks) < 2:
+        return stacks[0] if stacks else None
+    whole = EncoderStack(stacks[0].context)
+    whole.embedding, whole.relative, whole.norm = (_first(stacks, name) for name in ("embedding", "relative", "norm"))
+    for stack in stacks:
+        whole.layers.update(stack.layers)
+    return whole

@@ -19,7 +19,7 @@ class Embedding(nn.Module):
         assert model.vocab_size is not None, "resolve the configuration first"
         init, prefix = Normal(model.init_std), "encoder." if encoder else ""
         shared = model.encoder.shared if encoder else model.shares_embedding
-        name, tie = (("embedding", "embedding") if shared else (f"{prefix}embedding", None))
+        name, tie = ("embedding", "embedding") if shared else (f"{prefix}embedding", None)
         self.tokens = VocabParallelEmbedding(context, name, model.vocab_size, model.hidden, init=init, tie=tie)
         self.scale = model.embedding_scale
         self.positions: ReplicatedEmbedding | None = None
@@ -27,7 +27,9 @@ class Embedding(nn.Module):
             self.positions = ReplicatedEmbedding(context, f"{prefix}positions", positions, model.hidden, init=init)
         self.types: ReplicatedEmbedding | None = None
         if model.token_types:
-            self.types = ReplicatedEmbedding(context, f"{prefix}token_types", model.token_types, model.hidden, init=init)
+            self.types = ReplicatedEmbedding(
+                context, f"{prefix}token_types", model.token_types, model.hidden, init=init
+            )
         self.norm = norm(context, model, f"{prefix}embedding_norm") if model.embedding_norm else None
         self.dropout = HiddenDropout(context, model.dropout, model.layers if encoder else 0, SITE_EMBEDDING)
 

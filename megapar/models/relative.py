@@ -55,7 +55,7 @@ class _Chosen:
 
 def buckets(distances: Tensor, count: int, most: int, causal: bool) -> Tensor:
     """The bucket of every distance of a key from its query, int64 of the same shape: half of them are of one distance
-    each, the others grow with it, up to `most`. causal: of keys in front alone; else half of all are for those behind."""
+    each, the others grow with it, up to `most`. causal: of keys in front alone; else half are for those behind."""
     first = torch.zeros_like(distances)
     if not causal:
         count //= 2

@@ -18,7 +18,7 @@ from megapar.parallel.norms import Norm
 from megapar.pipeline.stage import Batch, Tensors, TensorSpec
 from megapar.trace.spans import LAYERS, layers_of
 
-STREAMS = {"hidden": "ids", "memory": "source"}  # what crosses stage boundaries, and the tokens of a batch that it is of
+STREAMS = {"hidden": "ids", "memory": "source"}  # what crosses stage boundaries, and of which tokens of a batch
 
 
 class Stack(nn.Module):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Tokens:
     @classmethod
     def of_source(cls, batch: Batch, context: StageContext) -> "Tokens":
         """Of what an encoder reads: `source` [B, L], and maybe `source_starts` and `source_positions`."""
-        more = {name: batch.get(f"source_{name}") for name in ("starts", "positions")}
+        more: dict[str, Any] = {name: batch.get(f"source_{name}") for name in ("starts", "positions")}
         return cls(context, batch["samples"], batch["source"].shape[1], int(batch["step"]), **more)
 
     @property

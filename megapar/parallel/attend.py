@@ -82,7 +82,7 @@ def attend_across(
     if starts[0] is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     facts: Any = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "causal": False}
-    attend = partial(attention, **facts, scale=scale, softcap=softcap)
+    attend: Any = partial(attention, **facts, scale=scale, softcap=softcap)
     if recompute:
         o: Tensor = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from megapar.config.schema import DataConfig
 from megapar.data.sources.paired import SOURCE
 
-WORDS = "the of a to in is you that it he was for on are".split()
+WORDS = ["the", "of", "a", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are"]
 LENGTHS = {"train.source_length": 18, "train.seq_length": 12}
 
 T5: dict[str, Any] = {

@@ -19,11 +19,13 @@ LAYER, PREFIX = "{}", "{p}"  # in names: the number of a layer, and what a famil
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk. ours: the logical parameters in it, stacked along their first dim; transposed: their last."""
+    """A tensor on disk. ours: the logical parameters in it, stacked along their first dim; transposed: their last.
+    gated: of models whose MLP has a gate, or of those without; None: of both."""
 
     disk: str
     ours: tuple[str, ...]
     transposed: bool = False
+    gated: bool | None = None
 
 
 def linear(disk: str, *ours: str, transposed: bool = False) -> tuple[Stored, Stored]:
@@ -80,6 +82,7 @@ class Family:
     length: the key of the most positions
     ignored: patterns of tensors that hold no weights of ours, such as masks
     renamed: names of older files, by what they are called today
+    untied_by: a tensor that only a model with a head of its own has, where config.json can say otherwise
     """
 
     model_type: str
@@ -96,6 +99,7 @@ class Family:
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    untied_by: str | None = None
 
     def model_keys(self, config: Mapping[str, Any]) -> Keys:
         """Keys of `model` from a config.json. Raises UserError for what we can't compute."""
@@ -155,6 +159,8 @@ def in_full(model: ModelConfig) -> Keys:
     without_effect = set(NOT_ON_DISK) | ({"pooling", "classes"} if model.has_logits else set())
     if model.position != "rope":
         without_effect |= {"rope_theta", "rope_scaling", "window_rope_theta"}
+    if model.position != "relative":
+        without_effect |= {"relative_buckets", "relative_distance"}
     if model.window is None:
         without_effect |= {"window_pattern", "window_rope_theta"}
     return {name: value for name, value in keys.items() if name not in without_effect}

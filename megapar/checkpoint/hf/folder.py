@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, Stored, families, in_full, same, to_model
+from megapar.checkpoint.hf.family import LAYER, PREFIX, Family, Keys, families, in_full, same, to_model
 from megapar.checkpoint.slices import Slices
 from megapar.config.check import with_layout
 from megapar.config.errors import ConfigError, UserError, show
@@ -73,6 +73,8 @@ def model_keys(folder: Path) -> tuple[Keys, int]:
     family, config = read_config(folder)
     try:
         keys = family.model_keys(config)
+        if family.untied_by is not None and (names := _tensor_names(folder)):
+            keys["tied"] = family.untied_by not in names
         length = int(config.get(family.length) or family.default_length)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
@@ -80,6 +82,13 @@ def model_keys(folder: Path) -> tuple[Keys, int]:
         problem = f"{type(error).__name__} ({error}); is it one of {family.model_type}?"
         raise UserError(f"{folder / CONFIG}: {problem}") from None
     return {name: value for name, value in keys.items() if value is not None}, length
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    """What a folder's files of weights hold; empty without them. Raises UserError."""
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        return set()
+    return {name for file in file_names(folder) for name in read_header(folder / file)}
 
 
 def logical_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
@@ -135,7 +144,8 @@ def places(
 ) -> tuple[dict[str, OnDisk], dict[str, tuple[int, ...]]]:
     """Where every logical parameter is, and the shapes of the tensors on disk. Raises UserError for a parameter that
     the family has no place for."""
-    by_name: dict[str, Stored] = {name: stored for stored in family.tensors for name in stored.ours}
+    gated = any(name.endswith(".mlp.gate.weight") for name in shapes)
+    by_name = {name: one for one in family.tensors if one.gated in (None, gated) for name in one.ours}
     found, on_disk = {}, {}
     for name, shape in shapes.items():
         layer = match[2] if (match := LOGICAL_LAYER.match(name)) else ""
@@ -206,7 +216,7 @@ class HfWeights:
     def _headers(self) -> dict[str, Header]:
         """By today's names."""
         found: dict[str, Header] = {}
-        for file in self._file_names():
+        for file in file_names(self.folder):
             for actual, facts in read_header(self.folder / file).items():
                 name = actual
                 for pattern, newer in self.family.renamed:
@@ -215,24 +225,6 @@ class HfWeights:
                     raise UserError(f"{self.folder}: {actual} is in {found[name].file} and in {file}; keep one of them")
                 found[name] = Header(file, tuple(facts["shape"]), facts["dtype"], actual)
         return found
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: can't be read ({type(error).__name__}: {error})") from None
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise UserError(f"{index}: {name!r} is no name of a file in the folder")
-            return names
-        if (self.folder / SINGLE).exists():
-            return [SINGLE]
-        pickled = sorted(path.name for path in self.folder.glob("*.bin") if path.name.startswith("pytorch_model"))
-        if pickled:
-            raise UserError(f"{self.folder / pickled[0]}: pickled weights are never loaded; convert them: {CONVERT}")
-        raise UserError(f"{self.folder}: holds neither {SINGLE} nor {INDEX}; give a folder with weights")
 
     def _prefix(self) -> str:
         first = self.family.tensors[0].disk
@@ -257,6 +249,26 @@ class HfWeights:
         for name in self.headers.keys() - on_disk.keys():
             if not any(re.fullmatch(pattern, name) for pattern in ignored):
                 raise UserError(f"{self.folder}: has a tensor {self.headers[name].actual}, and {of} has none")
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files of a folder's weights. Raises UserError where there are none."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: can't be read ({type(error).__name__}: {error})") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index}: {name!r} is no name of a file in the folder")
+        return names
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    pickled = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
+    if pickled:
+        raise UserError(f"{folder / pickled[0]}: pickled weights are never loaded; convert them: {CONVERT}")
+    raise UserError(f"{folder}: holds neither {SINGLE} nor {INDEX}; give a folder with weights")
 
 
 CONVERT = (

@@ -34,7 +34,7 @@ class Paired:
         refuse_too_few(self.records, split, config.data)
         too_long = (self.records.lengths > self.most).any(1)
         most = f"{self.most[0]} of a source and {self.most[1]} of a target"
-        self._chosen = fitting(self.records, too_long, config.data, most)
+        self._chosen = fitting(self.records, too_long, config.data, most, "train.source_length or seq_length")
         self.lengths = np.minimum(self.records.lengths[self._chosen], self.most)
         self.num_samples = len(self._chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")

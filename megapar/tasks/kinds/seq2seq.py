@@ -48,7 +48,7 @@ def _padded(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
 
 
 def _starts(rows: Sequence[np.ndarray], shape: tuple[int, ...], length: int) -> dict[str, np.ndarray]:
-    """See `packed`: two sequences of every sample, its tokens and its padding, so that source and target have as many."""
+    """See `packed`: two sequences of every sample, its tokens and its padding: a source has as many as its target."""
     begins = [np.array([0, len(tokens)]) for tokens in rows]
     return packed([begins[first : first + shape[1]] for first in range(0, len(rows), shape[1])], length)
 

@@ -30,6 +30,8 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_T5 = {"vocab_size": 67, "d_model": 48, "d_kv": 10, "d_ff": 80, "num_layers": 3, "num_heads": 6}
+_T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0}
 _WINDOWS = {"sliding_window": 6, "query_pre_attn_scalar": 11}
 
 # name -> (class, config class, its arguments); windows are shorter than the texts
@@ -72,6 +74,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES | {"pad_token_id": 0, "eos_token_id": 1, "sliding_window": 9}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5 | {"feed_forward_proj": "relu"}),
+    "t5_gated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 2},
+    ),
     "bert_masked": ("BertForMaskedLM", "BertConfig", _BERT),
     "bert": ("BertModel", "BertConfig", _BERT),
     "bert_classes": ("BertForSequenceClassification", "BertConfig", _BERT | {"num_labels": 5}),
@@ -81,11 +89,13 @@ TEXT = 40  # tokens
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers computes: logits [B, S, V] (of an encoder hidden states) for ids and a mask [B, S]."""
+    """What transformers computes: logits [B, S, V] (of an encoder hidden states) for ids and a mask [B, S]; with a
+    source for an encoder the mask is its own."""
 
     ids: Tensor
     masks: dict[str, Tensor]
     types: Tensor | None
+    source: Tensor | None
     expected: dict[str, Tensor]
     pooled: Tensor | None
 
@@ -122,16 +132,24 @@ def reference(name: str) -> Reference:
     right[0, 25:], right[1, 1:], left[0, :11] = 0, 0, 0
     masks = {"none": whole, "right": right, "left": left}
     types = (torch.arange(TEXT) > 20).long().expand(3, TEXT).contiguous() if name.startswith("bert") else None
-    more = {} if types is None else {"token_type_ids": types}
+    source = torch.randint(0, 67, (3, TEXT), generator=torch.Generator().manual_seed(3)) if name[:2] == "t5" else None
     with torch.no_grad():
-        outputs = {side: model(ids, attention_mask=mask, **more) for side, mask in masks.items()}
+        outputs = {side: theirs(model, ids, mask, types, source) for side, mask in masks.items()}
     expected = {side: out["logits"] if "logits" in out else out["last_hidden_state"] for side, out in outputs.items()}
-    return Reference(ids, masks, types, expected, outputs["right"].get("pooler_output"))
+    return Reference(ids, masks, types, source, expected, outputs["right"].get("pooler_output"))
+
+
+def theirs(model: Any, ids: Tensor, mask: Tensor, types: Tensor | None, source: Tensor | None) -> Any:
+    """What a model of transformers returns."""
+    if source is not None:
+        return model(input_ids=source, attention_mask=mask, decoder_input_ids=ids)
+    return model(ids, attention_mask=mask, **({} if types is None else {"token_type_ids": types}))
 
 
 def distance(found: Tensor, reference: Reference, side: str) -> float:
     """The largest difference of a real token's logits, as a share of the largest logit; of a classifier's scores where
     the first token is real."""
     real, expected = reference.masks[side].bool(), reference.expected[side]
+    real = real if reference.source is None else torch.ones_like(real)
     real = real[:, 0] if expected.dim() == 2 else real
     return float((found - expected)[real].abs().max() / expected[real].abs().max())

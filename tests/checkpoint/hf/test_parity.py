@@ -14,7 +14,7 @@ import torch
 import megapar
 from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
-from megapar.library.batch import side_inputs, whole
+from megapar.library.batch import side_inputs, source_inputs, whole
 from megapar.library.hf import from_hf
 from megapar.library.logits import gather_logits
 from megapar.schedule.lower import forward_only, lower
@@ -38,19 +38,26 @@ def test_in_one_process(name: str, folders: Path) -> None:
     ref, model = reference(name), megapar.from_hf(folders / name).eval()
     assert len(list((folders / name).glob("*.safetensors"))) > 3
     for side, mask in ref.masks.items():
+        given = None if side == "none" else mask
+        inputs: dict[str, Any] = {"attention_mask": given, "token_types": ref.types}
+        if ref.source is not None:
+            inputs = {"source": ref.source, "source_mask": given}
         with torch.no_grad():
-            found = model(ref.ids, attention_mask=None if side == "none" else mask, token_types=ref.types)
+            found = model(ref.ids, **inputs)
         if ref.pooled is not None:
             found, pooled = found
             assert side != "right" or (pooled - ref.pooled).abs().max() < BOUND
         assert distance(found, ref, side) < BOUND, side
 
 
-def logits_of_a_rank(rank: int, world_size: int, folder: str, layout: str, ids: Any, mask: Any, types: Any) -> Any:
+def logits_of_a_rank(
+    rank: int, world_size: int, folder: str, layout: str, ids: Any, mask: Any, types: Any, source: Any
+) -> Any:
     """(logits or hidden states on the last stage, bytes that were read of the weights)."""
     model = from_hf(folder, layout=layout, device="cpu").eval()
     mesh, placement = model.part.mesh, model.part.schedule.placement
-    batch = whole(ids, 0) | side_inputs(ids, mask, types)
+    batch = whole(ids, 0) | side_inputs(ids, mask if source is None else None, types)
+    batch |= source_inputs(ids, source, mask)
 
     def last(outputs: Any, batch: Any) -> Any:
         if "scores" in outputs:
@@ -73,7 +80,7 @@ def test_in_a_layout(name: str, layout: str, folders: Path, pool: WorkerPool) ->
     """And a rank reads no more than it holds: padding of buckets hides less than the 1.1 that is allowed."""
     ref = reference(name)
     side = "right"
-    arguments = (str(folders / name), layout, ref.ids, ref.masks[side], ref.types)
+    arguments = (str(folders / name), layout, ref.ids, ref.masks[side], ref.types, ref.source)
     results = pool.run(logits_of_a_rank, Layout.parse(layout).world, *arguments)
     found = [logits for logits, _, _ in results if logits is not None]
     assert len(found) == Layout.parse(layout)["tp"]
