@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megapar.config.model import WIDTHS, Part
-from megapar.config.policy import Linear, head_linear, layer_linears
+from megapar.config.model import WIDTHS, Part, linears_of, tokens_read
+from megapar.config.policy import Linear, head_linear
 from megapar.config.schema import TrainConfig
 from megapar.config.stages import stage_parts
 from megapar.optim.matrices import operands
@@ -52,7 +52,8 @@ def messages(config: TrainConfig, part: ModelPart) -> dict[str, Messages]:
             again = ["forward"] if config.train.recompute == "full" else []
             _tensor_parallel(config, stages[action.stage], [*again, "backward"], found["tp"], again=bool(again))
         elif action.kind.startswith("SEND"):
-            found["pp"].add(1, _boundary_bytes(config))
+            crossing = stages[action.stage + action.kind.endswith("F")][0].receives
+            found["pp"].add(len(crossing), sum(_stream_bytes(config, name) for name in crossing))
     _reductions(config, part, found)
     return {axis: one for axis, one in found.items() if one.count}
 
@@ -61,10 +62,15 @@ def _tokens(config: TrainConfig) -> int:
     return config.train.micro_batch_size * config.train.seq_length
 
 
-def _boundary_bytes(config: TrainConfig) -> int:
-    """Of the tensor that passes between stages."""
+def _stream_bytes(config: TrainConfig, name: str) -> int:
+    """Of a tensor that passes between stages."""
     share = config.parallel.tp if config.parallel.sequence_parallel else 1
-    return _tokens(config) // share * config.model.hidden * WIDTHS[config.train.dtype][0]
+    tokens = _source_tokens(config) if name == "memory" else _tokens(config)
+    return tokens // share * config.model.hidden * WIDTHS[config.train.dtype][0]
+
+
+def _source_tokens(config: TrainConfig) -> int:
+    return config.train.micro_batch_size * (config.train.source_length or 0)
 
 
 def _tensor_parallel(
@@ -74,27 +80,28 @@ def _tensor_parallel(
     tp, split = config.parallel.tp, config.parallel.sequence_parallel
     if tp == 1:
         return
-    whole = _tokens(config) * config.model.hidden * WIDTHS[config.train.dtype][0]
     for part in parts:
+        whole = tokens_read(config, part) * config.model.hidden * WIDTHS[config.train.dtype][0]
         for direction in directions:
             if part.kind == "layer":
-                for linear in layer_linears(config.model).values():
-                    _linear(config, linear, direction, found)
-                    _adapters(config, linear, direction, found)
+                for linear in linears_of(config.model, part).values():
+                    tokens = tokens_read(config, part, linear)
+                    _linear(config, linear, direction, tokens, found)
+                    _adapters(config, linear, direction, tokens, found)
             elif again and direction == "forward":
                 continue
             elif part.kind == "head" and config.model.has_logits:
-                _linear(config, head_linear(config.model), direction, found)
+                _linear(config, head_linear(config.model), direction, _tokens(config), found)
             elif part.kind == "head" and split and direction == "forward":
                 found.add(1, whole / tp)
             elif part.kind == "embedding" and (direction == "forward" or split):
                 found.add(1, whole if direction == "forward" else whole / tp)
 
 
-def _linear(config: TrainConfig, linear: Linear, direction: str, found: Messages) -> None:
+def _linear(config: TrainConfig, linear: Linear, direction: str, tokens: int, found: Messages) -> None:
     """The collective of a product, or none: see the table of `megapar.parallel.overlap`."""
     split, enters = config.parallel.sequence_parallel, linear.split == "column"
-    tokens, hidden = _tokens(config), linear.inputs if enters else linear.features
+    hidden = linear.inputs if enters else linear.features
     size = tokens * hidden * WIDTHS[config.train.dtype][0]
     tp = config.parallel.tp
     gathers = enters == (direction == "forward")  # at the entry of the region forward, at its exit backward
@@ -107,13 +114,13 @@ def _linear(config: TrainConfig, linear: Linear, direction: str, found: Messages
     found.add(_pieces(config, operation, rows, columns), size / tp if gathers else size)
 
 
-def _adapters(config: TrainConfig, linear: Linear, direction: str, found: Messages) -> None:
+def _adapters(config: TrainConfig, linear: Linear, direction: str, tokens: int, found: Messages) -> None:
     """The collective of a product's adapters, or none: as the product's own, of their inner width."""
     lora, split, enters = config.model.lora, config.parallel.sequence_parallel, linear.split == "column"
     width = lora.rank * sum(lora.adapts(output.name) for output in linear.outputs)
     gathers = enters == (direction == "forward")
     if width and (split or not gathers):
-        size = _tokens(config) * width * WIDTHS[config.train.dtype][0]
+        size = tokens * width * WIDTHS[config.train.dtype][0]
         found.add(1, size / config.parallel.tp if gathers else size)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from megapar.config.schema import PartOptions
+from megapar.config.schema import PartOptions, TrainConfig
 from megapar.plan.rank import plan_rank, shortened, state
 from megapar.train.trainer import Trainer
 from tests.plan.layouts import LAYOUTS, config_of
@@ -20,7 +20,11 @@ from tests.tiny import GPT2, tiny_config
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "evaluation" not in name])
 def test_a_plan_is_what_a_rank_holds_and_sends(name: str, tokens: str) -> None:
     """Of the first, a middle and the last rank: elements, bytes of every kind, and every operation by axis."""
-    config = config_of(name, tokens)
+    compare_with_steps(config_of(name, tokens))
+
+
+def compare_with_steps(config: TrainConfig) -> None:
+    """Of the first, a middle and the last rank what is planned with what it holds and sends in a step."""
     world = config.parallel.layout.world
     for rank in sorted({0, world // 2, world - 1}):
         planned = plan_rank(config, rank)
