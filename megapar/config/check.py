@@ -14,7 +14,7 @@ from megapar.config.errors import ConfigError
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
-from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
+from megapar.config.run_schema import ChatConfig, ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import check_task
@@ -339,6 +339,9 @@ def check_writer(config: WriterConfig, model: ModelConfig) -> None:
     if not model.causal or model.output != "lm":
         what = f"model.causal={str(model.causal).lower()} model.output={model.output}"
         raise ConfigError("run.dir", config.run.dir, f"its model ({what}) writes no text; name a run of a decoder")
+    if isinstance(config, ChatConfig) and model.encoder.layers:
+        problem = "its model reads each source anew and holds no conversation; use generate or serve"
+        raise ConfigError("run.dir", config.run.dir, problem)
     if config.parallel.sequence_parallel:
         problem = "a text is written a token at a time, so there is nothing to split; leave it out"
         raise ConfigError("parallel.sequence_parallel", True, problem)

@@ -29,6 +29,11 @@ class Subject:
     def context_length(self) -> int:
         return self.config.train.seq_length
 
+    @property
+    def reads(self) -> bool:
+        """Whether an encoder reads what is asked."""
+        return self.config.model.encoder.layers > 0
+
 
 @dataclass(frozen=True)
 class Result:
@@ -44,7 +49,7 @@ class Evaluation:
     """A way to evaluate.
 
     name: of the key that names the data
-    output: the `model.output` that it needs
+    output: the `model.output` that it needs; encoder: models with one can be asked, too
     read: (path, subject) -> the data. The launcher calls it too, so that what can't be used is refused before ranks
         start. Raises UserError, with file and line number.
     measure: (data, subject, scorer) -> the figures. Collective.
@@ -54,6 +59,7 @@ class Evaluation:
     output: str
     read: Callable[[str, Subject], Any]
     measure: Callable[[Any, Subject, Scorer], Result]
+    encoder: bool = False
 
 
 @cache
@@ -81,6 +87,9 @@ def refuse(subject: Subject, names: Sequence[str]) -> None:
         if model.output != needs:
             remedy = "use labels=FILE" if model.output == "classes" else f"use a run with model.output={needs}"
             raise ConfigError(name, path, f"this run has model.output={model.output}; {remedy}")
+        if model.encoder.layers and not evaluations()[name].encoder:
+            able = ", ".join(f"{name}=FILE" for name, one in evaluations().items() if one.encoder)
+            raise ConfigError(name, path, f"this run's model has an encoder; it can be asked {able}")
         if needs == "lm" and not model.causal:
             problem = "this run's model sees what it would predict (model.causal=false); use a run of a causal one"
             raise ConfigError(name, path, problem)

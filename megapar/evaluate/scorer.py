@@ -12,7 +12,7 @@ from megapar.config.errors import UserError
 from megapar.config.run_schema import SampleConfig
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.run import completion
-from megapar.generate.tokens import Generator, Text, refuse_broken
+from megapar.generate.tokens import Generator, refuse_broken
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from megapar.part import ModelPart
@@ -80,16 +80,19 @@ class Scorer:
 
         most: tokens of each at most, the end of text counted; ends: of each, see `Text`; none by default
         """
+        config = self.part.config
         generator = Generator(
             self.part.stages,
             self.context,
-            context_length=self.part.config.train.seq_length,
+            context_length=config.train.seq_length,
+            source_length=config.train.source_length if config.model.encoder.layers else None,
+            start=config.model.encoder.start,
             texts=self.batch_size,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
         )
         texts = [
-            Text(list(prompt), SampleConfig(max_tokens=limit, temperature=0.0), ends=end)
+            generator.text(prompt, SampleConfig(max_tokens=limit, temperature=0.0), end)
             for prompt, limit, end in zip(prompts, most, ends or [()] * len(prompts), strict=True)
         ]
         for text in generator.write(texts):

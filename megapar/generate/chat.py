@@ -59,7 +59,7 @@ class _Terminal:
 
     def __init__(self, config: ChatConfig, writer: Writer) -> None:
         self._tokenizer = writer.tokenizer
-        self._conversation = Conversation(writer.tokenizer, writer.context_length, config.sample.max_tokens)
+        self._conversation = Conversation(writer.tokenizer, writer.prompt_length, config.sample.max_tokens)
         self._typed, self._shown, self._read = typed(), False, 0
         self._interrupted = False
         self._stream: Any = None

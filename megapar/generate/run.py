@@ -30,6 +30,7 @@ class Writer:
     """A rank of a run's model that writes, and the tokenizer of the run. Collective; raises UserError on all ranks.
 
     texts: most that are written at a time
+    prompt_length: most tokens of a prompt
     """
 
     def __init__(self, config: WriterConfig, rank: int, texts: int = 1) -> None:
@@ -38,13 +39,15 @@ class Writer:
         trained = in_layout(load_trained(config), config)
         self.tokenizer = run_tokenizer(run_dir, trained)
         self.part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
-        self.context_length = trained.train.seq_length
+        self.prompt_length, reads = most_prompt(trained), trained.model.encoder.layers > 0
         with all_or_none(self.part.mesh["world"], self.part.mesh.device):
             refuse_other_tokenizer(self.tokenizer, manifest)
             self.generator = Generator(
                 self.part.stages,
                 self.part.context,
-                context_length=self.context_length,
+                context_length=trained.train.seq_length,
+                source_length=trained.train.source_length if reads else None,
+                start=trained.model.encoder.start,
                 texts=texts,
                 vocab_size=self.tokenizer.vocab_size,
                 end_of_text=self.tokenizer.end_of_text,
@@ -65,7 +68,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
         if rank == 0 and config.prompt_file is None:
             found = [prompt_tokens(tokenizer, config.prompt, config.chat)]
         elif rank == 0:
-            found = tokens_of(tokenizer, prompts, config.chat, writer.context_length)
+            found = tokens_of(tokenizer, prompts, config.chat, writer.prompt_length)
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
     found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])
@@ -80,7 +83,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
 def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int], file: TextIO) -> None:
     """The text as it comes."""
     stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
-    if not config.chat:
+    if not config.chat and writer.generator.source_length is None:
         print(config.prompt, end="", file=file, flush=True)
     generate_tokens(writer.generator, prompt, config.sample, stream.put, _ends(config, writer))
     stream.finish()
@@ -91,7 +94,8 @@ def _write_many(
     config: GenerateConfig, writer: Writer, prompts: Sequence[Prompt], found: Sequence[list[int]], file: TextIO
 ) -> None:
     """Every text when it and those before it are finished."""
-    texts = [Text(tokens, config.sample, ends=_ends(config, writer)) for tokens in found]
+    texts = [writer.generator.text(tokens, config.sample, _ends(config, writer)) for tokens in found]
+    alone = config.chat or writer.generator.source_length is not None
     numbers = {id(text): number for number, text in enumerate(texts)}
     finished = ((numbers[id(text)], text) for text in writer.generator.write(texts))
     for prompt, text in zip(prompts, in_order(finished), strict=True):
@@ -100,7 +104,7 @@ def _write_many(
         if config.out is not None:
             line = json.dumps({"prompt": prompt.text, "completion": new}, ensure_ascii=False)
         else:
-            line = f"--- {prompt.where}\n" + (new if config.chat else prompt.text + new)
+            line = f"--- {prompt.where}\n" + (new if alone else prompt.text + new)
         print(line, file=file, flush=True)
 
 
@@ -128,6 +132,14 @@ def completion(tokenizer: Tokenizer, text: Text) -> str:
         stream.put(token)
     stream.finish()
     return "".join(pieces)
+
+
+def most_prompt(trained: TrainConfig) -> int:
+    """Tokens that a prompt of a run's model has at most: an encoder reads the end of text behind it."""
+    if not trained.model.encoder.layers:
+        return trained.train.seq_length
+    assert trained.train.source_length is not None
+    return trained.train.source_length - 1
 
 
 def in_layout(trained: TrainConfig, config: ForwardConfig) -> TrainConfig:

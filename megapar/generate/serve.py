@@ -23,7 +23,7 @@ def run_rank(config: ServeConfig, rank: int, world_size: int) -> None:
     with all_or_none(world, device):
         if desk is not None:
             name = Path(str(config.run.dir)).resolve().name
-            server = Server(config, name, desk, writer.tokenizer, writer.context_length)
+            server = Server(config, name, desk, writer.tokenizer, writer.prompt_length)
             server.start()
             print(f"{name} at {server.url}/v1/completions; Ctrl-C ends", file=console(), flush=True)
     pause = min(HEARTBEAT_S, writer.part.mesh.timeout_s / 4)
@@ -47,4 +47,4 @@ def _join_and_leave(writer: Writer, texts: dict[int, Text], said: str) -> None:
     for number in order["leave"]:
         writer.generator.leave(texts.pop(number))
     for one in order["join"]:
-        texts[one["number"]] = Text(one["tokens"], SampleConfig(**one["sample"]))
+        texts[one["number"]] = writer.generator.text(one["tokens"], SampleConfig(**one["sample"]))

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ class Text:
     logprobs: the natural logarithm of the model's probability of every token that was chosen, the end of text
         included: before temperature, top-k and top-p
     ends: tokens that end it as the end of text does
+    source: tokens that an encoder reads, if the model has one
     ended: stop: by the end of text or one of `ends`; length: it has `sample.max_tokens`; broken: its logits were not
         finite
     """
@@ -42,6 +43,7 @@ class Text:
     sample: SampleConfig
     prompt: int = -1
     ends: Collection[int] = ()
+    source: Sequence[int] = ()
     logprobs: list[float] = field(default_factory=list)
     ended: Literal["stop", "length", "broken"] | None = None
     # Where its keys and values are: those of `cached` tokens from number `start` on, in a slot of the generator's.
@@ -82,6 +84,7 @@ class Generator:
 
     stages, context: of the part, whose last stage gives logits
     context_length: positions that the model was trained on; of longer texts it sees the end, see `window_start`
+    source_length, start: of a model with an encoder, the most tokens that this reads, and what a text begins with
     texts: most that are written at a time; the cache has room for so many
     vocab_size: of the tokenizer; the model may have more rows, which are never chosen
     end_of_text: the token that ends a text
@@ -96,19 +99,33 @@ class Generator:
         context: StageContext,
         *,
         context_length: int,
+        source_length: int | None = None,
+        start: int = 0,
         texts: int = 1,
         vocab_size: int | None = None,
         end_of_text: int | None = None,
     ) -> None:
         self.context, self.mesh = context, context.mesh
         self.context_length, self.vocab_size, self.end_of_text = context_length, vocab_size, end_of_text
-        self.cache = KVCache(texts, context_length)
+        self.source_length, self.start = source_length, start
+        source = None if source_length is None else KVCache(texts, source_length)
+        self.cache = KVCache(texts, context_length, source)
         cached = {number: _Cached(stage, self.cache) for number, stage in stages.items()}
         self.prefilled = 0
         self._executor = Executor(cached, self.mesh, context.weight_grads)
         self._schedules: dict[int, Schedule] = {}
         self._widths: list[int] | None = None
         self._free = list(range(texts))[::-1]
+
+    def text(self, prompt: Sequence[int], sample: SampleConfig, ends: Collection[int] = ()) -> Text:
+        """A text to be written behind a prompt; with an encoder, which reads the prompt and the end of text, from a
+        target's start on. Raises ValueError for a prompt that it does not hold."""
+        if self.source_length is None:
+            return Text(list(prompt), sample, ends=ends)
+        source = [*prompt, *([] if self.end_of_text is None else [self.end_of_text])]
+        if len(source) > self.source_length:
+            raise ValueError(f"{len(source)} tokens, and the encoder reads {self.source_length}")
+        return Text([self.start], sample, ends=ends, source=source)
 
     def step(self, texts: Sequence[Text]) -> None:
         """Write one token more of each of these texts, which have not ended. Collective over the replica.
@@ -188,6 +205,7 @@ class Generator:
         ids: list[int] = []
         positions: list[int] = []
         counts = []
+        reads = [text.cached == 0 and text.start == 0 for text in texts]
         for text in texts:
             start = window_start(len(text.tokens), self.context_length)
             if start != text.start:
@@ -199,7 +217,7 @@ class Generator:
             counts.append(text.cached - first)
         self.prefilled += len(ids)
         device = self.context.device
-        return {
+        return self._sources(texts, reads) | {
             "ids": torch.tensor([ids], device=device),
             "positions": torch.tensor([positions], device=device),
             "samples": torch.zeros(1, dtype=torch.int64, device=device),
@@ -207,6 +225,22 @@ class Generator:
             "slots": torch.tensor([text.slot for text in texts]),
             "counts": torch.tensor(counts),
             "lengths": torch.tensor([text.cached for text in texts]),
+        }
+
+    def _sources(self, texts: Sequence[Text], reads: Sequence[bool]) -> Batch:
+        """What an encoder reads for those of the texts that are new."""
+        if self.source_length is None:
+            return {}
+        new = [text.source for text, first in zip(texts, reads, strict=True) if first]
+        positions = [place for source in new for place in range(len(source))]
+        device = self.context.device
+        return {
+            "source": torch.tensor([[token for source in new for token in source]], dtype=torch.int64, device=device),
+            "source_positions": torch.tensor([positions], dtype=torch.int64, device=device),
+            "source_starts": torch.tensor([0, *accumulate(map(len, new))], dtype=torch.int32, device=device),
+            "source_longest": torch.tensor(max(map(len, new), default=0)),
+            "source_lengths": torch.tensor([len(text.source) for text in texts]),
+            "source_new": torch.tensor(reads),
         }
 
     def _chosen(self, logits: list[Tensor], texts: Sequence[Text]) -> list[list[float]]:
@@ -295,7 +329,7 @@ def generate_tokens(
     Collective over the replica's ranks, which all return the same. Raises UserError on all of them for logits that are
     not finite.
     """
-    [text] = generator.write([Text(list(prompt), sample, ends=ends)], lambda text, token: on_token(token))
+    [text] = generator.write([generator.text(prompt, sample, ends)], lambda text, token: on_token(token))
     refuse_broken(text)
     return text.written
 

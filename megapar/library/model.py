@@ -124,7 +124,7 @@ class Model(nn.Module):
             memory = Memory(self.encoder.read(None, batch["source"], read), read)
         x_tH = self.embedding(batch["ids"], tokens)
         behind = {"embedding": x_tH}
-        bias = None if self.relative is None else self.relative(tokens.length, tokens.length)
+        bias = None if self.relative is None else self.relative.of(tokens)
         for index, layer in self.layers.items():
             x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens, bias, memory)
         if isinstance(self.head, HiddenStates):

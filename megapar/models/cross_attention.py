@@ -7,6 +7,7 @@ from megapar.config.schema import ModelConfig
 from megapar.models.linear import column, row
 from megapar.models.tokens import Memory, Tokens
 from megapar.parallel.attend import attend_across
+from megapar.parallel.cache import attend_source
 from megapar.parallel.context import StageContext
 
 
@@ -18,15 +19,19 @@ class CrossAttention(nn.Module):
         super().__init__()
         assert model.head_dim is not None, "resolve the configuration first"
         linears, name = layer_linears(model, cross=True), f"layers.{index}.cross."
-        self.channels, self.recompute = model.head_dim, recompute
+        self.index, self.channels, self.recompute = index, model.head_dim, recompute
         self.scale, self.softcap = model.attention_scale, model.attention_softcap
         self.q = column(context, model, linears["cross.q"], name)
         self.kv = column(context, model, linears["cross.kv"], name)
         self.out = row(context, model, linears["cross.out"], name)
 
     def forward(self, x_tH: Tensor, tokens: Tokens, memory: Memory | None) -> Tensor:
-        assert memory is not None
         heads, kv_heads = self.q.sizes[0] // self.channels, self.kv.sizes[0] // self.channels
+        if tokens.new is not None:
+            q = self.q(x_tH).view(len(x_tH), heads, -1)
+            kv = None if memory is None else self.kv(memory.x_tH)
+            return self.out(attend_source(q, kv, kv_heads, tokens.new, self.index, self.scale, self.softcap))
+        assert memory is not None
         y_TC = attend_across(
             self.q(x_tH), self.kv(memory.x_tH), heads, kv_heads, (tokens.length, memory.tokens.length),
             starts=(tokens.starts, memory.tokens.starts), scale=self.scale, softcap=self.softcap,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.config.schema import ModelConfig
+from megapar.models.tokens import Tokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.record import Normal, ParameterRecord, Split
 from megapar.parallel.weight_grad import owned_op
@@ -34,6 +35,17 @@ class RelativeBias(nn.Module):
         chosen = nn.functional.one_hot(bucket, self.buckets).to(self.context.wide_dtype)
         by_distance_ND = owned_op(_Chosen, chosen, self.owner, self.context.weight_grads)
         return by_distance_ND.unfold(1, keys, 1).flip(1)
+
+    def of(self, tokens: Tokens) -> Tensor:
+        """What attention takes as its bias."""
+        if tokens.new is not None:
+            return self.back(tokens.new.cache.capacity)
+        longest = tokens.longest or tokens.length
+        return self(longest, longest)
+
+    def back(self, most: int) -> Tensor:
+        """[N, most]: of keys that are 0, 1, 2, ... in front of their query."""
+        return self(1, most, most - 1)[:, 0].flip(1)
 
 
 class _Chosen:

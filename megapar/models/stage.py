@@ -48,7 +48,7 @@ class Stack(nn.Module):
         if self.embedding is not None:
             x_tH = self.embedding(ids, tokens)
         assert x_tH is not None
-        bias = None if self.relative is None else self.relative(tokens.length, tokens.length)
+        bias = None if self.relative is None else self.relative.of(tokens)
         with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
                 x_tH = layer(x_tH, tokens, bias, memory)
@@ -118,24 +118,26 @@ class TransformerStage(Stack):
         return {
             name: TensorSpec((share.stop - share.start, self.hidden), self.context.dtype)
             for name, share in shares.items()
+            if share.stop  # of texts that are being written an encoder may have nothing to read
         }
 
     def forward(self, received: Tensors, batch: Batch, cache: KVCache | None = None) -> Tensors:
         streams = dict(received)
         memory = self._memory(streams, batch)
         if not self.decodes:
-            return {name: streams[name] for name in self.sends}
+            return {name: streams[name] for name in self.sends if name in streams}
         tokens = Tokens.of(batch, self.context, cache)
         x_tH = streams["hidden"] = self.read(streams.get("hidden"), batch["ids"], tokens, memory)
         if isinstance(self.head, HiddenStates):
             return self.head(x_tH, tokens)
         if self.head is None:
-            return {name: streams[name] for name in self.sends}
+            return {name: streams[name] for name in self.sends if name in streams}
         return {"logits": self.head(x_tH if tokens.new is None else x_tH[tokens.new.last])}
 
     def _memory(self, streams: Tensors, batch: Batch) -> Memory | None:
-        """What decoder layers attend to; `streams` gets the encoder's, if this stage has some of it."""
-        if "memory" not in streams and self.encoder is None:
+        """What decoder layers attend to; `streams` gets the encoder's, if this stage has some of it. None without an
+        encoder, and where it has nothing to read."""
+        if ("memory" not in streams and self.encoder is None) or not batch["source"].numel():
             return None
         source = Tokens.of_source(batch, self.context)
         if self.encoder is not None:

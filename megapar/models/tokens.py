@@ -28,6 +28,7 @@ class Tokens:
     lengths: tokens of each text, which padding follows, int64 [B]; None: all of the sample
     new: of texts that are being written, with `positions`: the tokens stand behind others, which are cached. The
         samples' borders mean nothing then
+    longest: most tokens of a sequence, if it is not a sample's
     """
 
     context: StageContext
@@ -39,19 +40,23 @@ class Tokens:
     types: Tensor | None = None
     lengths: Tensor | None = None
     new: NewTokens | None = None
+    longest: int | None = None
 
     @classmethod
     def of(cls, batch: Batch, context: StageContext, cache: KVCache | None = None) -> "Tokens":
         """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types` and `lengths`;
         with a cache also what `NewTokens` takes."""
-        more = {name: batch.get(name) for name in ("starts", "positions", "types", "lengths")}
+        more: dict[str, Any] = {name: batch.get(name) for name in ("starts", "positions", "types", "lengths")}
         new = None if cache is None else NewTokens.of(batch, cache)
         return cls(context, batch["samples"], batch["ids"].shape[1], int(batch["step"]), new=new, **more)
 
     @classmethod
     def of_source(cls, batch: Batch, context: StageContext) -> "Tokens":
-        """Of what an encoder reads: `source` [B, L], and maybe `source_starts` and `source_positions`."""
+        """Of what an encoder reads: `source` [B, L], and maybe `source_starts`, `source_positions` and
+        `source_longest`."""
         more: dict[str, Any] = {name: batch.get(f"source_{name}") for name in ("starts", "positions")}
+        if "source_longest" in batch:
+            more["longest"] = int(batch["source_longest"])
         return cls(context, batch["samples"], batch["source"].shape[1], int(batch["step"]), **more)
 
     @property

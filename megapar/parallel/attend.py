@@ -44,11 +44,12 @@ def attend_(
         see `kernels/attention`
     recompute: in backward again, with nothing kept of it
     new: of a text that is being written, what is new of it and where the rest is cached, under the number `layer`;
-        `table` has a row for every token, [T, D]. Causal, and without gradients
+        `table` has a row for every token, [T, D], and `bias` is [N, capacity], by how far a key is back. Causal, and
+        without gradients
     """
     if new is not None:
-        assert causal and bias is None, "a text is written from left to right"
-        facts: Any = {"table": table, "window": window, "scale": scale, "softcap": softcap}
+        assert causal, "a text is written from left to right"
+        facts: Any = {"table": table, "window": window, "scale": scale, "softcap": softcap, "bias": bias}
         return attend_cached(qkv, heads, kv_heads, new, layer, **facts)
     sides = None if window is None else (window - 1, None)
     return fused_attention_(

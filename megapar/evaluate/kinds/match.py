@@ -11,7 +11,7 @@ from megapar.data.tokenizer.contract import Piece, RefusedConversation
 from megapar.evaluate.kind import Evaluation, Result, Subject
 from megapar.evaluate.kinds.choices import named, refuse_long, share, with_error
 from megapar.evaluate.scorer import Scorer
-from megapar.generate.run import completion
+from megapar.generate.run import completion, most_prompt
 from megapar.generate.text import prompt_tokens
 from megapar.generate.tokens import Text
 
@@ -29,8 +29,10 @@ class Wanted:
 
 def read(path: str, subject: Subject) -> list[Wanted]:
     """Lines `{"prompt": text, "response": text}`, tokenised apart, or `{"messages": [...]}`, of which the last answer
-    is the response; all as for fine-tuning."""
+    is the response; all as for fine-tuning. Of a model with an encoder lines `{"source": text, "target": text}`."""
     lines = list(read_lines(Path(path), "match"))
+    if subject.reads:
+        return [_target(line, subject) for line in lines]
     talks = [line for line in lines if "messages" in line.values]
     try:
         written = subject.tokenizer.conversations([instructions.parse(line).messages for line in talks])
@@ -48,6 +50,15 @@ def _response(line: Line, subject: Subject) -> Wanted:
     response = line.text("response")
     refuse_long(line, len(prompt) + len(subject.tokenizer.encode(response)), subject)
     return _wanted(line, prompt, response, subject)
+
+
+def _target(line: Line, subject: Subject) -> Wanted:
+    source, target = prompt_tokens(subject.tokenizer, line.text("source")), line.text("target")
+    if len(source) > (most := most_prompt(subject.config)):
+        hold = f"the encoder reads train.source_length={subject.config.train.source_length} with the end of text"
+        raise line.wrong(f"a source of {len(source)} tokens, and {hold}, which is {most} at most; shorten it")
+    refuse_long(line, len(subject.tokenizer.encode(target)), subject)
+    return Wanted(line.number, source, target, min(len(target.encode()), subject.context_length) + 1)
 
 
 def _last_answer(line: Line, pieces: list[Piece], subject: Subject) -> Wanted:
@@ -77,4 +88,4 @@ def measure(data: list[Wanted], subject: Subject, scorer: Scorer) -> Result:
     return Result(figures, [("prompts", f"{len(items):,}"), ("exact match", with_error(found))])
 
 
-EVALUATION = Evaluation("match", "lm", read, measure)
+EVALUATION = Evaluation("match", "lm", read, measure, encoder=True)
