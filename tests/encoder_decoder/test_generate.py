@@ -1,6 +1,5 @@
 """Targets written with what an encoder has read in a cache are those of a model that computes all anew."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from megapar.config.run_schema import SampleConfig
 from megapar.config.schema import TrainConfig
 from megapar.generate.choose import choose
-from megapar.generate.tokens import Generator, Text
+from megapar.generate.tokens import Generator
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
 from tests.encoder_decoder.pairs import FAMILIES
@@ -30,9 +29,10 @@ END = 2
 
 def generator(trainer: Trainer, texts: int) -> Generator:
     config = trainer.config
-    lengths = {"context_length": config.train.seq_length, "source_length": config.train.source_length}
-    start = config.model.encoder.start
-    return Generator(trainer.stages, trainer.context, **lengths, start=start, texts=texts, end_of_text=END)
+    return Generator(
+        trainer.stages, trainer.context, context_length=config.train.seq_length, end_of_text=END, texts=texts,
+        source_length=config.train.source_length, start=config.model.encoder.start,
+    )  # fmt: skip
 
 
 def written(rank: int, world_size: int, config: TrainConfig) -> list[tuple[list[int], list[float]]]:
@@ -51,7 +51,8 @@ def anew(rank: int, world_size: int, config: TrainConfig) -> list[tuple[list[int
     [stage] = trainer.stages.values()
     stage.train(False)
     for prompt, sample in zip(PROMPTS, SAMPLES, strict=True):
-        tokens, logprobs = [config.model.encoder.start], []
+        tokens = [config.model.encoder.start]
+        logprobs: list[float] = []
         while len(logprobs) < sample.max_tokens:
             batch = {"source": torch.tensor([[*prompt, END]]), "ids": torch.tensor([tokens])}
             with torch.no_grad():
