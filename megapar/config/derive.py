@@ -73,7 +73,7 @@ def in_one_process(config: T, num_gpus: int = 0) -> T:
     """A config as one process would have it, as far as its sizes need: cheap to make, whatever the model's size."""
     check_values(config)
     values: dict[str, Any] = {f"parallel.{axis}": 1 for axis in AXES} | {"parallel.auto": False}
-    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()}
+    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()} | _of_encoder(config)
     if config.train.device == "auto":
         on_cpu = isinstance(config, VerifyConfig)
         values["train.device"] = "cpu" if on_cpu else _device(config.kernels.backend, num_gpus)

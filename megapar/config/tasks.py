@@ -37,7 +37,7 @@ TASKS = {
         "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
     ),
     "classify": Needs("scores classes", {"output": ("classes",)}, "labelled"),
-    "seq2seq": Needs("writes what an encoder's source asks for", {}, "paired", encoder=True),
+    "seq2seq": Needs("writes the target of a source that an encoder reads", {}, "paired", encoder=True),
 }
 
 
@@ -49,9 +49,10 @@ def check_task(config: TrainConfig) -> None:
     if (known := TASKS.get(name)) is None:
         return
     if known.encoder != (config.model.encoder.layers > 0):
-        layers = config.model.encoder.layers
-        problem = "needs an encoder; use 1 or more" if known.encoder else "reads no source for it; use task=seq2seq"
-        raise ConfigError("model.encoder.layers", layers, f"task.name={name} {known.about} and {problem}")
+        remedy = "use a model with an encoder" if known.encoder else "use task=seq2seq, or a model without an encoder"
+        raise ConfigError(
+            "model.encoder.layers", config.model.encoder.layers, f"task.name={name} {known.about}; {remedy}"
+        )
     for key, allowed in known.model.items():
         if (value := getattr(config.model, key)) not in allowed:
             needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)
