@@ -31,7 +31,7 @@ setup(
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
-        "experiments": ["django"],
+        "experiments": ["django", "num2words"],
         "lm_eval": ["lm_eval"],  # megapar/library/harness.py
         "dev": [
             "tensorboardX",
@@ -40,6 +40,7 @@ setup(
             "transformers",  # references, in tests alone
             "peft",
             "django",
+            "num2words",
             "pytest",
             "hypothesis",
             "ruff",

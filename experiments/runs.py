@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from megapar.config.file import load
 from megapar.config.keys import changed
 from megapar.config.schema import ParallelConfig, PipelineConfig, RunConfig, TrainConfig
 
+MATCH = "match.json"  # in a run's folder
 EARLY = 20  # steps before rounding has grown
 BEGIN, END = "<!-- figures: begin, by results.py -->", "<!-- figures: end -->"
 
@@ -71,6 +73,19 @@ class Run:
     @property
     def command(self) -> str:
         return f"megapar train {shlex.join(self.overrides)}"
+
+
+def exact_match(run: Run) -> float:
+    """The share of held-out lines that a run answers word for word, by its match.json. Raises UserError."""
+    path = run.folder / MATCH
+    if not path.exists():
+        raise UserError(f"{path}: missing; write it with `megapar eval {run.folder} match=valid.jsonl out={path}`")
+    return float(json.loads(path.read_text(encoding="utf-8"))["match"]["exact_match"])
+
+
+def share_of(shares: Sequence[float]) -> str:
+    """Their mean, with the standard deviation of several."""
+    return f"{mean(shares):.1%}" + (f" ± {stdev(shares):.1%}" if len(shares) > 1 else "")
 
 
 def agreements(runs: Sequence[Run], figure: str, unit: str) -> list[str]:

@@ -7,14 +7,14 @@ python experiments/classify_language/results.py RUN... [--readme FILE]    RUN: t
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from experiments.classify_language.baselines import accuracy, naive_bayes  # noqa: E402
 from experiments.classify_language.data import translations  # noqa: E402
-from experiments.runs import Run, commands, write_table  # noqa: E402
+from experiments.runs import Run, commands, share_of, write_table  # noqa: E402
 from megapar.config.errors import UserError  # noqa: E402
 from megapar.config.model import model_weights  # noqa: E402
 
@@ -67,7 +67,6 @@ def by_kind(runs: list[Run]) -> dict[tuple[object, ...], list[Run]]:
 
 def row(runs: list[Run]) -> tuple[str, ...]:
     found = [run.last(ACCURACY) for run in runs]
-    spread = f" ± {stdev(found):.1%}" if len(found) > 1 else ""
     first = runs[0]
     start = "pre-trained" if first.config.checkpoint.weights is not None else "from initial values"
     what = f"**this encoder, {model_weights(first.config) / 1e6:.2f} M weights, {start}**"
@@ -75,7 +74,7 @@ def row(runs: list[Run]) -> tuple[str, ...]:
     minutes = f"{mean(run.minutes for run in runs):.1f}"
     return (
         str(mean(found)),
-        f"{mean(found):.1%}{spread}",
+        share_of(found),
         what,
         first.layout,
         seeds,

@@ -4,21 +4,19 @@
 python experiments/finetune/results.py RUN... [--readme FILE]    RUN: with the match.json of `megapar eval` in it
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from experiments.runs import Run, agreements, commands, write_table  # noqa: E402
+from experiments.runs import Run, agreements, commands, exact_match, share_of, write_table  # noqa: E402
 from megapar.config.errors import UserError  # noqa: E402
 from megapar.config.model import model_weights, parts  # noqa: E402
 
 README = Path(__file__).with_name("README.md")
-MATCH = "match.json"  # in a run's folder
 LOSS = "val_loss"
 
 
@@ -41,23 +39,14 @@ def figures(runs: list[Run]) -> str:
     return "\n".join([*lines, "", *agreements(runs, LOSS, "held-out losses"), *commands(runs)])
 
 
-def exact_match(run: Run) -> float:
-    """The share of held-out lines that the run answers word for word."""
-    path = run.folder / MATCH
-    if not path.exists():
-        raise UserError(f"{path}: missing; write it with `megapar eval {run.folder} match=valid.jsonl out={path}`")
-    return float(json.loads(path.read_text(encoding="utf-8"))["match"]["exact_match"])
-
-
 def row(found: list[tuple[Run, float]]) -> str:
     runs, matches = [run for run, _ in found], [match for _, match in found]
     config = runs[0].config
     adapters = sum(part.adapters for part in parts(config))
     rank, weights = config.model.lora.rank, model_weights(config)
     trained = f"LoRA of rank {rank}, {adapters / 1e6:.2f} M weights" if rank else f"all {weights / 1e6:.2f} M weights"
-    spread = f" ± {stdev(matches):.1%}" if len(matches) > 1 else ""
     cells = (
-        f"{mean(matches):.1%}{spread}",
+        share_of(matches),
         f"**{trained}**",
         runs[0].layout,
         ", ".join(str(run.config.train.seed) for run in runs),

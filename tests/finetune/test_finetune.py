@@ -58,7 +58,7 @@ def test_the_smoke_form(tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").write_text("\n".join(lines) + "\n")
     names = ("smoke", "smoke-tp2", "smoke-lora")
     for name in names:
-        told = megapar(tmp_path, "eval", f"runs/{name}", "match=valid.jsonl", f"out=runs/{name}/{results.MATCH}")
+        told = megapar(tmp_path, "eval", f"runs/{name}", "match=valid.jsonl", f"out=runs/{name}/{runs.MATCH}")
         assert "exact match" in told
     copy = tmp_path / "README.md"
     copy.write_text(text)
