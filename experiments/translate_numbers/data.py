@@ -42,7 +42,8 @@ def lines() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     numbers = list(range(NUMBERS))
     draw.shuffle(numbers)
     pairs = list(permutations(LANGUAGES, 2))
-    train, valid = [], []
+    train: list[dict[str, str]] = []
+    valid: list[dict[str, str]] = []
     for place, number in enumerate(numbers):
         spelled = words(number)
         for one, other in [pairs[place % len(pairs)]] if place < HELD_OUT else pairs:
