@@ -53,6 +53,9 @@ def check_layout(config: TrainConfig) -> None:
             problem = "no layer and no task splits tokens over this axis yet; use 1 (docs/howto/add-an-axis.md)"
             raise ConfigError(f"parallel.{name}", config.parallel.layout[name], problem)
     check_tensor_parallel(config.model, config.parallel.tp)
+    if (tp := config.parallel.encoder.tp) not in (None, config.parallel.tp):
+        problem = f"both halves have one width, parallel.tp={config.parallel.tp}: a decoder layer reads keys and values"
+        raise ConfigError("parallel.encoder.tp", tp, f"{problem} of its own heads from the memory; leave it out")
     check_pipeline(config)
     train, parallel, layout = config.train, config.parallel, config.parallel.layout
     lengths = {"seq_length": train.seq_length, "source_length": train.source_length or 0}

@@ -28,6 +28,13 @@ AxisSizes: Any = make_dataclass(
 
 
 @dataclass(frozen=True)
+class EncoderParallelConfig:
+    """What is another number for an encoder in front of a decoder."""
+
+    tp: int | None = option(None, "tensor-parallel ranks of an encoder; must be those of parallel.tp", at_least=1)
+
+
+@dataclass(frozen=True)
 class ParallelConfig(AxisSizes):
     """How many ranks share what."""
 
@@ -50,6 +57,7 @@ class ParallelConfig(AxisSizes):
         "elements of a gradient bucket, reduced over dp as soon as it is complete; default: 1M, 40M on GPUs",
         at_least=1,
     )
+    encoder: EncoderParallelConfig = group(EncoderParallelConfig, "an encoder in front of the decoder")
 
     @property
     def layout(self) -> Layout:
