@@ -41,6 +41,12 @@ def stage_layers(config: TrainConfig) -> list[int]:
     return [sum(part.kind == "layer" for part in stage) for stage in stage_parts(config)]
 
 
+def stage_names(config: TrainConfig) -> list[str]:
+    """What every stage has, in words: its first part and its last."""
+    stages = [[part.name for part in stage] for stage in stage_parts(config)]
+    return [names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" for names in stages]
+
+
 def ties(config: TrainConfig) -> dict[str, tuple[list[int], Part]]:
     """The stages that hold a copy of each tied weight, and the first part of the model that does, by its name."""
     found: dict[str, tuple[list[int], Part]] = {}

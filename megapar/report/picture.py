@@ -108,6 +108,9 @@ def _timeline_panels(trace: Trace, top: float) -> tuple[list[str], float, float]
     of = f"of step {step}" if first == last else f"over steps {first} to {last}"
     panel = partial(draw_lanes, start=start, stop=stop, width=width, unit="ms", per_unit=1000.0)
     body = [text(LEFT, top, title, weight="600")]
+    for stage, parts in enumerate(trace.parts):
+        top += 18
+        body.append(text(LEFT, top, f"stage {stage}, on pp {trace.schedule.placement[stage]}: {parts}", colour=MUTED))
     above, bottom = panel(f"Measured: what {who} did", measured, top=top + 24)
     below, bottom = panel(f"Simulated: the same schedule with the median costs {of}", replayed, top=bottom + 20)
     return body + above + below, width, bottom

@@ -35,6 +35,7 @@ class Trace:
     """The traced steps of a run; all times in seconds on one clock.
 
     name: the schedule's; clock_error: how far apart two ranks' clocks may still be
+    parts: what every stage has of the model, in words; empty where nobody said so
     """
 
     layout: Layout
@@ -43,6 +44,7 @@ class Trace:
     ranks: list[RankTrace]
     clock_error: float
     versions: dict[str, str]
+    parts: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[int]:
@@ -98,6 +100,7 @@ def write(trace: Trace, path: Path) -> None:
             "stages": trace.schedule.stages,
             "microbatches": trace.schedule.microbatches,
             "rows": [" ".join(map(str, row)) for row in trace.schedule.rows],
+            "parts": list(trace.parts),
         },
         "clock_error_us": _us(trace.clock_error),
         "versions": trace.versions,
@@ -137,6 +140,7 @@ def _read(data: dict[str, Any]) -> Trace:
         [ranks[thread] for thread in sorted(ranks)],
         about["clock_error_us"] / 1e6,
         about["versions"],
+        tuple(schedule.get("parts", ())),
     )
 
 

@@ -51,8 +51,10 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
     if len(summary["evaluations"]) > 1:
         lines.append(f"validation  {task.change(summary['evaluations'][0], summary['evaluations'][-1])}")
     if layout["pp"] > 1:
-        of_stages = ", ".join(map(str, summary["layers_per_stage"]))
-        lines.append(f"stages      {of_stages} layers, {config.pipeline.schedule} schedule")
+        of_stages = ", ".join(map(str, summary["layers_per_stage"])) + " layers"
+        if config.model.encoder.layers:
+            of_stages = " | ".join(summary["stages"])
+        lines.append(f"stages      {of_stages}, {config.pipeline.schedule} schedule")
     if layout["dp"] > 1:
         method = config.parallel.grad_compression
         way = "exact" if method == "none" else method

@@ -132,7 +132,8 @@ def draw(job: "Job") -> None:
     if path is not None:
         show(f"picture     {path}")
     if (folder / "trace.json").exists():
-        show(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing; its costs in costs.json")
+        costs = "; its costs in costs.json" if (folder / "costs.json").exists() else ""
+        show(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing{costs}")
 
 
 def sweep(overrides: "Overrides", entry: str | None) -> int:

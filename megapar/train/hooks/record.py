@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from megapar.config.errors import UserError
-from megapar.config.stages import stage_layers
+from megapar.config.stages import stage_layers, stage_names
 from megapar.cores import num_cores
 from megapar.data.manifest import read_manifest
 from megapar.kernels import backend_of, backends
@@ -136,6 +136,7 @@ class Record(Hook):
             "kernels": {kernel: backend_of(kernel, train.device, DTYPES[train.dtype]) for kernel in backends()},
             "steps": self.before_this + self.steps,
             "layers_per_stage": stage_layers(config),
+            "stages": stage_names(config),
             "skipped_steps": self.skipped,
             "loss": rows[-1]["loss"],
             "tokens_per_s": median_of("tokens_per_s"),

@@ -7,7 +7,7 @@ import torch
 
 import megapar
 from megapar.config.errors import UserError
-from megapar.config.stages import stage_layers
+from megapar.config.stages import stage_layers, stage_names
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce
 from megapar.schedule.costs import write_costs
@@ -64,7 +64,7 @@ class Trace(Hook):
         self._done.clear()
 
     def _write(self) -> None:
-        """trace.json and costs.json, from all ranks' spans on rank 0's clock."""
+        """trace.json, and costs.json of layers that are alike, from all ranks' spans on rank 0's clock."""
         mesh, config = self.loop.trainer.mesh, self.loop.config
         mine = {
             "meetings": self._meetings,
@@ -92,10 +92,12 @@ class Trace(Hook):
             ranks=ranks,
             clock_error=sum(sorted(error for _, error in shifts)[-2:]),
             versions={"megapar": megapar.__version__, "torch": torch.__version__},
+            parts=tuple(stage_names(config)) if mesh.layout["pp"] > 1 else (),
         )
         try:
             write(trace, self.loop.folder / "trace.json")
-            write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
+            if not config.model.encoder.layers:  # layers of both halves are not alike
+                write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
         except (UserError, OSError) as error:  # no reason to end a run
             if self.loop.writer is not None:
                 self.loop.writer.say(f"trace       none: {error}")
