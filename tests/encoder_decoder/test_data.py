@@ -62,7 +62,9 @@ def test_what_is_too_long(pairs: dict[str, Any]) -> None:
     problem = r"pairs.jsonl:\d+: \d+ tokens, of which at most 6 of a source and 4 of a target fit; raise "
     with pytest.raises(UserError, match=problem + "train.source_length or seq_length, or use data.too_long=skip"):
         Paired(changed(config, {"data.too_long": "refuse"}), "train")
-    with pytest.raises(UserError, match=r"and no other record is shorter than that; raise train.source_length or seq_l"):
+    with pytest.raises(
+        UserError, match=r"and no other record is shorter than that; raise train.source_length or seq_l"
+    ):
         Paired(changed(config, {"data.too_long": "skip", "train.seq_length": 1}), "train")
     kept = Paired(changed(config, {"data.too_long": "skip", "train.source_length": 14}), "train")
     assert 0 < kept.num_samples < 78 and np.all(kept.lengths <= [14, 4])
