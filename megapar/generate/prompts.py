@@ -1,10 +1,11 @@
 """Prompts from a file: one a line, as text or as JSON objects."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapar.config.errors import ConfigError, UserError
+from megapar.config.run_schema import GenerateConfig
+from megapar.config.schema import TrainConfig
 from megapar.data.jsonl import decoded, read_lines
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import prompt_tokens
@@ -39,13 +40,31 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def tokens_of(tokenizer: Tokenizer, prompts: Iterable[Prompt], chat: bool, context_length: int) -> list[list[int]]:
-    """Token ids of each. Raises UserError, with file and line, for one that the context does not hold."""
-    found = []
-    for prompt in prompts:
-        tokens = prompt_tokens(tokenizer, prompt.text, chat)
-        if len(tokens) > context_length:
-            hold = f"the model's context holds train.seq_length={context_length}"
-            raise UserError(f"{prompt.where}: {len(tokens)} tokens, {hold}; shorten the prompt, or give it as prompt=")
-        found.append(tokens)
-    return found
+def prompts_of(
+    config: GenerateConfig, tokenizer: Tokenizer, trained: TrainConfig
+) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts of a command, and the token ids of each.
+
+    Raises UserError for what can't be read, and for a prompt that is too long. A single one for a decoder never is: of
+    that the end is seen.
+    """
+    whole = config.prompt_file is None
+    prompts = [Prompt(config.prompt, "prompt")] if config.prompt_file is None else read_prompts(config.prompt_file)
+    tokens = [prompt_tokens(tokenizer, prompt.text, config.chat) for prompt in prompts]
+    reads = trained.model.encoder.layers > 0
+    most, remedy = most_tokens(trained), "" if reads or whole else ", or give it as prompt="
+    hold = f"the model's context holds train.seq_length={trained.train.seq_length}"
+    if reads:
+        hold = f"its encoder reads train.source_length={trained.train.source_length}, the end of text counted"
+    for prompt, found in zip(prompts, tokens, strict=True):
+        if len(found) > most and (reads or not whole):
+            raise UserError(f"{prompt.where}: {len(found)} tokens, {hold}; shorten the prompt{remedy}")
+    return prompts, tokens
+
+
+def most_tokens(trained: TrainConfig) -> int:
+    """Tokens that a prompt of a run's model has at most: an encoder reads the end of text behind it."""
+    if not trained.model.encoder.layers:
+        return trained.train.seq_length
+    assert trained.train.source_length is not None
+    return trained.train.source_length - 1

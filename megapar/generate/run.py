@@ -17,8 +17,8 @@ from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfi
 from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.data.tokenizer import Tokenizer
-from megapar.generate.prompts import Prompt, read_prompts, tokens_of
-from megapar.generate.text import TextStream, prompt_tokens, run_tokenizer
+from megapar.generate.prompts import Prompt, most_tokens, prompts_of
+from megapar.generate.text import TextStream, run_tokenizer
 from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import open_part
@@ -39,7 +39,7 @@ class Writer:
         trained = in_layout(load_trained(config), config)
         self.tokenizer = run_tokenizer(run_dir, trained)
         self.part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
-        self.prompt_length, reads = most_prompt(trained), trained.model.encoder.layers > 0
+        self.prompt_length, reads = most_tokens(trained), trained.model.encoder.layers > 0
         with all_or_none(self.part.mesh["world"], self.part.mesh.device):
             refuse_other_tokenizer(self.tokenizer, manifest)
             self.generator = Generator(
@@ -63,12 +63,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     writer = Writer(config, rank, 1 if config.prompt_file is None else config.batch_size)
     part, tokenizer = writer.part, writer.tokenizer
     with all_or_none(part.mesh["world"], part.mesh.device):
-        prompts = [Prompt(config.prompt, "prompt")] if config.prompt_file is None else read_prompts(config.prompt_file)
-        found: list[list[int]] = []
-        if rank == 0 and config.prompt_file is None:
-            found = [prompt_tokens(tokenizer, config.prompt, config.chat)]
-        elif rank == 0:
-            found = tokens_of(tokenizer, prompts, config.chat, writer.prompt_length)
+        prompts, found = prompts_of(config, tokenizer, part.config)
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
     found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])
@@ -132,14 +127,6 @@ def completion(tokenizer: Tokenizer, text: Text) -> str:
         stream.put(token)
     stream.finish()
     return "".join(pieces)
-
-
-def most_prompt(trained: TrainConfig) -> int:
-    """Tokens that a prompt of a run's model has at most: an encoder reads the end of text behind it."""
-    if not trained.model.encoder.layers:
-        return trained.train.seq_length
-    assert trained.train.source_length is not None
-    return trained.train.source_length - 1
 
 
 def in_layout(trained: TrainConfig, config: ForwardConfig) -> TrainConfig:

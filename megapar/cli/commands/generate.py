@@ -27,13 +27,9 @@ def plan(config: GenerateConfig, call: Call, claims: ExitStack | None, *, world_
 
     refuse_bad_out(config.out, None)
     config, trained, tokenizer = forward.resolve_writer(config, world_size)
-    from megapar.generate.prompts import read_prompts, tokens_of
-    from megapar.generate.text import prompt_tokens
+    from megapar.generate.prompts import prompts_of
 
-    if config.prompt_file is None:  # refuses what ranks would
-        prompt_tokens(tokenizer, config.prompt, config.chat)
-    else:
-        tokens_of(tokenizer, read_prompts(config.prompt_file), config.chat, trained.train.seq_length)
+    prompts_of(config, tokenizer, trained)  # refuses what ranks would
     return forward.job(config, trained, call, ENTRY, "generate")
 
 

@@ -11,7 +11,8 @@ from megapar.data.tokenizer.contract import Piece, RefusedConversation
 from megapar.evaluate.kind import Evaluation, Result, Subject
 from megapar.evaluate.kinds.choices import named, refuse_long, share, with_error
 from megapar.evaluate.scorer import Scorer
-from megapar.generate.run import completion, most_prompt
+from megapar.generate.prompts import most_tokens
+from megapar.generate.run import completion
 from megapar.generate.text import prompt_tokens
 from megapar.generate.tokens import Text
 
@@ -54,7 +55,7 @@ def _response(line: Line, subject: Subject) -> Wanted:
 
 def _target(line: Line, subject: Subject) -> Wanted:
     source, target = prompt_tokens(subject.tokenizer, line.text("source")), line.text("target")
-    if len(source) > (most := most_prompt(subject.config)):
+    if len(source) > (most := most_tokens(subject.config)):
         hold = f"the encoder reads train.source_length={subject.config.train.source_length} with the end of text"
         raise line.wrong(f"a source of {len(source)} tokens, and {hold}, which is {most} at most; shorten it")
     refuse_long(line, len(subject.tokenizer.encode(target)), subject)
