@@ -111,7 +111,8 @@ def _without_layout(run: Run) -> TrainConfig:
 
 def machines(runs: Sequence[Run]) -> str:
     """The processors that runs were made on."""
-    return "; ".join(sorted({f"{run.facts['cpu']['model']}, {run.facts['cpu']['cores']} cores" for run in runs}))
+    found = {(run.facts["cpu"]["model"], run.facts["cpu"]["cores"]) for run in runs}
+    return "; ".join(f"{model}, {cores} core{'s' if cores > 1 else ''}" for model, cores in sorted(found))
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
