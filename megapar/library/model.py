@@ -124,9 +124,10 @@ class Model(nn.Module):
             memory = Memory(self.encoder.read(None, batch["source"], read), read)
         x_tH = self.embedding(batch["ids"], tokens)
         behind = {"embedding": x_tH}
-        bias = None if self.relative is None else self.relative.of(tokens)
+        more: dict[str, Any] = {} if self.relative is None else {"bias": self.relative.of(tokens)}
+        more |= {} if memory is None else {"memory": memory}
         for index, layer in self.layers.items():
-            x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens, bias, memory)
+            x_tH = behind[f"layers.{index}"] = layer(x_tH, tokens, **more)
         if isinstance(self.head, HiddenStates):
             outputs = self.head(x_tH, tokens)
             logits: Any = outputs.get("scores")

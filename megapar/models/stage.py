@@ -1,6 +1,7 @@
 """A stage of a Transformer: a run of the model's parts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,11 +49,16 @@ class Stack(nn.Module):
         if self.embedding is not None:
             x_tH = self.embedding(ids, tokens)
         assert x_tH is not None
-        bias = None if self.relative is None else self.relative.of(tokens)
+        seen = self.seen(tokens, memory)
         with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
-                x_tH = layer(x_tH, tokens, bias, memory)
+                x_tH = layer(x_tH, tokens, **seen)
         return x_tH
+
+    def seen(self, tokens: Tokens, memory: Memory | None = None) -> dict[str, Any]:
+        """What layers get besides, where there is any: a layer of a user's own need not know of it."""
+        seen: dict[str, Any] = {"bias": None if self.relative is None else self.relative.of(tokens), "memory": memory}
+        return {name: value for name, value in seen.items() if value is not None}
 
 
 class EncoderStack(Stack):
