@@ -91,8 +91,8 @@ def check(run: Run, case: Case) -> None:
     def ours() -> dict[str, Tensor]:
         given = [x.detach().requires_grad_() for x in (q, k, v, *bias)]
         o, lse = ours_of(
-            *map(shape, given[:3]), bias=given[3] if bias else None, causal=case.causal, window=case.window, softcap=case.softcap,
-            cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], return_lse=True,
+            *map(shape, given[:3]), causal=case.causal, window=case.window, softcap=case.softcap,
+            cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], return_lse=True, bias=given[3] if bias else None,
         )  # fmt: skip
         grads = torch.autograd.grad([o, lse], given, [shape(do), shape(dlse)])
         o, lse = (o, lse) if packed else (o.flatten(0, 1), lse.flatten(0, 1))
