@@ -1,4 +1,6 @@
-"""The rows of the kernels' tables of block sizes that a Hopper card takes, and what else each of them could be."""
+"""The rows of the kernels' tables of block sizes that a Hopper card takes, and what else each of them could be.
+
+Not those of attention with a bias, which is launched without one here."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -52,7 +54,7 @@ class TableRow:
 def rows() -> list[TableRow]:
     found = []
     for key, config in attention.CONFIGS.items():
-        if key[1] in ARCHS:
+        if key[1] in ARCHS and "bias" not in key[0]:
             found.append(TableRow(attention, key, None, config, 4 if key[1] == "fp32" else 2))
     for arch, size in matmul.CONFIGS:
         if arch in ARCHS:

@@ -1,4 +1,4 @@
-"""One case of attention against fp64: forward, log-sum-exp and three gradients; fused, with rotary positions, forward
+"""One case of attention against fp64: forward, log-sum-exp and all gradients; fused, with rotary positions, forward
 and the gradient of the one matrix. Its sections are lists of cases."""
 
 import itertools
@@ -19,7 +19,7 @@ from megapar.kernels.rope import rope, rope_table
 BATCH, THETA = 2, 10000.0
 PACKED = (1, 17, 300, 1000, 0, 64)
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-NAMES = ("o", "lse", "dq", "dk", "dv")
+NAMES = ("o", "lse", "dq", "dk", "dv", "dbias")  # the last where there is a bias
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,21 @@ class Case:
     E: int | None = None
     offset: int = 0
     fused: bool = False
+    bias: bool = False
 
     def __str__(self) -> str:
         width = f"D{self.D}" + (f"/{self.E}" if self.E else "")
         lengths = f"{len(self.S)} packed" if isinstance(self.S, tuple) else f"{self.S}x{self.L or self.S}"
         words = [self.dtype, width, f"{self.N}/{self.K} heads", lengths, "causal" * self.causal]
         words += [f"window {self.window}" * bool(self.window), f"cap {self.softcap}" * bool(self.softcap)]
+        words += ["bias" * self.bias]
         return " ".join(filter(None, [*words, "misaligned" * bool(self.offset), "fused" * self.fused]))
 
     @property
     def is_plain(self) -> bool:
         """Whether torch's own attention can do it in one call."""
         odd = self.window or self.softcap or self.E or isinstance(self.S, tuple) or self.L not in (None, self.S)
-        return self.causal and not odd and self.dtype != "fp32"
+        return self.causal and not odd and not self.bias and self.dtype != "fp32"
 
 
 def attention_section(run: Run, cases: list[Case], rehearsed: list[Case]) -> None:
@@ -80,18 +82,21 @@ def check(run: Run, case: Case) -> None:
     dlse = torch.zeros(rows, case.N, device=run.device) if case.is_plain else run.randn(rows, case.N)
     cu = [torch.tensor(x, dtype=torch.int32, device=run.device) if packed else None for x in begins]
 
+    longest = [max(b - a for a, b in itertools.pairwise(x)) for x in begins]
+    bias = [run.randn(case.N, *longest, dtype=DTYPES[case.dtype])] if case.bias else []
+
     def shape(x: Tensor) -> Tensor:
         return x if packed else x.unflatten(0, (BATCH, -1))
 
     def ours() -> dict[str, Tensor]:
-        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        given = [x.detach().requires_grad_() for x in (q, k, v, *bias)]
         o, lse = ours_of(
-            *map(shape, given), causal=case.causal, window=case.window, softcap=case.softcap,
-            cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], return_lse=True,
+            *map(shape, given[:3]), causal=case.causal, window=case.window, softcap=case.softcap,
+            cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], return_lse=True, bias=given[3] if bias else None,
         )  # fmt: skip
         grads = torch.autograd.grad([o, lse], given, [shape(do), shape(dlse)])
         o, lse = (o, lse) if packed else (o.flatten(0, 1), lse.flatten(0, 1))
-        return dict(zip(NAMES, (o, lse, *grads), strict=True))
+        return dict(zip(NAMES, (o, lse, *grads), strict=False))
 
     def plain() -> dict[str, Tensor]:
         given = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -99,10 +104,10 @@ def check(run: Run, case: Case) -> None:
         y, z = (t.repeat_interleave(case.N // case.K, 1) for t in (y, z))
         o = torch.nn.functional.scaled_dot_product_attention(x, y, z, is_causal=True).transpose(1, 2)
         grads = torch.autograd.grad(o, given, shape(do))
-        return dict(zip(("o", *NAMES[2:]), (o.flatten(0, 1), *grads), strict=True))
+        return dict(zip(("o", *NAMES[2:5]), (o.flatten(0, 1), *grads), strict=True))
 
     def exact() -> dict[str, Tensor]:
-        return references.attention(q, k, v, do, dlse, spans, case.causal, case.window, case.softcap)
+        return references.attention(q, k, v, do, dlse, spans, case.causal, case.window, case.softcap, *bias)
 
     wrong, expected = BOUNDS[case.dtype]
     gradient = (wrong, expected) if case.dtype == "fp32" else (2.5 * wrong, expected)
@@ -127,7 +132,7 @@ def check_fused(run: Run, case: Case) -> None:
         o = fused_attention_(given * 1, case.N, case.K, length, table=table, starts=starts, **options)
         [gradient] = torch.autograd.grad(o, given, do.flatten(1))
         parts = gradient.view(rows, -1, case.D).split(heads, 1)
-        return dict(zip(("o", *NAMES[2:]), (o.detach().view(do.shape), *parts), strict=True))
+        return dict(zip(("o", *NAMES[2:5]), (o.detach().view(do.shape), *parts), strict=True))
 
     def exact() -> dict[str, Tensor]:
         q, k, v = qkv.view(-1, length, sum(heads), case.D).split(heads, 2)
@@ -141,7 +146,7 @@ def check_fused(run: Run, case: Case) -> None:
 
     wrong, expected = BOUNDS[case.dtype]
     gradient = (wrong, expected) if case.dtype == "fp32" else (2.5 * wrong, expected)
-    trial(run, str(case), ours, exact, {"o": (wrong, expected), **dict.fromkeys(NAMES[2:], gradient)})
+    trial(run, str(case), ours, exact, {"o": (wrong, expected), **dict.fromkeys(NAMES[2:5], gradient)})
 
 
 def begins_of(lengths: int | tuple[int, ...]) -> list[int]:

@@ -10,15 +10,18 @@ Span = tuple[int, int, int, int]  # of a sequence: first and last query row, fir
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, spans: list[Span], causal: bool,
-    window: tuple[int | None, int | None] | None, softcap: float | None,
+    window: tuple[int | None, int | None] | None, softcap: float | None, bias: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """o, lse, dq, dk, dv in fp64. Rows of all sequences lie one after another: q [rows, heads, channels]."""
+    """o, lse, dq, dk, dv, of a bias [heads, queries, keys] dbias in fp64. Rows of all sequences lie one after another:
+    q [rows, heads, channels]."""
     share = q.shape[1] // k.shape[1]
     found = {
         "o": q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float64),
         "lse": q.new_full(q.shape[:2], -math.inf, dtype=torch.float64),
         **{name: torch.zeros_like(x, dtype=torch.float64) for name, x in (("dq", q), ("dk", k), ("dv", v))},
     }
+    if bias is not None:
+        found["dbias"] = torch.zeros_like(bias, dtype=torch.float64)
     for begin, end, first, last in spans:
         if begin == end or first == last:
             continue
@@ -27,12 +30,16 @@ def attention(
             mine = slice(group * share, (group + 1) * share)
             x = q[begin:end, mine].detach().double().transpose(0, 1).requires_grad_()
             y, z = (t[first:last, group].detach().double().requires_grad_() for t in (k, v))
-            out, log = group_of(x, y, z, seen, softcap)
+            place = mine, slice(end - begin), slice(last - first)
+            added = [] if bias is None else [bias[place].detach().double().requires_grad_()]
+            out, log = group_of(x, y, z, seen, softcap, *added)
             given = do[begin:end, mine].double().transpose(0, 1), dlse[begin:end, mine].double().t()
-            dx, dy, dz = torch.autograd.grad([out, log], [x, y, z], given)
+            dx, dy, dz, *dbias = torch.autograd.grad([out, log], [x, y, z, *added], given)
             found["o"][begin:end, mine], found["lse"][begin:end, mine] = out.detach().transpose(0, 1), log.detach().t()
             found["dq"][begin:end, mine] = dx.transpose(0, 1)
             found["dk"][first:last, group], found["dv"][first:last, group] = dy, dz
+            for gradient in dbias:
+                found["dbias"][place] += gradient
     return found
 
 
@@ -49,10 +56,13 @@ def seen_of(
     return seen if right is None else seen & (key <= place + right)
 
 
-def group_of(x: Tensor, y: Tensor, z: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def group_of(
+    x: Tensor, y: Tensor, z: Tensor, seen: Tensor, softcap: float | None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(o [heads, queries, channels], log-sum-exp [heads, queries]) of the heads that share keys y and values z."""
     scores = x @ y.t() * x.shape[-1] ** -0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~seen, -math.inf)
     highest = scores.detach().amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == -math.inf, 0.0)

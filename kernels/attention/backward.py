@@ -159,11 +159,10 @@ def attention_dkdv_kernel(
 
 @device_function
 def _of_keys(
-    q_tile, do_tile, k_tile, v_tile, logarithm, delta, bias, head, row, key, scale, softcap, bias_queries, bias_keys,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    q_tile, do_tile, k_tile, v_tile, logarithm, delta, bias, head, row, key, scale, inner, scale_2, softcap,
+    bias_queries, bias_keys, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scaled scores of ROWS queries and KEYS keys before the softcap, [ROWS, KEYS]."""
-    inner, scale_2 = factors(scale, softcap)
     s = dot(q_tile, k_tile.T, None, PRECISION)
     dp = dot(do_tile, v_tile.T, None, PRECISION)
     t = cap(s, inner, softcap)
@@ -190,6 +189,7 @@ def attention_dq_kernel(
     kv_head = head // group
     end_q, end_k = first_q + len_q, first_k + len_k
     shift = len_k - len_q
+    inner, scale_2 = factors(scale, softcap)
     do_stride = tl.num_programs(1) * E
     q_tile = load_tile(q, first_q + start, head * D, q_stride, end_q, ROWS, D, BLOCK_D)
     do_tile = load_tile(do, first_q + start, head * E, do_stride, end_q, ROWS, E, BLOCK_E)
@@ -208,7 +208,7 @@ def attention_dq_kernel(
         seen = sees(rows[:, None], keys[None, :], shift, left, right, len_k)
         hiding = tl.where(seen, logarithm[:, None], float("inf"))
         ds = _of_keys(
-            q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, start, n, scale, softcap,
+            q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, start, n, scale, inner, scale_2, softcap,
             bias_queries, bias_keys, ROWS, EDGE, PRECISION,
         )  # fmt: skip
         acc = dot(cast(ds, k_tile.dtype), k_tile, acc, PRECISION)
@@ -217,8 +217,8 @@ def attention_dq_kernel(
         k_tile = load_full_tile(k, k_tiles, first_k + n, kv_head * D, k_stride, STEP, D, BLOCK_D)
         v_tile = load_full_tile(v, v_tiles, first_k + n, kv_head * E, v_stride, STEP, E, BLOCK_E)
         ds = _of_keys(
-            q_tile, do_tile, k_tile, v_tile, logarithm[:, None], delta, bias, head, start, n, scale, softcap,
-            bias_queries, bias_keys, ROWS, STEP, PRECISION,
+            q_tile, do_tile, k_tile, v_tile, logarithm[:, None], delta, bias, head, start, n, scale, inner, scale_2,
+            softcap, bias_queries, bias_keys, ROWS, STEP, PRECISION,
         )  # fmt: skip
         acc = dot(cast(ds, k_tile.dtype), k_tile, acc, PRECISION)
 
@@ -240,6 +240,7 @@ def attention_dbias_kernel(
     order: no atomics, and the same bits every time. Grid: tiles of keys, tiles of queries, N."""
     key, row, head = tl.program_id(0) * STEP, tl.program_id(1) * ROWS, tl.program_id(2)
     kv_head = head // group
+    inner, scale_2 = factors(scale, softcap)
     do_stride = tl.num_programs(2) * E
     total = tl.cast(tl.num_programs(2), tl.int64) * total_q
     rows, keys = row + tl.arange(0, ROWS), key + tl.arange(0, STEP)
@@ -264,7 +265,7 @@ def attention_dbias_kernel(
             seen = sees(rows[:, None], keys[None, :], shift, left, right, there)
             hiding = tl.where(seen, logarithm[:, None], float("inf"))
             acc += _of_keys(
-                q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, row, key, scale, softcap,
+                q_tile, do_tile, k_tile, v_tile, hiding, delta, bias, head, row, key, scale, inner, scale_2, softcap,
                 bias_queries, bias_keys, ROWS, STEP, PRECISION,
             )  # fmt: skip
     exists = (rows[:, None] < bias_queries) & (keys[None, :] < bias_keys)

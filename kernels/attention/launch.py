@@ -15,7 +15,7 @@ from megapar.kernels.attention.backward import (
     attention_statistics_kernel,
 )
 from megapar.kernels.attention.forward import attention_forward_kernel
-from megapar.kernels.shapes import GPT2, LLAMA, MODELS, Sizes
+from megapar.kernels.shapes import LLAMA, MODELS, Sizes
 
 UNLIMITED = 1 << 30  # a side of a window that reaches everything; positions are fewer
 
@@ -78,7 +78,37 @@ CONFIGS = {
     ("dq", "gfx942", 128): Config(128, 32, 16, 4, 2),
     ("dq", "gfx942", 256): Config(32, 32, 16, 4, 1),
     ("dq", "interpret", 256): Config(128, 128, 64, 4, 1),
-    ("dbias", "interpret", 256): Config(128, 128, 64, 4, 1),
+    # With a bias, where the rows above would spill: its tile and where it lies take registers, too.
+    ("forward_bias", "sm_80", 64): Config(64, 64, 32, 4, 2),
+    ("forward_bias", "sm_80", 128): Config(128, 32, 16, 8, 2),
+    ("forward_bias", "sm_90", 64): Config(64, 64, 32, 4, 2, tma=True),
+    ("forward_bias", "sm_90", 96): Config(128, 32, 32, 8, 2, tma=True),
+    ("forward_bias", "sm_90", 128): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward_bias", "sm_100", 64): Config(128, 64, 32, 8, 2, tma=True),
+    ("forward_bias", "sm_100", 96): Config(128, 32, 32, 8, 2, tma=True),
+    ("dkdv_bias", "sm_80", 64): Config(128, 32, 32, 8, 1),
+    ("dkdv_bias", "sm_80", 128): Config(64, 64, 16, 8, 2),
+    ("dkdv_bias", "sm_90", 64): Config(128, 64, 32, 8, 1, tma=True),
+    ("dkdv_bias", "sm_90", 96): Config(64, 32, 16, 8, 2, tma=True),
+    ("dkdv_bias", "sm_90", 128): Config(64, 64, 16, 8, 2, tma=True),
+    ("dq_bias", "sm_80", 64): Config(128, 64, 32, 8, 1),
+    ("dq_bias", "sm_80", 128): Config(128, 16, 16, 8, 2),
+    ("dq_bias", "sm_90", 64): Config(64, 64, 32, 4, 2, tma=True),
+    ("dq_bias", "sm_90", 128): Config(128, 32, 32, 8, 2, tma=True),
+    ("dq_bias", "sm_100", 64): Config(128, 64, 32, 8, 2, tma=True),
+    ("dq_bias", "sm_100", 128): Config(128, 64, 32, 8, 1, tma=True),
+    # A bias's gradient: a program owns rows x step of it. It has no boundary tiles, and reads none by TMA.
+    ("dbias", "sm_80", 64): Config(128, 64, 0, 8, 1),
+    ("dbias", "sm_80", 128): Config(32, 64, 0, 4, 1),
+    ("dbias", "sm_80", 256): Config(16, 32, 0, 4, 1),
+    ("dbias", "sm_90", 128): Config(64, 128, 0, 8, 1),
+    ("dbias", "sm_90", 256): Config(64, 32, 0, 8, 1),
+    ("dbias", "sm_100", 64): Config(128, 64, 0, 8, 1),
+    ("dbias", "sm_100", 128): Config(64, 128, 0, 8, 1),
+    ("dbias", "sm_100", 256): Config(32, 64, 0, 8, 1),
+    ("dbias", "gfx942", 128): Config(64, 64, 0, 4, 1),
+    ("dbias", "gfx942", 256): Config(32, 32, 0, 4, 1),
+    ("dbias", "interpret", 256): Config(128, 128, 0, 4, 1),
     # fp32 on any GPU: three tf32 products for one need small tiles, or registers spill.
     ("forward", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("forward", "fp32", 64): Config(32, 16, 16, 4, 1),
@@ -90,19 +120,33 @@ CONFIGS = {
     ("dq", "fp32", 32): Config(64, 32, 16, 4, 2),
     ("dq", "fp32", 64): Config(32, 16, 16, 4, 1),
     ("dq", "fp32", 256): Config(16, 16, 16, 4, 1),
+    ("forward_bias", "fp32", 32): Config(64, 32, 16, 4, 2),
+    ("forward_bias", "fp32", 64): Config(16, 0, 16, 4, 1),
+    ("dkdv_bias", "fp32", 32): Config(32, 16, 16, 4, 1),
+    ("dkdv_bias", "fp32", 64): Config(16, 16, 16, 4, 1),
+    ("dq_bias", "fp32", 32): Config(64, 32, 16, 4, 1),
+    ("dq_bias", "fp32", 64): Config(16, 16, 16, 4, 1),
+    ("dbias", "fp32", 32): Config(32, 32, 0, 4, 1),
+    ("dbias", "fp32", 64): Config(16, 32, 0, 4, 1),
+    ("dbias", "fp32", 256): Config(16, 32, 0, 8, 1),
 }
 STATISTICS_ROWS = 32
 
 
 def config_of(kernel: str, arch: str, channels: int, dtype: torch.dtype) -> Config:
-    """The block sizes that a launch takes, by the wider of a head's D and E."""
+    """The block sizes that a launch takes, by the wider of a head's D and E; with a bias the plain kernel's, where
+    there are none of its own."""
     if dtype == torch.float32 and arch != "interpret":
         arch = "fp32"
     elif ("forward", arch, 256) not in CONFIGS:
         arch = relative(arch)
-    if (kernel, arch, 256) not in CONFIGS:
+
+    def widths(kernel: str) -> list[int]:
+        return [c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels]
+
+    if not widths(kernel):
         kernel = kernel.removesuffix("_bias")
-    return CONFIGS[kernel, arch, min(c for k, a, c in CONFIGS if (k, a) == (kernel, arch) and c >= channels)]
+    return CONFIGS[kernel, arch, min(widths(kernel))]
 
 
 @dataclass(frozen=True)
@@ -235,9 +279,8 @@ def aot_specs(arch: str) -> dict[str, Launch]:
     """The launches of MODELS by name, on tensors without storage, as the operators make them on a GPU of this kind."""
     specs: dict[str, Launch] = {}
     for sizes in MODELS.values():
-        specs |= aot_launches(arch, sizes)
-    biased = aot_launches(arch, GPT2, bias=True) | aot_launches(arch, LLAMA, bias=True)
-    return specs | aot_launches(arch, LLAMA, packed=True) | biased
+        specs |= aot_launches(arch, sizes) | aot_launches(arch, sizes, bias=True)
+    return specs | aot_launches(arch, LLAMA, packed=True)
 
 
 def aot_launches(

@@ -135,7 +135,7 @@ def test_its_unknown_keys_are_refused(here: Callable) -> None:
         compose("train", split(["experiment=wrong"]))
 
 
-@pytest.mark.parametrize("choice", ["one,two", "choice(one,two)", "glob([one,t*])"])
+@pytest.mark.parametrize("choice", ["one,two", "choice(one,two)", "glob([one,tw*])"])
 def test_a_sweep_over_experiments(choice: str, run: Callable, tmp_path: Path) -> None:
     for name, lr in (("one", 1), ("two", 3)):
         write(tmp_path / "experiments", name, f"optim:\n  lr: {lr}\n")

@@ -17,6 +17,7 @@ SECTIONS = {
     "attention_statistics_kernel": "attention32",
     "attention_dkdv_kernel": "attention32",
     "attention_dq_kernel": "attention32",
+    "attention_dbias_kernel": "attention32",
     "attention_dkdv_kernel FUSED": "attention32",
     "attention_dq_kernel FUSED": "attention32",
     "rmsnorm_forward_kernel": "rows",

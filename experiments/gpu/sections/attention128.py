@@ -18,6 +18,7 @@ CASES = [
     Case("bf16", 192, 8, 1, 300, 1000, causal=False, window=(100, 50)),
     Case("bf16", 128, 8, 2, 1000, fused=True),
     Case("bf16", 128, 8, 2, PACKED, window=(200, 0), fused=True),
+    Case("bf16", 128, 8, 2, PACKED, PACKED, causal=False, bias=True),
 ]
 REHEARSED = [Case("bf16", 16, 2, 1, 20), Case("bf16", 16, 2, 2, (1, 9, 0, 7), (1, 9, 0, 7))]
 REHEARSED += [Case("bf16", 16, 2, 1, (1, 9, 0, 7), fused=True)]

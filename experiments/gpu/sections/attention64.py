@@ -16,6 +16,7 @@ CASES = [
     Case("fp16", 64, 8, 2, 1000),
     Case("bf16", 64, 8, 8, 777, fused=True),
     Case("bf16", 80, 8, 2, 1000, fused=True),
+    Case("bf16", 64, 8, 2, 777, 1000, causal=False, bias=True),
 ]
 REHEARSED = [Case("bf16", 16, 2, 1, 12, softcap=5.0, offset=1), Case("fp16", 20, 2, 2, 9)]
 
