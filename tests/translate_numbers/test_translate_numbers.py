@@ -21,7 +21,19 @@ def test_the_lines() -> None:
     assert not numbers[0] & numbers[1] and len(numbers[0] | numbers[1]) == 10_000
     assert not {line["source"] for line in train} & {line["source"] for line in valid}
     assert {"source": "de: twenty-one", "target": "einundzwanzig", "group": "21"} in train + valid
-    assert 0 < baselines.word_for_word(train[:2000], train[:100]) < 0.5
+
+
+def test_the_baseline() -> None:
+    words = {
+        2000: ("two thousand", "zweitausend"),
+        5: ("five", "fünf"),
+        2005: ("two thousand and five", "zweitausendfünf"),
+    }
+    known = [{"source": f"de: {source}", "target": target} for source, target in words.values()]
+    new = [{"source": "de: five thousand and two", "target": "fünftausendzwei"}]
+    more = [{"source": "de: five thousand", "target": "fünftausend"}, {"source": "de: two", "target": "zwei"}]
+    assert baselines.two_known_numbers(known, new) == 0.0
+    assert baselines.two_known_numbers([*known, *more], new) == 1.0
 
 
 def test_other_paths_are_refused() -> None:
@@ -43,4 +55,4 @@ def test_the_smoke_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     copy.write_text(text)
     assert results.main([str(tmp_path / "runs" / "smoke"), "--readme", str(copy)]) == 0
     [ours, word] = [line.split(" | ") for line in copy.read_text().splitlines() if re.match(r"\| \d", line)]
-    assert ours[2:4] == ["pp2", "1E \\| 1D"] and word[1] == "word for word"
+    assert ours[2:4] == ["pp2", "1E \\| 1D"] and word[1] == "two known numbers beside each other"
