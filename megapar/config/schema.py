@@ -72,8 +72,7 @@ class PipelineConfig:
     schedule: str = option("1f1b", "order of forward and backward passes: a schedule's name, auto, or csv:PATH")
     partition: str | list[int] | dict[str, list[int]] = option(
         "uniform",
-        "layers per stage: uniform; balanced: the slowest stage as fast as can be; or a list such as [5,3], of an "
-        "encoder and its decoder {encoder: [2], decoder: [3,3]}",
+        "layers per stage: uniform; balanced: by costs; a list such as [5,3]; or {encoder: [2], decoder: [3,3]}",
     )
     chunks: int | None = option(
         None, "stages per rank; default: the schedule's own, 2 for interleaved and the V schedules, else 1", at_least=1

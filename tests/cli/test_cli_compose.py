@@ -26,7 +26,10 @@ COMPANIONS = {
     "data/text": ["data.path=folder"],
     "data/tokens": ["data.path=prefix"],
     "parallel/auto": ["devices=8"],
+    "task/seq2seq": ["model=t5_tiny"],
 }
+WITH_ENCODER = ("encoder_decoder_tiny", "t5_tiny", "t5_small", "t5_base", "t5_v1_1_small")
+COMPANIONS |= {f"model/{name}": ["task=seq2seq"] for name in WITH_ENCODER}
 FILES = [
     (command, group, name)
     for command in COMMANDS

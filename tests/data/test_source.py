@@ -69,7 +69,7 @@ def torch_equal(a: object, b: object) -> bool:
 
 
 def test_what_is_missing_or_faulty_is_named(experiments: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.source=countin: no such source; there are .*tokens, or write"):
+    with pytest.raises(ConfigError, match=r"data.source=countin: no such source; there are .*tokens.*, or write"):
         find_source("countin")
     (experiments / "counting" / "data.py").write_text("OTHER = 1\n")
     with pytest.raises(UserError, match=r"counting/data.py: declares no source"):
