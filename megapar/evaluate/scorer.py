@@ -80,13 +80,10 @@ class Scorer:
 
         most: tokens of each at most, the end of text counted; ends: of each, see `Text`; none by default
         """
-        config = self.part.config
-        generator = Generator(
+        generator = Generator.of(
+            self.part.config,
             self.part.stages,
             self.context,
-            context_length=config.train.seq_length,
-            source_length=config.train.source_length if config.model.encoder.layers else None,
-            start=config.model.encoder.start,
             texts=self.batch_size,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,

@@ -39,15 +39,13 @@ class Writer:
         trained = in_layout(load_trained(config), config)
         self.tokenizer = run_tokenizer(run_dir, trained)
         self.part, manifest = open_part(trained, config.checkpoint.load or run_dir, rank)
-        self.prompt_length, reads = most_tokens(trained), trained.model.encoder.layers > 0
+        self.prompt_length = most_tokens(trained)
         with all_or_none(self.part.mesh["world"], self.part.mesh.device):
             refuse_other_tokenizer(self.tokenizer, manifest)
-            self.generator = Generator(
+            self.generator = Generator.of(
+                trained,
                 self.part.stages,
                 self.part.context,
-                context_length=trained.train.seq_length,
-                source_length=trained.train.source_length if reads else None,
-                start=trained.model.encoder.start,
                 texts=texts,
                 vocab_size=self.tokenizer.vocab_size,
                 end_of_text=self.tokenizer.end_of_text,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.run_schema import SampleConfig
+from megapar.config.schema import TrainConfig
 from megapar.generate.choose import choose
 from megapar.parallel.cache import KVCache
 from megapar.parallel.collectives import all_gather
@@ -117,14 +118,23 @@ class Generator:
         self._widths: list[int] | None = None
         self._free = list(range(texts))[::-1]
 
+    @classmethod
+    def of(cls, config: TrainConfig, stages: Mapping[int, Stage], context: StageContext, **options: Any) -> "Generator":
+        """Of a resolved config's model. options: `texts`, `vocab_size`, `end_of_text`."""
+        encoder = config.model.encoder
+        source_length = config.train.source_length if encoder.layers else None
+        lengths = {"context_length": config.train.seq_length, "source_length": source_length}
+        return cls(stages, context, **lengths, start=encoder.start, **options)
+
     def text(self, prompt: Sequence[int], sample: SampleConfig, ends: Collection[int] = ()) -> Text:
         """A text to be written behind a prompt; with an encoder, which reads the prompt and the end of text, from a
-        target's start on. Raises ValueError for a prompt that it does not hold."""
+        target's start on. Raises UserError for a prompt that it does not hold."""
         if self.source_length is None:
             return Text(list(prompt), sample, ends=ends)
         source = [*prompt, *([] if self.end_of_text is None else [self.end_of_text])]
         if len(source) > self.source_length:
-            raise ValueError(f"{len(source)} tokens, and the encoder reads {self.source_length}")
+            hold = f"the encoder reads train.source_length={self.source_length}"
+            raise UserError(f"{len(source)} tokens with the end of text, and {hold}; shorten the prompt")
         return Text([self.start], sample, ends=ends, source=source)
 
     def step(self, texts: Sequence[Text]) -> None:

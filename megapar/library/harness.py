@@ -76,7 +76,7 @@ class MegaparLM(TemplateLM):
         gpus = torch.cuda.device_count()
         config = resolve_forward(changed(EvalConfig(), values), num_gpus=gpus)
         trained = load_config(run)
-        if trained.model.output != "lm" or not trained.model.causal:
+        if trained.model.output != "lm" or not trained.model.causal or trained.model.encoder.layers:
             raise ConfigError("run", run, "its model predicts no next token; name the run of a causal language model")
         check_forward(config, trained, num_gpus=gpus)
         trained = in_layout(trained, config)

@@ -2,6 +2,7 @@
 with its norms."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class TransformerLayer(nn.Module):
         attention, cross = self.attention, self.cross
         steps = [_Step(self.norm1, lambda x_tH: attention(x_tH, tokens, bias), self.norm1_out, self.dropout1)]
         if cross is not None:
-            attend = lambda x_tH: cross(x_tH, tokens, memory)  # noqa: E731
+            attend = partial(cross, tokens=tokens, memory=memory)
             steps.append(_Step(self.cross_norm, attend, self.cross_norm_out, self.cross_dropout))
         return [*steps, _Step(self.norm2, self.mlp, self.norm2_out, self.dropout2)]
 

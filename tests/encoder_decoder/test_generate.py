@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megapar.config.errors import UserError
 from megapar.config.run_schema import SampleConfig
 from megapar.config.schema import TrainConfig
 from megapar.generate.choose import choose
@@ -29,10 +30,7 @@ END = 2
 
 def generator(trainer: Trainer, texts: int) -> Generator:
     config = trainer.config
-    return Generator(
-        trainer.stages, trainer.context, context_length=config.train.seq_length, end_of_text=END, texts=texts,
-        source_length=config.train.source_length, start=config.model.encoder.start,
-    )  # fmt: skip
+    return Generator.of(config, trainer.stages, trainer.context, end_of_text=END, texts=texts)
 
 
 def written(rank: int, world_size: int, config: TrainConfig) -> list[tuple[list[int], list[float]]]:
@@ -92,6 +90,8 @@ def test_an_encoder_reads_once(pairs: dict[str, Any]) -> None:
     made = generator(trainer, 2)
     list(made.write([made.text(prompt, SampleConfig(max_tokens=4, seed=5)) for prompt in PROMPTS]))
     assert sum(seen) == sum(len(prompt) + 1 for prompt in PROMPTS) and 0 not in seen
-    with pytest.raises(ValueError, match="19 tokens, and the encoder reads 18"):
+    with pytest.raises(
+        UserError, match=r"19 tokens with the end of text, and the encoder reads train.source_length=18"
+    ):
         made.text(list(range(18)), SampleConfig())
     trainer.close()

@@ -33,12 +33,12 @@ class Sample(Hook):
             raise UserError(f"{config.data.prefix}: no tokenizer beside these token files any more; put it back")
         tokenizer = open_tokenizer(path)
         prompt = prompt_tokens(tokenizer, config.task.sample_prompt)
-        pieces = [config.task.sample_prompt]
+        pieces = [] if config.model.encoder.layers else [config.task.sample_prompt]
         stream = TextStream(tokenizer, pieces.append, prompt)
-        generator = Generator(
+        generator = Generator.of(
+            config,
             trainer.stages,
             trainer.context,
-            context_length=config.train.seq_length,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
         )
