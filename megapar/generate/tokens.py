@@ -122,9 +122,8 @@ class Generator:
     def of(cls, config: TrainConfig, stages: Mapping[int, Stage], context: StageContext, **options: Any) -> "Generator":
         """Of a resolved config's model. options: `texts`, `vocab_size`, `end_of_text`."""
         encoder = config.model.encoder
-        source_length = config.train.source_length if encoder.layers else None
-        lengths = {"context_length": config.train.seq_length, "source_length": source_length}
-        return cls(stages, context, **lengths, start=encoder.start, **options)
+        length, source = config.train.seq_length, config.train.source_length if encoder.layers else None
+        return cls(stages, context, context_length=length, source_length=source, start=encoder.start, **options)
 
     def text(self, prompt: Sequence[int], sample: SampleConfig, ends: Collection[int] = ()) -> Text:
         """A text to be written behind a prompt; with an encoder, which reads the prompt and the end of text, from a
