@@ -1,5 +1,6 @@
 """Targets written with what an encoder has read in a cache are those of a model that computes all anew."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from megapar.config.schema import TrainConfig
 from megapar.generate.choose import choose
 from megapar.generate.tokens import Generator
 from megapar.launch.pool import WorkerPool
+from megapar.train.hooks.sample import Sample
 from megapar.train.trainer import Trainer
 from tests.encoder_decoder.pairs import FAMILIES
 from tests.tiny import tiny_config
@@ -95,3 +97,16 @@ def test_an_encoder_reads_once(pairs: dict[str, Any]) -> None:
     ):
         made.text(list(range(18)), SampleConfig())
     trainer.close()
+
+
+def test_a_run_shows_what_it_writes(pairs: dict[str, Any]) -> None:
+    """Behind the last step: the target alone, or why there is none."""
+    values = pairs | {"task.sample_tokens": 4}
+    for prompt, problem in (("12 the of", None), ("the of a " * 9, "the encoder reads train.source_length=18")):
+        config = tiny_config(pairs["data.prefix"], **values | {"task.sample_prompt": prompt})
+        trainer = Trainer(config, 0)
+        loop: Any = SimpleNamespace(config=config, trainer=trainer)
+        found = Sample(loop).finish()
+        assert (problem or "") in (found["sample_problem"] or "")
+        assert found["sample"] is None if problem else "the of" not in found["sample"]
+        trainer.close()
