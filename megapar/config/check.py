@@ -16,6 +16,7 @@ from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.run_schema import ChatConfig, ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
+from megapar.config.stacks import media, medium, stacks
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import check_task
 from megapar.kernels import INTERPRET, NEEDS_TRITON, select_backends
@@ -83,11 +84,19 @@ def check_layout(config: TrainConfig) -> None:
     stage_parts(config)
 
 
+_CUT = ("heads", "ffn")  # sizes of a stack that tp divides
+
+
 def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
     """Refuse a tp that does not divide the model. A vocabulary need not divide: its shards differ by a row."""
-    for key, size in (("model.heads", model.heads), ("model.ffn", model.ffn)):
+    media_sizes = {f"{name}.{key}": getattr(medium(model, name), key) for name in media(model) for key in _CUT}
+    for key, size in ({key: getattr(model, key) for key in _CUT} | media_sizes).items():
         if size is not None and size % tp:
-            raise ConfigError(key, size, f"not divisible by parallel.tp={tp}; use {_near(size, tp)}, or another tp")
+            problem = f"not divisible by parallel.tp={tp}; use {_near(size, tp)}, or another tp"
+            raise ConfigError(f"model.{key}", size, problem)
+    if media_sizes and model.hidden % tp:
+        problem = f"projectors of media are cut by it, and it is not divisible by parallel.tp={tp}"
+        raise ConfigError("model.hidden", model.hidden, f"{problem}; use {_near(model.hidden, tp)}, or another tp")
     kv_heads = model.kv_heads
     if kv_heads is not None and kv_heads % tp and tp % kv_heads:
         problem = f"neither divides parallel.tp={tp} nor is a multiple of it; use a tp of {divisors(kv_heads)}"
@@ -99,13 +108,13 @@ def check_tensor_parallel(model: ModelConfig, tp: int) -> None:
 def check_pipeline(config: TrainConfig) -> None:
     """Refuse stages without layers and partitions that do not add up."""
     layers, pp, partition = config.model.all_layers, config.parallel.pp, config.pipeline.partition
-    chunks = config.pipeline.chunks or 1
+    chunks, one_stack = config.pipeline.chunks or 1, len(stacks(config.model)) == 1
     if why := refuse_chunks(config.pipeline.schedule, chunks):
         raise ConfigError("pipeline.chunks", chunks, why)
     stages = num_stages(config)
     most = layers if partition == "uniform" else len(parts(config))
     if stages > most:
-        there = f"model.layers={layers}" if not config.model.encoder.layers else f"the {layers} layers of the model"
+        there = f"model.layers={layers}" if one_stack else f"the {layers} layers of the model"
         problem = f"more stages than {there}; use at most {layers // chunks}"
         if chunks > layers:
             problem = f"with pipeline.chunks={chunks} more stages than {there}; use fewer chunks"
@@ -113,7 +122,7 @@ def check_pipeline(config: TrainConfig) -> None:
             problem = f"with pipeline.chunks={chunks} {problem}, or fewer chunks"
         raise ConfigError("parallel.pp", pp, problem)
     check_devices(config)
-    if config.model.encoder.layers:
+    if not one_stack:
         for key, none in (("costs", None), ("rebalance", 0)):
             if (value := getattr(config.pipeline, key)) != none:
                 problem = "measured times are of layers that are alike; with an encoder use pipeline.partition=balanced"
@@ -132,7 +141,7 @@ def check_pipeline(config: TrainConfig) -> None:
             "pipeline.partition", partition, f"needs {stages} numbers, one per stage ({product}); or uniform"
         )
     if min(partition) < 0 or 0 in partition[1:-1] or sum(partition) != layers:
-        total = f"model.layers={layers}" if not config.model.encoder.layers else f"the model's {layers} layers"
+        total = f"model.layers={layers}" if one_stack else f"the model's {layers} layers"
         problem = f"must be {stages} numbers that add up to {total}; only the ends may be 0; or uniform"
         raise ConfigError("pipeline.partition", partition, problem)
 

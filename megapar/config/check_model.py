@@ -1,10 +1,14 @@
 """Refusals of a model that no layout can run. Each raises ConfigError, one line with the key, its value and the
 remedy."""
 
+from dataclasses import fields
+from operator import attrgetter
+
 from megapar.config.errors import ConfigError
 from megapar.config.model_schema import LoraConfig
 from megapar.config.policy import layer_linears
 from megapar.config.schema import ModelConfig
+from megapar.config.stacks import MEDIA, PLACES, media, medium
 
 
 def check_model(model: ModelConfig) -> None:
@@ -13,6 +17,7 @@ def check_model(model: ModelConfig) -> None:
         problem = f"model.heads={model.heads} is not a multiple of it; use {divisors(model.heads)}"
         raise ConfigError("model.kv_heads", model.kv_heads, problem)
     check_encoder(model)
+    check_media(model)
     if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
         raise ConfigError(
             "model.head_dim", model.head_dim, "rotary embedding needs it even; or use model.position=learned"
@@ -95,6 +100,39 @@ def check_encoder(model: ModelConfig) -> None:
     if model.vocab_size is not None and encoder.start >= model.vocab_size:
         problem = f"no token of model.vocab_size={model.vocab_size}; use a smaller one"
         raise ConfigError("model.encoder.start", encoder.start, problem)
+
+
+def check_media(model: ModelConfig) -> None:
+    """Refuse encoders of images and sound that can't be, and their keys where there is none."""
+    for name in MEDIA:
+        own = medium(model, name)
+        if own.layers:
+            continue
+        for one in fields(own):
+            if (value := getattr(own, one.name)) != one.default:
+                raise ConfigError(f"model.{name}.{one.name}", value, f"has no effect without model.{name}.layers")
+    if not model.has_media:
+        return
+    for key, needed in (("encoder.layers", 0), ("token_types", 0), ("module", None)):
+        if (value := attrgetter(key)(model)) != needed:
+            problem = f"a model with {' and '.join(media(model))} has {str(needed).lower()}; leave it out"
+            raise ConfigError(f"model.{key}", value, problem)
+    if model.output not in ("lm", "classes"):
+        problem = "a model that reads images or sound writes text or scores classes; use lm or classes"
+        raise ConfigError("model.output", model.output, problem)
+    for name in media(model):
+        axes = PLACES[name]
+        if (hidden := medium(model, name).hidden or model.hidden) % (2 * axes):
+            problem = f"a sine and a cosine for each of {axes} coordinates need a multiple of {2 * axes}"
+            raise ConfigError(f"model.{name}.hidden", hidden, problem)
+    if not model.audio.layers:
+        return
+    if model.audio.hop < 1 or model.audio.window < model.audio.hop:
+        problem = f"{model.audio.window} samples, and a hop has {model.audio.hop}; use as much, or more"
+        raise ConfigError("model.audio.window_ms", model.audio.window_ms, problem)
+    if model.audio.mels > model.audio.window // 2:
+        problem = f"a frame of {model.audio.window} samples has {model.audio.window // 2} frequencies; use no more"
+        raise ConfigError("model.audio.mels", model.audio.mels, problem)
 
 
 def divisors(number: int) -> str:

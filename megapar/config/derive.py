@@ -15,6 +15,7 @@ from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_of
 from megapar.config.run_schema import ForwardConfig
 from megapar.config.schema import ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
+from megapar.config.stacks import STACKS, media, medium, prefix, stack_layers, stacks
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 
@@ -47,7 +48,7 @@ def resolve(
     sizes |= _classes(config.model, classes)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
-    config = changed(config, _of_encoder(config))
+    config = changed(config, _of_stacks(config))
     if config.train.trace is None:
         config = changed(config, {"train.trace": [config.train.steps] * 2})
     if isinstance(config, VerifyConfig):
@@ -73,7 +74,7 @@ def in_one_process(config: T, num_gpus: int = 0) -> T:
     """A config as one process would have it, as far as its sizes need: cheap to make, whatever the model's size."""
     check_values(config)
     values: dict[str, Any] = {f"parallel.{axis}": 1 for axis in AXES} | {"parallel.auto": False}
-    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()} | _of_encoder(config)
+    values |= {f"model.{name}": size for name, size in model_sizes(config.model).items()} | _of_stacks(config)
     if config.train.device == "auto":
         on_cpu = isinstance(config, VerifyConfig)
         values["train.device"] = "cpu" if on_cpu else _device(config.kernels.backend, num_gpus)
@@ -126,15 +127,26 @@ def model_sizes(model: ModelConfig) -> dict[str, Any]:
     if model.head_dim is None and model.hidden % model.heads:
         problem = f"not divisible by model.heads={model.heads}; change one, or set model.head_dim"
         raise ConfigError("model.hidden", model.hidden, problem)
-    inner = model.ffn
-    if inner is None:
-        # 8/3 gives the gated MLP's three matrices as many weights as 4 gives the plain one's two; 32 keeps tp free.
-        inner = -(-8 * model.hidden // (3 * 32)) * 32 if model.gated else 4 * model.hidden
     return {
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,
-        "ffn": inner,
+        "ffn": model.ffn or _inner(model, model.hidden),
+        **{f"{name}.{key}": size for name in media(model) for key, size in _medium_sizes(model, name).items()},
     }
+
+
+def _inner(model: ModelConfig, hidden: int) -> int:
+    # 8/3 gives the gated MLP's three matrices as many weights as 4 gives the plain one's two; 32 keeps tp free.
+    return -(-8 * hidden // (3 * 32)) * 32 if model.gated else 4 * hidden
+
+
+def _medium_sizes(model: ModelConfig, name: str) -> dict[str, int]:
+    """Of an encoder of images or sound."""
+    own = medium(model, name)
+    hidden, heads = own.hidden or model.hidden, own.heads or model.heads
+    if hidden % heads:
+        raise ConfigError(f"model.{name}.hidden", hidden, f"not divisible by model.{name}.heads={heads}; change one")
+    return {"hidden": hidden, "heads": heads, "ffn": own.ffn or _inner(model, hidden)}
 
 
 def _schedule(pipeline: PipelineConfig) -> dict[str, Any]:
@@ -175,23 +187,31 @@ def _classes(model: ModelConfig, classes: int | None) -> dict[str, Any]:
     return {"classes": model.classes or classes}
 
 
-def _of_encoder(config: TrainConfig) -> dict[str, Any]:
-    """The length of what an encoder reads, and a partition of both halves as one."""
-    layers, length, partition = config.model.encoder.layers, config.train.source_length, config.pipeline.partition
-    if not layers and length is not None:
-        raise ConfigError("train.source_length", length, "the model has no encoder to read it; leave it out")
-    values: dict[str, Any] = {"train.source_length": length or config.train.seq_length} if layers else {}
+def _of_stacks(config: TrainConfig) -> dict[str, Any]:
+    """Tokens that encoders read, and a partition of all stacks as one."""
+    model, train, partition = config.model, config.train, config.pipeline.partition
+    there = stacks(model)
+    values: dict[str, Any] = {}
+    for name in STACKS[1:]:
+        key = "source_length" if name == "encoder" else f"{name}_length"
+        length = getattr(train, key)
+        if name in there:
+            values[f"train.{key}"] = train.seq_length if length is None else length
+        elif length is not None:
+            raise ConfigError(f"train.{key}", length, f"the model has no {name}.layers to read it; leave it out")
     if not isinstance(partition, dict):
         return values
-    if not layers or set(partition) != {"encoder", "decoder"}:
-        problem = "use {encoder: [...], decoder: [...]} for a model with model.encoder.layers, else a list"
+    layers = {name or ("decoder" if "encoder" in there else "trunk"): name for name in there}
+    if set(partition) != set(layers):
+        forms = ", ".join(f"{name}: [...]" for name in layers)
+        problem = f"use {{{forms}}} for this model" if len(layers) > 1 else "use a list, as the model has one stack"
         raise ConfigError("pipeline.partition", partition, problem)
-    for half, there in (("encoder", layers), ("decoder", config.model.layers)):
-        if sum(partition[half]) != there or min(partition[half], default=0) < 1:
-            key = "model.encoder.layers" if half == "encoder" else "model.layers"
-            problem = f"those of the {half} must add up to {key}={there}, each at least 1"
+    for name, stack in layers.items():
+        key, count = f"model.{prefix(stack)}layers", stack_layers(model, stack)
+        if sum(partition[name]) != count or min(partition[name], default=0) < 1:
+            problem = f"those of the {name} must add up to {key}={count}, each at least 1"
             raise ConfigError("pipeline.partition", partition, problem)
-    return values | {"pipeline.partition": [*partition["encoder"], *partition["decoder"]]}
+    return values | {"pipeline.partition": [count for name in layers for count in partition[name]]}
 
 
 def _derive_sizes(config: C, ranks: int) -> C:

@@ -9,8 +9,19 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from megapar.config.keys import changed
-from megapar.config.policy import Linear, head_linear, layer_linears
+from megapar.config.policy import Linear, head_linear, layer_linears, projector_linears
 from megapar.config.schema import ModelConfig, OptimConfig, PartOptions, TrainConfig
+from megapar.config.stacks import (
+    MEDIA,
+    TRUNK,
+    media,
+    medium_features,
+    prefix,
+    stack_config,
+    stack_model,
+    stack_tokens,
+    stacks,
+)
 from megapar.update_rules import optimizer_kind
 
 WIDTHS = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (2, 4)}  # bytes of train.dtype: computed in, accumulated in
@@ -21,7 +32,7 @@ class Part:
     """One part of a model.
 
     name: unique in the model, such as `layers.3`; kind: which builder of `megapar.models` makes it
-    stack: "encoder" of what reads the source of an encoder-decoder, else empty
+    stack: that it is of (`config/stacks.py`), empty of the trunk
     receives: names of the tensors that cross a stage boundary in front of it
     weights: elements of its parameters; tied: how many of them other parts hold too; adapters: how many LoRA adds
     ties: names of the weights that it shares with other parts
@@ -44,40 +55,46 @@ class Part:
 
 
 def parts(config: TrainConfig) -> list[Part]:
-    """The parts of a resolved config's model, in the order of a forward pass: an encoder's first.
+    """The parts of a resolved config's model, in the order of a forward pass: encoders' first.
 
-    What crosses a boundary inside the encoder is its stream, `memory`, which inside the decoder goes along with the
-    decoder's own, `hidden`.
+    What crosses a boundary inside an encoder is its own stream, beside those of encoders in front of it. An encoder's
+    output, `memory`, goes along inside the decoder with the decoder's own, `hidden`; those of media end in the trunk's
+    embedding.
     """
-    model, layers = config.model, config.model.layers
+    model = config.model
     head_tie = model.has_logits and model.tied
-    decoder = [
-        _embedding(config, "", model.shares_embedding),
-        *(_layer(config, index) for index in range(layers)),
+    found: list[Part] = []
+    ahead: tuple[str, ...] = ()  # of encoders in front
+    for name in media(model):
+        found += [replace(part, receives=(*ahead, *part.receives)) for part in _medium(config, name)]
+        ahead = (*ahead, f"{name}_tokens")
+    if model.encoder.layers:
+        found += [
+            _embedding(config, "encoder", model.encoder.shared),
+            *(_layer(config, index, "encoder") for index in range(model.encoder.layers)),
+            Part("encoder.norm", "norm", ("memory",), _norm(model), "encoder"),
+        ]
+        ahead = ("memory",)
+    return [
+        *found,
+        replace(_embedding(config, TRUNK, model.shares_embedding), receives=ahead),
+        *(_layer(config, index) for index in range(model.layers)),
         _head(config, _tied("embedding", _table(model)) if head_tie else {}),
     ]
-    if not model.encoder.layers:
-        return decoder
-    encoder = [
-        _embedding(config, "encoder", model.encoder.shared),
-        *(_layer(config, index, "encoder") for index in range(model.encoder.layers)),
-        Part("encoder.norm", "norm", ("memory",), _norm(model), "encoder"),
-    ]
-    start, *following, head = decoder
-    return [*encoder, replace(start, receives=("memory",)), *following, head]
 
 
 def linears_of(model: ModelConfig, part: Part) -> dict[str, Linear]:
-    """The products of a layer, by place."""
-    return layer_linears(model, cross=model.encoder.layers > 0 and not part.stack)
+    """The products of a layer or a projector, by place."""
+    own = stack_model(model, part.stack)
+    if part.kind == "projector":
+        return projector_linears(own, model.hidden)
+    return layer_linears(own, cross=own.encoder.layers > 0)
 
 
 def tokens_read(config: TrainConfig, part: Part, linear: Linear | None = None) -> int:
     """Tokens of a micro-batch that a part reads, or one of its products."""
-    source = part.stack == "encoder" or (linear is not None and linear.memory)
-    length = config.train.source_length if source else config.train.seq_length
-    assert length is not None, "resolve the configuration first"
-    return config.train.micro_batch_size * length
+    stack = "encoder" if linear is not None and linear.memory else part.stack
+    return config.train.micro_batch_size * stack_tokens(config, stack)
 
 
 def _table(model: ModelConfig) -> int:
@@ -89,27 +106,50 @@ def _tied(name: str, elements: int) -> Any:
 
 
 def _embedding(config: TrainConfig, stack: str, tied: bool) -> Part:
-    model, train = config.model, config.train
-    length = (train.source_length if stack else train.seq_length) or 0
-    rows = model.token_types + (length if model.position == "learned" else 0)
+    model = config.model
+    length = stack_tokens(config, stack) if model.position == "learned" else 0
+    kinds = 1 + len(MEDIA) if model.has_media else 0
+    rows = model.token_types + length + kinds
     weights = _table(model) + rows * model.hidden + (_norm(model) if model.embedding_norm else 0)
-    name = f"{stack}.embedding" if stack else "embedding"
+    name = f"{prefix(stack)}embedding"
     return Part(name, "embedding", (), weights, stack, **(_tied("embedding", _table(model)) if tied else {}))
 
 
+def _medium(config: TrainConfig, stack: str) -> list[Part]:
+    """The parts of an encoder of images or sound."""
+    own = stack_config(config, stack)
+    share = own.train.seq_length / config.train.seq_length
+    inputs = medium_features(config.model, stack)
+    weights = own.model.hidden * (inputs + 1)
+    products = projector_linears(own.model, config.model.hidden).values()
+    return [
+        Part(f"{stack}.embedding", "embedding", (), weights, stack, matmul=2.0 * own.model.hidden * inputs * share),
+        *(_layer(config, index, stack) for index in range(own.model.layers)),
+        Part(
+            f"{stack}.projector",
+            "projector",
+            (stack,),
+            _norm(own.model) + sum(linear.weights + linear.adapters(config.model.lora) for linear in products),
+            stack,
+            adapters=sum(linear.adapters(config.model.lora) for linear in products),
+            matmul=2.0 * sum(linear.matrix for linear in products) * share,
+        ),
+    ]
+
+
 def _layer(config: TrainConfig, index: int, stack: str = "") -> Part:
-    """Costs are per token of the decoder, of which a sample of an encoder may have more or fewer."""
-    model, train = config.model, config.train
-    prefix = f"{stack}." if stack else ""
-    part = Part(f"{prefix}layers.{index}", "layer", ("memory",) if stack else ("hidden",), 0, stack)
-    linears = linears_of(model, part).values()
+    """Costs are per token of the trunk, of which a sample of an encoder may have more or fewer."""
+    own = stack_config(config, stack)
+    model = own.model
+    stream = {TRUNK: "hidden", "encoder": "memory"}.get(stack, stack)
+    part = Part(f"{prefix(stack)}layers.{index}", "layer", (stream,), 0, stack)
+    linears = linears_of(config.model, part).values()
     adapters = sum(linear.adapters(model.lora) for linear in linears)
     cross = any(linear.memory for linear in linears)
     share = {linear: tokens_read(config, part, linear) / _tokens(config) for linear in linears}
     biases = model.relative_buckets * model.heads if model.position == "relative" else 0
-    tie = _tied(f"{prefix}relative", biases) if biases else {}
-    source = (train.source_length or 0) / train.seq_length
-    attention = _to_source(config) * source if stack else _attention(config, index)
+    tie = _tied(f"{prefix(stack)}relative", biases) if biases else {}
+    attention = _attention(own, index) * own.train.seq_length / config.train.seq_length
     return replace(
         part,
         receives=("hidden", "memory") if cross else part.receives,
@@ -117,7 +157,7 @@ def _layer(config: TrainConfig, index: int, stack: str = "") -> Part:
         adapters=adapters,
         matmul=2.0 * sum(linear.matrix * share[linear] for linear in linears),
         attention=attention + (_to_source(config) if cross else 0.0),
-        activation=_layer_activation(config, part, cross),
+        activation=_layer_activation(own, cross),
         **tie,
     )
 
@@ -181,11 +221,11 @@ def _share_outside(config: TrainConfig) -> float:
     return 1 / config.parallel.tp if config.parallel.sequence_parallel else 1.0
 
 
-def _layer_activation(config: TrainConfig, part: Part, cross: bool) -> float:
+def _layer_activation(config: TrainConfig, cross: bool) -> float:
     model, train, tp = config.model, config.train, config.parallel.tp
     assert model.kv_heads and model.head_dim and model.ffn
     size, wide = WIDTHS[train.dtype]
-    outside, tokens = _share_outside(config), tokens_read(config, part)
+    outside, tokens = _share_outside(config), _tokens(config)
     if train.recompute == "full":
         return tokens * model.hidden * outside * size
     # Norms: input and normalised values in the wide dtype; their outputs, read by qkv and up, in the other one.
@@ -197,7 +237,7 @@ def _layer_activation(config: TrainConfig, part: Part, cross: bool) -> float:
     one = tokens * (norms + heads + scores * tokens / train.micro_batch_size + mlp)
     if not cross:
         return one
-    source = tokens_read(config, replace(part, stack="encoder"))
+    source = train.micro_batch_size * stack_tokens(config, "encoder")
     memory = source * (model.hidden + 2 * model.kv_heads * model.head_dim / tp) * size
     queries = 2 * model.heads * model.head_dim / tp * size + scores * source / train.micro_batch_size
     return one + memory + tokens * queries
@@ -239,9 +279,8 @@ def least_bytes(config: TrainConfig) -> float:
 
     Of an estimate, from one layer, so that a model of 10^9 layers costs no more to refuse than one of ten.
     """
-    model = config.model
-    one = parts(changed(config, {"model.layers": 1, "model.encoder.layers": min(1, model.encoder.layers)}))
-    layers = {"": model.layers, "encoder": model.encoder.layers}
+    layers = {name: stack_model(config.model, name).layers for name in stacks(config.model)}
+    one = parts(changed(config, {f"model.{prefix(name)}layers": 1 for name in layers}))
     count = {part.name: layers[part.stack] if part.kind == "layer" else 1 for part in one}
     tied = sum(_copies(one).values())
     state = sum(count[part.name] * part.weights * state_bytes(config, part) for part in one)

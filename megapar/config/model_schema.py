@@ -68,6 +68,59 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class MediumConfig:
+    """An encoder of a medium, whose output takes places among the tokens of the model. Its layers are the model's in
+    kind, without an order of tokens, and of sizes of their own."""
+
+    layers: int = option(0, "Transformer layers of its encoder; 0: there is none", at_least=0, fixed=True)
+    hidden: int | None = option(None, "width of its encoder; default: the model's", at_least=1, fixed=True)
+    heads: int | None = option(None, "heads of its encoder; default: the model's", at_least=1, fixed=True)
+    ffn: int | None = option(
+        None, "inner width of its encoder's MLP; default: of its hidden width, as the model's", at_least=1, fixed=True
+    )
+
+
+@dataclass(frozen=True)
+class ImageConfig(MediumConfig):
+    """An encoder of images (Dosovitskiy et al. 2020): every patch of pixels is a token."""
+
+    patch: int = option(
+        16, "height and width of a patch in pixels; those of an image are multiples", at_least=1, fixed=True
+    )
+    channels: int = option(3, "1: grey values; 3: red, green and blue", at_least=1, at_most=3, fixed=True)
+
+
+@dataclass(frozen=True)
+class AudioConfig(MediumConfig):
+    """An encoder of sound: log-mel features, computed inside the model, of some frames each are a token."""
+
+    rate: int = option(16000, "sampling rate in Hz", at_least=1000, fixed=True)
+    mels: int = option(80, "mel bands of a frame", at_least=1, fixed=True)
+    window_ms: float = option(25.0, "length of a frame in milliseconds", above=0, fixed=True)
+    hop_ms: float = option(10.0, "milliseconds from one frame to the next", above=0, fixed=True)
+    frames: int = option(4, "frames of a token", at_least=1, fixed=True)
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame."""
+        return round(self.rate * self.window_ms / 1000)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return round(self.rate * self.hop_ms / 1000)
+
+    @property
+    def samples(self) -> int:
+        """That a token reads; of those that the next reads too, if frames overlap."""
+        return (self.frames - 1) * self.hop + self.window
+
+    def tokens(self, samples: int) -> int:
+        """Of a sound of so many samples: its last token may reach beyond its end."""
+        return max(1, -(-samples // (self.frames * self.hop)))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Transformer of a family by its switches: a decoder or an encoder, or both with model.encoder.layers."""
 
@@ -187,6 +240,8 @@ class ModelConfig:
     )
 
     encoder: EncoderConfig = group(EncoderConfig, "an encoder in front of the decoder")
+    image: ImageConfig = group(ImageConfig, "an encoder of images")
+    audio: AudioConfig = group(AudioConfig, "an encoder of sound")
     lora: LoraConfig = group(LoraConfig, "low-rank adapters")
     module: str | None = option(
         None,
@@ -207,8 +262,13 @@ class ModelConfig:
 
     @property
     def all_layers(self) -> int:
-        """Of encoder and decoder."""
-        return self.encoder.layers + self.layers
+        """Of all its stacks."""
+        return self.image.layers + self.audio.layers + self.encoder.layers + self.layers
+
+    @property
+    def has_media(self) -> bool:
+        """Whether it reads images or sound."""
+        return self.image.layers + self.audio.layers > 0
 
     @property
     def shares_embedding(self) -> bool:

@@ -14,9 +14,12 @@ rank sends follows from it (`megapar.plan`). Shapes on a rank, letters as in `me
 | cross.out     | row        | heads          | y [T, N*D]       | x [t, H]           |
 | mlp.up        | column     | inner features | x [t, H]         | gate, up [T, F]    |
 | mlp.down      | row        | inner features | h [T, F]         | x [t, H]           |
+| project.up    | column     | features       | x [t, H']        | h [T, H]           |
+| project.down  | row        | features       | h [T, H]         | x [t, H]           |
 | head          | column     | token ids      | x [t, H]         | logits [T, V]      |
 
 `cross` is attention to an encoder's output, the memory, in the layers of a decoder that has an encoder in front of it.
+A projector brings the output of an encoder of images or sound, H' wide, to the width of the model.
 """
 
 from dataclasses import dataclass
@@ -99,6 +102,14 @@ def layer_linears(model: ModelConfig, cross: bool = False) -> dict[str, Linear]:
         **(to_memory if cross else {}),
         "mlp.up": Linear("column", model.hidden, up, model.bias),
         "mlp.down": Linear("row", ffn, into_stream[1], model.bias, residual=True),
+    }
+
+
+def projector_linears(model: ModelConfig, hidden: int) -> dict[str, Linear]:
+    """The products from a medium's encoder to the trunk's width (Liu et al. 2023, LLaVA-1.5). model: the encoder's."""
+    return {
+        "project.up": Linear("column", model.hidden, (Output("up", hidden),), model.bias),
+        "project.down": Linear("row", hidden, (Output("down", hidden),), model.bias),
     }
 
 

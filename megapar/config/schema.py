@@ -227,6 +227,16 @@ class TrainSection:
     source_length: int | None = option(
         None, "tokens per sample that an encoder reads; default: seq_length", at_least=1, fixed=True
     )
+    image_length: int | None = option(
+        None,
+        "tokens per sample that an encoder of images reads, about, for estimates; default: those of the data",
+        at_least=0,
+    )
+    audio_length: int | None = option(
+        None,
+        "tokens per sample that an encoder of sound reads, about, for estimates; default: those of the data",
+        at_least=0,
+    )
     micro_batch_size: int = option(
         4, "samples of one forward pass on one data-parallel rank", at_least=1, also=("mbs",)
     )

@@ -16,20 +16,17 @@ from megapar.parallel.rotary import Rotary
 
 
 class Attention(nn.Module):
-    """x [t, H] -> [t, H] of layer `index`. recompute: attention itself, without its projections, again in backward;
-    encoder: of an encoder beside a decoder."""
+    """x [t, H] -> [t, H] of a layer, named `name`, the model's number `index`. recompute: attention itself, without its
+    projections, again in backward."""
 
-    def __init__(
-        self, context: StageContext, model: ModelConfig, index: int, recompute: bool, encoder: bool = False
-    ) -> None:
+    def __init__(self, context: StageContext, model: ModelConfig, name: str, index: int, recompute: bool) -> None:
         super().__init__()
         assert model.head_dim is not None, "resolve the configuration first"
-        linears, name = layer_linears(model), f"{'encoder.' if encoder else ''}layers.{index}.attention"
+        linears = layer_linears(model)
         self.index = index
         self.rotary, self.channels, self.recompute = Rotary.of(model, index), model.head_dim, recompute
-        self.causal = model.causal and not encoder
-        self.scale, self.softcap = model.attention_scale, model.attention_softcap
-        self.window = model.window if model.windowed(index) and not encoder else None
+        self.causal, self.scale, self.softcap = model.causal, model.attention_scale, model.attention_softcap
+        self.window = model.window if model.windowed(index) else None
         self.qkv = column(context, model, linears["attention.qkv"], f"{name}.")
         self.qk_norm = QKNorm(context, model, name) if model.qk_norm != "none" else None
         self.out = row(context, model, linears["attention.out"], f"{name}.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapar.config.schema import ModelConfig
+from megapar.config.stacks import STACKS, TRUNK, prefix
 from megapar.kernels.dropout import dropout
 from megapar.models.attention import Attention
 from megapar.models.cross_attention import CrossAttention
@@ -17,18 +18,19 @@ from megapar.models.tokens import Memory, Tokens
 from megapar.parallel.context import StageContext
 from megapar.parallel.norms import Norm
 
-SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP, SITE_CROSS = range(4)
+SITE_EMBEDDING, SITE_ATTENTION, SITE_MLP, SITE_CROSS = SITES = range(4)
 
 
 class HiddenDropout(nn.Module):
     """Dropout keyed by (seed, step, layer, site, global sample, position, channel): x [t, H] -> [t, H].
 
-    residual [t, H]: what is added, in the same pass.
+    site: in a layer of a stack. residual [t, H]: what is added, in the same pass.
     """
 
-    def __init__(self, context: StageContext, rate: float, layer: int, site: int) -> None:
+    def __init__(self, context: StageContext, rate: float, stack: str, layer: int, site: int) -> None:
         super().__init__()
-        self.seed, self.rate, self.layer, self.site = context.seed, rate, layer, site
+        self.seed, self.rate, self.layer = context.seed, rate, layer
+        self.site = site + STACKS.index(stack) * len(SITES)
 
     def forward(self, x_tH: Tensor, tokens: Tokens, residual: Tensor | None = None) -> Tensor:
         if self.rate == 0.0 or not self.training:
@@ -51,30 +53,31 @@ class TransformerLayer(nn.Module):
 
     Of f, attention or MLP, by `model.norm_order`: pre x + f(norm(x)); post norm(x + f(x)) (Vaswani et al. 2017);
     output x + norm(f(x)) (OLMo 2); sandwich x + norm_out(f(norm(x))) (Gemma 2).
-    encoder: of an encoder beside a decoder. The decoder's layers attend to its output between the two.
+    stack: that it is of, whose sizes `model` has. A decoder behind an encoder attends to its output between the two.
     """
 
     def __init__(
-        self, context: StageContext, model: ModelConfig, index: int, recompute: str, encoder: bool = False
+        self, context: StageContext, model: ModelConfig, index: int, recompute: str, stack: str = TRUNK
     ) -> None:
         super().__init__()
-        name, site = (f"encoder.layers.{index}", model.layers + index) if encoder else (f"layers.{index}", index)
+        name = f"{prefix(stack)}layers.{index}"
+        hidden_dropout = partial(HiddenDropout, context, model.dropout, stack, index)
         self.recompute = recompute == "full"
         self.order, sandwich = model.norm_order, model.norm_order == "sandwich"
         self.norm1 = norm(context, model, f"{name}.norm1")
-        self.attention = Attention(context, model, index, recompute == "selective", encoder)
+        self.attention = Attention(context, model, f"{name}.attention", index, recompute == "selective")
         self.norm1_out = norm(context, model, f"{name}.norm1_out") if sandwich else None
-        self.dropout1 = HiddenDropout(context, model.dropout, site, SITE_ATTENTION)
+        self.dropout1 = hidden_dropout(SITE_ATTENTION)
         self.cross: CrossAttention | None = None
-        if model.encoder.layers and not encoder:
+        if model.encoder.layers:
             self.cross_norm = norm(context, model, f"{name}.cross_norm")
             self.cross = CrossAttention(context, model, index, recompute == "selective")
             self.cross_norm_out = norm(context, model, f"{name}.cross_norm_out") if sandwich else None
-            self.cross_dropout = HiddenDropout(context, model.dropout, site, SITE_CROSS)
+            self.cross_dropout = hidden_dropout(SITE_CROSS)
         self.norm2 = norm(context, model, f"{name}.norm2")
         self.mlp = MLP(context, model, f"{name}.mlp")
         self.norm2_out = norm(context, model, f"{name}.norm2_out") if sandwich else None
-        self.dropout2 = HiddenDropout(context, model.dropout, site, SITE_MLP)
+        self.dropout2 = hidden_dropout(SITE_MLP)
 
     def forward(self, x_tH: Tensor, tokens: Tokens, bias: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """bias: of the scores of attention, [N, S, S]; memory: the encoder's output."""

@@ -16,12 +16,11 @@ class RelativeBias(nn.Module):
     """(S, L) -> [N, S, L] in the wide dtype, of this rank's heads: one table for all layers of a stack, of which every
     stage that has some of them holds a copy. Query i is at position first + i, key j at j."""
 
-    def __init__(self, context: StageContext, model: ModelConfig, encoder: bool) -> None:
+    def __init__(self, context: StageContext, model: ModelConfig, name: str) -> None:
         super().__init__()
         self.context = context
         self.buckets, self.distance = model.relative_buckets, model.relative_distance
-        self.causal = model.causal and not encoder
-        name = "encoder.relative" if encoder else "relative"
+        self.causal = model.causal
         record = ParameterRecord(
             f"{name}.weight", (self.buckets, model.heads), Normal(model.init_std), (Split("tp", 1, model.heads),), name,
             table=True,

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from megapar.config.model import Part
 from megapar.config.schema import TrainConfig
+from megapar.config.stacks import MEDIA, STREAMS, TRUNK, prefix, stack_model, stack_tokens
 from megapar.config.stages import stage_parts
 from megapar.models.embedding import Embedding
 from megapar.models.head import Classifier, Head, HiddenStates
 from megapar.models.layer import TransformerLayer, norm
+from megapar.models.media import MediumEmbedding, Projector
 from megapar.models.relative import RelativeBias
 from megapar.models.tokens import Memory, Tokens
 from megapar.parallel.cache import KVCache
@@ -18,8 +20,6 @@ from megapar.parallel.context import StageContext
 from megapar.parallel.norms import Norm
 from megapar.pipeline.stage import Batch, Tensors, TensorSpec
 from megapar.trace.spans import LAYERS, layers_of
-
-STREAMS = {"hidden": "ids", "memory": "source"}  # what crosses stage boundaries, and of which tokens of a batch
 
 
 class Stack(nn.Module):
@@ -34,21 +34,18 @@ class Stack(nn.Module):
         self.layers = nn.ModuleDict()
 
     def add(self, context: StageContext, config: TrainConfig, part: Part) -> None:
-        model, train, encoder = config.model, config.train, part.stack == "encoder"
+        model = stack_model(config.model, part.stack)
         if part.kind == "embedding":
-            length = train.source_length if encoder else train.seq_length
-            self.embedding = Embedding(context, model, length or 0, encoder)
+            length, shared = stack_tokens(config, part.stack), "embedding" in part.ties
+            self.embedding = Embedding(context, model, length, part.stack, shared)
             return
         index = part.name.rpartition(".")[2]
         if model.position == "relative" and self.relative is None:
-            self.relative = RelativeBias(context, model, encoder)
-        self.layers[index] = TransformerLayer(context, model, int(index), train.recompute, encoder)
+            self.relative = RelativeBias(context, model, f"{prefix(part.stack)}relative")
+        self.layers[index] = TransformerLayer(context, model, int(index), config.train.recompute, part.stack)
 
-    def read(self, x_tH: Tensor | None, ids: Tensor, tokens: Tokens, memory: Memory | None = None) -> Tensor:
-        """x [t, H] behind its last layer. x: of the stage before, None: of the embedding."""
-        if self.embedding is not None:
-            x_tH = self.embedding(ids, tokens)
-        assert x_tH is not None
+    def through_layers(self, x_tH: Tensor, tokens: Tokens, memory: Memory | None = None) -> Tensor:
+        """x [t, H] behind its last layer."""
         seen = self.seen(tokens, memory)
         with self.context.mesh.timeline.span(LAYERS, layers_of(self.number)):
             for layer in self.layers.values():
@@ -74,9 +71,45 @@ class EncoderStack(Stack):
         else:
             super().add(context, config, part)
 
-    def read(self, x_tH: Tensor | None, ids: Tensor, tokens: Tokens, memory: Memory | None = None) -> Tensor:
-        x_tH = super().read(x_tH, ids, tokens)
+    def read(self, x_tH: Tensor | None, ids: Tensor, tokens: Tokens) -> Tensor:
+        """x [t, H] behind its last part. x: of the stage before, None: of the embedding."""
+        if self.embedding is not None:
+            x_tH = self.embedding(ids, tokens)
+        assert x_tH is not None
+        x_tH = self.through_layers(x_tH, tokens)
         return x_tH if self.norm is None else self.norm(x_tH)
+
+
+class MediumStack(Stack):
+    """Of an encoder of images or sound: it begins with what it reads, and ends in a projector."""
+
+    def __init__(self, context: StageContext, name: str) -> None:
+        super().__init__(context)
+        self.name = name
+        self.features: MediumEmbedding | None = None
+        self.projector: Projector | None = None
+
+    def add(self, context: StageContext, config: TrainConfig, part: Part) -> None:
+        model = stack_model(config.model, part.stack)
+        if part.kind == "embedding":
+            self.features = MediumEmbedding(context, model, config.model, self.name)
+        elif part.kind == "projector":
+            self.projector = Projector(context, model, config.model.hidden, self.name)
+        else:
+            super().add(context, config, part)
+
+    def read(self, streams: Tensors, batch: Batch) -> None:
+        """Take its stream [t', H'] from `streams`, unless it begins here, and put there what it becomes. A micro-batch
+        without this medium has none."""
+        if not _tokens_of(self.name, batch):
+            return
+        tokens = Tokens.of_medium(batch, self.context, self.name)
+        x_tH = self.features(batch, tokens) if self.features is not None else streams.pop(self.name)
+        x_tH = self.through_layers(x_tH, tokens)
+        if self.projector is None:
+            streams[self.name] = x_tH
+        else:
+            streams[f"{self.name}_tokens"] = self.projector(x_tH)
 
 
 class TransformerStage(Stack):
@@ -85,6 +118,7 @@ class TransformerStage(Stack):
     forward(received, batch) -> what the next stage receives, such as {"hidden": [t, H]}; from the last one
     {"logits": [T, V]}, or what `HiddenStates` or `Classifier` gives. Nothing is received in front of the first part.
     Of an encoder-decoder the stream inside the encoder, {"memory": [t, H]}, is its output to all stages behind it.
+    Those of media go as far as the embedding, which puts their tokens where they stand.
     With a cache the batch's tokens are new ones of texts that are being written (`parallel/cache.py`), and the logits
     are those behind every text's last token, [n, V].
     sends: names of the tensors that the next stage receives.
@@ -95,14 +129,18 @@ class TransformerStage(Stack):
     ) -> None:
         super().__init__(context)
         model = config.model
-        self.hidden = model.hidden
+        self.widths = {name: stack_model(model, STREAMS[name].stack).hidden for name in (*parts[0].receives, *sends)}
         self.receives, self.sends = parts[0].receives, sends
-        self.encoder: EncoderStack | None = EncoderStack(context) if any(part.stack for part in parts) else None
-        self.decodes = not all(part.stack for part in parts)
+        there = {part.stack for part in parts}
+        self.encoder: EncoderStack | None = EncoderStack(context) if "encoder" in there else None
+        self.media = nn.ModuleDict({name: MediumStack(context, name) for name in MEDIA if name in there})
+        self.reads_text = TRUNK in there
         self.head: Head | HiddenStates | None = None
         for part in parts:
             context.part = part
-            if part.stack:
+            if part.stack in self.media:
+                self.media[part.stack].add(context, config, part)  # type: ignore[operator]
+            elif part.stack:
                 assert self.encoder is not None
                 self.encoder.add(context, config, part)
             elif part.kind == "head":
@@ -120,35 +158,50 @@ class TransformerStage(Stack):
         return self._specs(self.sends, batch)
 
     def _specs(self, names: Sequence[str], batch: Batch) -> dict[str, TensorSpec]:
-        shares = {name: self.context.local_tokens(batch[STREAMS[name]].numel()) for name in names}
+        counts = {name: _tokens_of(name, batch) for name in names}
+        shares = {name: self.context.local_tokens(count) for name, count in counts.items() if count}
         return {
-            name: TensorSpec((share.stop - share.start, self.hidden), self.context.dtype)
+            name: TensorSpec((share.stop - share.start, self.widths[name]), self.context.dtype)
             for name, share in shares.items()
-            if share.stop  # of texts that are being written an encoder may have nothing to read
         }
 
     def forward(self, received: Tensors, batch: Batch, cache: KVCache | None = None) -> Tensors:
         streams = dict(received)
+        for stack in self.media.values():
+            stack.read(streams, batch)  # type: ignore[operator]
         memory = self._memory(streams, batch)
-        if not self.decodes:
+        if not self.reads_text:
             return {name: streams[name] for name in self.sends if name in streams}
         tokens = Tokens.of(batch, self.context, cache)
-        x_tH = streams["hidden"] = self.read(streams.get("hidden"), batch["ids"], tokens, memory)
+        x_tH = streams["hidden"] if self.embedding is None else self._embedded(streams, batch, tokens)
+        x_tH = streams["hidden"] = self.through_layers(x_tH, tokens, memory)
         if isinstance(self.head, HiddenStates):
             return self.head(x_tH, tokens)
         if self.head is None:
             return {name: streams[name] for name in self.sends if name in streams}
         return {"logits": self.head(x_tH if tokens.new is None else x_tH[tokens.new.last])}
 
+    def _embedded(self, streams: Tensors, batch: Batch, tokens: Tokens) -> Tensor:
+        """The residual stream x [t, H]."""
+        assert self.embedding is not None
+        media = {name: streams.pop(f"{name}_tokens") for name in MEDIA if f"{name}_tokens" in streams}
+        return self.embedding(batch["ids"], tokens, media) if media else self.embedding(batch["ids"], tokens)
+
     def _memory(self, streams: Tensors, batch: Batch) -> Memory | None:
         """What decoder layers attend to; `streams` gets the encoder's, if this stage has some of it. None without an
         encoder, and where it has nothing to read."""
-        if ("memory" not in streams and self.encoder is None) or not batch["source"].numel():
+        if ("memory" not in streams and self.encoder is None) or not _tokens_of("memory", batch):
             return None
         source = Tokens.of_source(batch, self.context)
         if self.encoder is not None:
             streams["memory"] = self.encoder.read(streams.get("memory"), batch["source"], source)
         return Memory(streams["memory"], source)
+
+
+def _tokens_of(stream: str, batch: Batch) -> int:
+    """In a micro-batch, which may have none: of a medium that its samples lack, or of a source that has been read."""
+    counted = batch.get(STREAMS[stream].counted)
+    return 0 if counted is None else counted.numel()
 
 
 def build_stage(config: TrainConfig, context: StageContext) -> TransformerStage:

@@ -29,6 +29,10 @@ class Tokens:
     new: of texts that are being written, with `positions`: the tokens stand behind others, which are cached. The
         samples' borders mean nothing then
     longest: most tokens of a sequence, if it is not a sample's
+    kinds, media: in a model of media, int64 [B, S]: 0 of text, else the number of a medium (`MEDIA`, from 1), and which
+        of its tokens in the micro-batch stands there
+    origins: of tokens that are not samples of one length, as patches: for each its global sample number, and its place
+        among those of this kind in its sample, int64 [T] each. They are all one row then
     """
 
     context: StageContext
@@ -41,12 +45,16 @@ class Tokens:
     lengths: Tensor | None = None
     new: NewTokens | None = None
     longest: int | None = None
+    kinds: Tensor | None = None
+    media: Tensor | None = None
+    origins: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, batch: Batch, context: StageContext, cache: KVCache | None = None) -> "Tokens":
-        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types` and `lengths`;
-        with a cache also what `NewTokens` takes."""
-        more: dict[str, Any] = {name: batch.get(name) for name in ("starts", "positions", "types", "lengths")}
+        """Of a batch with `ids` [B, S], `samples` [B], `step`, and maybe `starts`, `positions`, `types`, `lengths`,
+        `kinds` and `media`; with a cache also what `NewTokens` takes."""
+        names = "starts", "positions", "types", "lengths", "kinds", "media"
+        more: dict[str, Any] = {name: batch.get(name) for name in names}
         new = None if cache is None else NewTokens.of(batch, cache)
         return cls(context, batch["samples"], batch["ids"].shape[1], int(batch["step"]), new=new, **more)
 
@@ -58,6 +66,16 @@ class Tokens:
         if "source_longest" in batch:
             more["longest"] = int(batch["source_longest"])
         return cls(context, batch["samples"], batch["source"].shape[1], int(batch["step"]), **more)
+
+    @classmethod
+    def of_medium(cls, batch: Batch, context: StageContext, name: str) -> "Tokens":
+        """Of what the encoder of a medium reads: of its tokens in the whole micro-batch, T of them, `NAME_starts`,
+        where each image or sound begins, `NAME_samples` [T] and `NAME_order` [T], see `origins`."""
+        samples = batch[f"{name}_samples"]
+        origins = samples, batch[f"{name}_order"]
+        return cls(
+            context, samples[:1], len(samples), int(batch["step"]), starts=batch[f"{name}_starts"], origins=origins
+        )
 
     @property
     def count(self) -> int:
@@ -72,6 +90,8 @@ class Tokens:
     @cached_property
     def local_places(self) -> Tensor:
         """Position of every local token in its sample, [t]."""
+        if self.origins is not None:
+            return self.origins[1][self.local]
         return torch.arange(self.length, device=self.samples.device).repeat(self.samples.numel())[self.local]
 
     @property
@@ -94,6 +114,8 @@ class Tokens:
     @cached_property
     def local_samples(self) -> Tensor:
         """Global sample number of every local token, [t]."""
+        if self.origins is not None:
+            return self.origins[0][self.local]
         return self.samples.repeat_interleave(self.length)[self.local]
 
     def rope_table(self, rotary: Rotary) -> tuple[Tensor, int]:

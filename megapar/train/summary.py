@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megapar.config.schema import TrainConfig
+from megapar.config.stacks import stacks
 from megapar.console import console
 from megapar.data.corpus import skipped_text
 from megapar.files import write_atomic
@@ -52,7 +53,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         lines.append(f"validation  {task.change(summary['evaluations'][0], summary['evaluations'][-1])}")
     if layout["pp"] > 1:
         of_stages = ", ".join(map(str, summary["layers_per_stage"])) + " layers"
-        if config.model.encoder.layers:
+        if len(stacks(config.model)) > 1:
             of_stages = " | ".join(summary["stages"])
         lines.append(f"stages      {of_stages}, {config.pipeline.schedule} schedule")
     if layout["dp"] > 1:

@@ -7,6 +7,7 @@ import torch
 
 import megapar
 from megapar.config.errors import UserError
+from megapar.config.stacks import stacks
 from megapar.config.stages import stage_layers, stage_names
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce
@@ -96,7 +97,7 @@ class Trace(Hook):
         )
         try:
             write(trace, self.loop.folder / "trace.json")
-            if not config.model.encoder.layers:  # layers of both halves are not alike
+            if len(stacks(config.model)) == 1:  # layers of several are not alike
                 write_costs(trace.layer_costs(stage_layers(config)), self.loop.folder / "costs.json")
         except (UserError, OSError) as error:  # no reason to end a run
             if self.loop.writer is not None:
