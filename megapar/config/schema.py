@@ -167,6 +167,16 @@ class TaskConfig:
         path=True,
         kept=True,
     )
+    modalities: list[str] | None = option(
+        None, "multimodal: which of image, audio and text are read; default: all that the model and a sample have"
+    )
+    modality_dropout: float = option(
+        0.0,
+        "multimodal: how often each modality of a sample is left out in training, though never all",
+        at_least=0,
+        below=1,
+        kept=True,
+    )
     sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
     sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 

@@ -17,7 +17,7 @@ class Needs:
 
     about: what it does. model: values that keys of the model may have. samples: the source whose samples it reads.
     keys: those of `task` that it alone uses. reference: it has a frozen model beside, by default the weights of a
-    run's start. encoder: its model has one beside a decoder
+    run's start. encoder: its model has one beside a decoder; media: it reads samples of images, sound and text
     """
 
     about: str
@@ -26,6 +26,7 @@ class Needs:
     keys: tuple[str, ...] = ()
     reference: bool = False
     encoder: bool = False
+    media: bool = False
 
 
 _NEXT = {"causal": (True,), "output": ("lm",)}
@@ -37,6 +38,10 @@ TASKS = {
         "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
     ),
     "classify": Needs("scores classes", {"output": ("classes",)}, "labelled"),
+    "multimodal_classify": Needs(
+        "scores classes", {"output": ("classes",)}, "media", ("modalities", "modality_dropout"), media=True
+    ),
+    "multimodal_lm": Needs("predicts the next token", _NEXT, "media", ("modalities", "modality_dropout"), media=True),
     "seq2seq": Needs("writes the target of a source that an encoder reads", {}, "paired", encoder=True),
 }
 
