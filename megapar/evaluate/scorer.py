@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megapar.config.errors import UserError
 from megapar.config.run_schema import SampleConfig
+from megapar.config.stacks import media
+from megapar.data.media.batches import LaidOut, Rows, lay_out
+from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.run import completion
 from megapar.generate.tokens import Generator, refuse_broken
@@ -69,9 +72,18 @@ class Scorer:
         head: Head = lambda outputs, batch: outputs["scores"].double()  # noqa: E731
         return self._over_batches([len(text) for text in texts], classes, lambda n: self._texts(texts, n), head)
 
+    def scores_of_media(self, samples: Sequence[MediaSample]) -> np.ndarray:
+        """The same of samples of images, sound and text."""
+        model = self.part.config.model
+        assert model.classes is not None
+        laid = [lay_out(model, sample, sample.text) for sample in samples]
+        head: Head = lambda outputs, batch: outputs["scores"].double()  # noqa: E731
+        batch_of: Callable[[np.ndarray], Batch] = lambda n: self._laid([laid[number] for number in n])  # noqa: E731
+        return self._over_batches([len(one) for one in laid], model.classes, batch_of, head)
+
     def greedy(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | MediaSample],
         most: Sequence[int],
         tokenizer: Tokenizer,
         ends: Sequence[Collection[int]] = (),
@@ -139,21 +151,42 @@ class Scorer:
 
     def _texts(self, texts: Sequence[Sequence[int]], numbers: np.ndarray) -> Batch:
         """Whole texts; padding is a sequence of its own, as an encoder looks to both sides."""
-        length = max(len(texts[number]) for number in numbers)
-        ids = np.zeros((self._padded(len(numbers), length), length), dtype=np.int64)
+        return self._batch(self._aligned([np.asarray(texts[number]) for number in numbers]))
+
+    def _laid(self, samples: Sequence[LaidOut]) -> Batch:
+        """The same of samples with images and sounds."""
+        rows = Rows(self.part.config.model, media(self.part.config.model), self._share)
+        arrays = self._aligned([one.ids for one in samples])
+        for name, found in (
+            ("kinds", [one.kinds for one in samples]),
+            ("media", [rows.add(number, one) for number, one in enumerate(samples)]),
+        ):
+            arrays[name] = np.zeros_like(arrays["ids"])
+            for into, one in zip(arrays[name], found, strict=False):
+                into[: len(one)] = one
+        return self._batch(arrays | rows.arrays())
+
+    def _aligned(self, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """ids with padding behind them, `lengths`, and where both begin."""
+        length = max(map(len, texts))
+        ids = np.zeros((self._padded(len(texts), length), length), dtype=np.int64)
         lengths = np.ones(len(ids), dtype=np.int64)
-        for row, number in enumerate(numbers):
-            lengths[row] = len(texts[number])
-            ids[row, : lengths[row]] = texts[number]
+        for row, text in enumerate(texts):
+            lengths[row] = len(text)
+            ids[row, : len(text)] = text
         begins = [np.array([0, *([end] if end < length else [])]) for end in lengths.tolist()]
         places = {name: array[0] for name, array in packed([begins], length).items()}
-        return self._batch({"ids": ids, "lengths": lengths} | places)
+        return {"ids": ids, "lengths": lengths} | places
 
     def _padded(self, rows: int, length: int) -> int:
         """Rows of a batch with those that fill it up, where tp splits its tokens: longer ones may have no position."""
-        share = self.context.tp.size if self.context.splits_tokens else 1
-        step = share // gcd(share, length)
+        step = self._share // gcd(self._share, length)
         return -(-rows // step) * step
+
+    @property
+    def _share(self) -> int:
+        """What tokens are divided by between the tensor-parallel regions."""
+        return self.context.tp.size if self.context.splits_tokens else 1
 
     def _batch(self, arrays: dict[str, np.ndarray]) -> Batch:
         tensors = {name: torch.from_numpy(array).to(self.mesh.device) for name, array in arrays.items()}

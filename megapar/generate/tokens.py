@@ -2,17 +2,21 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.run_schema import SampleConfig
-from megapar.config.schema import TrainConfig
+from megapar.config.schema import ModelConfig, TrainConfig
+from megapar.config.stacks import media
+from megapar.data.media.batches import LaidOut, Rows, lay_out
+from megapar.data.media.samples import MediaSample
 from megapar.generate.choose import choose
 from megapar.parallel.cache import KVCache
 from megapar.parallel.collectives import all_gather
@@ -36,6 +40,7 @@ class Text:
         included: before temperature, top-k and top-p
     ends: tokens that end it as the end of text does
     source: tokens that an encoder reads, if the model has one
+    laid: the prompt with its images and sounds, if it has any
     ended: stop: by the end of text or one of `ends`; length: it has `sample.max_tokens`; broken: its logits were not
         finite
     """
@@ -45,6 +50,7 @@ class Text:
     prompt: int = -1
     ends: Collection[int] = ()
     source: Sequence[int] = ()
+    laid: LaidOut | None = None
     logprobs: list[float] = field(default_factory=list)
     ended: Literal["stop", "length", "broken"] | None = None
     # Where its keys and values are: those of `cached` tokens from number `start` on, in a slot of the generator's.
@@ -86,6 +92,7 @@ class Generator:
     stages, context: of the part, whose last stage gives logits
     context_length: positions that the model was trained on; of longer texts it sees the end, see `window_start`
     source_length, start: of a model with an encoder, the most tokens that this reads, and what a text begins with
+    model: of one that reads images or sound
     texts: most that are written at a time; the cache has room for so many
     vocab_size: of the tokenizer; the model may have more rows, which are never chosen
     end_of_text: the token that ends a text
@@ -102,13 +109,14 @@ class Generator:
         context_length: int,
         source_length: int | None = None,
         start: int = 0,
+        model: ModelConfig | None = None,
         texts: int = 1,
         vocab_size: int | None = None,
         end_of_text: int | None = None,
     ) -> None:
         self.context, self.mesh = context, context.mesh
         self.context_length, self.vocab_size, self.end_of_text = context_length, vocab_size, end_of_text
-        self.source_length, self.start = source_length, start
+        self.source_length, self.start, self.model = source_length, start, model
         source = None if source_length is None else KVCache(texts, source_length)
         self.cache = KVCache(texts, context_length, source)
         cached = {number: _Cached(stage, self.cache) for number, stage in stages.items()}
@@ -123,11 +131,22 @@ class Generator:
         """Of a resolved config's model. options: `texts`, `vocab_size`, `end_of_text`."""
         encoder = config.model.encoder
         length, source = config.train.seq_length, config.train.source_length if encoder.layers else None
-        return cls(stages, context, context_length=length, source_length=source, start=encoder.start, **options)
+        model = config.model if config.model.has_media else None
+        facts: dict[str, Any] = {"source_length": source, "start": encoder.start, "model": model}
+        return cls(stages, context, context_length=length, **facts, **options)
 
-    def text(self, prompt: Sequence[int], sample: SampleConfig, ends: Collection[int] = ()) -> Text:
+    def text(self, prompt: Sequence[int] | MediaSample, sample: SampleConfig, ends: Collection[int] = ()) -> Text:
         """A text to be written behind a prompt; with an encoder, which reads the prompt and the end of text, from a
-        target's start on. Raises UserError for a prompt that it does not hold."""
+        target's start on. Behind images and sounds no more is written than the context holds with them. Raises
+        UserError for a prompt that does not fit."""
+        if isinstance(prompt, MediaSample):
+            assert self.model is not None
+            laid = lay_out(self.model, prompt, prompt.text)
+            if len(laid) > self.context_length:
+                hold = f"the model's context holds train.seq_length={self.context_length}"
+                raise UserError(f"{len(laid)} tokens with those of images and sounds, and {hold}; give less")
+            most = min(sample.max_tokens, self.context_length - len(laid) + 1)
+            return Text(laid.ids.tolist(), replace(sample, max_tokens=most), ends=ends, laid=laid)
         if self.source_length is None:
             return Text(list(prompt), sample, ends=ends)
         source = [*prompt, *([] if self.end_of_text is None else [self.end_of_text])]
@@ -226,15 +245,19 @@ class Generator:
             counts.append(text.cached - first)
         self.prefilled += len(ids)
         device = self.context.device
-        return self._sources(texts, reads) | {
-            "ids": torch.tensor([ids], device=device),
-            "positions": torch.tensor([positions], device=device),
-            "samples": torch.zeros(1, dtype=torch.int64, device=device),
-            "step": torch.tensor(0),
-            "slots": torch.tensor([text.slot for text in texts]),
-            "counts": torch.tensor(counts),
-            "lengths": torch.tensor([text.cached for text in texts]),
-        }
+        return (
+            self._sources(texts, reads)
+            | self._media(texts, reads, counts)
+            | {
+                "ids": torch.tensor([ids], device=device),
+                "positions": torch.tensor([positions], device=device),
+                "samples": torch.zeros(1, dtype=torch.int64, device=device),
+                "step": torch.tensor(0),
+                "slots": torch.tensor([text.slot for text in texts]),
+                "counts": torch.tensor(counts),
+                "lengths": torch.tensor([text.cached for text in texts]),
+            }
+        )
 
     def _sources(self, texts: Sequence[Text], reads: Sequence[bool]) -> Batch:
         """What an encoder reads for those of the texts that are new."""
@@ -251,6 +274,19 @@ class Generator:
             "source_lengths": torch.tensor([len(text.source) for text in texts]),
             "source_new": torch.tensor(reads),
         }
+
+    def _media(self, texts: Sequence[Text], reads: Sequence[bool], counts: Sequence[int]) -> Batch:
+        """The images and sounds of those of the texts that are new."""
+        if self.model is None:
+            return {}
+        rows, tokens = Rows(self.model, media(self.model)), sum(counts)
+        kinds, which = np.zeros((1, tokens), dtype=np.int64), np.zeros((1, tokens), dtype=np.int64)
+        for text, new, end, count in zip(texts, reads, accumulate(counts), counts, strict=True):
+            if new and text.laid is not None:
+                place = slice(end - count, end - count + len(text.laid))
+                kinds[0, place], which[0, place] = text.laid.kinds, rows.add(0, text.laid)
+        arrays = rows.arrays() | {"kinds": kinds, "media": which}
+        return {name: torch.from_numpy(array).to(self.context.device) for name, array in arrays.items()}
 
     def _chosen(self, logits: list[Tensor], texts: Sequence[Text]) -> list[list[float]]:
         """(token, log-probability) of each text, on every rank; chosen on one of the last stage's."""
