@@ -74,7 +74,7 @@ class Kind:
 class Origin:
     """Where records come from, and how they are read.
 
-    name: of the folder in the cache, and in what is said
+    name: in what is said, and without its ending of the folder in the cache
     paths: that errors name: the first `training` of them are of `data.path`, the others of `data.valid`
     identity: other JSON as soon as a file is another one
     read: every record, with the number of its path. It gets a PREFIX, beside which it may write files of its own, and
@@ -170,7 +170,7 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
                 yield source, kind.parse(line)
 
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return prepare_from(Origin(paths[0].stem, paths, 1, hashes, read), kind, config, say)
+    return prepare_from(Origin(paths[0].name, paths, 1, hashes, read), kind, config, say)
 
 
 def prepare_from(origin: Origin, kind: Kind, config: DataConfig, say: SAY) -> Prepared:
@@ -183,9 +183,9 @@ def prepare_from(origin: Origin, kind: Kind, config: DataConfig, say: SAY) -> Pr
         "files": origin.identity,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder(config) / f"{origin.name[:40]}-{kind.name}-{key[:16]}"
+    folder = cache_folder(config) / f"{Path(origin.name).stem[:40]}-{kind.name}-{key[:16]}"
     if _whole(folder / "records") is None:
-        with new_folder(folder.parent, origin.name) as temporary:
+        with new_folder(folder.parent, Path(origin.name).stem) as temporary:
             _make(temporary / "records", origin, kind, config, say)
             if folder.exists():  # broken
                 os.rename(folder, temporary / "broken")
@@ -267,7 +267,7 @@ def _make(prefix: Path, origin: Origin, kind: Kind, config: DataConfig, say: SAY
         | more,
     )
     count = f"{counted(len(records), 'record')} ({int(held.sum()):,} held out), {counted(len(tokens), 'token')}"
-    say(f"data: {origin.paths[0].name}: {count}" + (f", {counted(len(labels), 'class')}" if labels else ""))
+    say(f"data: {origin.name}: {count}" + (f", {counted(len(labels), 'class')}" if labels else ""))
 
 
 def _facts(path: Path) -> dict[str, Any]:
