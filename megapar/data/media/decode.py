@@ -56,7 +56,7 @@ def _image(data: bytes) -> Any:
 
 
 def sound(data: bytes) -> tuple[np.ndarray, int]:
-    """A sound as float32 [n] in -1..1, its channels averaged; and its samples per second.
+    """A sound as float32 [n], its channels averaged, cut off at -1 and 1; and its samples per second.
 
     wav of 8, 16, 24 or 32 bits of PCM is read by the standard library; other wav, flac and ogg by soundfile. Raises
     Undecodable, or NotInstalled.
@@ -65,7 +65,10 @@ def sound(data: bytes) -> tuple[np.ndarray, int]:
     channels, rate = _soundfile(data) if found is None else found
     if not len(channels):
         raise Undecodable("no samples in it")
-    return channels.mean(axis=1, dtype=np.float64).astype(np.float32), rate
+    mono = channels.mean(axis=1, dtype=np.float64)
+    if not np.isfinite(mono).all():
+        raise Undecodable("samples that are no numbers")
+    return mono.clip(-1, 1).astype(np.float32), rate
 
 
 def _wave(data: bytes) -> tuple[np.ndarray, int] | None:

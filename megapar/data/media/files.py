@@ -172,9 +172,9 @@ def _regular(path: Path) -> Iterator[tuple[str, int, int]]:
             if member.isreg():
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name} is stored as a sparse file")
+                yield member.name, member.offset_data, member.size
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"cut short in {member.name}")
-                yield member.name, member.offset_data, member.size
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):
             raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset}")

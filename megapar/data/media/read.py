@@ -85,8 +85,8 @@ class Rows:
 
 def parse(line: Line) -> Record:
     """A sample's record: what the model reads, with media where the text has `<image>` and `<audio>`, or else in front
-    of it; and what it is to write. Of the line's values, `images` and `sounds` count media, and `content` is equal where
-    what the model reads is. Raises UserError where the text has more marks than there are media."""
+    of it; and what it is to write. Of the line's values, `images` and `sounds` count media, and `content` is equal
+    where what the model reads is. Raises UserError where the text has more marks than there are media."""
     parts: list[Part] = []
     named: Counter[int] = Counter()
     for piece in _MARK.split(line.values.get("text", "")):
