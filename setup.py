@@ -31,7 +31,7 @@ setup(
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
-        "experiments": ["django", "num2words"],
+        "experiments": ["django", "num2words", "pillow", "soundfile"],
         "lm_eval": ["lm_eval"],  # megapar/library/harness.py
         "dev": [
             "tensorboardX",
@@ -41,6 +41,8 @@ setup(
             "peft",
             "django",
             "num2words",
+            "pillow",
+            "soundfile",
             "pytest",
             "hypothesis",
             "ruff",

@@ -28,7 +28,7 @@ def finish(config: T, world_size: int | None = None) -> T:
         from megapar.launch.local import start_fork_server
 
         start_fork_server(draft.parallel.layout.world)  # imports torch while we prepare the data
-    from megapar.data.source import find_source
+    from megapar.data.source import Split, find_source
 
     config = _with_tokenizer_of_weights(config)
     weights = config.checkpoint.weights and os.path.abspath(config.checkpoint.weights)
@@ -54,9 +54,11 @@ def finish(config: T, world_size: int | None = None) -> T:
     if config.task.sample_tokens:
         refuse_bad_prompt(config.task.sample_prompt)
     config = changed(config, {"data.prefix": str(prepared.prefix)})
-    source.open(config, "train")  # refuses too few samples
-    if config.train.eval_every:
-        source.open(config, "valid")
+    splits: tuple[Split, ...] = ("train", "valid") if config.train.eval_every else ("train",)
+    for split in splits:
+        samples = source.open(config, split)  # refuses too few samples
+        if left_out := getattr(samples, "left_out", ""):
+            say(f"data: {split}: {left_out}")
     return config
 
 

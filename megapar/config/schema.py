@@ -131,7 +131,7 @@ class DataConfig:
     )
     valid: str | None = option(
         None,
-        "JSONL file of records to hold out; default: data.split of those of data.path",
+        "records to hold out: JSONL, or media as in data.path; default: data.split of those of data.path",
         verbatim=True,
         path=True,
         kept=True,
@@ -139,6 +139,9 @@ class DataConfig:
     packing: bool = option(True, "several instructions in one sample, which don't see each other", fixed=True)
     too_long: Literal["refuse", "skip", "truncate"] = option(
         "refuse", "a record of more tokens than a sample: an error, left out, or cut at its end", fixed=True
+    )
+    on_error: Literal["refuse", "skip"] = option(
+        "refuse", "source=media: a sample that can't be read or used is an error, or left out and counted", fixed=True
     )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"

@@ -97,12 +97,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def find_text(path: str) -> TextSource:
-    """List the text that `data.path` names: a file, a folder or `stdlib`.
+def find_text(path: str, key: str = "data.path") -> TextSource:
+    """List the text that `data.path`, or another key, names: a file, a folder or `stdlib`.
 
     A folder is read recursively, linked folders too, each real one once; hidden files and folders are left out.
 
-    Raises ConfigError for `data.path` where nothing readable is there.
+    Raises ConfigError for that key where nothing readable is there.
     """
     if path == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -110,19 +110,19 @@ def find_text(path: str) -> TextSource:
         return TextSource(STDLIB, STDLIB, root, files)
     root = Path(path).expanduser()
     if root.is_dir():
-        walk = _Walk(root)
+        walk = _Walk(root, key=key)
         if not walk.files:
             why = f" ({skipped_text(walk.skipped)})" if walk.skipped else ""
-            raise ConfigError("data.path", path, f"the folder has no files in it{why}")
+            raise ConfigError(key, path, f"the folder has no files in it{why}")
         return TextSource("folder", root.resolve().name or "root", root, walk.files, walk.skipped)
     if not root.exists():
         half = [end for end in (".bin", ".idx") if os.path.exists(f"{path}{end}")]
         problem = (
             f"{path}{half[0]} exists, but not its partner" if half else "no such file, folder or PREFIX of .bin/.idx"
         )
-        raise ConfigError("data.path", path, problem)
+        raise ConfigError(key, path, problem)
     if kind := special(root):
-        raise ConfigError("data.path", path, f"is a {kind}; text is read more than once: write it to a file")
+        raise ConfigError(key, path, f"is a {kind}; text is read more than once: write it to a file")
     return TextSource("file", root.name, root, [TextFile(root.name, root, _stamp(root))])
 
 
@@ -137,8 +137,8 @@ class _Walk:
     below `root`.
     """
 
-    def __init__(self, root: Path, without: Container[str] = ()) -> None:
-        self.root, self.without = root, without
+    def __init__(self, root: Path, without: Container[str] = (), key: str = "data.path") -> None:
+        self.root, self.without, self.key = root, without, key
         self.skipped: dict[str, str] = {}
         self._found: list[TextFile] = []
         self._read: dict[tuple[int, int], str] = {}  # folders, by device and inode
@@ -154,7 +154,7 @@ class _Walk:
     def _folder(self, top: Path) -> list[Path]:
         """Read a folder and those below it. Returns the links to folders in them."""
         links = []
-        for folder, folders, names in os.walk(top, onerror=_refuse):
+        for folder, folders, names in os.walk(top, onerror=self._refuse):
             here, info = Path(folder), os.stat(folder)
             if (known := self._read.setdefault((info.st_dev, info.st_ino), self._name(here))) != self._name(here):
                 self.skipped[self._name(here)] = f"a link to a folder that is read as {known}"
@@ -175,6 +175,9 @@ class _Walk:
                 self._file(here / name)
         return links
 
+    def _refuse(self, error: OSError) -> None:
+        raise ConfigError(self.key, error.filename, f"can't be read: {error.strerror}")
+
     def _file(self, path: Path) -> None:
         if path.name.startswith("."):
             self.skipped[self._name(path)] = "hidden"
@@ -184,10 +187,6 @@ class _Walk:
             self.skipped[self._name(path)] = f"a {kind}"
         else:
             self._found.append(TextFile(self._name(path), path, _stamp(path)))
-
-
-def _refuse(error: OSError) -> None:
-    raise ConfigError("data.path", error.filename, f"can't be read: {error.strerror}")
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

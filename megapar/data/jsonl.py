@@ -14,16 +14,19 @@ MOST = 500  # characters of an error
 
 @dataclass(frozen=True)
 class Line:
-    """An object of a JSONL file. path, number: where it stands; lines are counted from 1."""
+    """An object of a JSONL file. path, number: where it stands; lines are counted from 1; place: what errors call that,
+    for an object that is no line."""
 
     path: Path
     number: int
     values: Mapping[str, Any]
+    place: str = ""
 
     def wrong(self, problem: str) -> UserError:
         """The error for what is wrong with it: one line, whatever keys and values it quotes."""
         quoted = " ".join(problem.split())
-        return UserError(f"{self.path}:{self.number}: {quoted if len(quoted) <= MOST else quoted[:MOST] + '...'}")
+        place = self.place or f"{self.path}:{self.number}"
+        return UserError(f"{place}: {quoted if len(quoted) <= MOST else quoted[:MOST] + '...'}")
 
     def text(self, key: str, *, empty: bool = False) -> str:
         """The text of a key. Raises UserError where it is missing, no text, or blank. empty: no text at all will do"""
@@ -60,7 +63,7 @@ def read_lines(path: Path, key: str = "data.path") -> Iterator[Line]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     count += 1
-                    yield Line(path, number, _object(path, number, line.rstrip()))
+                    yield Line(path, number, parse_object(f"{path}:{number}", decoded(path, number, line.rstrip())))
     except OSError as error:
         raise ConfigError(key, path, f"can't be read ({error.strerror})") from None
     if not count:
@@ -88,9 +91,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def parse_object(place: str, text: str) -> dict[str, Any]:
+    """The object of a text of JSON. Raises UserError, which calls it `place`, where it is none."""
     try:
-        value = json.loads(decoded(path, number, line), object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         problem = "nested too deep; fix the line, or remove it"
     except json.JSONDecodeError as error:
@@ -103,7 +107,7 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
         problem = f"{_kind(value)}, not an object; write {{...}} in every line"
-    raise UserError(f"{path}:{number}: {problem}")
+    raise UserError(f"{place}: {problem}")
 
 
 def _kind(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""Records of a JSONL file as tokens: parsed, tokenised once in the launcher, and read by every rank.
+"""Records of files as tokens: parsed, tokenised once in the launcher, and read by every rank.
 
-A kind of record says what a line becomes (`Kind.parse`): sequences of parts, each learned or only read. On disk, at a
+A kind of record says what a line of JSON becomes (`Kind.parse`): sequences of parts, each learned or only read. Lines
+come from an `Origin`: JSONL files, or whatever else is read so (`data/media/`). On disk, at a
 PREFIX in the cache: `.bin` (tokens, int32), `.npz` (where sequences end, which tokens are learned, lines, labels),
 `.json` (a manifest with hashes) and the tokenizer's files.
 """
@@ -9,8 +10,9 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ SAY = Callable[[str], Any]
 @dataclass(frozen=True)
 class Part:
     """A text inside a sequence. learned: the loss counts its tokens; closes: an end-of-text token stands after it,
-    learned as the text is."""
+    learned as the text is; token: below 0, it stands there in place of a text, for what is no text."""
 
     text: str
     learned: bool = False
     closes: bool = False
+    token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,24 @@ class Kind:
     between: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where records come from, and how they are read.
+
+    name: in what is said, and without its ending of the folder in the cache
+    paths: that errors name: the first `training` of them are of `data.path`, the others of `data.valid`
+    identity: other JSON as soon as a file is another one
+    read: every record, with the number of its path. It gets a PREFIX, beside which it may write files of its own, and
+        a dict for what else the manifest is to hold
+    """
+
+    name: str
+    paths: list[Path]
+    training: int
+    identity: Any
+    read: Callable[[Path, dict[str, Any]], Iterable[tuple[int, Record]]]
+
+
 class Records:
     """The records of a split, in the order of their lines.
 
@@ -76,7 +97,7 @@ class Records:
     """
 
     def __init__(self, prefix: str, split: Split) -> None:
-        manifest = _manifest(Path(f"{prefix}.json"))
+        manifest = read_manifest(prefix)
         arrays = np.load(f"{prefix}.npz", allow_pickle=False)
         tokens = np.memmap(f"{prefix}.bin", np.int32, "r")
         self.labels: list[str] = manifest["labels"]
@@ -123,9 +144,9 @@ def run_labels(run_dir: Path, config: TrainConfig) -> list[str]:
 
 
 def _labels_beside(config: TrainConfig) -> list[str]:
-    if config.data.prefix is None or not (path := Path(f"{config.data.prefix}.json")).exists():
+    if config.data.prefix is None or not Path(f"{config.data.prefix}.json").exists():
         return []
-    names: list[str] = _manifest(path).get("labels", [])
+    names: list[str] = read_manifest(config.data.prefix).get("labels", [])
     return names
 
 
@@ -142,18 +163,30 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
     for key, path in zip(("data.path", "data.valid"), paths, strict=False):
         if not path.is_file():
             next(read_lines(path, key))
+
+    def read(prefix: Path, more: dict[str, Any]) -> Iterator[tuple[int, Record]]:
+        for source, (key, path) in enumerate(zip(("data.path", "data.valid"), paths, strict=False)):
+            for line in read_lines(path, key):
+                yield source, kind.parse(line)
+
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return prepare_from(Origin(paths[0].name, paths, 1, hashes, read), kind, config, say)
+
+
+def prepare_from(origin: Origin, kind: Kind, config: DataConfig, say: SAY) -> Prepared:
+    """Find or make the tokenised records of an origin. Raises ConfigError or UserError."""
     settings = {
         "code": CODE_VERSION,
         "kind": kind.name,
         "tokenizer": tokenizer_settings(config),
         "split": config.split,
-        "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+        "files": origin.identity,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder(config) / f"{paths[0].stem[:40]}-{kind.name}-{key[:16]}"
+    folder = cache_folder(config) / f"{Path(origin.name).stem[:40]}-{kind.name}-{key[:16]}"
     if _whole(folder / "records") is None:
-        with new_folder(folder.parent, paths[0].stem) as temporary:
-            _make(temporary / "records", kind, config, paths, say)
+        with new_folder(folder.parent, Path(origin.name).stem) as temporary:
+            _make(temporary / "records", origin, kind, config, say)
             if folder.exists():  # broken
                 os.rename(folder, temporary / "broken")
             try:
@@ -162,11 +195,11 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
                 if _whole(folder / "records") is None:
                     raise
     prefix = str(folder / "records")
-    manifest = _manifest(Path(f"{prefix}.json"))
-    if manifest["paths"] != [str(path) for path in paths]:  # the same content elsewhere: errors name today's files
-        _write_manifest(prefix, manifest | {"paths": [str(path) for path in paths]})
+    manifest = read_manifest(prefix)
+    paths = [str(path) for path in origin.paths]
+    if manifest["paths"] != paths:  # the same content elsewhere: errors name today's files
+        _write_manifest(prefix, manifest | {"paths": paths})
     tokenizer = tokenizer_beside(prefix)
-    assert tokenizer is not None
     classes = len(manifest["labels"]) or None
     return Prepared(prefix, manifest["vocab_size"], manifest["max_token"], tokenizer, classes, kind.name)
 
@@ -174,14 +207,16 @@ def prepare_records(kind: Kind, config: DataConfig, say: SAY) -> Prepared:
 def _whole(prefix: Path) -> dict[str, Any] | None:
     """The manifest of records whose files are there, in their sizes."""
     try:
-        manifest = _manifest(Path(f"{prefix}.json"))
+        manifest = read_manifest(prefix)
         files = manifest["files"].items()
         return manifest if all(os.path.getsize(f"{prefix}{end}") == facts["size"] for end, facts in files) else None
     except (UserError, OSError):
         return None
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(prefix: str | Path) -> dict[str, Any]:
+    """What PREFIX.json says of records. Raises UserError where it can't be read."""
+    path = Path(f"{prefix}.json")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
@@ -189,13 +224,14 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read ({error}); remove its folder, and it is made anew") from None
 
 
-def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: SAY) -> None:
-    records, sources = [], []
-    for source, (key, path) in enumerate(zip(("data.path", "data.valid"), paths, strict=False)):
-        found = [kind.parse(line) for line in read_lines(path, key)]
-        records += found
-        sources += [source] * len(found)
-    held = _held_out(records, sources, config)
+def _make(prefix: Path, origin: Origin, kind: Kind, config: DataConfig, say: SAY) -> None:
+    records: list[Record] = []
+    sources: list[int] = []
+    more: dict[str, Any] = {}
+    for source, record in origin.read(prefix, more):
+        sources.append(source)
+        records.append(record)
+    held = _held_out(records, np.array(sources) >= origin.training, config)
     labels = _labels(records, held)
     tokenizer = _tokenizer(prefix, config, [one for one, out in zip(records, held, strict=True) if not out], say)
     tokens, learned, offsets = array("i"), bytearray(), [0]
@@ -211,7 +247,7 @@ def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: 
         learned=np.frombuffer(learned, dtype=bool),
         offsets=np.array(offsets, dtype=np.int64),
         held=held,
-        sources=np.array(sources, dtype=np.int8),
+        sources=np.array(sources, dtype=np.int8 if len(origin.paths) < 128 else np.int32),
         lines=np.array([record.line.number for record in records], dtype=np.int64),
         classes=np.array([numbers.get(str(record.label), -1) for record in records], dtype=np.int64),
     )
@@ -223,14 +259,15 @@ def _make(prefix: Path, kind: Kind, config: DataConfig, paths: list[Path], say: 
             "kind": kind.name,
             "sequences": kind.sequences,
             "labels": labels,
-            "paths": [str(path) for path in paths],
-            "vocab_size": tokenizer.vocab_size,
-            "max_token": max(tokens, default=0),
+            "paths": [str(path) for path in origin.paths],
+            "vocab_size": 1 if tokenizer is None else tokenizer.vocab_size,
+            "max_token": max(0, max(tokens, default=0)),
             "files": {end: _facts(Path(f"{prefix}{end}")) for end in sorted(endings)},
-        },
+        }
+        | more,
     )
     count = f"{counted(len(records), 'record')} ({int(held.sum()):,} held out), {counted(len(tokens), 'token')}"
-    say(f"data: {paths[0].name}: {count}" + (f", {counted(len(labels), 'class')}" if labels else ""))
+    say(f"data: {origin.name}: {count}" + (f", {counted(len(labels), 'class')}" if labels else ""))
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -244,10 +281,10 @@ def _write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     os.replace(temporary, f"{prefix}.json")
 
 
-def _held_out(records: Sequence[Record], sources: list[int], config: DataConfig) -> np.ndarray:
+def _held_out(records: Sequence[Record], valid: np.ndarray, config: DataConfig) -> np.ndarray:
     """Which are for validation, bool [records]: those of `data.valid`, or by the hash of their group."""
     if config.valid is not None:
-        return np.array(sources) == 1
+        return valid
     return held_out(np.array([text_hash(record.group) for record in records], dtype=np.uint64), config.split)
 
 
@@ -267,13 +304,16 @@ def _labels(records: Sequence[Record], held: np.ndarray) -> list[str]:
     return sorted(known)
 
 
-def _tokenizer(prefix: Path, config: DataConfig, records: Sequence[Record], say: SAY) -> Tokenizer:
-    """The one that is named, or trained on the records; beside the prefix."""
+def _tokenizer(prefix: Path, config: DataConfig, records: Sequence[Record], say: SAY) -> Tokenizer | None:
+    """The one that is named, or trained on the records, beside the prefix; None for records without a text."""
     if config.tokenizer != "bpe":
         copy_beside(open_tokenizer(config.tokenizer).path, prefix)
     else:
-        texts = (part.text for record in records for sequence in record.sequences for part in sequence)
-        train_bpe(texts, config.vocab_size, Path(f"{prefix}.model"))
+        parts = (part for record in records for sequence in record.sequences for part in sequence)
+        texts = (part.text for part in parts if part.token is None)
+        if (first := next(texts, None)) is None:
+            return None
+        train_bpe(chain([first], texts), config.vocab_size, Path(f"{prefix}.model"))
         say(f"data: trained a BPE tokenizer with {config.vocab_size} entries")
     path = tokenizer_beside(prefix)
     assert path is not None
@@ -281,9 +321,18 @@ def _tokenizer(prefix: Path, config: DataConfig, records: Sequence[Record], say:
 
 
 def _encoded(
-    kind: Kind, records: Sequence[Record], tokenizer: Tokenizer
+    kind: Kind, records: Sequence[Record], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, list[int], list[bool]]]:
     """Every sequence: its number, its tokens, and which of them are learned."""
+    sequences = [(record, sequence) for record in records for sequence in record.sequences]
+    plain = [part for record, sequence in sequences if not record.messages for part in sequence if part.token is None]
+    if tokenizer is None:
+        if plain:
+            problem = "there is no text in training to make a tokenizer of, but some is held out; name a tokenizer"
+            raise ConfigError("data.tokenizer", "bpe", problem)
+        for number, (_, sequence) in enumerate(sequences):
+            yield number, [part.token for part in sequence if part.token is not None], [False] * len(sequence)
+        return
     end = tokenizer.end_of_text
     before, behind = tokenizer.classified if kind.between else ([], [])
     talks = [record for record in records if record.messages]
@@ -291,9 +340,7 @@ def _encoded(
         written = iter(tokenizer.conversations([record.messages for record in talks]))
     except RefusedConversation as error:
         raise talks[error.number].line.wrong(error.problem) from None
-    sequences = [(record, sequence) for record in records for sequence in record.sequences]
-    plain = [part.text for record, sequence in sequences if not record.messages for part in sequence]
-    texts = iter(tokenizer.encode_batch(plain))
+    texts = iter(tokenizer.encode_batch([part.text for part in plain]))
     for number, (record, sequence) in enumerate(sequences):
         if record.messages:
             pieces = next(written)
@@ -301,7 +348,7 @@ def _encoded(
             continue
         ids, learned = list(before), [False] * len(before)
         for part in sequence:
-            new = next(texts) + ([end] if part.closes else [])
+            new = [part.token] if part.token is not None else next(texts) + ([end] if part.closes else [])
             ids += new
             learned += [part.learned] * len(new)
         yield number, ids + behind, learned + [False] * len(behind)

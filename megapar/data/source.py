@@ -50,7 +50,8 @@ class Samples(Protocol):
     def batch(self, indices: Iterable[int]) -> Any:
         """Samples by number, counted from 0 over all epochs, in the form that the task reads: of the task `lm` int64
         [number of indices, seq_length + 1]. With `data.document_mask` the task also asks for `begins(index)`: where in
-        a sample's first seq_length tokens its documents begin, int64, 0 first."""
+        a sample's first seq_length tokens its documents begin, int64, 0 first. An attribute `left_out` may hold a line
+        on samples that can't be used, which the launcher says."""
 
 
 @dataclass(frozen=True)
