@@ -1,7 +1,7 @@
 """From a composed configuration to one that ranks can read, before a process is started: for `train` and `verify`."""
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megapar.cli.output import refuse_bad_out, say
 from megapar.config import ConfigError, TrainConfig, VerifyConfig, check, resolve
@@ -41,7 +41,8 @@ def finish(config: T, world_size: int | None = None) -> T:
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     refuse_other_samples(config, prepared.samples)
-    sizes = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
+    sizes: dict[str, Any] = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
+    sizes["media"] = prepared.media and prepared.media(config.model)
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
     check(config, num_gpus=gpus, world_size=world_size)
     if config.task.sample_tokens and prepared.tokenizer_path is None:

@@ -1,6 +1,8 @@
 """What a config leaves open: sizes derived from other sizes, the vocabulary, the layout, the device."""
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from megapar.config.check import (
@@ -15,7 +17,8 @@ from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_of
 from megapar.config.run_schema import ForwardConfig
 from megapar.config.schema import ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
-from megapar.config.stacks import STACKS, media, medium, prefix, stack_layers, stacks
+from megapar.config.stacks import STACKS, medium, prefix, stack_layers, stacks
+from megapar.config.stacks import media as media_of
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
 
@@ -30,6 +33,7 @@ def resolve(
     vocab_size: int | None = None,
     max_token: int | None = None,
     classes: int | None = None,
+    media: Mapping[str, int] | None = None,
     num_gpus: int = 0,
     world_size: int | None = None,
 ) -> T:
@@ -38,6 +42,7 @@ def resolve(
     vocab_size: the tokenizer's; None where it is unknown, as for token files made elsewhere
     max_token: largest token id in the data; None before the data was read (model.vocab_size may then stay None)
     classes: of the data; None where they have no labels
+    media: tokens per sample that encoders of media read, about, by stack; None where that is unknown
     num_gpus: GPUs visible on this machine
     world_size: ranks that torchrun or srun has started; None if we start them
 
@@ -48,7 +53,7 @@ def resolve(
     sizes |= _classes(config.model, classes)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
-    config = changed(config, _of_stacks(config))
+    config = changed(config, _of_stacks(config, media or {}))
     if config.train.trace is None:
         config = changed(config, {"train.trace": [config.train.steps] * 2})
     if isinstance(config, VerifyConfig):
@@ -131,7 +136,7 @@ def model_sizes(model: ModelConfig) -> dict[str, Any]:
         "kv_heads": model.kv_heads or model.heads,
         "head_dim": model.head_dim or model.hidden // model.heads,
         "ffn": model.ffn or _inner(model, model.hidden),
-        **{f"{name}.{key}": size for name in media(model) for key, size in _medium_sizes(model, name).items()},
+        **{f"{name}.{key}": size for name in media_of(model) for key, size in _medium_sizes(model, name).items()},
     }
 
 
@@ -187,8 +192,9 @@ def _classes(model: ModelConfig, classes: int | None) -> dict[str, Any]:
     return {"classes": model.classes or classes}
 
 
-def _of_stacks(config: TrainConfig) -> dict[str, Any]:
-    """Tokens that encoders read, and a partition of all stacks as one."""
+def _of_stacks(config: TrainConfig, of_media: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
+    """Tokens that encoders read, and a partition of all stacks as one. of_media: tokens of media, where they are known;
+    else as many as a sample has."""
     model, train, partition = config.model, config.train, config.pipeline.partition
     there = stacks(model)
     values: dict[str, Any] = {}
@@ -196,7 +202,7 @@ def _of_stacks(config: TrainConfig) -> dict[str, Any]:
         key = "source_length" if name == "encoder" else f"{name}_length"
         length = getattr(train, key)
         if name in there:
-            values[f"train.{key}"] = train.seq_length if length is None else length
+            values[f"train.{key}"] = of_media.get(name, train.seq_length) if length is None else length
         elif length is not None:
             raise ConfigError(f"train.{key}", length, f"the model has no {name}.layers to read it; leave it out")
     if not isinstance(partition, dict):

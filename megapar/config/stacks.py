@@ -17,6 +17,7 @@ from megapar.config.schema import ModelConfig, TrainConfig
 
 MEDIA = ("image", "audio")
 PLACES = {"image": 2, "audio": 1}  # coordinates of a token: row and column of a patch, or a time
+TEXT = "text"  # the modality that the trunk reads itself
 TRUNK = ""
 STACKS = (TRUNK, "encoder", *MEDIA)  # by number
 

@@ -7,6 +7,7 @@ from typing import Any
 from megapar.config.errors import ConfigError
 from megapar.config.found import modules_of
 from megapar.config.schema import TaskConfig, TrainConfig
+from megapar.config.stacks import TEXT, media
 
 WINDOWS = "tokens"  # the source of windows of a text, and of samples for tasks that name no other
 
@@ -17,7 +18,7 @@ class Needs:
 
     about: what it does. model: values that keys of the model may have. samples: the source whose samples it reads.
     keys: those of `task` that it alone uses. reference: it has a frozen model beside, by default the weights of a
-    run's start. encoder: its model has one beside a decoder; media: it reads samples of images, sound and text
+    run's start. encoder: its model has one beside a decoder
     """
 
     about: str
@@ -26,10 +27,10 @@ class Needs:
     keys: tuple[str, ...] = ()
     reference: bool = False
     encoder: bool = False
-    media: bool = False
 
 
 _NEXT = {"causal": (True,), "output": ("lm",)}
+_OF_MEDIA = "modalities", "modality_dropout"
 TASKS = {
     "lm": Needs("predicts the next token", _NEXT),
     "sft": Needs("predicts the next token", _NEXT, "instructions"),
@@ -38,10 +39,8 @@ TASKS = {
         "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
     ),
     "classify": Needs("scores classes", {"output": ("classes",)}, "labelled"),
-    "multimodal_classify": Needs(
-        "scores classes", {"output": ("classes",)}, "media", ("modalities", "modality_dropout"), media=True
-    ),
-    "multimodal_lm": Needs("predicts the next token", _NEXT, "media", ("modalities", "modality_dropout"), media=True),
+    "multimodal_classify": Needs("scores classes", {"output": ("classes",)}, "media", _OF_MEDIA),
+    "multimodal_lm": Needs("predicts the next token", _NEXT, "media", _OF_MEDIA),
     "seq2seq": Needs("writes the target of a source that an encoder reads", {}, "paired", encoder=True),
 }
 
@@ -58,6 +57,12 @@ def check_task(config: TrainConfig) -> None:
         raise ConfigError(
             "model.encoder.layers", config.model.encoder.layers, f"task.name={name} {known.about}; {remedy}"
         )
+    if config.task.modalities is not None:
+        there = [*media(config.model), TEXT]
+        if wrong := [one for one in config.task.modalities if one not in there]:
+            raise ConfigError("task.modalities", wrong[0], f"the model reads {', '.join(there)}; name some of these")
+        if not config.task.modalities:
+            raise ConfigError("task.modalities", [], f"nothing would be read; name some of {', '.join(there)}")
     for key, allowed in known.model.items():
         if (value := getattr(config.model, key)) not in allowed:
             needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)

@@ -365,17 +365,22 @@ def refuse_too_few(records: Records, split: Split, config: DataConfig) -> None:
 
 
 def fitting(
-    records: Records, too_long: np.ndarray, config: DataConfig, most: int | str, keys: str = "train.seq_length"
+    records: Records,
+    too_long: np.ndarray,
+    config: DataConfig,
+    most: int | str,
+    keys: str = "train.seq_length",
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """Numbers of the records to use, int64 [n]. too_long: those of more tokens than fit, bool [records]; most: how many
-    do; keys: what says so.
+    do; keys: what says so; lengths: tokens of each, [records], if not those of its sequences.
 
     Raises UserError for the first of them, unless `data.too_long` says what to do, and where none is left.
     """
     if not too_long.any() or config.too_long == "truncate":
         return np.arange(len(records))
     first = int(np.flatnonzero(too_long)[0])
-    length = int(records.lengths[first].sum())
+    length = int(records.lengths[first].sum() if lengths is None else lengths[first])
     problem = f"{records.where(first)}: {length} tokens, of which at most {most} fit"
     if config.too_long == "refuse":
         raise UserError(f"{problem}; raise {keys}, or use data.too_long=skip")

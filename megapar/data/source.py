@@ -6,7 +6,7 @@ Each source is a file with one object, `SOURCE = Source(...)`: `megapar/data/sou
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.experiments import experiment_files
 from megapar.config.found import modules_of
-from megapar.config.schema import DataConfig, TrainConfig
+from megapar.config.schema import DataConfig, ModelConfig, TrainConfig
 from megapar.config.tasks import WINDOWS
 
 Split = Literal["train", "valid"]
@@ -31,6 +31,7 @@ class Prepared:
     max_token: the largest token, below `model.vocab_size`; None where that need not be checked
     tokenizer_path: the tokenizer's file; None where there is none
     classes: that samples belong to; None where they have no labels
+    media: of samples with images or sound, tokens per sample that each encoder of a model reads, about, by its stack
     samples: the source of megapar's own whose samples these are like: what a task reads (`config/tasks.py`)
     """
 
@@ -40,6 +41,7 @@ class Prepared:
     tokenizer_path: Path | None = None
     classes: int | None = None
     samples: str = WINDOWS
+    media: Callable[[ModelConfig], Mapping[str, int]] | None = None
 
 
 class Samples(Protocol):

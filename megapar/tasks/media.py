@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megapar.config.schema import TrainConfig
-from megapar.config.stacks import media
+from megapar.config.stacks import TEXT, media
 from megapar.config.stages import stage_parts
 from megapar.data.media.batches import Rows, lay_out
 from megapar.data.media.samples import MediaSample
@@ -15,8 +15,6 @@ from megapar.data.source import Split
 from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Stage
 from megapar.tasks.sampled import IGNORED, SampledTask, ignore, packed
-
-TEXT = "text"
 
 
 class MediaTask(SampledTask):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from megapar.config.errors import UserError
+from megapar.config.schema import ModelConfig
 from megapar.data.media.decode import pixels, sound
 from megapar.data.media.files import OpenFiles
 from megapar.data.media.read import INDEX, digest_of
@@ -52,6 +53,24 @@ class MediaRecords(Records):
                 clips.append(first)
         text, target = self.lengths[record].tolist()
         return MediaSizes(tuple(images), tuple(clips), text - len(images) - len(clips), target)
+
+    def read_by(self, model: ModelConfig) -> np.ndarray:
+        """Which media a model has an encoder for, bool [media]."""
+        return np.where(self.kinds == IMAGE, model.image.layers > 0, model.audio.layers > 0)
+
+    def tokens_of_media(self, model: ModelConfig) -> np.ndarray:
+        """Tokens that each medium is to a model, int64 [media]; 0 without an encoder for it."""
+        first, second = self.extents.T
+        of_images = first * second // model.image.patch**2
+        of_sounds = np.maximum(1, -(-first // (model.audio.frames * model.audio.hop)))
+        return np.where(self.read_by(model), np.where(self.kinds == IMAGE, of_images, of_sounds), 0)
+
+    def tokens(self, model: ModelConfig) -> np.ndarray:
+        """Tokens of the model's context that each record takes, int64 [records]: of its target all but the last."""
+        text, target = self.lengths.T
+        marks = np.bincount(self.owners, minlength=len(self))
+        media = np.bincount(self.owners, self.tokens_of_media(model), len(self)).astype(np.int64)
+        return text - marks + media + np.maximum(target - 1, 0)
 
     def images(self, record: int, channels: int) -> tuple[np.ndarray, ...]:
         """The images of a record, uint8 [height, width, channels] each. Raises UserError."""

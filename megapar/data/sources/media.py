@@ -1,21 +1,25 @@
 """Images, sounds and text, from shards as WebDataset has them (tar), or from loose files."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
-from megapar.config.schema import DataConfig, TrainConfig
+from megapar.config.schema import DataConfig, ModelConfig, TrainConfig
+from megapar.config.stacks import MEDIA, media
 from megapar.data.media.index import MediaRecords
 from megapar.data.media.read import KIND, media_origin
-from megapar.data.media.samples import IMAGE, MediaSample, MediaSizes
+from megapar.data.media.samples import AUDIO, IMAGE, MediaSample, MediaSizes
 from megapar.data.order import SampleOrder
-from megapar.data.records import prepare_from, read_manifest, refuse_too_few
+from megapar.data.records import fitting, prepare_from, read_manifest, refuse_too_few
 from megapar.data.source import Prepared, Source, Split
 
 
 class Media:
-    """Samples of images, sounds and text. "train" shuffles every epoch anew.
+    """Samples of images, sounds and text, of at most `seq_length` tokens. "train" shuffles every epoch anew. Media that
+    the model has no encoder for are not read.
 
     labels: names of the classes, in the order of their numbers; empty without
     left_out: one line on samples that the model can't use, which `data.on_error=skip` left out; empty without
@@ -23,39 +27,64 @@ class Media:
 
     def __init__(self, config: TrainConfig, split: Split) -> None:
         assert config.data.prefix is not None
-        self.records, self._channels = MediaRecords(config.data.prefix, split), _channels(config)
+        self.model, self.records = config.model, MediaRecords(config.data.prefix, split)
         refuse_too_few(self.records, split, config.data)
         self.labels = self.records.labels
         classes = config.model.classes
         if classes is not None and classes != len(self.labels):
             problem = f"the data has {len(self.labels)} labels; leave model.classes out, or set it to that"
             raise ConfigError("model.classes", classes, problem)
-        self._chosen, self.left_out = _usable(self.records, config)
+        chosen, self.left_out = _usable(self.records, config)
+        self._chosen = np.intersect1d(chosen, _fitting(self.records, chosen, config))
         self.num_samples = len(self._chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
 
-    def batch(self, indices: Iterable[int]) -> list[MediaSample]:
-        """Samples by number. Raises UserError where a file is gone or has changed."""
-        return [self._sample(self._record(index)) for index in indices]
+    def batch(self, indices: Iterable[int], read: Collection[str] = MEDIA) -> list[MediaSample]:
+        """Samples by number. read: media that are; others have the right sizes, and nothing in them. Raises UserError
+        where a file is gone or has changed."""
+        return [self._sample(self._record(index), read) for index in indices]
 
     def sizes(self, index: int) -> MediaSizes:
         """Sizes of a sample, without opening a file."""
         return self.records.sizes(self._record(index))
 
+    def count(self, indices: Iterable[int]) -> int:
+        """Tokens of the targets of samples."""
+        return int(sum(self.records.lengths[self._record(index), 1] for index in indices))
+
     def _record(self, index: int) -> int:
         return int(self._chosen[self.order.item(int(index))])
 
-    def _sample(self, record: int) -> MediaSample:
+    def _sample(self, record: int, read: Collection[str]) -> MediaSample:
         text, target = (np.asarray(self.records.sequence(record, number)[0]) for number in range(2))
-        images, clips = self.records.images(record, self._channels), self.records.clips(record)
-        return MediaSample(images, clips, text, target, int(self.records.classes[record]))
+        label, sizes = int(self.records.classes[record]), self.records.sizes(record)
+        there = media(self.model)
+        images: tuple[np.ndarray, ...] = ()
+        clips: tuple[np.ndarray, ...] = ()
+        if "image" in there:
+            channels = self.model.image.channels
+            images = self.records.images(record, channels) if "image" in read else blank(sizes, channels)
+        if "audio" in there:
+            clips = self.records.clips(record) if "audio" in read else silent(sizes)
+        sample = MediaSample(images, clips, text, target, label)
+        return sample if len(there) == len(MEDIA) else sample.only((*there, "text"))
+
+
+def blank(sizes: MediaSizes, channels: int) -> tuple[np.ndarray, ...]:
+    """Images of these sizes, which take no memory."""
+    return tuple(np.broadcast_to(np.uint8(0), (*size, channels)) for size in sizes.images)
+
+
+def silent(sizes: MediaSizes) -> tuple[np.ndarray, ...]:
+    """Sounds of these sizes, which take no memory."""
+    return tuple(np.broadcast_to(np.float32(0), (size,)) for size in sizes.clips)
 
 
 def _usable(records: MediaRecords, config: TrainConfig) -> tuple[np.ndarray, str]:
     """Numbers of the records whose media the model can take, int64 [n], and a line on the others. Raises UserError."""
-    patch, rate = _patch(config), _rate(config)
+    patch, rate = config.model.image.patch, config.model.audio.rate
     image, extents = records.kinds == IMAGE, records.extents
-    wrong = np.where(image, (extents % patch).any(axis=1), extents[:, 1] != rate)
+    wrong = np.where(image, (extents % patch).any(axis=1), extents[:, 1] != rate) & records.read_by(config.model)
     if not wrong.any():
         return np.arange(len(records)), ""
     first = int(np.flatnonzero(wrong)[0])
@@ -76,21 +105,22 @@ def _usable(records: MediaRecords, config: TrainConfig) -> tuple[np.ndarray, str
     return np.flatnonzero(~unusable), f"{count}, the first: {line}"
 
 
-def _channels(config: TrainConfig) -> int:
-    channels: int = getattr(getattr(config.model, "image", None), "channels", 3)
-    if channels not in (1, 3):
-        raise ConfigError("model.image.channels", channels, "images have 1 (grey) or 3 (RGB); use one of them")
-    return channels
+def _fitting(records: MediaRecords, chosen: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Numbers of the records that the model's context holds; of others than the chosen ones no one asks. Raises
+    UserError or ConfigError."""
+    if config.data.too_long == "truncate":
+        raise ConfigError("data.too_long", "truncate", "images and sounds can't be cut short; use refuse or skip")
+    tokens, most = records.tokens(config.model), config.train.seq_length
+    too_long = np.isin(np.arange(len(records)), chosen) & (tokens > most)
+    return fitting(records, too_long, config.data, most, lengths=tokens)
 
 
-def _patch(config: TrainConfig) -> int:
-    patch: int = getattr(getattr(config.model, "image", None), "patch", 16)
-    return patch
-
-
-def _rate(config: TrainConfig) -> int:
-    rate: int = getattr(getattr(config.model, "audio", None), "rate", 16000)
-    return rate
+def _tokens_of_media(prefix: str, model: ModelConfig) -> dict[str, int]:
+    """Tokens that a sample's encoders read on average, rounded up."""
+    records = MediaRecords(prefix, "train")
+    tokens, kinds = records.tokens_of_media(model), {"image": IMAGE, "audio": AUDIO}
+    count = max(1, len(records))
+    return {name: -(-int(tokens[records.kinds == kinds[name]].sum()) // count) for name in media(model)}
 
 
 def _prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
@@ -102,7 +132,7 @@ def _prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
     if left_out["count"]:
         count = f"{left_out['count']:,} of {left_out['samples']:,} samples are left out"
         say(f"data: {origin.name}: {count}, the first: {left_out['first']}")
-    return prepared
+    return replace(prepared, media=partial(_tokens_of_media, prepared.prefix))
 
 
 SOURCE = Source("media", "images, sounds and text, from tar shards or loose files", _prepare, Media)
