@@ -360,7 +360,12 @@ def check_writer(config: WriterConfig, model: ModelConfig) -> None:
     if isinstance(config, GenerateConfig):
         if config.prompt_file is not None and config.prompt:
             raise ConfigError("prompt", config.prompt, f"{config.prompt_file} has prompts, too; give one of them")
-        if config.prompt_file is None and not config.prompt:
+        for name, files in (("image", config.image), ("audio", config.audio)):
+            if files and not medium(model, name).layers:
+                raise ConfigError(name, files[0], f"this run's model has no encoder of it (model.{name}.layers)")
+            if files and (config.chat or config.prompt_file is not None):
+                raise ConfigError(name, files[0], "goes with one prompt=TEXT; leave out chat and prompt_file")
+        if config.prompt_file is None and not (config.prompt or config.image or config.audio):
             raise ConfigError("prompt", '""', "there is nothing to continue; give some text: prompt=TEXT")
 
 

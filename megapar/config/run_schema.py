@@ -60,6 +60,12 @@ class GenerateConfig(WriterConfig):
         verbatim=True,
         path=True,
     )
+    image: list[str] | None = option(
+        None, "files of images that the model reads, where the prompt has <image>, else in front of it"
+    )
+    audio: list[str] | None = option(
+        None, "files of sound that the model reads, where the prompt has <audio>, else in front of it"
+    )
     batch_size: int = option(8, "prompts of prompt_file that are continued at a time; changes no text", at_least=1)
     chat: bool = option(False, "a prompt is a user's message, put into the tokenizer's chat template")
     out: str | None = option(

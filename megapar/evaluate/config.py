@@ -28,6 +28,12 @@ class EvalConfig(ForwardConfig):
     labels: str | None = option(
         None, 'JSONL file, {"text", "label"} a line: of a classifier, is it right?', verbatim=True, path=True
     )
+    media: str | None = option(
+        None,
+        "tar shards, or a folder: of a model of images and sound, is it right, with all modalities and with parts?",
+        verbatim=True,
+        path=True,
+    )
     stride: int | None = option(
         None,
         "text: tokens that a window predicts; those before are context; default: half of train.seq_length",

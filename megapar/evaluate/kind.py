@@ -49,14 +49,14 @@ class Evaluation:
     """A way to evaluate.
 
     name: of the key that names the data
-    output: the `model.output` that it needs; encoder: models with one can be asked, too
+    outputs: values of `model.output` that it is for; encoder: models with one can be asked, too
     read: (path, subject) -> the data. The launcher calls it too, so that what can't be used is refused before ranks
         start. Raises UserError, with file and line number.
     measure: (data, subject, scorer) -> the figures. Collective.
     """
 
     name: str
-    output: str
+    outputs: tuple[str, ...]
     read: Callable[[str, Subject], Any]
     measure: Callable[[Any, Subject, Scorer], Result]
     encoder: bool = False
@@ -74,7 +74,9 @@ def asked(config: EvalConfig) -> dict[str, str]:
     """The data of every evaluation that is asked for, by its name. Raises ConfigError where there is none."""
     found = {name: getattr(config, name) for name in evaluations()}
     if not any(found.values()):
-        raise ConfigError("text", None, "there is nothing to evaluate; give text=FILE, choices=, match= or labels=")
+        raise ConfigError(
+            "text", None, "there is nothing to evaluate; give text=FILE, choices=, match=, labels= or media="
+        )
     return {name: path for name, path in found.items() if path is not None}
 
 
@@ -82,15 +84,17 @@ def refuse(subject: Subject, names: Sequence[str]) -> None:
     """Raise ConfigError for what this model can't be asked, and for a stride that leaves tokens out."""
     model = subject.config.model
     for name in names:
-        needs = evaluations()[name].output
+        needs = evaluations()[name].outputs
         path = getattr(subject.options, name)
-        if model.output != needs:
-            remedy = "use labels=FILE" if model.output == "classes" else f"use a run with model.output={needs}"
+        if model.output not in needs:
+            remedy = "use labels=FILE" if model.output == "classes" else f"use a run with model.output={needs[0]}"
             raise ConfigError(name, path, f"this run has model.output={model.output}; {remedy}")
         if model.encoder.layers and not evaluations()[name].encoder:
             able = ", ".join(f"{name}=FILE" for name, one in evaluations().items() if one.encoder)
             raise ConfigError(name, path, f"this run's model has an encoder; it can be asked {able}")
-        if needs == "lm" and not model.causal:
+        if name == "media" and not model.has_media:
+            raise ConfigError(name, path, "this run's model reads text alone; use one of images or sound")
+        if model.output == "lm" and not model.causal:
             problem = "this run's model sees what it would predict (model.causal=false); use a run of a causal one"
             raise ConfigError(name, path, problem)
     stride, length = subject.options.stride, subject.context_length

@@ -1,12 +1,17 @@
 """Prompts from a file: one a line, as text or as JSON objects."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.run_schema import GenerateConfig
-from megapar.config.schema import TrainConfig
+from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.data.jsonl import decoded, read_lines
+from megapar.data.media.decode import Undecodable, clip_of, image_of
+from megapar.data.media.samples import MediaSample, marked
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import prompt_tokens
 
@@ -60,6 +65,28 @@ def prompts_of(
         if len(found) > most and (reads or not whole):
             raise UserError(f"{prompt.where}: {len(found)} tokens, {hold}; shorten the prompt{remedy}")
     return prompts, tokens
+
+
+def media_prompt(config: GenerateConfig, tokenizer: Tokenizer, model: ModelConfig) -> MediaSample:
+    """The prompt of a command with its images and sounds. Raises UserError for what can't be read."""
+    images = tuple(_read(path, image_of, model) for path in config.image or [])
+    clips = tuple(_read(path, clip_of, model) for path in config.audio or [])
+    try:
+        pieces = marked(config.prompt, len(images), len(clips))
+    except ValueError as error:
+        raise ConfigError("prompt", config.prompt, str(error)) from None
+    tokens = [tokenizer.encode(piece) if isinstance(piece, str) else [piece] for piece in pieces]
+    text = np.array([token for some in tokens for token in some], dtype=np.int64)
+    return MediaSample(images, clips, text, np.zeros(0, dtype=np.int64), -1)
+
+
+def _read(path: str, decode: Callable[[bytes, ModelConfig], np.ndarray], model: ModelConfig) -> np.ndarray:
+    try:
+        return decode(Path(path).read_bytes(), model)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); name another file") from None
+    except (Undecodable, ValueError) as error:
+        raise UserError(f"{path}: {error}; name another file") from None
 
 
 def most_tokens(trained: TrainConfig) -> int:

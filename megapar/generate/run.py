@@ -16,8 +16,9 @@ from megapar.config.keys import changed
 from megapar.config.run_schema import ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import TrainConfig
 from megapar.console import console
+from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
-from megapar.generate.prompts import Prompt, most_tokens, prompts_of
+from megapar.generate.prompts import Prompt, media_prompt, most_tokens, prompts_of
 from megapar.generate.text import TextStream, run_tokenizer
 from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
@@ -62,20 +63,22 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     part, tokenizer = writer.part, writer.tokenizer
     with all_or_none(part.mesh["world"], part.mesh.device):
         prompts, found = prompts_of(config, tokenizer, part.config)
+        sample = media_prompt(config, tokenizer, part.config.model) if config.image or config.audio else None
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
     found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])
     with out or nullcontext(console()) as file:
         if config.prompt_file is None:
-            _write_one(config, writer, found[0], file)
+            _write_one(config, writer, sample or found[0], file)
         else:
             _write_many(config, writer, prompts, found, file)
     part.close()
 
 
-def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int], file: TextIO) -> None:
+def _write_one(config: GenerateConfig, writer: Writer, prompt: Sequence[int] | MediaSample, file: TextIO) -> None:
     """The text as it comes."""
-    stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), prompt)
+    before = prompt.text[prompt.text >= 0].tolist() if isinstance(prompt, MediaSample) else prompt
+    stream = TextStream(writer.tokenizer, lambda text: print(text, end="", file=file, flush=True), before)
     if not config.chat and writer.generator.source_length is None:
         print(config.prompt, end="", file=file, flush=True)
     generate_tokens(writer.generator, prompt, config.sample, stream.put, _ends(config, writer))

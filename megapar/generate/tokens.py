@@ -361,7 +361,7 @@ def _logits(outputs: Tensors, batch: Batch) -> Tensor:
 
 def generate_tokens(
     generator: Generator,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | MediaSample,
     sample: SampleConfig,
     on_token: Callable[[int], None] = lambda token: None,
     ends: Collection[int] = (),

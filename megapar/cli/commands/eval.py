@@ -45,10 +45,11 @@ COMMAND = Command(
         ("megapar eval runs/demo text=held_out.txt", "perplexity, bits per byte"),
         ("megapar eval runs/demo choices=quiz.jsonl out=quiz.json", "multiple choice by log-likelihood"),
         ("megapar eval runs/chat match=tasks.jsonl parallel=tp2", "exact match of greedy answers, on two ranks"),
+        ("megapar eval runs/digits media=shards/valid", "a table of what each modality, pair and all of them say"),
         ("megapar eval runs/sorter labels=test.jsonl", "a classifier's accuracy, precision and recall"),
     ],
     most_used=[
-        *("run.dir", "text", "choices", "match", "labels", "stride", "batch_size", "dtype"),
+        *("run.dir", "text", "choices", "match", "labels", "media", "stride", "batch_size", "dtype"),
         *("parallel.tp", "parallel.pp", "parallel.dp", "checkpoint.load", "out"),
     ],
 )

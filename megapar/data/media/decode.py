@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megapar.config.errors import UserError
+from megapar.config.schema import ModelConfig
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # whatever a file is called, Pillow tries these alone
 SOUNDFILE = (b"fLaC", b"OggS")  # what a file of that library's begins with
@@ -40,6 +41,24 @@ def pixels(data: bytes, channels: int) -> np.ndarray:
         return np.repeat(grey[:, :, None], channels, axis=2)
     found = np.array(image.convert(MODES[channels]), dtype=np.uint8)
     return found.reshape(*found.shape[:2], channels)
+
+
+def image_of(data: bytes, model: ModelConfig) -> np.ndarray:
+    """An image as a model reads it, see `pixels`. Raises Undecodable, NotInstalled, and ValueError for one that its
+    patches don't divide."""
+    found = pixels(data, model.image.channels)
+    if any(size % model.image.patch for size in found.shape[:2]):
+        size = " x ".join(map(str, found.shape[:2]))
+        raise ValueError(f"{size} pixels (height x width), not multiples of model.image.patch={model.image.patch}")
+    return found
+
+
+def clip_of(data: bytes, model: ModelConfig) -> np.ndarray:
+    """A sound as a model reads it, see `sound`. Raises Undecodable, NotInstalled, and ValueError for another rate."""
+    found, rate = sound(data)
+    if rate != model.audio.rate:
+        raise ValueError(f"{rate} Hz, where model.audio.rate={model.audio.rate}")
+    return found
 
 
 def _image(data: bytes) -> Any:

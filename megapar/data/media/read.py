@@ -31,15 +31,13 @@ from megapar.data.media.files import (
     loose_groups,
     shard_groups,
 )
-from megapar.data.media.samples import AUDIO, IMAGE
+from megapar.data.media.samples import AUDIO, IMAGE, marked
 from megapar.data.records import SAY, Kind, Origin, Part, Record
 
-MARKS = {"<image>": IMAGE, "<audio>": AUDIO}
 KEYS = ("text", "target", "label", "group")
 INDEX = ".media.npz"
 AT_ONCE = 256  # samples that are decoded at a time, by several threads
 SAY_S = 5.0
-_MARK = re.compile("(<image>|<audio>)")
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,15 @@ def parse(line: Line) -> Record:
     """A sample's record: what the model reads, with media where the text has `<image>` and `<audio>`, or else in front
     of it; and what it is to write. Of the line's values, `images` and `sounds` count media, and `content` is equal
     where what the model reads is. Raises UserError where the text has more marks than there are media."""
-    parts: list[Part] = []
-    named: Counter[int] = Counter()
-    for piece in _MARK.split(line.values.get("text", "")):
-        if (token := MARKS.get(piece)) is not None:
-            named[token] += 1
-            parts.append(Part("", token=token))
-        elif piece:
-            parts.append(Part(piece))
-    front: list[Part] = []
-    for mark, there in (("<image>", line.values["images"]), ("<audio>", line.values["sounds"])):
-        token = MARKS[mark]
-        if named[token] > there:
-            problem = f"the text has {mark} {named[token]} times, and there are {there}"
-            raise line.wrong(f"{problem}; add what is missing, or take the mark out")
-        front += [Part("", token=token)] * (there - named[token])
+    try:
+        pieces = marked(line.values.get("text", ""), line.values["images"], line.values["sounds"])
+    except ValueError as error:
+        raise line.wrong(f"{error}; add what is missing, or take the mark out") from None
+    parts = [Part(piece) if isinstance(piece, str) else Part("", token=piece) for piece in pieces]
     target = line.values.get("target")
     written = () if target is None else (Part(target, learned=True, closes=True),)
     group = line.values.get("group", line.values["content"])
-    return Record(line, ((*front, *parts), written), group, line.values.get("label"))
+    return Record(line, (tuple(parts), written), group, line.values.get("label"))
 
 
 KIND = Kind("media", parse, sequences=2)

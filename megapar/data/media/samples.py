@@ -1,5 +1,6 @@
 """What a task gets of media."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,22 @@ class MediaSample:
         if "text" in modalities:
             left |= self.text >= 0
         return replace(self, images=images, clips=clips, text=self.text[left])
+
+
+_MARK = re.compile("(<image>|<audio>)")
+_MARKS = {"<image>": IMAGE, "<audio>": AUDIO}
+
+
+def marked(text: str, images: int, sounds: int) -> list[str | int]:
+    """A text in pieces, with IMAGE and AUDIO where it has `<image>` and `<audio>`; media that it does not name stand in
+    front, images first. Raises ValueError where it names more than there are."""
+    pieces: list[str | int] = [_MARKS.get(piece, piece) for piece in _MARK.split(text) if piece]
+    front: list[str | int] = []
+    for mark, there in (("<image>", images), ("<audio>", sounds)):
+        if (named := pieces.count(_MARKS[mark])) > there:
+            raise ValueError(f"the text has {mark} {named} times, and there are {there}")
+        front += [_MARKS[mark]] * (there - named)
+    return [*front, *pieces]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Media:
     """Samples of images, sounds and text, of at most `seq_length` tokens. "train" shuffles every epoch anew. Media that
     the model has no encoder for are not read.
 
+    records, chosen: those of the split, and the numbers of those that are used
     labels: names of the classes, in the order of their numbers; empty without
     left_out: one line on samples that the model can't use, which `data.on_error=skip` left out; empty without
     """
@@ -35,14 +36,14 @@ class Media:
             problem = f"the data has {len(self.labels)} labels; leave model.classes out, or set it to that"
             raise ConfigError("model.classes", classes, problem)
         chosen, self.left_out = _usable(self.records, config)
-        self._chosen = np.intersect1d(chosen, _fitting(self.records, chosen, config))
-        self.num_samples = len(self._chosen)
+        self.chosen = np.intersect1d(chosen, _fitting(self.records, chosen, config))
+        self.num_samples = len(self.chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
 
     def batch(self, indices: Iterable[int], read: Collection[str] = MEDIA) -> list[MediaSample]:
         """Samples by number. read: media that are; others have the right sizes, and nothing in them. Raises UserError
         where a file is gone or has changed."""
-        return [self._sample(self._record(index), read) for index in indices]
+        return [self.sample(self._record(index), read) for index in indices]
 
     def sizes(self, index: int) -> MediaSizes:
         """Sizes of a sample, without opening a file."""
@@ -53,9 +54,10 @@ class Media:
         return int(sum(self.records.lengths[self._record(index), 1] for index in indices))
 
     def _record(self, index: int) -> int:
-        return int(self._chosen[self.order.item(int(index))])
+        return int(self.chosen[self.order.item(int(index))])
 
-    def _sample(self, record: int, read: Collection[str]) -> MediaSample:
+    def sample(self, record: int, read: Collection[str] = MEDIA) -> MediaSample:
+        """The sample of a record, by its number."""
         text, target = (np.asarray(self.records.sequence(record, number)[0]) for number in range(2))
         label, sizes = int(self.records.classes[record]), self.records.sizes(record)
         there = media(self.model)

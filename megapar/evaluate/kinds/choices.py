@@ -129,4 +129,4 @@ def with_error(found: tuple[float, float | None]) -> str:
     return f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-EVALUATION = Evaluation("choices", "lm", read, measure)
+EVALUATION = Evaluation("choices", ("lm",), read, measure)

@@ -80,4 +80,4 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-EVALUATION = Evaluation("labels", "classes", read, measure)
+EVALUATION = Evaluation("labels", ("classes",), read, measure)

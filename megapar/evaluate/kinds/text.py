@@ -83,4 +83,4 @@ def windows(tokens: Sequence[int], length: int, stride: int) -> list[Span]:
     return found
 
 
-EVALUATION = Evaluation("text", "lm", read, measure)
+EVALUATION = Evaluation("text", ("lm",), read, measure)
