@@ -4,6 +4,7 @@ A part is what a pipeline stage holds as a whole: the embedding, a layer, the he
 `megapar.models` has a builder for each kind. Counts are of the logical model, over all tensor-parallel ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -160,6 +161,16 @@ def _layer(config: TrainConfig, index: int, stack: str = "") -> Part:
         activation=_layer_activation(own, cross),
         **tie,
     )
+
+
+def medium_flops(model: ModelConfig, name: str, lengths: Sequence[int]) -> float:
+    """FLOPs of a forward pass through the encoder of a medium, of images or sounds of so many tokens each."""
+    own = stack_model(model, name)
+    in_layers = own.layers * sum(linear.matrix for linear in layer_linears(own).values())
+    in_ends = own.hidden * medium_features(model, name)
+    in_ends += sum(linear.matrix for linear in projector_linears(own, model.hidden).values())
+    scores = own.layers * own.heads * (own.head_dim or 0)
+    return 2.0 * (in_layers + in_ends) * sum(lengths) + 4.0 * scores * sum(length**2 for length in lengths)
 
 
 def part_options(optim: OptimConfig, part: str) -> PartOptions:

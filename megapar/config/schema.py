@@ -143,6 +143,11 @@ class DataConfig:
     on_error: Literal["refuse", "skip"] = option(
         "refuse", "source=media: a sample that can't be read or used is an error, or left out and counted", fixed=True
     )
+    balance: bool = option(
+        True,
+        "source=media: samples of a step are put together so that micro-batches cost about the same; same samples",
+        identity=False,
+    )
     verify: Literal["quick", "full"] = option(
         "quick", "check of the token files at start: sizes and samples, or every byte"
     )

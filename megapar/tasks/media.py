@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megapar.config.model import medium_flops
 from megapar.config.schema import TrainConfig
 from megapar.config.stacks import TEXT, media
 from megapar.config.stages import stage_parts
@@ -50,13 +51,30 @@ class MediaTask(SampledTask):
 
     def kept(self, split: Split, number: int, sample: MediaSample) -> MediaSample:
         """A sample with those modalities that are read of it."""
-        there = [name for name in self.modalities if sample.has(name)]
+        return sample.only(self._kept(split, number, [name for name in self.modalities if sample.has(name)]))
+
+    def costs(self, split: Split, numbers: np.ndarray) -> np.ndarray:
+        """What encoders compute. The trunk reads as many tokens of every sample, padding counted."""
+        model = self.config.model
+        costs = np.zeros(len(numbers))
+        for at, number in enumerate(numbers.tolist()):
+            sizes = self.samples[split].sizes(number)
+            tokens = {
+                "image": [height * width // model.image.patch**2 for height, width in sizes.images],
+                "audio": [model.audio.tokens(samples) for samples in sizes.clips],
+            }
+            there = [name for name in self.modalities if (sizes.text if name == TEXT else tokens[name])]
+            kept = self._kept(split, number, there)
+            costs[at] = sum(medium_flops(model, name, tokens[name]) for name in kept if name != TEXT)
+        return costs
+
+    def _kept(self, split: Split, number: int, there: list[str]) -> list[str]:
+        """Of the modalities that a sample has those that are read of it."""
         rate = self.config.task.modality_dropout
-        if split == "train" and rate and len(there) > 1:
-            random = np.random.Generator(np.random.Philox(key=self.config.train.seed, counter=number))
-            draws = random.random(len(there))
-            there = [name for name, draw in zip(there, draws, strict=True) if draw >= min(rate, draws.max())]
-        return sample.only(there)
+        if split != "train" or not rate or len(there) < 2:
+            return there
+        draws = np.random.Generator(np.random.Philox(key=self.config.train.seed, counter=number)).random(len(there))
+        return [name for name, draw in zip(there, draws, strict=True) if draw >= min(rate, draws.max())]
 
     def _micro_batch(self, samples: Sequence[MediaSample], numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Of samples [B] and their numbers, without `starts` and `positions`."""

@@ -1,6 +1,7 @@
 """A task on samples that have numbers: which of them a step takes, and which of those this rank."""
 
 from abc import ABC, abstractmethod
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,24 @@ class SampledTask(ABC):
     def loss(self, outputs: Tensors, batch: Batch) -> Tensor:
         """This micro-batch's part of the mean over the global batch: its sum, in fp64, by `batch["count"]`."""
 
+    def costs(self, split: Split, numbers: np.ndarray) -> np.ndarray | None:
+        """What samples [n] cost beyond what all do alike, in FLOPs, [n]; None: they all cost the same."""
+        return None
+
     def measure(self, outputs: Tensors, batch: Batch) -> Tensor:
         """[k] fp64: a micro-batch's part of the loss, then of what else an evaluation measures."""
         return self.loss(outputs, batch).reshape(1)
 
     def batches(self, step: int) -> list[Batch]:
-        """This data-parallel rank's micro-batches of step 1, 2, ...: its share of a run of global sample numbers."""
+        """This data-parallel rank's micro-batches of step 1, 2, ...: its share of a run of global sample numbers.
+
+        With `data.balance` samples are dealt out so that micro-batches cost about the same: a loss is a sum over the
+        step's samples, so it stays what it is.
+        """
         size = self.config.train.global_batch_size
         numbers = (step - 1) * size + np.arange(size)
+        if self.config.data.balance and (costs := self.costs("train", numbers)) is not None:
+            numbers = numbers[evenly(costs, size // self.config.train.micro_batch_size)]
         return self._batches("train", numbers[self._share(size)], step, self.count("train", numbers))
 
     def validation(self) -> list[Batch]:
@@ -95,6 +106,20 @@ class SampledTask(ABC):
         # Numbers of the host, which no kernel waits for.
         scalars = {"step": torch.tensor(step), "count": torch.tensor(float(count), dtype=torch.float64)}
         return [batch | scalars for batch in send(arrays, self.mesh.device)]
+
+
+def evenly(costs: np.ndarray, runs: int) -> np.ndarray:
+    """An order of items, int64 [n], whose `runs` runs of the same length cost about the same: the dearest first, each
+    into the run that costs least so far and has room (Graham 1969)."""
+    room = len(costs) // runs
+    chosen: list[list[int]] = [[] for _ in range(runs)]
+    heap = [(0.0, run) for run in range(runs)]
+    for item in np.argsort(-costs, kind="stable").tolist():
+        cost, run = heappop(heap)
+        chosen[run].append(item)
+        if len(chosen[run]) < room:
+            heappush(heap, (cost + float(costs[item]), run))
+    return np.array([item for run in chosen for item in run])
 
 
 def ignore(labels: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
