@@ -31,7 +31,7 @@ setup(
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "tensorboard": ["tensorboardX"],
         "hf": ["tokenizers", "jinja2"],
-        "experiments": ["django", "num2words", "pillow", "soundfile"],
+        "experiments": ["django", "espeakng-loader", "num2words", "pillow", "scikit-learn", "scipy", "soundfile"],
         "lm_eval": ["lm_eval"],  # megapar/library/harness.py
         "dev": [
             "tensorboardX",
@@ -40,8 +40,11 @@ setup(
             "transformers",  # references, in tests alone
             "peft",
             "django",
+            "espeakng-loader",
             "num2words",
             "pillow",
+            "scikit-learn",
+            "scipy",
             "soundfile",
             "pytest",
             "hypothesis",

@@ -1,0 +1,56 @@
+"""The experiment's data and baselines."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.multimodal_digits import baselines, data
+from experiments.shards import pixels_of, sound_of
+from tests.experiments.tools import built, texts
+
+
+def test_the_samples(tmp_path: Path) -> None:
+    train, valid = built(lambda folder, seed: data.build(folder, seed, {"train": 60, "valid": 20}), tmp_path)
+    assert (len(train), len(valid)) == (60, 20)
+    for sample in train + valid:
+        assert sorted(sample) == ["cls", "png", "txt", "wav"]
+        assert pixels_of(sample["png"]).shape == (16, 16) and len(sound_of(sample["wav"])) == data.LENGTH
+        digit = int(sample["cls"])
+        assert baselines.by_matching(sample["txt"].decode())[digit] > 0.01
+    assert set(texts(train, "cls")) == {str(digit) for digit in range(10)}
+    rows = list(baselines.lines(train, valid))
+    assert len(rows) == 2 + 7 and rows[-1].endswith("| picture and sound and word |")
+
+
+def test_pictures_are_held_out() -> None:
+    (train, _), (valid, _) = (data.handwritten(split, 1) for split in ("train", "valid"))
+    assert (len(train), len(valid)) == (1397, 400)
+    assert not {picture.tobytes() for picture in train} & {picture.tobytes() for picture in valid}
+
+
+def test_what_is_spoiled() -> None:
+    """A square without ink, half of a word, and letters."""
+    draw = np.random.default_rng(0)
+    light = np.array([data.spoiled(np.ones((8, 8)), draw) for _ in range(200)]).astype(float)
+    assert light.mean() == pytest.approx(85 * (2 - 100 / 256), rel=0.01)
+    masks = [data.hidden("sechs", draw) for _ in range(500)]
+    assert np.mean([mask.count("_") for mask in masks]) == pytest.approx(5 * data.HIDDEN, rel=0.05)
+    assert all(seen in ("_", letter) for mask in masks for seen, letter in zip(mask, "sechs", strict=True))
+
+
+def test_half_of_a_word_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "spoken", lambda word, speaker: np.ones(1000))
+    monkeypatch.setattr(data, "SPEECH_TO_NOISE", 60.0)
+    sounds = np.array([data.heard("one", "train", np.random.default_rng(seed)) for seed in range(20)])
+    assert [round(sum(sound > 0.5)) for sound in sounds] == [500] * 20 and sounds.shape == (20, data.LENGTH)
+    assert len({int(np.argmax(sound > 0.5)) for sound in sounds}) > 10
+
+
+def test_words_that_fit() -> None:
+    """As likely as there are words: one language or several, one digit or several."""
+    posterior = baselines.by_matching("s_x")
+    assert posterior.argmax() == 6 and posterior[6] > 0.99
+    two = baselines.by_matching("t__")  # two, tre and två: 2 in English and Swedish, 3 in Italian and Swedish
+    assert two[[2, 3]] == pytest.approx([0.5, 0.5], abs=0.01)
+    assert baselines.by_matching("zzz") == pytest.approx([0.1] * 10)
