@@ -11,6 +11,7 @@ import tarfile
 import wave
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from PIL import Image
 from megapar.config.errors import UserError
 from megapar.config.schema import DataConfig
 from megapar.data.prepare import cache_folder, made_once, new_folder
+from megapar.data.source import Prepared, Source
+from megapar.data.sources.media import SOURCE as MEDIA
 
 Sample = dict[str, bytes]  # what follows the key and a dot, to what is in that file
 Build = Callable[[Path, int], None]  # (folder, seed): writes both splits into a folder that is there
@@ -104,6 +107,17 @@ def cached(config: DataConfig, module: str, build: Build, seed: int) -> Path:
         digest.update(each.read_bytes())
     folder = cache_folder(config) / f"{path.parent.name}-{digest.hexdigest()[:16]}"
     return made_once(folder, lambda whole: build(whole, seed))
+
+
+def shards_source(module: str, about: str, build: Build, seed: int) -> Source:
+    """The `SOURCE` of an experiment's data.py, `data.source` NAME of its folder: what `build` writes, made at the first
+    use and read as `data.source=media`; `data.path` counts for nothing. module: as of `cached`"""
+
+    def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
+        folder = cached(config, module, build, seed)
+        return MEDIA.prepare(replace(config, path=str(folder / "train"), valid=str(folder / "valid")), say)
+
+    return Source(Path(module).resolve().parent.name, about, prepare, MEDIA.open)
 
 
 def write_data(arguments: Sequence[str], build: Build, seed: int) -> int:

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from experiments.shards import Sample, png, wav, write_data, write_shards  # noqa: E402
+from experiments.shards import Sample, png, shards_source, wav, write_data, write_shards  # noqa: E402
 from experiments.speech import DIGITS, draw_speaker, spoken, with_noise  # noqa: E402
 
 SEED = 1
@@ -92,6 +92,9 @@ def hidden(word: str, draw: np.random.Generator) -> str:
 def words() -> dict[str, list[str]]:
     """The digits' words by language, as num2words spells them."""
     return {language: [num2words(digit, lang=language) for digit in range(10)] for language in LANGUAGES}
+
+
+SOURCE = shards_source(__file__, "digits as a picture, a sound and a word", build, SEED)
 
 
 if __name__ == "__main__":
