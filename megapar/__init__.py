@@ -16,17 +16,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megapar.config.errors import ConfigError, UserError
     from megapar.config.schema import ModelConfig
+    from megapar.data.media.samples import MediaSample
     from megapar.library.hf import from_hf
     from megapar.library.model import Model, build
     from megapar.library.optimizer import AdamW, Lion, Muon
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "ConfigError", "Lion", "Model", "ModelConfig", "Muon", "UserError", "build", "from_hf", "schedule"]
+__all__ = [
+    "AdamW",
+    "ConfigError",
+    "Lion",
+    "MediaSample",
+    "Model",
+    "ModelConfig",
+    "Muon",
+    "UserError",
+    "build",
+    "from_hf",
+    "schedule",
+]
 
 _WHERE = {
     "AdamW": "megapar.library.optimizer",
     "ConfigError": "megapar.config.errors",
     "Lion": "megapar.library.optimizer",
+    "MediaSample": "megapar.data.media.samples",
     "Model": "megapar.library.model",
     "ModelConfig": "megapar.config.schema",
     "Muon": "megapar.library.optimizer",

@@ -1,10 +1,17 @@
 """A batch of token ids as the stages read it: checked, and dealt out to data-parallel ranks and micro-batches."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from megapar.config.schema import TrainConfig
+from megapar.config.stacks import media
+from megapar.data.media.batches import Rows, lay_out
+from megapar.data.media.samples import MediaSample
 from megapar.mesh import Axis
+from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Batch
 
 IGNORED = -100  # the label of a token that does not count, as in torch
@@ -100,6 +107,37 @@ def source_inputs(
             raise ValueError(f"a mask {list(mask.shape)}, and its tokens are {list(tokens.shape)}; give one for each")
         found[name] = starts_of_mask(torch.ones_like(tokens) if mask is None else mask)
     return found
+
+
+def media_inputs(
+    config: TrainConfig, samples: Sequence[MediaSample], device: torch.device, context: StageContext
+) -> Batch:
+    """Samples of images, sound and text as one micro-batch, without its step, see `Model.read`. Raises ValueError."""
+    model = config.model
+    if not samples:
+        raise ValueError("samples: there are none; give at least one")
+    for sample in samples:
+        for name, patch in (("image", model.image.patch), ("audio", 1)):
+            if (found := sample.of(name)) and name not in media(model):
+                raise ValueError(f"samples: one has {name}, and the model has no encoder of it (model.{name}.layers)")
+            if wrong := [one.shape for one in found if any(size % patch for size in one.shape[:2])]:
+                raise ValueError(f"samples: an image {list(wrong[0])}, and patches are {patch} x {patch} pixels")
+    granule = context.tp.size if context.splits_tokens else 1
+    laid, rows = [lay_out(model, sample, sample.text) for sample in samples], Rows(model, media(model), granule)
+    length = -(-max(map(len, laid)) // granule) * granule
+    arrays = {name: np.zeros((len(laid), length), dtype=np.int64) for name in ("ids", "kinds", "media", "mask")}
+    for at, one in enumerate(laid):
+        parts = {"ids": one.ids, "kinds": one.kinds, "media": rows.add(at, one), "mask": np.ones_like(one.ids)}
+        for name, part in parts.items():
+            arrays[name][at, : len(one)] = part
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in (arrays | rows.arrays()).items()}
+    mask = tensors.pop("mask")
+    check_ids(tensors["ids"], config, device)
+    return tensors | {
+        "samples": torch.arange(len(laid), device=device),
+        "starts": starts_of_mask(mask),
+        "lengths": mask.sum(1),
+    }
 
 
 def starts_of_mask(mask: Tensor) -> Tensor:

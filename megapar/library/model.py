@@ -1,5 +1,6 @@
 """A model as a torch module: in one process the whole of it, under torchrun this rank's part."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig, TrainConfig
-from megapar.library.batch import check_ids, deal, side_inputs, source_inputs, whole
+from megapar.data.media.samples import MediaSample
+from megapar.library.batch import check_ids, deal, media_inputs, side_inputs, source_inputs, whole
 from megapar.library.gradients import VisibleGrads
 from megapar.library.logits import LossFn, cross_entropy, gather_logits, own_loss
 from megapar.library.ranks import join, refuse_part
@@ -23,6 +25,7 @@ from megapar.parallel.collectives import all_reduce
 from megapar.parallel.grad_sync import GradSync
 from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
+from megapar.pipeline.stage import Batch, Tensors
 from megapar.schedule.lower import forward_only, lower
 
 
@@ -85,6 +88,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleDict({index: layer for s in stages for index, layer in s.layers.items()})
         self.head: Head | HiddenStates | None = _first(stages, "head")
         self.encoder: EncoderStack | None = _encoder_of(stages)
+        self.media = nn.ModuleDict({name: stack for s in stages for name, stack in s.media.items()})
         self.read_bytes = 0  # of the files that the weights are from
         self._calls = 0
 
@@ -117,12 +121,35 @@ class Model(nn.Module):
         self.part.mesh.timeline.forget()
         batch = whole(ids, self._count() if self.training else 0) | side_inputs(ids, attention_mask, token_types)
         batch |= source_inputs(ids, source, source_mask, attention_mask)
-        context = self.part.context
+        return self._through(batch, hidden)
+
+    def read(self, samples: Sequence[MediaSample], *, hidden: bool = False) -> Any:
+        """What `forward` gives of samples of images, sound and text, B of them, for a model that has encoders of media.
+
+        S is the longest in tokens, those of images and sounds counted; shorter ones have padding behind them, and what
+        that gives means nothing. `megapar.data.media.batches.lay_out` says which token is what. Pixels and waveforms
+        are numpy arrays; weights have gradients as of `forward`. Raises ValueError for a sample of a medium that the
+        model has no encoder for, and for an image that its patches don't divide.
+        """
+        if self.embedding is None or self.head is None:
+            raise UserError("model.read: this rank has not all parts; use a layout without pp")
+        self.part.mesh.timeline.forget()
+        batch = media_inputs(self.config, samples, self.device, self.part.context)
+        return self._through(batch | {"step": torch.tensor(self._count() if self.training else 0)}, hidden)
+
+    def _through(self, batch: Batch, hidden: bool) -> Any:
+        """All parts in turn, see `forward`."""
+        assert self.embedding is not None and self.head is not None
+        context, shape = self.part.context, batch["ids"].shape
         tokens, memory = Tokens.of(batch, context), None
         if self.encoder is not None:
             read = Tokens.of_source(batch, context)
             memory = Memory(self.encoder.read(None, batch["source"], read), read)
-        x_tH = self.embedding(batch["ids"], tokens)
+        streams: Tensors = {}
+        for stack in self.media.values():
+            stack.read(streams, batch)  # type: ignore[operator]
+        media = {name.removesuffix("_tokens"): x_tH for name, x_tH in streams.items()}
+        x_tH = self.embedding(batch["ids"], tokens, media) if media else self.embedding(batch["ids"], tokens)
         behind = {"embedding": x_tH}
         more: dict[str, Any] = {} if self.relative is None else {"bias": self.relative.of(tokens)}
         more |= {} if memory is None else {"memory": memory}
@@ -132,11 +159,11 @@ class Model(nn.Module):
             outputs = self.head(x_tH, tokens)
             logits: Any = outputs.get("scores")
             if logits is None:
-                last = outputs["hidden"].view(*ids.shape, -1)
+                last = outputs["hidden"].view(*shape, -1)
                 logits = (last, outputs["pooled"]) if "pooled" in outputs else last
         else:
-            logits = self._gathered(self.head(x_tH)).view(*ids.shape, -1)
-        return (logits, {name: x.view(*ids.shape, -1) for name, x in behind.items()}) if hidden else logits
+            logits = self._gathered(self.head(x_tH)).view(*shape, -1)
+        return (logits, {name: x.view(*shape, -1) for name, x in behind.items()}) if hidden else logits
 
     def forward_backward(
         self,

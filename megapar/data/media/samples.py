@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 IMAGE, AUDIO = -1, -2  # where an image and a sound stand among the tokens of a text
+
+
+def _no_tokens() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,11 @@ class MediaSample:
     label: number of its class; -1 without
     """
 
-    images: tuple[np.ndarray, ...]
-    clips: tuple[np.ndarray, ...]
-    text: np.ndarray
-    target: np.ndarray
-    label: int
+    images: tuple[np.ndarray, ...] = ()
+    clips: tuple[np.ndarray, ...] = ()
+    text: np.ndarray = field(default_factory=_no_tokens)
+    target: np.ndarray = field(default_factory=_no_tokens)
+    label: int = -1
 
     def has(self, modality: str) -> bool:
         """Whether there is some of it: image, audio or text."""
