@@ -33,7 +33,7 @@ def test_logits_of_every_token(media: dict[str, Any]) -> None:
     model = Model(tiny_config(media["data.prefix"], **media | WRITES))
     together, behind = model.read(PROMPTS[:2], hidden=True)
     alone = model.read([PROMPTS[1]])
-    assert together.shape[1] == 8 and behind["layers.1"].shape == (2, 7, 16)  # 3 of text, 2 patches, 3 of sound
+    assert together.shape[1] == 8 and behind["layers.1"].shape == (2, 8, 16)  # 3 of text, 2 patches, 3 of sound
     np.testing.assert_allclose(together[1, : alone.shape[1]].detach(), alone[0].detach(), rtol=0, atol=1e-9)
     model.close()
 
