@@ -26,18 +26,20 @@ STACKS = (TRUNK, "encoder", *MEDIA)  # by number
 class Stream:
     """A tensor [t, width] that crosses boundaries between stages.
 
-    counted: the entry of a batch that has an element for each of its tokens; stack: that whose width it has
+    tokens: the stack whose tokens it has; width: the stack whose width it has
+    counted: the entry of a batch that has an element for each of its tokens
     """
 
+    tokens: str
+    width: str
     counted: str
-    stack: str
 
 
 STREAMS = {
-    "hidden": Stream("ids", TRUNK),
-    "memory": Stream("source", "encoder"),
-    **{name: Stream(f"{name}_samples", name) for name in MEDIA},
-    **{f"{name}_tokens": Stream(f"{name}_samples", TRUNK) for name in MEDIA},
+    "hidden": Stream(TRUNK, TRUNK, "ids"),
+    "memory": Stream("encoder", "encoder", "source"),
+    **{name: Stream(name, name, f"{name}_samples") for name in MEDIA},
+    **{f"{name}_tokens": Stream(name, TRUNK, f"{name}_samples") for name in MEDIA},
 }
 
 

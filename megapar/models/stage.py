@@ -129,7 +129,7 @@ class TransformerStage(Stack):
     ) -> None:
         super().__init__(context)
         model = config.model
-        self.widths = {name: stack_model(model, STREAMS[name].stack).hidden for name in (*parts[0].receives, *sends)}
+        self.widths = {name: stack_model(model, STREAMS[name].width).hidden for name in (*parts[0].receives, *sends)}
         self.receives, self.sends = parts[0].receives, sends
         there = {part.stack for part in parts}
         self.encoder: EncoderStack | None = EncoderStack(context) if "encoder" in there else None

@@ -2,7 +2,8 @@
 
 Counted are operations that this rank takes part in, and the bytes of its own operand: the tensor that it gives to a
 collective or sends. Of a pipeline's transfers the sends are counted. A reduce-scatter counts with its whole operand, as
-it travels on a CPU. A test compares the counts with what runs call.
+it travels on a CPU. A test compares the counts with what runs call. With images and sound they are about right: a
+micro-batch has more or fewer of them than the average, which is what is counted.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ import torch
 from megapar.config.model import WIDTHS, Part, linears_of, tokens_read
 from megapar.config.policy import Linear, head_linear
 from megapar.config.schema import TrainConfig
+from megapar.config.stacks import MEDIA, STREAMS, media, stack_model, stack_tokens
 from megapar.config.stages import stage_parts
 from megapar.optim.matrices import operands
 from megapar.optim.optimizer import is_matrix, works_on_matrices
@@ -65,12 +67,9 @@ def _tokens(config: TrainConfig) -> int:
 def _stream_bytes(config: TrainConfig, name: str) -> int:
     """Of a tensor that passes between stages."""
     share = config.parallel.tp if config.parallel.sequence_parallel else 1
-    tokens = _source_tokens(config) if name == "memory" else _tokens(config)
-    return tokens // share * config.model.hidden * WIDTHS[config.train.dtype][0]
-
-
-def _source_tokens(config: TrainConfig) -> int:
-    return config.train.micro_batch_size * (config.train.source_length or 0)
+    stream = STREAMS[name]
+    tokens = config.train.micro_batch_size * stack_tokens(config, stream.tokens)
+    return tokens // share * stack_model(config.model, stream.width).hidden * WIDTHS[config.train.dtype][0]
 
 
 def _tensor_parallel(
@@ -81,9 +80,12 @@ def _tensor_parallel(
     if tp == 1:
         return
     for part in parts:
-        whole = tokens_read(config, part) * config.model.hidden * WIDTHS[config.train.dtype][0]
+        size = WIDTHS[config.train.dtype][0]
+        whole = tokens_read(config, part) * config.model.hidden * size
         for direction in directions:
-            if part.kind == "layer":
+            if part.kind in ("layer", "projector"):
+                if part.kind == "projector" and again and direction == "forward":
+                    continue  # layers alone are computed again
                 for linear in linears_of(config.model, part).values():
                     tokens = tokens_read(config, part, linear)
                     _linear(config, linear, direction, tokens, found)
@@ -94,8 +96,12 @@ def _tensor_parallel(
                 _linear(config, head_linear(config.model), direction, _tokens(config), found)
             elif part.kind == "head" and split and direction == "forward":
                 found.add(1, whole / tp)
-            elif part.kind == "embedding" and (direction == "forward" or split):
+            elif part.kind == "embedding" and part.stack not in MEDIA and (direction == "forward" or split):
                 found.add(1, whole if direction == "forward" else whole / tp)
+                for name in media(config.model) if split else ():  # a patch's place may be another rank's
+                    tokens = config.train.micro_batch_size * stack_tokens(config, name)
+                    of_medium = tokens * config.model.hidden * size
+                    found.add(1, of_medium / tp if direction == "forward" else of_medium)
 
 
 def _linear(config: TrainConfig, linear: Linear, direction: str, tokens: int, found: Messages) -> None:

@@ -24,7 +24,9 @@ def draw(run_dir: Path) -> Path | None:
     if not losses:
         return None
     held_out = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    body, height = _loss_panel(losses, held_out, 30)
+    summary = run_dir / "summary.json"
+    unit = json.loads(summary.read_text()).get("loss_unit", "nats/token") if summary.exists() else "nats/token"
+    body, height = _loss_panel(losses, held_out, unit, 30)
     width: float = WIDTH
     if (traced := run_dir / "trace.json").exists():
         more, width, height = _timeline_panels(read(traced), height + 50)
@@ -35,7 +37,7 @@ def draw(run_dir: Path) -> Path | None:
 
 
 def _loss_panel(
-    losses: list[tuple[int, float]], held_out: list[tuple[int, float]], top: float
+    losses: list[tuple[int, float]], held_out: list[tuple[int, float]], unit: str, top: float
 ) -> tuple[list[str], float]:
     height = 220.0
     first, last = min(step for step, _ in losses) - 1, max(step for step, _ in losses)  # from where the run began
@@ -50,7 +52,7 @@ def _loss_panel(
     def y(value: float) -> float:
         return top + 20 + height * (high - value) / (high - low)
 
-    body = [text(LEFT, top, "Loss in nats per token", weight="600")]
+    body = [text(LEFT, top, f"Loss in {unit.replace('/', ' per ')}", weight="600")]
     for value in ticks(low, high, 6):
         body.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end", MUTED))

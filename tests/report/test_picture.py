@@ -125,3 +125,11 @@ def test_of_many_ranks_one_pipeline_is_drawn(tp: int, shown: int, tmp_path: Path
     said = [text for text, _ in texts(path)]
     assert len([text for text in said if "  dp " in text]) == shown
     assert ("Measured: what dp 0, tp 0 of 36 ranks did" in said) == (shown == 2)
+
+
+def test_losses_have_the_unit_of_the_task(tmp_path: Path) -> None:
+    for unit, title in (("nats/sample", "Loss in nats per sample"), (None, "Loss in nats per token")):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        (tmp_path / "summary.json").write_text("{}" if unit is None else f'{{"loss_unit": "{unit}"}}')
+        path = draw(tmp_path)
+        assert path is not None and texts(path)[0][0] == title

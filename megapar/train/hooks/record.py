@@ -17,6 +17,7 @@ from megapar.part import DTYPES
 from megapar.pipeline.graphs import why_not
 from megapar.schedule.simulate import simulate
 from megapar.stop import stop_request
+from megapar.tasks import task_kind
 from megapar.train.hooks.hook import Hook
 from megapar.train.metrics import any_to_stop, gather_figures, local_figures, rows_before, summarise
 from megapar.train.trainer import Step
@@ -139,6 +140,7 @@ class Record(Hook):
             "stages": stage_names(config),
             "skipped_steps": self.skipped,
             "loss": rows[-1]["loss"],
+            "loss_unit": task_kind(config.task.name).loss.unit,
             "tokens_per_s": median_of("tokens_per_s"),
             "step_time_s": median_of("step_time_s"),
             "compute_s": median_of("compute_s"),
