@@ -81,7 +81,7 @@ def prepared(folder: Path, path: object, say: Callable[[str], Any] = lambda line
     """Media prepared with a cache in `folder`, and a tokenizer of bytes, letters and a few words."""
     if not (tokenizer := folder / "tokenizer.model").exists():
         train_bpe([f"{WORDS} {string.ascii_letters}{string.digits}<>"] * 4, VOCABULARY, tokenizer)
-    values = {"cache": str(folder / "cache"), "tokenizer": str(tokenizer), "split": 0.0} | data
+    values: dict[str, Any] = {"cache": str(folder / "cache"), "tokenizer": str(tokenizer), "split": 0.0} | data
     return find_source("media").prepare(DataConfig(source="media", path=str(path), **values), say)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megapar.cli.finish import finish
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.data.order import SampleOrder, shuffled
@@ -62,6 +63,17 @@ def test_an_experiment_brings_its_own(experiments: Path, tokens: str) -> None:
     [batch, *_] = trainer.task.batches(1)
     assert torch_equal(batch["ids"][:, 1:], batch["labels"][:, :-1])
     trainer.close()
+
+
+def test_what_a_source_leaves_out_is_said_by_the_launcher(
+    experiments: Path, monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    text = COUNTING.replace("num_samples = 30", 'num_samples, left_out = 30, "1 of 31 samples is bad"')
+    (experiments / "counting" / "data.py").write_text(text)
+    said: list[str] = []
+    monkeypatch.setattr("megapar.cli.finish.say", said.append)
+    finish(changed(tiny_config(tokens), {"data.source": "counting", "train.eval_every": 2}), world_size=1)
+    assert said == ["data: train: 1 of 31 samples is bad", "data: valid: 1 of 31 samples is bad"]
 
 
 def torch_equal(a: object, b: object) -> bool:

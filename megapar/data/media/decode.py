@@ -70,7 +70,7 @@ def _image(data: bytes) -> Any:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
     except Exception as error:  # decoders raise whatever they like for damaged files
-        raise Undecodable(_line(error).replace(" <_io.BytesIO", " <").partition(" <")[0]) from None
+        raise Undecodable(_line(error).partition(" <_io.")[0]) from None
     return image
 
 

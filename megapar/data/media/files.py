@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from weakref import finalize
@@ -185,7 +185,7 @@ def _add(members: dict[str, list[Member]], name: str, member: Member, ignored: C
     if not key:
         ignored[_kind(name)] += 1
         return False
-    found = Member(ending.lower(), member.file, member.offset, member.size, member.place)
+    found = replace(member, ending=ending.lower())
     if found.kind not in KINDS:
         ignored[_kind(name)] += 1
         return False
@@ -195,7 +195,7 @@ def _add(members: dict[str, list[Member]], name: str, member: Member, ignored: C
 
 def _parts(name: str) -> tuple[str, str]:
     """KEY and EXT; both empty where there are none."""
-    found = _NAME.fullmatch(name.removeprefix("./"))
+    found = _NAME.fullmatch(name)
     return (found[1], found[2]) if found else ("", "")
 
 
