@@ -7,7 +7,7 @@ Each source is a file with one object, `SOURCE = Source(...)`: `megapar/data/sou
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,7 +41,7 @@ class Prepared:
     tokenizer_path: Path | None = None
     classes: int | None = None
     samples: str = WINDOWS
-    media: Callable[[ModelConfig], Mapping[str, int]] | None = None
+    media: Callable[[ModelConfig], Mapping[str, int]] | None = field(default=None, compare=False)
 
 
 class Samples(Protocol):

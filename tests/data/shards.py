@@ -86,7 +86,8 @@ def prepared(folder: Path, path: object, say: Callable[[str], Any] = lambda line
 
 
 def opened(found: Prepared, split: Any = "train", **keys: Any) -> Media:
-    values = {"data.source": "media", "model.vocab_size": found.vocab_size} | keys
+    reads = {"model.image.layers": 1, "model.audio.layers": 1, "train.seq_length": 1000}
+    values = reads | {"data.source": "media", "model.vocab_size": found.vocab_size} | keys
     samples = find_source("media").open(tiny_config(found.prefix, **values), split)
     assert isinstance(samples, Media)
     return samples

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megapar.config.errors import ConfigError, UserError
+from megapar.data.media.samples import IMAGE
 from tests.data.shards import beep, opened, png, prepared, samples, wav, write_loose, write_shard
 
 SKIP = ", or use data.on_error=skip"
@@ -240,7 +241,33 @@ def test_libraries_that_are_missing(
     assert len(opened(prepared(tmp_path, plain)).batch([0])[0].clips) == 1
 
 
-def test_other_channels_than_an_image_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_channels_than_an_image_has(tmp_path: Path) -> None:
     ready = prepared(tmp_path, write_shard(tmp_path / "a.tar", {"a.png": png()}))
-    monkeypatch.setattr("megapar.data.sources.media._channels", lambda config: 1)
-    assert opened(ready).batch([0])[0].images[0].shape == (16, 32, 1)
+    assert opened(ready, **{"model.image.channels": 1}).batch([0])[0].images[0].shape == (16, 32, 1)
+
+
+def test_samples_that_the_context_does_not_hold(tmp_path: Path) -> None:
+    """Of 16 x 32 pixels an image is 8 patches of 8, a sound of 400 samples at 16 kHz 5 tokens of two frames."""
+    files = {f"{name}.png": png(height=height) for name, height in (("a", 16), ("b", 32))}
+    files |= {"a.wav": beep(count=400), "a.txt": b"xy", "b.txt": b"xyz", "a.target.txt": b"z", "b.target.txt": b""}
+    ready = prepared(tmp_path, write_shard(tmp_path / "a.tar", files | {"b.target.txt": b"zz"}))
+    keys: dict[str, Any] = {"model.image.patch": 8, "model.audio.frames": 1, "model.audio.hop_ms": 5.0}
+    found = opened(ready, **keys)
+    tokens = found.records.tokens(found.model).tolist()
+    text, target = found.records.lengths.T
+    assert tokens == [8 + 5 + int(text[0]) - 2 + int(target[0]) - 1, 16 + int(text[1]) - 1 + int(target[1]) - 1]
+    most = {"train.seq_length": tokens[0]}
+    with pytest.raises(UserError, match=rf"a.tar:b: {tokens[1]} tokens, of which at most {tokens[0]} fit"):
+        opened(ready, **keys, **most)
+    assert opened(ready, **keys, **most, **{"data.too_long": "skip"}).num_samples == 1
+    with pytest.raises(ConfigError, match="images and sounds can't be cut short"):
+        opened(ready, **keys, **most, **{"data.too_long": "truncate"})
+
+
+def test_media_without_an_encoder_are_not_read(tmp_path: Path) -> None:
+    ready = prepared(tmp_path, write_shard(tmp_path / "a.tar", samples(3)))
+    found = opened(ready, **{"model.image.layers": 0, "model.audio.rate": 16000})
+    [sample] = found.batch([0])
+    assert not sample.images and len(sample.clips) == 1 and sample.text.tolist().count(IMAGE) == 0
+    [sample] = opened(ready).batch([0], ["image"])
+    assert sample.images[0].any() and not sample.clips[0].any() and len(sample.clips[0]) >= 40

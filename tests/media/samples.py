@@ -1,5 +1,6 @@
 """Tiny samples of images, sound and text, and models that read them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,11 @@ def sample(number: int) -> dict[str, bytes]:
     return files
 
 
-def write_samples(folder: Path, count: int = 60) -> Path:
-    """A shard of them."""
-    files = {f"s{number:03}.{name}": data for number in range(count) for name, data in sample(number).items()}
-    return write_shard(folder / "samples.tar", files)
-
-
-def prepared(folder: Path) -> dict[str, Any]:
-    """Keys of a run on them."""
-    path = write_samples(folder)
+def prepared(folder: Path, samples: Sequence[dict[str, bytes]] | None = None) -> dict[str, Any]:
+    """Keys of a run on a shard of samples, by default of 60 of those above."""
+    given = [sample(number) for number in range(60)] if samples is None else samples
+    files = {f"s{number:03}.{name}": data for number, one in enumerate(given) for name, data in one.items()}
+    path = write_shard(folder / "samples.tar", files)
     found = shards.prepared(folder, path)
     return {
         "data.source": "media",
