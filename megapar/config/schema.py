@@ -118,11 +118,11 @@ class DataConfig:
     )
     tokenizer: str = option(
         "bpe",
-        "bpe: train sentencepiece BPE on the text; or a .model, a tokenizer.json (Hugging Face's), or their folder",
+        "bpe: train sentencepiece BPE on the text; bytes; or a .model, a tokenizer.json (Hugging Face's), their folder",
         verbatim=True,
         kept=True,
     )
-    vocab_size: int = option(1024, "size of the tokenizer to train", at_least=1, kept=True)
+    vocab_size: int = option(1024, "size of the tokenizer to train (bpe)", at_least=1, kept=True)
     split: float = option(
         0.05, "share of the documents held out for validation, chosen by hash", at_least=0, below=1, fixed=True
     )

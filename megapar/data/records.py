@@ -29,7 +29,7 @@ from megapar.data.tokenise import tokenizer_settings
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.contract import Message, RefusedConversation
 from megapar.data.tokenizer.files import copy_beside, tokenizer_beside
-from megapar.data.tokenizer.train import train_bpe
+from megapar.data.tokenizer.train import MADE, make_tokenizer
 from megapar.files import write_atomic
 
 CODE_VERSION = 2  # raise it when the same lines would give other files
@@ -306,18 +306,18 @@ def _labels(records: Sequence[Record], held: np.ndarray) -> list[str]:
 
 def _tokenizer(prefix: Path, config: DataConfig, records: Sequence[Record], say: SAY) -> Tokenizer | None:
     """The one that is named, or trained on the records, beside the prefix; None for records without a text."""
-    if config.tokenizer != "bpe":
+    if config.tokenizer not in MADE:
         copy_beside(open_tokenizer(config.tokenizer).path, prefix)
     else:
         parts = (part for record in records for sequence in record.sequences for part in sequence)
         texts = (part.text for part in parts if part.token is None)
         if (first := next(texts, None)) is None:
             return None
-        train_bpe(chain([first], texts), config.vocab_size, Path(f"{prefix}.model"))
-        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries")
-    path = tokenizer_beside(prefix)
-    assert path is not None
-    return open_tokenizer(path)
+        path = Path(f"{prefix}.model")
+        say(f"data: {make_tokenizer(config.tokenizer, chain([first], texts), config.vocab_size, path)}")
+    found = tokenizer_beside(prefix)
+    assert found is not None
+    return open_tokenizer(found)
 
 
 def _encoded(

@@ -17,7 +17,7 @@ from megapar.data.manifest import build_manifest, write_manifest
 from megapar.data.split import held_out, text_hash
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.files import copy_beside, find_tokenizer, identity
-from megapar.data.tokenizer.train import TRAINER, train_bpe
+from megapar.data.tokenizer.train import BYTE_ENTRIES, BYTES, MADE, TRAINER, make_tokenizer
 
 # Of what this module writes. Raise it when the same text would give other files: old ones are then not reused.
 CODE_VERSION = 1
@@ -36,10 +36,12 @@ def token_file_settings(config: DataConfig, source: TextSource) -> dict[str, Any
 
 def tokenizer_settings(config: DataConfig) -> dict[str, Any]:
     """What tokens depend on besides the text."""
-    if config.tokenizer != "bpe":
+    if config.tokenizer not in MADE:
         return identity(find_tokenizer(config.tokenizer))
     import sentencepiece
 
+    if config.tokenizer == BYTES:
+        return {"sentencepiece": sentencepiece.__version__, "bytes": BYTE_ENTRIES, "trainer": TRAINER}
     return {
         "sentencepiece": sentencepiece.__version__,
         "vocab_size": config.vocab_size,
@@ -55,7 +57,7 @@ def make_token_files(
     source.keep_text()
     if source.skipped:
         say(f"data: {source.name}: {skipped_text(source.skipped)}")
-    tokenizer = None if config.tokenizer == "bpe" else open_tokenizer(config.tokenizer)
+    tokenizer = None if config.tokenizer in MADE else open_tokenizer(config.tokenizer)
     if tokenizer is not None:
         _ = tokenizer.end_of_text  # refuses where there is none
         copy_beside(tokenizer.path, prefix)
@@ -64,8 +66,9 @@ def make_token_files(
     model_path = Path(f"{prefix}.model")
     if tokenizer is None and not model_path.exists():
         begin = time.perf_counter()
-        train_bpe(_training_texts(source, sizes, hashes, config.split), config.vocab_size, model_path)
-        say(f"data: trained a BPE tokenizer with {config.vocab_size} entries in {time.perf_counter() - begin:.1f} s")
+        texts = _training_texts(source, sizes, hashes, config.split)
+        made = make_tokenizer(config.tokenizer, texts, config.vocab_size, model_path)
+        say(f"data: {made} in {time.perf_counter() - begin:.1f} s")
     tokenizer = tokenizer or open_tokenizer(model_path)
     if tokenizer.char_counts() is None:
         name = tokenizer.path.name

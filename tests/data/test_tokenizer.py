@@ -9,9 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megapar.config.errors import ConfigError, UserError
+from megapar.config.schema import DataConfig
+from megapar.data.source import find_source
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.contract import SPACE_MARK
-from megapar.data.tokenizer.train import train_bpe
+from megapar.data.tokenizer.train import BYTE_ENTRIES, BYTES, make_tokenizer, train_bpe
 from tests.data.texts import ANY_TEXT, TRAPS, WITHOUT_SPACES, assert_nothing_lost, make_text
 
 
@@ -146,3 +148,24 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     for name in ("m", "missing"):
         with pytest.raises(ConfigError, match=r"data\.tokenizer="):
             open_tokenizer(tmp_path / name)
+
+
+def test_tokens_that_are_bytes(tmp_path: Path) -> None:
+    """One for every byte of a text, whatever was there when the tokenizer was made; a run's files say so."""
+    path = tmp_path / "bytes.model"
+    assert make_tokenizer(BYTES, [make_text(3)], 999, path) == "tokens are bytes"
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.vocab_size == BYTE_ENTRIES
+    for text in ("a b\nc", "Grün \u3000 🎉", *TRAPS):
+        if SPACE_MARK not in text:
+            assert len(tokenizer.encode(text)) == len(text.encode()), text
+        assert_nothing_lost(tokenizer, text)
+
+
+def test_texts_as_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text, " * 20)
+    config = DataConfig(path=str(tmp_path / "a.txt"), tokenizer="bytes", cache=str(tmp_path / "cache"), split=0.0)
+    said: list[str] = []
+    found = find_source("tokens").prepare(config, said.append)
+    assert found.vocab_size == BYTE_ENTRIES and any("tokens are bytes" in line for line in said)
+    assert np.fromfile(f"{found.prefix}.bin", np.uint16).size == 20 * len("some text, ") + 1

@@ -29,7 +29,19 @@ TRAINER: dict[str, Any] = {
     "bos_id": -1,
     "pad_id": -1,
 }
+BPE, BYTES = MADE = "bpe", "bytes"  # what `data.tokenizer` calls those that are made here
+BYTE_ENTRIES = 260  # 256 bytes, the space's and the newline's own, the end of text, and one that nothing becomes
 MAX_LINE = 1000  # characters of one training sentence; SentencePiece drops those above 4192 bytes
+
+
+def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int, model_path: Path) -> str:
+    """Write the tokenizer of that name, one of MADE, to `model_path`, and return what it is in a few words. "bytes" has
+    a token for every byte, whatever the texts are. Raises ConfigError, see `train_bpe`."""
+    if name == BYTES:
+        train_bpe([" "], BYTE_ENTRIES, model_path)
+        return "tokens are bytes"
+    train_bpe(texts, vocab_size, model_path)
+    return f"trained a BPE tokenizer with {vocab_size} entries"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
