@@ -6,7 +6,8 @@ from itertools import product
 from math import cos, pi, sin
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from experiments.packages import package
 
 SIDE = 32  # pixels, of a picture
 CELL = SIDE // 2
@@ -70,8 +71,9 @@ def draw_things(draw: np.random.Generator, split: str, counts: Sequence[int]) ->
 
 def picture(things: Sequence[Thing], draw: np.random.Generator) -> np.ndarray:
     """A picture of things: uint8 [SIDE, SIDE, 3]. Their places shift and their colours are dimmed a little."""
-    image = Image.new("RGB", (SIDE * _FINER, SIDE * _FINER), _BACKGROUND)
-    pencil = ImageDraw.Draw(image)
+    canvas = package("PIL.Image")
+    image = canvas.new("RGB", (SIDE * _FINER, SIDE * _FINER), _BACKGROUND)
+    pencil = package("PIL.ImageDraw").Draw(image)
     for thing in things:
         across, down = ((index + 0.5) * CELL + draw.uniform(-_SHIFT, _SHIFT) for index in (thing.column, thing.row))
         light = 1 - draw.uniform(0, _DIMMED)
@@ -81,7 +83,7 @@ def picture(things: Sequence[Thing], draw: np.random.Generator) -> np.ndarray:
             pencil.ellipse(outline, fill=(red, green, blue))
         else:
             pencil.polygon(outline, fill=(red, green, blue))
-    small = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
+    small = np.asarray(image.resize((SIDE, SIDE), canvas.Resampling.BOX), dtype=np.float64)
     return np.clip(small + draw.normal(0, _NOISE, small.shape), 0, 255).round().astype(np.uint8)
 
 

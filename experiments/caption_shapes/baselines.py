@@ -75,7 +75,7 @@ def by_quarter(seen: np.ndarray, known: Sequence[str], asked: np.ndarray) -> lis
         [SVC(C=10).fit(features, column).predict(_quarters(asked)) for column in np.array(labels).reshape(-1, 3).T]
     ).T.reshape(len(asked), len(PLACES), 3)
     return [
-        sentence([Thing(*map(str, kind), place) for place, kind in enumerate(row) if all(kind)]) if row.any() else ""
+        sentence([Thing(*kind, place=place) for place, kind in enumerate(row) if all(kind)]) if row.any() else ""
         for row in answers
     ]
 
@@ -102,7 +102,7 @@ def things_of(text: str) -> list[Thing]:
         places = [0 + column, 2 + column]
     else:
         places = [PLACES.index(place) for place in re.findall(r"at the (\w+ \w+)", text)]
-    return [Thing(*kind, place) for kind, place in zip(kinds, places, strict=True)]
+    return [Thing(*kind, place=place) for kind, place in zip(kinds, places, strict=True)]
 
 
 if __name__ == "__main__":

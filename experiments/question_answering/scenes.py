@@ -90,7 +90,7 @@ def ask_presence(
 ) -> Question | None:
     """Whether there is a thing of a pair of `pairs`; None where it is not as wished."""
     wished = wish < 0.5
-    colour, shape = pair = pairs[draw.integers(len(pairs))]
+    colour, shape = pair = pairs[int(draw.integers(len(pairs)))]
     if (pair in [thing.pair for thing in things]) != wished:
         return None
     return Question(f"is there a {colour} {shape}?", "yes" if wished else "no", [pair])
@@ -113,4 +113,4 @@ def _only(things: Sequence[Thing], kind: str) -> list[Thing]:
 
 
 def _one(things: Sequence[Thing], draw: np.random.Generator) -> Thing | None:
-    return things[draw.integers(len(things))] if things else None
+    return things[int(draw.integers(len(things)))] if things else None

@@ -13,27 +13,33 @@ from tests.experiments.tools import built
 SPEAKER = Speaker("en-us+m1", 175, 50)
 
 
-def test_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths and voices that are held out are."""
-    heard: dict[str, set[str]] = {"train": set(), "valid": set()}
-    real = data.draw_speaker
-
-    def draw_speaker(draw: np.random.Generator, split: str) -> Speaker:
-        speaker = real(draw, split)
-        heard[split].add(speaker.voice.partition("+")[2])
-        return speaker
-
-    monkeypatch.setattr(data, "draw_speaker", draw_speaker)
+def test_the_samples(tmp_path: Path) -> None:
     train, valid = built(lambda folder, seed: data.build(folder, seed, {"train": 40, "valid": 16}), tmp_path)
     assert all(sorted(sample) == ["target.txt", "wav"] for sample in train + valid)
     lengths = [[len(words) for words in baselines.words_of(samples)] for samples in (train, valid)]
     assert (len(train), set(lengths[0])) == (40, {1, 2, 3, 5})
     assert lengths[1][1::2] == [4] * 8 and set(lengths[1][::2]) <= {1, 2, 3, 5}
-    assert {split: set(VARIANTS[split]) >= voices for split, voices in heard.items()} == {"train": True, "valid": True}
     for sample, length in zip(train + valid, lengths[0] + lengths[1], strict=True):
         assert 0.2 * length < len(sound_of(sample["wav"])) / RATE < 0.5 + 0.9 * length
     rows = list(baselines.lines(train, valid))
     assert len(rows) == 5 and rows[3].endswith("single words |")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_who_speaks(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the target, all by one speaker, who is one of the split's."""
+    said: list[tuple[str, Speaker]] = []
+
+    def speak(word: str, speaker: Speaker) -> np.ndarray:
+        said.append((word, speaker))
+        return np.ones(100)
+
+    monkeypatch.setattr(data, "spoken", speak)
+    for sample in data.drawn(split, 50, np.random.default_rng(0)):
+        words, speakers = zip(*said, strict=True)
+        assert " ".join(words) == sample["target.txt"].decode() and len(set(speakers)) == 1
+        assert speakers[0].voice.partition("+")[2] in VARIANTS[split]
+        said.clear()
 
 
 def test_what_is_said_is_in_the_sound(monkeypatch: pytest.MonkeyPatch) -> None:
