@@ -74,10 +74,15 @@ def by_quarter(seen: np.ndarray, known: Sequence[str], asked: np.ndarray) -> lis
     answers = np.array(
         [SVC(C=10).fit(features, column).predict(_quarters(asked)) for column in np.array(labels).reshape(-1, 3).T]
     ).T.reshape(len(asked), len(PLACES), 3)
-    return [
-        sentence([Thing(*kind, place=place) for place, kind in enumerate(row) if all(kind)]) if row.any() else ""
-        for row in answers
+    shown = [
+        [
+            Thing(size, colour, shape, place)
+            for place, (size, colour, shape) in enumerate(row)
+            if size and colour and shape
+        ]
+        for row in answers.tolist()
     ]
+    return [sentence(things) if things else "" for things in shown]
 
 
 def _quarters(pixels: np.ndarray) -> np.ndarray:
@@ -102,7 +107,7 @@ def things_of(text: str) -> list[Thing]:
         places = [0 + column, 2 + column]
     else:
         places = [PLACES.index(place) for place in re.findall(r"at the (\w+ \w+)", text)]
-    return [Thing(*kind, place=place) for kind, place in zip(kinds, places, strict=True)]
+    return [Thing(size, colour, shape, place) for (size, colour, shape), place in zip(kinds, places, strict=True)]
 
 
 if __name__ == "__main__":
