@@ -16,8 +16,8 @@ from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from experiments.packages import package
 from megapar.config.errors import UserError
 from megapar.config.schema import DataConfig
 from megapar.data.prepare import cache_folder, made_once, new_folder
@@ -30,6 +30,7 @@ Build = Callable[[Path, int], None]  # (folder, seed): writes both splits into a
 RATE = 8000  # Hz, of all sounds
 PER_SHARD = 1000
 SPLITS = ("train", "valid")
+READERS = ("baselines.py", "results.py", "runs.py")  # files that make no data
 _LOUDEST = 32767
 
 
@@ -67,13 +68,13 @@ def read_shards(folder: Path) -> Iterator[Sample]:
 def png(pixels: np.ndarray) -> bytes:
     """An image file of uint8 [height, width], grey, or [height, width, 3], RGB."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
+    package("PIL.Image").fromarray(pixels).save(file, "png")
     return file.getvalue()
 
 
 def pixels_of(content: bytes) -> np.ndarray:
     """What `png` was given."""
-    with Image.open(io.BytesIO(content)) as image:
+    with package("PIL.Image").open(io.BytesIO(content)) as image:
         return np.asarray(image)
 
 
@@ -98,13 +99,14 @@ def sound_of(content: bytes) -> np.ndarray:
 def cached(config: DataConfig, module: str, build: Build, seed: int) -> Path:
     """The folder that `build` fills, in `data.cache`: made whole or not at all, and found again.
 
-    module: the `__file__` that `build` is in. The folder is named after the experiment, and after the seed and the
-    code of the file and of those beside its folder, which say all that is in it. Raises UserError.
+    module: the `__file__` that `build` is in. The folder is named after the experiment, the seed and the code that
+    makes it: the files of the experiment, and those that experiments share. Raises UserError.
     """
     path = Path(module).resolve()
     digest = hashlib.sha256(f"{seed}".encode())
-    for each in (path, *sorted(path.parents[1].glob("*.py"))):
-        digest.update(each.read_bytes())
+    for each in sorted([*path.parent.glob("*.py"), *path.parents[1].glob("*.py")]):
+        if each.name not in READERS:
+            digest.update(each.name.encode() + each.read_bytes())
     folder = cache_folder(config) / f"{path.parent.name}-{digest.hexdigest()[:16]}"
     return made_once(folder, lambda whole: build(whole, seed))
 

@@ -5,13 +5,12 @@ The library comes as a wheel, espeakng-loader (espeak-ng is GPL-3; nothing here 
 
 import _ctypes
 import ctypes
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.signal import resample_poly
 
+from experiments.packages import package
 from experiments.shards import RATE
 from megapar.config.errors import UserError
 
@@ -56,13 +55,7 @@ def spoken(text: str, speaker: Speaker) -> np.ndarray:
 
     Raises UserError where the package is missing or espeak-ng refuses the voice.
     """
-    if importlib.util.find_spec("espeakng_loader") is None:
-        raise UserError(
-            "the speech of this experiment is made by the package espeakng-loader, which is not installed; "
-            "pip install 'megapar[experiments]'"
-        )
-    import espeakng_loader
-
+    wheel = package("espeakng_loader")
     blocks: list[np.ndarray] = []
 
     def take(samples: "ctypes._Pointer[ctypes.c_short]", count: int, events: int | None) -> int:
@@ -71,9 +64,9 @@ def spoken(text: str, speaker: Speaker) -> np.ndarray:
         return 0
 
     callback = _CALLBACK(take)
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    library = ctypes.CDLL(wheel.get_library_path())
     try:
-        library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+        library.espeak_Initialize(_SYNCHRONOUS, 0, wheel.get_data_path().encode(), 0)
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(callback)
         refused = library.espeak_SetVoiceByName(speaker.voice.encode())
@@ -88,7 +81,7 @@ def spoken(text: str, speaker: Speaker) -> np.ndarray:
         raise UserError(
             f"espeak-ng can't say {text!r} as {speaker.voice}; pip install -c constraints.txt espeakng-loader"
         )
-    sound = resample_poly(np.concatenate(blocks), RATE, _ESPEAK_RATE)
+    sound = package("scipy.signal").resample_poly(np.concatenate(blocks), RATE, _ESPEAK_RATE)
     loud = np.flatnonzero(np.abs(sound) > _SILENCE * np.abs(sound).max())
     sound = sound[loud[0] : loud[-1] + 1]
     return (sound * _RMS / np.sqrt(np.mean(sound**2))).astype(np.float32)

@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from num2words import num2words
-from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
+from experiments.packages import package  # noqa: E402
 from experiments.shards import Sample, png, shards_source, wav, write_data, write_shards  # noqa: E402
 from experiments.speech import DIGITS, draw_speaker, spoken, with_noise  # noqa: E402
 
@@ -58,7 +57,7 @@ def drawn(split: str, count: int, draw: np.random.Generator, seed: int) -> Itera
 
 def handwritten(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of a split, fp64 [n, 8, 8] of 0 to 1 (ink), and the digits, int64 [n]."""
-    digits = load_digits()
+    digits = package("sklearn.datasets").load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     chosen = order[:HELD_OUT] if split == "valid" else order[HELD_OUT:]
     return digits.images[chosen] / 16, digits.target[chosen]
@@ -91,6 +90,7 @@ def hidden(word: str, draw: np.random.Generator) -> str:
 @cache
 def words() -> dict[str, list[str]]:
     """The digits' words by language, as num2words spells them."""
+    num2words = package("num2words").num2words
     return {language: [num2words(digit, lang=language) for digit in range(10)] for language in LANGUAGES}
 
 

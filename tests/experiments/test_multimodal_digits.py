@@ -1,12 +1,14 @@
 """The experiment's data and baselines."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments.multimodal_digits import baselines, data
 from experiments.shards import pixels_of, sound_of
+from experiments.speech import DIGITS, VARIANTS, Speaker
 from tests.experiments.tools import built, texts
 
 
@@ -21,6 +23,31 @@ def test_the_samples(tmp_path: Path) -> None:
     assert set(texts(train, "cls")) == {str(digit) for digit in range(10)}
     rows = list(baselines.lines(train, valid))
     assert len(rows) == 2 + 7 and rows[-1].endswith("| picture and sound and word |")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_all_three_are_of_the_class(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the split."""
+    made: dict[str, Any] = {}
+
+    def speak(word: str, speaker: Speaker) -> np.ndarray:
+        made.update(word=word, speaker=speaker)
+        return np.ones(100)
+
+    def spoil(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        made.update(picture=picture.tobytes())
+        return np.zeros((16, 16), dtype=np.uint8)
+
+    monkeypatch.setattr(data, "spoken", speak)
+    monkeypatch.setattr(data, "spoiled", spoil)
+    monkeypatch.setattr(data, "HIDDEN", 0.0)
+    pictures, classes = data.handwritten(split, 1)
+    known = {picture.tobytes(): int(digit) for picture, digit in zip(pictures, classes, strict=True)}
+    for sample in data.drawn(split, 100, np.random.default_rng(0), 1):
+        digit = int(sample["cls"])
+        assert sample["txt"].decode() in [spelled[digit] for spelled in data.words().values()]
+        assert (known[made["picture"]], made["word"]) == (digit, DIGITS[digit])
+        assert made["speaker"].voice.partition("+")[2] in VARIANTS[split]
 
 
 def test_pictures_are_held_out() -> None:

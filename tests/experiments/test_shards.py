@@ -1,5 +1,6 @@
 """Shards, and the speech in them."""
 
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -47,14 +48,30 @@ def test_media_round_trip() -> None:
 
 
 def test_the_cache_is_made_once(tmp_path: Path) -> None:
-    config, made = DataConfig(cache=str(tmp_path)), []
+    """And again for another seed and other code that makes it, but not for code that reads it."""
+    config, made = DataConfig(cache=str(tmp_path / "cache")), []
+    home = tmp_path / "experiments" / "name"
+    home.mkdir(parents=True)
 
     def build(folder: Path, seed: int) -> None:
         made.append(seed)
         (folder / "file").write_text("")
 
-    folders = [shards.cached(config, shards.__file__, build, seed) for seed in (1, 1, 2)]
+    def cached(seed: int) -> Path:
+        return shards.cached(config, str(home / "data.py"), build, seed)
+
+    (home / "data.py").write_text("")
+    folders = [cached(1), cached(1), cached(2)]
     assert made == [1, 2] and folders[0] == folders[1] != folders[2] and (folders[2] / "file").exists()
+    assert folders[0].name.startswith("name-") and folders[0].parent == tmp_path / "cache"
+    (home / "results.py").write_text("")
+    assert cached(1) == folders[0]
+    (home / "more.py").write_text("")
+    (home.parent / "shared.py").write_text("")
+    assert len({folders[0], cached(1)}) == 2 and made == [1, 2, 1]
+    (home.parent / "shared.py").write_text("changed")
+    cached(1)
+    assert made == [1, 2, 1, 1]
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,9 +111,12 @@ def test_voices_are_held_out() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^espeak-ng can't say 'one' as xx-none"):
         spoken("one", Speaker("xx-none", 175, 50))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"which is not installed; pip install 'megapar\[experiments\]'"):
-        spoken("two", Speaker("xx-none", 175, 50))
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    line = (
+        r"^this experiment needs espeakng_loader, which is not installed \(.*\); pip install 'megapar\[experiments\]'"
+    )
+    with pytest.raises(UserError, match=line):
+        spoken("two", Speaker("en-us+f1", 175, 50))
 
 
 def test_noise_and_mel_bands() -> None:
