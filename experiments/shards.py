@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.packages import package
-from megapar.config.errors import UserError
+from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig
 from megapar.data.prepare import cache_folder, made_once, new_folder
 from megapar.data.source import Prepared, Source
@@ -30,6 +30,7 @@ Build = Callable[[Path, int], None]  # (folder, seed): writes both splits into a
 RATE = 8000  # Hz, of all sounds
 PER_SHARD = 1000
 SPLITS = ("train", "valid")
+MADE = "made"  # as `data.path`
 READERS = ("baselines.py", "results.py", "runs.py")  # files that make no data
 _LOUDEST = 32767
 
@@ -112,11 +113,15 @@ def cached(config: DataConfig, module: str, build: Build, seed: int) -> Path:
 
 
 def shards_source(module: str, about: str, build: Build, seed: int) -> Source:
-    """The `SOURCE` of an experiment's data.py, `data.source` NAME of its folder: what `build` writes, made at the first
-    use and read as `data.source=media`; `data.path` counts for nothing. module: as of `cached`"""
+    """The `SOURCE` of an experiment's data.py, `data.source` NAME of its folder: what `build` writes, read as
+    `data.source=media`. `data.path` is `made`, for what is made at the first use and kept in the cache, or a folder
+    that data.py wrote. module: as of `cached`"""
 
     def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
-        folder = cached(config, module, build, seed)
+        folder = cached(config, module, build, seed) if config.path == MADE else Path(config.path).expanduser()
+        if not all((folder / split).is_dir() for split in SPLITS):
+            problem = f"no folder with train/ and valid/; give one that data.py wrote, or {MADE}"
+            raise ConfigError("data.path", config.path, problem)
         return MEDIA.prepare(replace(config, path=str(folder / "train"), valid=str(folder / "valid")), say)
 
     return Source(Path(module).resolve().parent.name, about, prepare, MEDIA.open)

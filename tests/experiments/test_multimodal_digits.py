@@ -1,15 +1,18 @@
 """The experiment's data and baselines."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments.multimodal_digits import baselines, data
+from experiments.multimodal_digits import baselines, data, results
 from experiments.shards import pixels_of, sound_of
 from experiments.speech import DIGITS, VARIANTS, Speaker
 from tests.experiments.tools import built, texts
+from tests.finetune.test_finetune import megapar
 
 
 def test_the_samples(tmp_path: Path) -> None:
@@ -81,3 +84,28 @@ def test_words_that_fit() -> None:
     two = baselines.by_matching("t__")  # two, tre and två: 2 in English and Swedish, 3 in Italian and Swedish
     assert two[[2, 3]] == pytest.approx([0.5, 0.5], abs=0.01)
     assert baselines.by_matching("zzz") == pytest.approx([0.1] * 10)
+
+
+@pytest.mark.more
+def test_the_smoke_form(tmp_path: Path) -> None:
+    """One model of all three as pp2, and one of the word alone: the table has both."""
+    (tmp_path / "shards").mkdir()
+    data.build(tmp_path / "shards", 1, {"train": 200, "valid": 40})
+    text = results.README.read_text()
+    train, evaluate = [shlex.split(line) for line in re.findall(r"^megapar (.*runs/smoke.*)$", text, re.M)]
+    megapar(tmp_path, *train, f"data.cache={tmp_path / 'cache'}")
+    shown = megapar(tmp_path, *evaluate)
+    assert "image+audio+text" in shown and "accuracy" in shown
+    word = [part.replace("runs/smoke", "runs/word") for part in (*train, "task.modalities=[text]", "parallel=single")]
+    megapar(tmp_path, *word, f"data.cache={tmp_path / 'cache'}")
+    megapar(tmp_path, *[part.replace("runs/smoke", "runs/word") for part in evaluate])
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    runs = [str(tmp_path / "runs" / name) for name in ("smoke", "word")]
+    assert results.main([*runs, "--readme", str(copy)]) == 0
+    rows = [
+        line.split(" | ") for line in copy.read_text().splitlines() if line.startswith("| ") and line.count("|") == 4
+    ]
+    assert [row[0] for row in rows[:3]] == ["| what is read", "| picture and sound and word", "| picture and sound"]
+    assert rows[0][1] == "one model, pp2" and all("%" in row[1] for row in rows[1:])
+    assert [row[0] for row in rows if "%" in row[2]] == ["| word"]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.run_schema import SampleConfig
@@ -12,6 +14,7 @@ from megapar.config.stacks import TEXT, media
 from megapar.data.media.samples import MediaSample
 from megapar.data.records import run_labels
 from megapar.data.sources.media import SOURCE, Media
+from megapar.data.tokenizer import Tokenizer
 from megapar.evaluate.kind import Evaluation, Result, Subject
 from megapar.evaluate.kinds.choices import named, share, with_error
 from megapar.evaluate.scorer import Scorer
@@ -21,10 +24,11 @@ from megapar.generate.tokens import Text
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked. right: the name of the class of every sample, or the text that it should be; names: of the model's
-    classes, by number; where: SHARD:KEY of every sample"""
+    """What is asked. texts: that samples have, as text; right: the name of the class of each, or the text that it
+    should be; names: of the model's classes, by number; where: SHARD:KEY of each"""
 
     samples: list[MediaSample]
+    texts: list[str]
     right: list[str]
     names: list[str]
     where: list[str]
@@ -40,6 +44,7 @@ def read(path: str, subject: Subject) -> Asked:
     found = Media(own, "train")
     samples = [found.sample(int(record)) for record in found.chosen]
     where = [found.records.where(int(record)) for record in found.chosen]
+    texts = [_spelled(tokenizer, sample.text[sample.text >= 0]) for sample in samples]
     classifies = config.model.output == "classes"
     for sample, place in zip(samples, where, strict=True):
         if (sample.label < 0) if classifies else not len(sample.target):
@@ -52,11 +57,13 @@ def read(path: str, subject: Subject) -> Asked:
                 raise UserError(
                     f'{place}: the label "{label}" is none of the model\'s, which has {", ".join(names[:5])}'
                 )
-        return Asked(samples, right, names, where)
-    right = [
-        completion(tokenizer, Text([0, *sample.target[:-1].tolist()], SampleConfig(), prompt=1)) for sample in samples
-    ]
-    return Asked(samples, right, [], where)
+        return Asked(samples, texts, right, names, where)
+    right = [_spelled(tokenizer, sample.target[:-1]) for sample in samples]
+    return Asked(samples, texts, right, [], where)
+
+
+def _spelled(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    return completion(tokenizer, Text([0, *tokens.tolist()], SampleConfig(), prompt=1))
 
 
 def measure(data: Asked, subject: Subject, scorer: Scorer) -> Result:
@@ -74,7 +81,7 @@ def measure(data: Asked, subject: Subject, scorer: Scorer) -> Result:
         found = share([answer == data.right[number] for number, answer in zip(numbers, answers, strict=True)])
         name = "+".join(chosen)
         items = [
-            {"sample": data.where[number], "right": data.right[number], "answer": answer}
+            {"sample": data.where[number], "text": data.texts[number], "right": data.right[number], "answer": answer}
             for number, answer in zip(numbers, answers, strict=True)
         ]
         figures[name] = {"samples": len(numbers)} | named(unit.replace(" ", "_"), found) | {"items": items}
