@@ -113,6 +113,8 @@ def check_media(model: ModelConfig) -> None:
                 raise ConfigError(f"model.{name}.{one.name}", value, f"has no effect without model.{name}.layers")
     if not model.has_media:
         return
+    if model.image.layers and model.image.channels not in (1, 3):
+        raise ConfigError("model.image.channels", model.image.channels, "images have 1 (grey) or 3 (RGB); use one")
     for key, needed in (("encoder.layers", 0), ("token_types", 0), ("module", None)):
         if (value := attrgetter(key)(model)) != needed:
             problem = f"a model with {' and '.join(media(model))} has {str(needed).lower()}; leave it out"
