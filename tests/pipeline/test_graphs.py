@@ -97,6 +97,7 @@ def test_the_bits_of_kernels_that_write_in_place(recompute: str, interpreter: Wo
         ({"train.device": "cpu"}, "train.device=cpu"),
         ({"parallel.tp": 2}, "tp=2: a stage's collectives are inside"),
         ({"model.dropout": 0.1}, "model.dropout=0.1: its masks depend on the step"),
+        ({"model.image.layers": 1}, "images and sound: every micro-batch has another shape"),
         ({"parallel.dp": 4}, "one micro-batch a step, and the last one runs without"),
         ({"parallel.pp": 2, "train.global_batch_size": 16}, None),
     ],
