@@ -19,9 +19,11 @@ def test_records_hold_what_parts_say(name: str, changes: list[str]) -> None:
     config = resolve(compose("train", split([f"model={name}", *changes])), vocab_size=1000)
     whole = parts(config)
     decoder = ["embedding", *["layer"] * config.model.layers, "head"]
-    layers = config.model.encoder.layers
-    encoder = ["embedding", *["layer"] * layers, "norm"] if layers else []
-    assert [part.kind for part in whole] == encoder + decoder
+    model = config.model
+    encoders: list[str] = []
+    for one, end in ((model.image, "projector"), (model.audio, "projector"), (model.encoder, "norm")):
+        encoders += ["embedding", *["layer"] * one.layers, end] if one.layers else []
+    assert [part.kind for part in whole] == encoders + decoder
     assert len({part.name for part in whole}) == len(whole)
     for part in [part for part in whole if part.kind != "layer" or part.name.endswith(".0")]:
         context = StageContext(Mesh())

@@ -49,7 +49,7 @@ def test_an_interrupted_preparation_goes_on(
     assert "interrupted after " in lines[-1] and lines[-1].endswith("; the same command goes on from there")
     done = lines[-1].partition("interrupted after ")[2].partition(";")[0]
     assert not done.startswith("0%")
-    monkeypatch.setattr("megapar.data.tokenise.train_bpe", lambda *given: pytest.fail("trained again"))
+    monkeypatch.setattr("megapar.data.tokenise.make_tokenizer", lambda *given: pytest.fail("trained again"))
     later: list[str] = []
     prepared = prepare(config, prefix=prefix, log=later.append)
     assert f"data: {folder_name(config)}: goes on after {done}" in later
