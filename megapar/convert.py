@@ -183,6 +183,9 @@ def export_run(config: ExportConfig, say: Say) -> None:
     assert config.run.dir is not None and config.hf is not None
     run_dir, target = Path(config.run.dir), Path(config.hf)
     trained = load_trained(config)
+    if trained.model.has_media:
+        problem = "its model reads images or sound, which has no form there; only models of text can be exported"
+        raise ConfigError("run.dir", config.run.dir, problem)
     folder = find_checkpoint(config.checkpoint.load or run_dir)
     manifest = read_manifest(folder)
     refuse_other_shapes(manifest, trained_shapes(trained), folder)

@@ -55,8 +55,10 @@ def check_layout(config: TrainConfig) -> None:
             raise ConfigError(f"parallel.{name}", config.parallel.layout[name], problem)
     check_tensor_parallel(config.model, config.parallel.tp)
     if (tp := config.parallel.encoder.tp) not in (None, config.parallel.tp):
-        problem = f"both halves have one width, parallel.tp={config.parallel.tp}: a decoder layer reads keys and values"
-        raise ConfigError("parallel.encoder.tp", tp, f"{problem} of its own heads from the memory; leave it out")
+        problem = f"all stacks have one width, parallel.tp={config.parallel.tp}"
+        if config.model.encoder.layers:
+            problem += ": a decoder layer reads keys and values of its own heads from the memory"
+        raise ConfigError("parallel.encoder.tp", tp, f"{problem}; leave it out")
     check_pipeline(config)
     train, parallel, layout = config.train, config.parallel, config.parallel.layout
     lengths = {"seq_length": train.seq_length, "source_length": train.source_length or 0}

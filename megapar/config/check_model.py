@@ -129,7 +129,10 @@ def check_media(model: ModelConfig) -> None:
             raise ConfigError(f"model.{name}.hidden", hidden, problem)
     if not model.audio.layers:
         return
-    if model.audio.hop < 1 or model.audio.window < model.audio.hop:
+    if model.audio.hop < 1:
+        problem = f"less than one sample at model.audio.rate={model.audio.rate}; use more"
+        raise ConfigError("model.audio.hop_ms", model.audio.hop_ms, problem)
+    if model.audio.window < model.audio.hop:
         problem = f"{model.audio.window} samples, and a hop has {model.audio.hop}; use as much, or more"
         raise ConfigError("model.audio.window_ms", model.audio.window_ms, problem)
     if model.audio.mels > model.audio.window // 2:

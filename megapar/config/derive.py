@@ -50,7 +50,7 @@ def resolve(
     """
     check_values(config)
     sizes = model_sizes(config.model) | _vocabulary(config.model, vocab_size, max_token)
-    sizes |= _classes(config.model, classes)
+    sizes |= _classes(config.model, classes, config.data.path)
     config = changed(config, {f"model.{name}": size for name, size in sizes.items()})
     config = changed(config, {f"pipeline.{name}": value for name, value in _schedule(config.pipeline).items()})
     config = changed(config, _of_stacks(config, media or {}))
@@ -184,9 +184,11 @@ def _vocabulary(model: ModelConfig, vocab_size: int | None, max_token: int | Non
     return {}
 
 
-def _classes(model: ModelConfig, classes: int | None) -> dict[str, Any]:
+def _classes(model: ModelConfig, classes: int | None, path: str) -> dict[str, Any]:
     if model.output != "classes" or classes is None:
         return {}
+    if classes == 1:
+        raise ConfigError("data.path", path, "all of it has one label; a classifier needs two labels or more")
     if model.classes is not None and model.classes < classes:
         raise ConfigError("model.classes", model.classes, f"the data have {classes} labels; use at least that")
     return {"classes": model.classes or classes}

@@ -232,7 +232,7 @@ def _make(prefix: Path, origin: Origin, kind: Kind, config: DataConfig, say: SAY
         sources.append(source)
         records.append(record)
     held = _held_out(records, np.array(sources) >= origin.training, config)
-    labels = _labels(records, held)
+    labels = _labels(records, held, kind)
     tokenizer = _tokenizer(prefix, config, [one for one, out in zip(records, held, strict=True) if not out], say)
     tokens, learned, offsets = array("i"), bytearray(), [0]
     for sequence, ids, mask in _encoded(kind, records, tokenizer):
@@ -288,9 +288,12 @@ def _held_out(records: Sequence[Record], valid: np.ndarray, config: DataConfig) 
     return held_out(np.array([text_hash(record.group) for record in records], dtype=np.uint64), config.split)
 
 
-def _labels(records: Sequence[Record], held: np.ndarray) -> list[str]:
-    """Names of the classes, sorted. Raises UserError for one that only held-out records have."""
+def _labels(records: Sequence[Record], held: np.ndarray, kind: Kind) -> list[str]:
+    """Names of the classes, sorted. Of a classifier's records raises UserError for one that only held-out records have,
+    and where there is one alone."""
     known = {record.label for record, out in zip(records, held, strict=True) if not out and record.label is not None}
+    if not kind.between:  # whatever they are for
+        return sorted(known)
     for record in records:
         if record.label is not None and record.label not in known:
             some = ", ".join(sorted(known)[:5])

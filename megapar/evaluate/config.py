@@ -1,6 +1,7 @@
 """The keys of `megapar eval`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megapar.config.keys import option
 from megapar.config.run_schema import ForwardConfig
@@ -33,6 +34,9 @@ class EvalConfig(ForwardConfig):
         "tar shards, or a folder: of a model of images and sound, is it right, with all modalities and with parts?",
         verbatim=True,
         path=True,
+    )
+    on_error: Literal["refuse", "skip"] = option(
+        "refuse", "media: a sample that can't be read or used is an error, or left out and counted"
     )
     stride: int | None = option(
         None,

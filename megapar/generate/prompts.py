@@ -67,6 +67,12 @@ def prompts_of(
     return prompts, tokens
 
 
+def has_media(config: GenerateConfig, model: ModelConfig) -> bool:
+    """Whether a prompt has images or sounds, or names some."""
+    named = config.prompt_file is None and any(mark in config.prompt for mark in ("<image>", "<audio>"))
+    return bool(config.image or config.audio or (model.has_media and named))
+
+
 def media_prompt(config: GenerateConfig, tokenizer: Tokenizer, model: ModelConfig) -> MediaSample:
     """The prompt of a command with its images and sounds. Raises UserError for what can't be read."""
     images = tuple(_read(path, image_of, model) for path in config.image or [])

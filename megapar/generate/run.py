@@ -18,7 +18,7 @@ from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
-from megapar.generate.prompts import Prompt, media_prompt, most_tokens, prompts_of
+from megapar.generate.prompts import Prompt, has_media, media_prompt, most_tokens, prompts_of
 from megapar.generate.text import TextStream, run_tokenizer
 from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
@@ -63,7 +63,7 @@ def run_rank(config: GenerateConfig, rank: int, world_size: int) -> None:
     part, tokenizer = writer.part, writer.tokenizer
     with all_or_none(part.mesh["world"], part.mesh.device):
         prompts, found = prompts_of(config, tokenizer, part.config)
-        sample = media_prompt(config, tokenizer, part.config.model) if config.image or config.audio else None
+        sample = media_prompt(config, tokenizer, part.config.model) if has_media(config, part.config.model) else None
         out = _open(config.out) if config.out is not None and rank == 0 else None
     # Of one rank: a template may write the time of day.
     found = json.loads(gather_texts(json.dumps(found), part.mesh["world"], part.mesh.device)[0])

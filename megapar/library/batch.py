@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megapar.config.schema import TrainConfig
+from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.config.stacks import media
 from megapar.data.media.batches import Rows, lay_out
-from megapar.data.media.samples import MediaSample
+from megapar.data.media.samples import AUDIO, IMAGE, MediaSample
 from megapar.mesh import Axis
 from megapar.parallel.context import StageContext
 from megapar.pipeline.stage import Batch
@@ -117,11 +117,7 @@ def media_inputs(
     if not samples:
         raise ValueError("samples: there are none; give at least one")
     for sample in samples:
-        for name, patch in (("image", model.image.patch), ("audio", 1)):
-            if (found := sample.of(name)) and name not in media(model):
-                raise ValueError(f"samples: one has {name}, and the model has no encoder of it (model.{name}.layers)")
-            if wrong := [one.shape for one in found if any(size % patch for size in one.shape[:2])]:
-                raise ValueError(f"samples: an image {list(wrong[0])}, and patches are {patch} x {patch} pixels")
+        _check_sample(sample, model)
     granule = context.tp.size if context.splits_tokens else 1
     laid, rows = [lay_out(model, sample, sample.text) for sample in samples], Rows(model, media(model), granule)
     length = -(-max(map(len, laid)) // granule) * granule
@@ -138,6 +134,34 @@ def media_inputs(
         "starts": starts_of_mask(mask),
         "lengths": mask.sum(1),
     }
+
+
+def _check_sample(sample: MediaSample, model: ModelConfig) -> None:
+    """Raise ValueError, one line, unless the model can read a sample."""
+    text = sample.text
+    if not isinstance(text, np.ndarray) or text.ndim != 1 or text.dtype != np.int64:
+        raise ValueError("samples: `text` is no numpy array of int64 [n]; give token ids, with -1 for each image")
+    if not len(text):
+        raise ValueError("samples: one has nothing to read; give `text`, with -1 for each image and -2 for each sound")
+    for name, mark in (("image", IMAGE), ("audio", AUDIO)):
+        found = sample.of(name)
+        if found and name not in media(model):
+            raise ValueError(f"samples: one has {name}, and the model has no encoder of it (model.{name}.layers)")
+        if len(found) != (named := int((text == mark).sum())):
+            raise ValueError(f"samples: `text` has {mark} {named} times, and there are {len(found)} of {name}")
+    if (low := int(text.min())) < AUDIO:
+        raise ValueError(f"samples: `text` holds {low}; below 0 are -1 for an image and -2 for a sound")
+    channels, patch = model.image.channels, model.image.patch
+    for image in sample.images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
+            got = f"{image.dtype} {list(image.shape)}"
+            raise ValueError(f"samples: an image {got}; give uint8 [height, width, {channels}] (model.image.channels)")
+        if not image.size or any(size % patch for size in image.shape[:2]):
+            raise ValueError(f"samples: an image {list(image.shape)}, and patches are {patch} x {patch} pixels")
+    for clip in sample.clips:
+        if clip.dtype != np.float32 or clip.ndim != 1 or not len(clip) or not np.isfinite(clip).all():
+            got = f"{clip.dtype} {list(clip.shape)}"
+            raise ValueError(f"samples: a sound {got}; give float32 [n], finite, in -1..1 at {model.audio.rate} Hz")
 
 
 def starts_of_mask(mask: Tensor) -> Tensor:

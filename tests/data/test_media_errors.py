@@ -271,3 +271,35 @@ def test_media_without_an_encoder_are_not_read(tmp_path: Path) -> None:
     assert not sample.images and len(sample.clips) == 1 and sample.text.tolist().count(IMAGE) == 0
     [sample] = opened(ready).batch([0], ["image"])
     assert sample.images[0].any() and not sample.clips[0].any() and len(sample.clips[0]) >= 40
+
+
+def test_what_a_task_can_not_learn_from(tmp_path: Path) -> None:
+    """Named, or left out and counted: without a label or a target, or with nothing that is read."""
+    files = {f"{name}.{ending}": data for name in "abc" for ending, data in (("txt", b"xy"), ("target.txt", b"z"))}
+    files |= {"a.cls": b"cat", "b.cls": b"dog", "c.png": png()}
+    classify = {
+        "task.name": "multimodal_classify",
+        "model.output": "classes",
+        "model.classes": 2,
+        "model.causal": False,
+    }
+    writes: dict[str, Any] = {"task.name": "multimodal_lm"}
+    without = {name: data for name, data in files.items() if name not in ("b.target.txt", "b.txt")}
+    images, media = {"task.modalities": ["image"]}, {"task.modalities": ["image", "audio"]}
+    cases: list[tuple[dict[str, bytes], dict[str, Any], str, int]] = [
+        (files, classify, "a.tar:c: it has no label (.cls)", 2),
+        (files | {"c.cls": b"cat"}, classify | images, "a.tar:a: it has no image, so there is", 1),
+        (without | {"b.wav": beep()}, writes, "a.tar:b: it has no target (.target.txt); add one", 2),
+        (files, writes | media, "a.tar:a: it has no image and no audio, so", 1),
+    ]
+    for number, (given, keys, problem, left) in enumerate(cases):
+        ready = prepared(tmp_path / f"{number}", write_shard(tmp_path / f"{number}" / "a.tar", given))
+        with pytest.raises(UserError) as refused:
+            opened(ready, **keys)
+        assert problem in str(refused.value) and str(refused.value).endswith(SKIP)
+        found = opened(ready, **keys, **{"data.on_error": "skip"})
+        assert found.num_samples == left and problem in found.left_out
+    with pytest.raises(ConfigError, match='every sample has the label "cat"; a classifier needs two'):
+        alike = {name: data for name, data in files.items() if name.startswith("a")}
+        opened(prepared(tmp_path / "x", write_shard(tmp_path / "x" / "a.tar", alike)), **classify)
+    assert opened(prepared(tmp_path / "y", write_shard(tmp_path / "y" / "a.tar", alike)), **writes).num_samples == 1

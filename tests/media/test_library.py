@@ -49,4 +49,27 @@ def test_what_a_model_cannot_read(media: dict[str, Any]) -> None:
         model.read([megapar.MediaSample(images=(np.zeros((3, 4, 1), dtype=np.uint8),), text=np.array([IMAGE]))])
     with pytest.raises(ValueError, match="there are none"):
         model.read([])
+    pixels = np.zeros((2, 2, 1), dtype=np.uint8)
+    for sample, problem in (
+        (megapar.MediaSample(text=np.array([5, IMAGE])), "`text` has -1 1 times, and there are 0 of image"),
+        (megapar.MediaSample(images=(pixels,), text=np.array([5])), "`text` has -1 0 times, and there are 1 of image"),
+        (megapar.MediaSample(text=np.array([-3])), "`text` holds -3"),
+        (megapar.MediaSample(text=[1, 2]), "`text` is no numpy array"),  # type: ignore[arg-type]
+        (megapar.MediaSample(), "one has nothing to read"),
+        (megapar.MediaSample((pixels.astype(np.float32),), text=np.array([IMAGE])), "an image float32"),
+        (megapar.MediaSample((pixels.repeat(3, 2),), text=np.array([IMAGE])), r"give uint8 \[height, width, 1\]"),
+        (megapar.MediaSample(text=np.array([99999])), "hold 99999"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            model.read([sample])
+    model.close()
+    model = Model(tiny_config(media["data.prefix"], **media | WRITES))
+    for clip in (
+        np.zeros(9, dtype=np.int16),
+        np.zeros((3, 3), np.float32),
+        np.zeros(0, np.float32),
+        np.full(9, np.nan, np.float32),
+    ):
+        with pytest.raises(ValueError, match=r"a sound .*; give float32"):
+            model.read([megapar.MediaSample(clips=(clip,), text=np.array([AUDIO]))])
     model.close()

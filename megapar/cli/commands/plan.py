@@ -28,9 +28,12 @@ def run(config: PlanConfig, call: Call) -> int:
     from megapar.config.check import check_plan
 
     refuse_bad_out(config.out, None)
+    from megapar.data.tokenizer.train import BYTE_ENTRIES, BYTES
+
+    size = BYTE_ENTRIES if config.data.tokenizer == BYTES else config.data.vocab_size
     if config.model.vocab_size is None:
-        say(f"model.vocab_size is not given: counted with data.vocab_size={config.data.vocab_size}")
-    resolved = resolve(config, vocab_size=config.model.vocab_size or config.data.vocab_size)
+        say(f"model.vocab_size is not given: counted with data.vocab_size={size}")
+    resolved = resolve(config, vocab_size=config.model.vocab_size or size)
     check_plan(resolved, config.rank)
     from megapar.plan.rank import plan_rank
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import DataConfig, ModelConfig, TrainConfig
-from megapar.config.stacks import MEDIA, media
+from megapar.config.stacks import MEDIA, TEXT, media
 from megapar.data.media.index import MediaRecords
 from megapar.data.media.read import KIND, media_origin
 from megapar.data.media.samples import AUDIO, IMAGE, MediaSample, MediaSizes
@@ -83,28 +83,55 @@ def silent(sizes: MediaSizes) -> tuple[np.ndarray, ...]:
 
 
 def _usable(records: MediaRecords, config: TrainConfig) -> tuple[np.ndarray, str]:
-    """Numbers of the records whose media the model can take, int64 [n], and a line on the others. Raises UserError."""
-    patch, rate = config.model.image.patch, config.model.audio.rate
-    image, extents = records.kinds == IMAGE, records.extents
-    wrong = np.where(image, (extents % patch).any(axis=1), extents[:, 1] != rate) & records.read_by(config.model)
-    if not wrong.any():
+    """Numbers of the records that model and task can take, int64 [n], and a line on the others. Raises UserError."""
+    wrong = _problems(records, config)
+    unusable = np.any([mask for mask, _ in wrong], axis=0)
+    if not unusable.any():
         return np.arange(len(records)), ""
-    first = int(np.flatnonzero(wrong)[0])
-    one, two = extents[first].tolist()
-    if image[first]:
-        problem = f"an image of {one} x {two} pixels (height x width), not multiples of model.image.patch={patch}"
-        remedy = "resize or pad it"
-    else:
-        problem, remedy = f"a sound of {two} Hz, where model.audio.rate={rate}", "resample it"
-    unusable = np.zeros(len(records), dtype=bool)
-    unusable[records.owners[wrong]] = True
-    line = f"{records.where(int(records.owners[first]))}: {problem}; {remedy}"
+    first = int(np.flatnonzero(unusable)[0])
+    problem = next(say(first) for mask, say in wrong if mask[first])
+    line = f"{records.where(first)}: {problem}"
     if config.data.on_error == "refuse":
         raise UserError(f"{line}, or use data.on_error=skip")
     if unusable.all():
         raise UserError(f"{line}, as no other sample can be used")
     count = f"{int(unusable.sum()):,} of {len(records):,} samples can't be used and are left out"
     return np.flatnonzero(~unusable), f"{count}, the first: {line}"
+
+
+def _problems(records: MediaRecords, config: TrainConfig) -> list[tuple[np.ndarray, Callable[[int], str]]]:
+    """What can be wrong with a record: which have that, bool [records], and what to say of one, with the remedy."""
+    model, image, extents = config.model, records.kinds == IMAGE, records.extents
+    patch, rate = model.image.patch, model.audio.rate
+    read = records.read_by(model)
+    bad = np.where(image, (extents % patch).any(axis=1), extents[:, 1] != rate) & read
+    of_bad = _holding(records, bad)
+
+    def of_medium(record: int) -> str:
+        medium = int(np.flatnonzero(bad & (records.owners == record))[0])
+        one, two = extents[medium].tolist()
+        if image[medium]:
+            size = f"{one} x {two} pixels (height x width)"
+            return f"an image of {size}, not multiples of model.image.patch={patch}; resize or pad it"
+        return f"a sound of {two} Hz, where model.audio.rate={rate}; resample it"
+
+    chosen = config.task.modalities or [*media(model), TEXT]
+    texts = records.lengths[:, 0] - np.bincount(records.owners, minlength=len(records)) > 0
+    there = {"image": _holding(records, image & read), "audio": _holding(records, ~image & read), TEXT: texts}
+    nothing = ~np.any([there[name] for name in chosen], axis=0)
+    has_none = f"it has no {' and no '.join(chosen)}, so there is nothing to read; add some"
+    found: list[tuple[np.ndarray, Callable[[int], str]]] = [(of_bad, of_medium), (nothing, lambda record: has_none)]
+    if config.task.name == "multimodal_classify":
+        none = "it has no label (.cls), or one that no sample of training has; add or correct it"
+        found.append((records.classes < 0, lambda record: none))
+    if config.task.name == "multimodal_lm":
+        found.append((records.lengths[:, 1] == 0, lambda record: "it has no target (.target.txt); add one"))
+    return found
+
+
+def _holding(records: MediaRecords, chosen: np.ndarray) -> np.ndarray:
+    """Which records have one of the chosen media, bool [records]."""
+    return np.bincount(records.owners[chosen], minlength=len(records)) > 0
 
 
 def _fitting(records: MediaRecords, chosen: np.ndarray, config: TrainConfig) -> np.ndarray:

@@ -25,31 +25,35 @@ from megapar.generate.tokens import Text
 @dataclass(frozen=True)
 class Asked:
     """What is asked. texts: that samples have, as text; right: the name of the class of each, or the text that it
-    should be; names: of the model's classes, by number; where: SHARD:KEY of each"""
+    should be; names: of the model's classes, by number; where: SHARD:KEY of each; left_out: how many
+    others there are"""
 
     samples: list[MediaSample]
     texts: list[str]
     right: list[str]
     names: list[str]
     where: list[str]
+    left_out: int
 
 
 def read(path: str, subject: Subject) -> Asked:
     """Shards or loose files, as of `data.source=media`. Raises UserError."""
     config, tokenizer = subject.config, subject.tokenizer
-    data = replace(config.data, source="media", path=path, valid=None, split=0.0, tokenizer=str(tokenizer.path))
-    prepared = SOURCE.prepare(data, lambda line: None)
-    # It has classes of its own, by names.
-    own = changed(config, {"data.prefix": prepared.prefix, "model.classes": prepared.classes})
-    found = Media(own, "train")
+    chosen = subject.options.on_error
+    facts: Any = {"on_error": chosen, "too_long": chosen, "split": 0.0, "valid": None}
+    data = replace(config.data, source="media", path=path, tokenizer=str(tokenizer.path), **facts)
+    try:
+        prepared = SOURCE.prepare(data, lambda line: None)
+        # It has classes of its own, by names.
+        own = {"data.prefix": prepared.prefix, "data.on_error": chosen, "data.too_long": chosen}
+        found = Media(changed(config, own | {"model.classes": prepared.classes}), "train")
+    except UserError as error:
+        raise UserError(_in_our_keys(str(error))) from None
     samples = [found.sample(int(record)) for record in found.chosen]
     where = [found.records.where(int(record)) for record in found.chosen]
+    left_out = len(found.records) - len(samples)
     texts = [_spelled(tokenizer, sample.text[sample.text >= 0]) for sample in samples]
-    classifies = config.model.output == "classes"
-    for sample, place in zip(samples, where, strict=True):
-        if (sample.label < 0) if classifies else not len(sample.target):
-            raise UserError(f"{place}: has no {'label (.cls)' if classifies else 'target (.target.txt)'}; add one")
-    if classifies:
+    if config.model.output == "classes":
         names = run_labels(subject.folder, config)
         right = [found.labels[sample.label] for sample in samples]
         for label, place in zip(right, where, strict=True):
@@ -57,9 +61,16 @@ def read(path: str, subject: Subject) -> Asked:
                 raise UserError(
                     f'{place}: the label "{label}" is none of the model\'s, which has {", ".join(names[:5])}'
                 )
-        return Asked(samples, texts, right, names, where)
+        return Asked(samples, texts, right, names, where, left_out)
     right = [_spelled(tokenizer, sample.target[:-1]) for sample in samples]
-    return Asked(samples, texts, right, [], where)
+    return Asked(samples, texts, right, [], where, left_out)
+
+
+def _in_our_keys(problem: str) -> str:
+    """What is said of a run's data, with the keys of this command."""
+    for theirs, ours in (("data.on_error", "on_error"), ("data.too_long", "on_error"), ("data.path=", "media=")):
+        problem = problem.replace(theirs, ours)
+    return problem
 
 
 def _spelled(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
@@ -86,7 +97,10 @@ def measure(data: Asked, subject: Subject, scorer: Scorer) -> Result:
         ]
         figures[name] = {"samples": len(numbers)} | named(unit.replace(" ", "_"), found) | {"items": items}
         rows.append((name, f"{len(numbers):,}", with_error(found)))
-    return Result(figures, [("samples", f"{len(data.samples):,}")], rows)
+    shown = [("samples", f"{len(data.samples):,}")]
+    if data.left_out:
+        shown.append(("left out", f"{data.left_out:,}"))
+    return Result({"left_out": data.left_out} | figures, shown, rows)
 
 
 def _answers(
