@@ -1,5 +1,6 @@
 """What can't be used of media is named before a rank starts, or left out and counted; and what an index says holds."""
 
+import gzip
 import os
 import sys
 from collections.abc import Callable
@@ -306,3 +307,10 @@ def test_what_a_task_can_not_learn_from(tmp_path: Path) -> None:
         resolve(changed(TrainConfig(), {"model.output": "classes"}), classes=1)
     alike = {name: data for name, data in files.items() if name.startswith("a")}
     assert opened(prepared(tmp_path / "y", write_shard(tmp_path / "y" / "a.tar", alike)), **writes).num_samples == 1
+
+
+def test_a_compressed_shard(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", samples(2))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"a.tar: can't be read \(it is compressed; unpack it with gunzip"):
+        prepared(tmp_path, path)

@@ -23,6 +23,7 @@ TEXTS = frozenset(("txt", "cls", "json"))
 KINDS = IMAGES | SOUNDS | TEXTS
 
 SHARD = ".tar"
+GZIP = b"\x1f\x8b"  # how a compressed file begins
 MOST_OPEN = 128
 BLOCK = 512  # bytes; a tar ends with a block of zeros
 _RANGE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -167,6 +168,9 @@ def _regular(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset of its bytes, size) of the regular files of a tar. Raises tarfile.TarError where it is cut short:
     `tarfile` takes a tar that ends in the middle of a header, or without a block of zeros, for a whole one."""
     size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(2) == GZIP:
+            raise tarfile.ReadError("it is compressed; unpack it with gunzip, as files are read where they lie")
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.isreg():
