@@ -80,20 +80,38 @@ def packed(
     bias: Tensor | None,
     return_lse: bool,
 ) -> Any:
-    """Packed sequences in plain torch, one after another: q [T, N, D], k [T', K, D], v [T', K, E]; each has the first
-    rows and columns of bias."""
-    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    """Packed sequences in plain torch, those of equal lengths at once: q [T, N, D], k [T', K, D], v [T', K, E]; each has
+    the first rows and columns of bias."""
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, ((a, b), (c, d)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k), strict=True)):
+        alike.setdefault((b - a, d - c), []).append(number)
+    outs, lses, places = [], [], []
+    for (length, keys), numbers in alike.items():
+        rows, columns = (
+            torch.tensor([starts[number] for number in numbers], device=q.device).unsqueeze(1)
+            + torch.arange(size, device=q.device)
+            for starts, size in ((starts_q, length), (starts_k, keys))
+        )
+        own = None if bias is None else bias[:, :length, :keys]
+        found = dense(
+            _taken(q, rows), _taken(k, columns), _taken(v, columns), scale, left, right, softcap, own, return_lse
+        )
+        out, lse = found if return_lse else (found, None)
+        outs.append(out.flatten(0, 1))
+        lses += [lse.flatten(0, 1)] if lse is not None else []
+        places.append(rows.flatten())
+    first, count = starts_q[-1], len(q)  # behind the last sequence there may be rows of none
+    outs.append(q.new_zeros(count - first, q.shape[1], v.shape[2]))
+    places.append(torch.arange(first, count, device=q.device))
+    order = torch.cat(places).argsort()
+    out = torch.cat(outs).index_select(0, order)
+    if not return_lse:
+        return out
+    lses.append(torch.full((count - first, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device))
+    return out, torch.cat(lses).index_select(0, order)
 
-    def bias_of(length: int, keys: int) -> Tensor | None:
-        return None if bias is None else bias[:, :length, :keys]
 
-    parts = [
-        dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, left, right, softcap, bias_of(b - a, d - c), True)
-        for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
-    ]
-    outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts]
-    rest = len(q) - ends_q[-1]  # rows behind the last sequence
-    outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
-    lses.append(torch.full((rest, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device))
-    out = torch.cat(outs)
-    return (out, torch.cat(lses)) if return_lse else out
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, ...] at rows [B, S]: [B, S, ...]."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
