@@ -82,36 +82,38 @@ def packed(
 ) -> Any:
     """Packed sequences in plain torch, those of equal lengths at once: q [T, N, D], k [T', K, D], v [T', K, E]; each has
     the first rows and columns of bias."""
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    lengths = list(zip(*(cu.diff().tolist() for cu in (cu_q, cu_k)), strict=True))
     alike: dict[tuple[int, int], list[int]] = {}
-    for number, ((a, b), (c, d)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k), strict=True)):
-        alike.setdefault((b - a, d - c), []).append(number)
-    outs, lses, places = [], [], []
-    for (length, keys), numbers in alike.items():
-        rows, columns = (
-            torch.tensor([starts[number] for number in numbers], device=q.device).unsqueeze(1)
-            + torch.arange(size, device=q.device)
-            for starts, size in ((starts_q, length), (starts_k, keys))
-        )
+    for number, pair in enumerate(lengths):
+        alike.setdefault(pair, []).append(number)
+    rows, columns = _order(cu_q, alike), _order(cu_k, alike)
+    parts = zip(_parts(q, rows, alike, 0), _parts(k, columns, alike, 1), _parts(v, columns, alike, 1), strict=True)
+    outs, lses = [], []
+    for part, (length, keys) in zip(parts, alike, strict=True):
         own = None if bias is None else bias[:, :length, :keys]
-        found = dense(
-            _taken(q, rows), _taken(k, columns), _taken(v, columns), scale, left, right, softcap, own, return_lse
-        )
-        out, lse = found if return_lse else (found, None)
-        outs.append(out.flatten(0, 1))
-        lses += [lse.flatten(0, 1)] if lse is not None else []
-        places.append(rows.flatten())
-    first, count = starts_q[-1], len(q)  # behind the last sequence there may be rows of none
-    outs.append(q.new_zeros(count - first, q.shape[1], v.shape[2]))
-    places.append(torch.arange(first, count, device=q.device))
-    order = torch.cat(places).argsort()
-    out = torch.cat(outs).index_select(0, order)
+        found = dense(*part, scale, left, right, softcap, own, return_lse)
+        outs.append((found[0] if return_lse else found).flatten(0, 1))
+        lses += [found[1].flatten(0, 1)] if return_lse else []
+    rest, back = len(q) - len(rows), rows.argsort()  # rest: rows behind the last sequence
+    out = torch.cat([torch.cat(outs).index_select(0, back), q.new_zeros(rest, q.shape[1], v.shape[2])])
     if not return_lse:
         return out
-    lses.append(torch.full((count - first, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device))
-    return out, torch.cat(lses).index_select(0, order)
+    none = torch.full((rest, q.shape[1]), -math.inf, dtype=lses[0].dtype, device=q.device)
+    return out, torch.cat([torch.cat(lses).index_select(0, back), none])
 
 
-def _taken(x: Tensor, rows: Tensor) -> Tensor:
-    """x [T, ...] at rows [B, S]: [B, S, ...]."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+def _order(cu: Tensor, alike: dict[tuple[int, int], list[int]]) -> Tensor:
+    """Rows of packed sequences, those of equal lengths together: int64 [T]."""
+    starts = cu.tolist()
+    rows = [torch.arange(starts[number], starts[number + 1]) for numbers in alike.values() for number in numbers]
+    return torch.cat(rows).to(cu.device)
+
+
+def _parts(x: Tensor, order: Tensor, alike: dict[tuple[int, int], list[int]], side: int) -> list[Tensor]:
+    """x [T, ...] as [B, S, ...] for each pair of lengths."""
+    sizes = [len(numbers) * pair[side] for pair, numbers in alike.items()]
+    parts = x.index_select(0, order).split(sizes)
+    return [
+        part.view(len(numbers), pair[side], *x.shape[1:])
+        for part, (pair, numbers) in zip(parts, alike.items(), strict=True)
+    ]
