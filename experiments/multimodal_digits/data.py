@@ -19,7 +19,7 @@ from experiments.shards import Sample, png, shards_source, wav, write_data, writ
 from experiments.speech import DIGITS, draw_speaker, spoken, with_noise  # noqa: E402
 
 SEED = 1
-SAMPLES = {"train": 6000, "valid": 1000}
+SAMPLES = {"train": 18000, "valid": 1000}
 
 HELD_OUT = 400  # of the 1,797 handwritten digits
 ENLARGED = 2  # pixels a side for each of 8x8

@@ -1,7 +1,6 @@
 """Attention in plain differentiable torch, in any floating dtype: what the kernels are measured with."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,8 +79,9 @@ def packed(
     bias: Tensor | None,
     return_lse: bool,
 ) -> Any:
-    """Packed sequences in plain torch, those of equal lengths at once: q [T, N, D], k [T', K, D], v [T', K, E]; each has
-    the first rows and columns of bias."""
+    """Packed sequences in plain torch, those of equal lengths at once: q [T, N, D], k [T', K, D], v [T', K, E].
+
+    Each has the first rows and columns of bias."""
     lengths = list(zip(*(cu.diff().tolist() for cu in (cu_q, cu_k)), strict=True))
     alike: dict[tuple[int, int], list[int]] = {}
     for number, pair in enumerate(lengths):
