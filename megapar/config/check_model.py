@@ -4,7 +4,7 @@ remedy."""
 from dataclasses import fields
 from operator import attrgetter
 
-from megapar.config.errors import ConfigError
+from megapar.config.errors import ConfigError, show
 from megapar.config.model_schema import LoraConfig
 from megapar.config.policy import layer_linears
 from megapar.config.schema import ModelConfig
@@ -51,11 +51,12 @@ def check_model(model: ModelConfig) -> None:
             raise ConfigError("model.pooling", "first", problem)
         for key, none in (("tied", False), ("output_bias", False), ("logit_softcap", None), ("logit_scale", 1.0)):
             if (value := getattr(model, key)) != none:
-                raise ConfigError(f"model.{key}", value, f"model.output={model.output} has no logits; leave it out")
+                problem = f"model.output={model.output} has no logits; give model.{key}={show(none)}"
+                raise ConfigError(f"model.{key}", value, problem)
     else:
         for key, none in (("pooler", False), ("classes", None)):
             if (value := getattr(model, key)) != none:
-                problem = f"model.output={model.output} has none; use it with model.output=classes"
+                problem = f"model.output={model.output} has none; give model.{key}={show(none)}"
                 raise ConfigError(f"model.{key}", value, problem)
     if model.attention_dropout:
         raise ConfigError("model.attention_dropout", model.attention_dropout, "not supported; use model.dropout")

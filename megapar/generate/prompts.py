@@ -11,7 +11,7 @@ from megapar.config.run_schema import GenerateConfig
 from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.data.jsonl import decoded, read_lines
 from megapar.data.media.decode import Undecodable, clip_of, image_of
-from megapar.data.media.samples import MediaSample, marked
+from megapar.data.media.samples import MediaSample, first_mark, marked
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.text import prompt_tokens
 
@@ -62,6 +62,8 @@ def prompts_of(
     if reads:
         hold = f"its encoder reads train.source_length={trained.train.source_length}, the end of text counted"
     for prompt, found in zip(prompts, tokens, strict=True):
+        if trained.model.has_media and (mark := first_mark(prompt.text)):
+            raise UserError(f"{prompt.where}: {mark} is for one prompt; give it as prompt=, with image= or audio=")
         if len(found) > most and (reads or not whole):
             raise UserError(f"{prompt.where}: {len(found)} tokens, {hold}; shorten the prompt{remedy}")
     return prompts, tokens
@@ -69,7 +71,7 @@ def prompts_of(
 
 def has_media(config: GenerateConfig, model: ModelConfig) -> bool:
     """Whether a prompt has images or sounds, or names some."""
-    named = config.prompt_file is None and any(mark in config.prompt for mark in ("<image>", "<audio>"))
+    named = config.prompt_file is None and first_mark(config.prompt)
     return bool(config.image or config.audio or (model.has_media and named))
 
 

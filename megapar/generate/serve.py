@@ -23,7 +23,8 @@ def run_rank(config: ServeConfig, rank: int, world_size: int) -> None:
     with all_or_none(world, device):
         if desk is not None:
             name = Path(str(config.run.dir)).resolve().name
-            server = Server(config, name, desk, writer.tokenizer, writer.prompt_length)
+            media = writer.part.config.model.has_media
+            server = Server(config, name, desk, writer.tokenizer, writer.prompt_length, has_media=media)
             server.start()
             print(f"{name} at {server.url}/v1/completions; Ctrl-C ends", file=console(), flush=True)
     pause = min(HEARTBEAT_S, writer.part.mesh.timeout_s / 4)

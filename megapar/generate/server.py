@@ -16,6 +16,7 @@ from typing import Any
 
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.run_schema import ServeConfig
+from megapar.data.media.samples import first_mark
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.desk import Choice, Desk, Event, choices_of
 from megapar.generate.requests import Completion, Refusal, parse
@@ -27,14 +28,17 @@ BROKEN = "the model's logits are not finite: its training diverged"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers in threads of its own. name: of the model; raises ConfigError where the port can't be had."""
+    """Answers in threads of its own. name: of the model; has_media: whether it reads images or sound, which are not
+    served; raises ConfigError where the port can't be had."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, config: ServeConfig, name: str, desk: Desk, tokenizer: Tokenizer, context_length: int) -> None:
+    def __init__(
+        self, config: ServeConfig, name: str, desk: Desk, tokenizer: Tokenizer, context_length: int, *, has_media: bool
+    ) -> None:
         self.config, self.name, self.desk, self.tokenizer = config, name, desk, tokenizer
-        self.context_length, self.started = context_length, int(time.time())
+        self.context_length, self.has_media, self.started = context_length, has_media, int(time.time())
         self._encoding = threading.Lock()
         try:
             super().__init__((HOST, config.port), Handler)
@@ -51,6 +55,8 @@ class Server(ThreadingHTTPServer):
     def encode(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a prompt. Raises Refusal where it can't be encoded or is longer than the context."""
         if isinstance(prompt, str):
+            if self.has_media and (mark := first_mark(prompt)):
+                raise Refusal(400, f"{mark}: images and sound are not served; use `megapar generate`", "prompt")
             try:
                 with self._encoding:
                     tokens = prompt_tokens(self.tokenizer, prompt)

@@ -139,7 +139,7 @@ def test_what_is_no_tar(tmp_path: Path) -> None:
         ("b.tar.gz", "b.tar.gz is no shard; name .tar files, not compressed, or a folder of files"),
         ("empty", r"the folder has no files in it"),
         ("texts", r"no file of a sample in it, but no ending, .md; docs/media.md has the endings"),
-        ("none.tar", r"no file of a sample in it; docs/media.md has the endings"),
+        ("none.tar", r"/none.tar: no file of a sample in it; docs/media.md has the endings"),
     ],
 )
 def test_no_media(path: str, problem: str, tmp_path: Path) -> None:

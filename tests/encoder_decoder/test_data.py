@@ -59,12 +59,15 @@ def test_what_is_too_long(pairs: dict[str, Any]) -> None:
     config = tiny_config(pairs["data.prefix"], **pairs | long)
     for source, target in Paired(config, "train").batch(range(60)):
         assert len(source) <= 6 and len(target) <= 4 and {source[-1], target[-1]} == {1}
-    problem = r"pairs.jsonl:\d+: \d+ tokens, of which at most 6 of a source and 4 of a target fit; raise "
-    with pytest.raises(UserError, match=problem + "train.source_length or seq_length, or use data.too_long=skip"):
-        Paired(changed(config, {"data.too_long": "refuse"}), "train")
-    with pytest.raises(
-        UserError, match=r"and no other record is shorter than that; raise train.source_length or seq_l"
+    problem = r"pairs.jsonl:\d+: (\d+) tokens, of which at most {} fit; raise {}, or use data.too_long=skip"
+    for most, key, other in (
+        ("6 of a source", "train.source_length", {"train.seq_length": 50}),
+        ("4 of a target", "train.seq_length", {"train.source_length": 50}),
     ):
+        with pytest.raises(UserError, match=problem.format(most, key)) as caught:
+            Paired(changed(config, other | {"data.too_long": "refuse"}), "train")
+        assert int(str(caught.value).partition(" tokens")[0].rpartition(" ")[2]) > int(most[0])
+    with pytest.raises(UserError, match=r"and no other record is shorter than that; raise train.source_length"):
         Paired(changed(config, {"data.too_long": "skip", "train.seq_length": 1}), "train")
     kept = Paired(changed(config, {"data.too_long": "skip", "train.source_length": 14}), "train")
     assert 0 < kept.num_samples < 78 and np.all(kept.lengths <= [14, 4])

@@ -21,10 +21,11 @@ import pytest
 from megapar.cli import main
 from megapar.config.derive import resolve_forward
 from megapar.config.keys import changed
-from megapar.config.run_schema import GenerateConfig, SampleConfig, ServeLimits
+from megapar.config.run_schema import GenerateConfig, SampleConfig, ServeConfig, ServeLimits
 from megapar.data.tokenizer import open_tokenizer
 from megapar.generate.desk import Choice, Desk, choices_of
 from megapar.generate.requests import Refusal, parse
+from megapar.generate.server import Server
 from megapar.launch.pool import WorkerPool
 from tests.cli.conftest import clean_environment
 from tests.generate import jobs
@@ -182,6 +183,18 @@ def test_what_is_refused(served: Served) -> None:
     _, answer = served.stream(prompt=f"a{POISON}b", max_tokens=3)
     assert events(answer)[-1]["error"]["type"] == "server_error"
     assert served.text(prompt="alpha", **SHORT)
+
+
+@pytest.mark.parametrize("has_media", [False, True])
+def test_marks_of_images_are_refused_where_the_model_reads_images(talker: Path, has_media: bool) -> None:
+    config = changed(ServeConfig(), {"port": 0})
+    with Server(
+        config, "run", Desk(config.serve), open_tokenizer(talker / "tokenizer.model"), 40, has_media=has_media
+    ) as server:
+        assert server.encode("alpha")
+        refused = pytest.raises(Refusal, match=r"^<image>: images and sound are not served")
+        with refused if has_media else contextlib.nullcontext():
+            assert server.encode("alpha <image>")
 
 
 def test_a_port_that_another_has(talker: Path, served: Served, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Text written behind images and sound, and evaluations by modality, are those of a model that computes all anew."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import torch
 
 from megapar.config.errors import UserError
-from megapar.config.run_schema import SampleConfig
+from megapar.config.run_schema import GenerateConfig, SampleConfig
 from megapar.config.schema import TrainConfig
 from megapar.data.media.batches import Rows, lay_out
 from megapar.data.media.samples import AUDIO, IMAGE, MediaSample
+from megapar.data.tokenizer import open_tokenizer
+from megapar.data.tokenizer.files import MODEL
+from megapar.data.tokenizer.train import BYTES, make_tokenizer
 from megapar.evaluate.scorer import Scorer
 from megapar.generate.choose import choose
+from megapar.generate.prompts import prompts_of
 from megapar.generate.tokens import Generator
 from megapar.launch.pool import WorkerPool
 from megapar.part import ModelPart
@@ -106,6 +111,15 @@ def test_a_prompt_that_does_not_fit(media: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"40 tokens with those of images and sounds, and the model's context holds"):
         made.text(prompt(0, [IMAGE], [(20, 8)], []), SampleConfig())
     trainer.close()
+
+
+def test_marks_in_a_file_of_prompts_are_refused(media: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("alpha\nwhat is <audio>?\n", encoding="utf-8")
+    make_tokenizer(BYTES, [], 0, tmp_path / MODEL)
+    trained = tiny_config(media["data.prefix"], **media | WRITES)
+    config = GenerateConfig(prompt="", prompt_file=str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match=r"prompts.txt:2: <audio> is for one prompt; give it as prompt="):
+        prompts_of(config, open_tokenizer(tmp_path / MODEL), trained)
 
 
 def scores(rank: int, world_size: int, config: TrainConfig, batch_size: int) -> np.ndarray:

@@ -229,7 +229,7 @@ class Reading:
             return UserError(f"{broken}, as no other sample of {key} can be used")
         there = ", ".join(kind for kind, _ in self.ignored.most_common(5))
         problem = f"no file of a sample in it{f', but {there}' if there else ''}; docs/media.md has the endings"
-        return ConfigError(key, place.root, problem)
+        return ConfigError(key, place.root if len(place.files) > 1 else place.files[0].path, problem)
 
 
 def digest_of(data: bytes) -> int:

@@ -53,6 +53,12 @@ _MARK = re.compile("(<image>|<audio>)")
 _MARKS = {"<image>": IMAGE, "<audio>": AUDIO}
 
 
+def first_mark(text: str) -> str:
+    """`<image>` or `<audio>`, whichever a text has first; empty without."""
+    found = _MARK.search(text)
+    return found[1] if found else ""
+
+
 def marked(text: str, images: int, sounds: int) -> list[str | int]:
     """A text in pieces, with IMAGE and AUDIO where it has `<image>` and `<audio>`; media that it does not name stand in
     front, images first. Raises ValueError where it names more than there are."""

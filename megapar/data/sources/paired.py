@@ -19,6 +19,7 @@ def parse(line: Line) -> Record:
 
 
 KIND = Kind("paired", parse, sequences=2)
+SIDES, KEYS = ("source", "target"), ("train.source_length", "train.seq_length")
 
 
 class Paired:
@@ -32,9 +33,11 @@ class Paired:
         self.records = Records(config.data.prefix, split)
         self.most = np.array([config.train.source_length, config.train.seq_length])
         refuse_too_few(self.records, split, config.data)
-        too_long = (self.records.lengths > self.most).any(1)
-        most = f"{self.most[0]} of a source and {self.most[1]} of a target"
-        self._chosen = fitting(self.records, too_long, config.data, most, "train.source_length or seq_length")
+        too_long = self.records.lengths > self.most
+        side = int(too_long[too_long.any(1)][:1, 0].sum() == 0)  # of the first one that doesn't fit
+        most = f"{self.most[side]} of a {SIDES[side]}"
+        lengths = self.records.lengths[:, side]
+        self._chosen = fitting(self.records, too_long.any(1), config.data, most, KEYS[side], lengths)
         self.lengths = np.minimum(self.records.lengths[self._chosen], self.most)
         self.num_samples = len(self._chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
