@@ -23,7 +23,7 @@ from megapar.parallel.layers import ReplicatedEmbedding, ReplicatedLinear
 from megapar.parallel.record import Normal
 from megapar.pipeline.stage import Batch
 
-LEAST_POWER = 1e-10  # of a mel band, before its logarithm
+LEAST_POWER = 1e-6  # of a mel band, before its logarithm: what rounding to 16 bits leaves of silence
 
 
 class MediumEmbedding(nn.Module):
@@ -60,8 +60,9 @@ class Pixels(nn.Module):
 class LogMel(nn.Module):
     """Waveforms [t', samples of a token], -1..1, to log-mel features [t', frames * mels].
 
-    Of every frame, behind a Hann window, the power in mel bands, from 0 Hz to half the sampling rate; as
-    (log10(power) + 4) / 4, which is about -1..1 (Radford et al. 2022, section 2.2).
+    Of every frame, behind a Hann window, the logarithm of the power in mel bands, from 0 Hz to half the sampling rate.
+    Those of a token have mean 0 and variance 1, however loud the recording is: speech moves them by less than a tenth
+    of where they stand, which a linear layer would hardly see (as Kumar et al. 2023, Dual PatchNorm, of images).
     """
 
     def __init__(self, context: StageContext, model: ModelConfig) -> None:
@@ -72,11 +73,16 @@ class LogMel(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(self, waves: Tensor) -> Tensor:
+        features = self.spectrogram(waves).flatten(1)
+        return nn.functional.layer_norm(features, features.shape[1:])
+
+    def spectrogram(self, waves: Tensor) -> Tensor:
+        """log10 of the power [t', frames, mels]."""
         window, bands = self._made()
         frames = waves.to(window.dtype).unfold(1, self.audio.window, self.audio.hop) * window
         spectrum = torch.view_as_real(torch.fft.rfft(frames, self.points))
         power = spectrum.square().sum(-1) @ bands
-        return (power.clamp(min=LEAST_POWER).log10() / 4 + 1).flatten(1)
+        return power.clamp(min=LEAST_POWER).log10()
 
     def _made(self) -> tuple[Tensor, Tensor]:
         """The window [samples of a frame] and the bands [frequencies, mels], in the wide dtype."""

@@ -5,23 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from megapar.config.keys import changed
 from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.data.media.batches import lay_out, patches, windows
 from megapar.data.media.samples import AUDIO, IMAGE, MediaSample
-from megapar.models.media import LogMel, mel_bands, sinusoids
+from megapar.models.media import LEAST_POWER, LogMel, mel_bands, sinusoids
 from megapar.part import ModelPart
 from tests.media.samples import WRITES
 from tests.parallel.layouts import verify_config
 
 
-def features(waves: Tensor, model: ModelConfig) -> Tensor:
+def log_mel(model: ModelConfig) -> LogMel:
     config = changed(verify_config("x", ["tp2"], **WRITES), {"parallel.tp": 1})
-    context = ModelPart(config, 0).context
-    return LogMel(context, model)(waves)
+    return LogMel(ModelPart(config, 0).context, model)
 
 
 def test_bands_are_those_of_transformers() -> None:
@@ -35,22 +33,32 @@ def test_features_are_those_of_transformers() -> None:
     model = changed(TrainConfig(), {"model.audio.rate": 8000, "model.audio.mels": 40, "model.audio.layers": 1}).model
     wave = np.random.default_rng(0).standard_normal(3000) * 0.1
     read = windows(wave.astype(np.float32), model.audio)
-    ours = features(torch.from_numpy(read.values.astype(np.float64)), model).view(-1, 40)
+    ours = log_mel(model).spectrogram(torch.from_numpy(read.values.astype(np.float64))).view(-1, 40)
     padded = np.zeros((len(ours) - 1) * 80 + 200)
     padded[:3000] = wave.astype(np.float32)
     window = torch.hann_window(200, dtype=torch.float64).numpy()
     bands = mel_filter_bank(257, 40, 0.0, 4000.0, 8000, norm=None, mel_scale="htk")
     theirs = spectrogram(
         padded, window, 200, 80, fft_length=512, power=2.0, center=False, mel_filters=bands, log_mel="log10",
-        dtype=np.dtype(np.float64),
+        mel_floor=LEAST_POWER, dtype=np.dtype(np.float64),
     )  # fmt: skip
-    assert np.abs(ours.numpy() - (theirs.T / 4 + 1)).max() < 1e-6  # they keep their spectrum in complex64
+    assert np.abs(ours.numpy() - theirs.T).max() < 4e-6  # they keep their spectrum in complex64
+
+
+def test_a_quiet_recording_has_the_features_of_a_loud_one() -> None:
+    """Otherwise what a linear layer gets is nearly all how loud the recording is, and nothing is learned of speech."""
+    model = changed(TrainConfig(), {"model.audio.rate": 8000, "model.audio.mels": 32, "model.audio.layers": 1}).model
+    waves = torch.randn(3, model.audio.samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loud, quiet = log_mel(model)(waves / 4), log_mel(model)(waves / 100)
+    assert (loud - quiet).abs().max() < 1e-3
+    assert loud.mean(1).abs().max() < 1e-9 and (loud.var(1, correction=0) - 1).abs().max() < 1e-3
+    assert torch.isfinite(log_mel(model)(torch.zeros_like(waves))).all()
 
 
 def test_waveforms_have_a_gradient() -> None:
     model = changed(TrainConfig(), {"model.audio.rate": 1000, "model.audio.mels": 4, "model.audio.layers": 1}).model
     waves = torch.randn(2, model.audio.samples, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: features(x, model), waves)
+    assert torch.autograd.gradcheck(log_mel(model), waves)
 
 
 def test_patches_are_read_row_by_row() -> None:
