@@ -6,6 +6,8 @@ In a notebook or a script of your own (docs/library.md):
     model = megapar.from_hf("folder")             one with the weights of a Hugging Face folder
     optimizer = megapar.AdamW(model, lr=1e-3)     or Lion, Muon, or torch's own
     megapar.schedule("zbv", ranks=4, microbatches=16).draw()
+    with megapar.capture(model, ["layers.1.attention.weights"]) as seen:     what passes there; also megapar.patch
+        model(ids)
 
 Importing megapar imports neither torch nor Hydra: these names are fetched when they are first used.
 """
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from megapar.config.errors import ConfigError, UserError
     from megapar.config.schema import ModelConfig
     from megapar.data.media.samples import MediaSample
+    from megapar.interpret.capture import Capture as capture
+    from megapar.interpret.lens import logit_lens
+    from megapar.interpret.patch import Patch as patch
     from megapar.library.hf import from_hf
     from megapar.library.model import Model, build
     from megapar.library.optimizer import AdamW, Lion, Muon
@@ -32,7 +37,10 @@ __all__ = [
     "Muon",
     "UserError",
     "build",
+    "capture",
     "from_hf",
+    "logit_lens",
+    "patch",
     "schedule",
 ]
 
@@ -46,8 +54,11 @@ _WHERE = {
     "Muon": "megapar.library.optimizer",
     "UserError": "megapar.config.errors",
     "build": "megapar.library.model",
+    "capture": "megapar.interpret.capture:Capture",
     "from_hf": "megapar.library.hf",
-}
+    "logit_lens": "megapar.interpret.lens",
+    "patch": "megapar.interpret.patch:Patch",
+}  # module, and what it is called there where that is another name
 
 
 def __getattr__(name: str) -> Any:
@@ -55,7 +66,8 @@ def __getattr__(name: str) -> Any:
         return import_module("megapar.schedule")
     if name not in _WHERE:
         raise AttributeError(f"module 'megapar' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    module, _, called = _WHERE[name].partition(":")
+    value = globals()[name] = getattr(import_module(module), called or name)
     return value
 
 

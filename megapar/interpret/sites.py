@@ -1,0 +1,90 @@
+"""The places of a model whose tensors can be seen and replaced: their names, and how a rank's part of one lies.
+
+| site                        | tensor of a token                            | a rank has                       |
+|-----------------------------|----------------------------------------------|----------------------------------|
+| `embedding`                 | [H], the residual stream in front of layer 0 | all, or its share of the tokens  |
+| `layers.N`                  | [H], the residual stream behind layer N      | the same                         |
+| `layers.N.attention.q`      | [N, D], also `k` and `v` [K, D], as projected | its heads                        |
+| `layers.N.attention.heads`  | [N, D], what every head reads                | its heads                        |
+| `layers.N.attention.out`    | [H], what attention adds                     | all, or its share of the tokens  |
+| `layers.N.attention.weights`| [N, S], how much a query sees of every key   | its heads                        |
+| `layers.N.cross.heads`, `out` | as of attention, in a decoder's layer      | the same                         |
+| `layers.N.mlp.inner`        | [F], behind the activation                   | its features                     |
+| `layers.N.mlp.out`          | [H], what the MLP adds                       | all, or its share of the tokens  |
+| `norm`                      | [H], behind the last norm                    | all, or its share of the tokens  |
+| `logits`                    | [V]                                          | its part of the vocabulary       |
+
+In front of a name may stand a stack's: `encoder.layers.0`, `image.layers.1.mlp.out`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megapar.config.errors import ConfigError
+from megapar.config.schema import ModelConfig
+from megapar.config.stacks import TRUNK, prefix, stack_layers, stacks
+
+OF_LAYERS = {
+    "": "",
+    "attention.q": "attention.qkv",
+    "attention.k": "attention.qkv",
+    "attention.v": "attention.qkv",
+    "attention.heads": "attention.out",
+    "attention.out": "attention.out",
+    "attention.weights": "attention",
+    "cross.heads": "cross.out",
+    "cross.out": "cross.out",
+    "mlp.inner": "mlp.down",
+    "mlp.out": "mlp.down",
+}  # the module whose input or output it is, by what stands behind the layer's number
+INPUTS = ("attention.heads", "cross.heads", "mlp.inner")  # of their modules; the others are outputs
+WEIGHTS = "attention.weights"
+HEADS = ("attention.q", "attention.k", "attention.v", "attention.heads", "cross.heads", WEIGHTS)  # by head
+FEATURES = ("mlp.inner", "logits")  # by feature; the others have a token's whole vector
+_LAYER = re.compile(r"layers\.(\d+)(?:\.(.+))?")
+
+
+@dataclass(frozen=True)
+class Site:
+    """stack: whose it is; layer: its number, None outside the layers; kind: a key of OF_LAYERS, or the whole name"""
+
+    name: str
+    stack: str
+    layer: int | None
+    kind: str
+
+    @property
+    def module(self) -> str:
+        """The path in its stack of the module at which it is found."""
+        if self.layer is None:
+            return {"embedding": "embedding", "norm": "head.norm", "logits": "head"}[self.kind]
+        path = OF_LAYERS[self.kind]
+        return f"layers.{self.layer}.{path}" if path else f"layers.{self.layer}"
+
+    @property
+    def is_input(self) -> bool:
+        return self.kind in INPUTS
+
+
+def sites_of(names: Sequence[str], model: ModelConfig, key: str) -> list[Site]:
+    """Raises ConfigError for `key` where a model has no such place."""
+    return [_site(name, model, key) for name in names]
+
+
+def _site(name: str, model: ModelConfig, key: str) -> Site:
+    first, _, rest = name.partition(".")
+    stack = first if first in stacks(model) and first else TRUNK
+    below = rest if stack else name
+    outside = ("embedding",) if stack else ("embedding", *(("norm", "logits") if model.has_logits else ()))
+    if below in outside and not (stack and stack != "encoder"):
+        return Site(name, stack, None, below)
+    count = stack_layers(model, stack)
+    if (found := _LAYER.fullmatch(below)) and int(found[1]) < count:
+        kinds = [kind for kind in OF_LAYERS if not kind.startswith("cross.") or (model.encoder.layers and not stack)]
+        if (kind := found[2] or "") in kinds:
+            return Site(name, stack, int(found[1]), kind)
+        known = ", ".join(f"{prefix(stack)}layers.{found[1]}.{kind}" for kind in kinds if kind)
+        raise ConfigError(key, name, f"no such place; this layer has {prefix(stack)}layers.{found[1]}, {known}")
+    problem = f"no such place; there are {', '.join(outside)}, layers.0 to layers.{count - 1}, and places in a layer "
+    raise ConfigError(key, name, problem + f"such as {prefix(stack)}layers.0.attention.heads")
