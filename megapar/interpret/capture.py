@@ -83,7 +83,11 @@ class Capture(Walk):
         dtype = {str(one): one for one in (torch.float64, torch.float32, torch.bfloat16)}[told[0]["dtype"]]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         found = torch.zeros(len(numbers), length, blocks, inner, dtype=wide, device=mesh.device)
-        elsewhere = {_key(one) for text in texts[: mesh.rank] for one in json.loads(text)}
+        kind = self._kinds[name.removesuffix(GRADIENT)]
+        # Ranks that share a key head have parts of its gradient.
+        parts = name.endswith(GRADIENT) and kind in ("attention.k", "attention.v")
+        before = [] if parts else [one for text in texts[: mesh.rank] for one in json.loads(text)]
+        elsewhere = {_key(one) for one in before}
         rows, ranks = torch.tensor(numbers, device=mesh.device), torch.zeros_like(found[..., 0])
         for piece, one in zip(pieces, own, strict=True):
             if _key(one) not in elsewhere:  # where a lower rank has the same, that one says it
@@ -91,10 +95,9 @@ class Capture(Walk):
                 at = torch.searchsorted(rows, place.samples)
                 found[at, place.places, place.first : place.first + width, :depth] = piece.x.to(wide)
                 ranks[at, place.places, place.first : place.first + width] = 1.0
-        if all_reduce(ranks, mesh["world"]).max() > 1.0:
+        if not parts and all_reduce(ranks, mesh["world"]).max() > 1.0:
             raise UserError(f"{name}: a sample has passed on several ranks; call seen.clear() between passes")
         found = all_reduce(found, mesh["world"]).to(dtype)  # every element is of one rank, and 0 of the others
-        kind = self._kinds[name.removesuffix(GRADIENT)]
         if kind in HEADS:
             return numbers, found
         return numbers, found.squeeze(3 if kind in FEATURES else 2)

@@ -111,9 +111,8 @@ def _written(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(attention: Attention, x: Tensor, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, Local]:
-    """How much every query sees of each key of its row, [t, n, S] of this rank's heads, computed beside the forward pass
-    from the layer's input x [t, H]. Collective over tp where tokens are split."""
-    assert tokens.new is None
+    """How much every query sees of each key of its row, or of its text so far: [t, n, S] of this rank's heads, computed
+    beside the forward pass, and behind it, from the layer's input x [t, H]. Collective over tp where tokens are split."""
     with torch.no_grad():
         qkv = attention.qkv(x.detach())
         if attention.qk_norm is not None:
@@ -124,18 +123,47 @@ def attention_weights(attention: Attention, x: Tensor, tokens: Tokens, bias: Ten
             table, length = tokens.rope_table(attention.rotary)
             rows = (one.reshape(-1, length, *one.shape[1:]) for one in (q, k))
             q, k = (turned.flatten(0, 1) for turned in rope(*rows, table))
-        q, k = (one.view(-1, tokens.length, *one.shape[1:]).transpose(1, 2).double() for one in (q, k))
-        scale = 1.0 / math.sqrt(attention.channels) if attention.scale is None else attention.scale
-        scores = q @ k.repeat_interleave(heads // kv_heads, 1).transpose(2, 3) * scale  # [B, n, S, S]
-        if attention.softcap is not None:
-            scores = attention.softcap * torch.tanh(scores / attention.softcap)
-        if bias is not None:
-            scores = scores + bias.double()
-        scores = scores.masked_fill(~_seen(attention, tokens).unsqueeze(1), -math.inf)
-        weights = torch.softmax(scores, -1).to(qkv.dtype).transpose(1, 2).flatten(0, 1)
+        found = _of_texts(attention, q, tokens, bias) if tokens.new is not None else _of_rows(attention, q, k, tokens, bias)
     piece = attention.qkv.owner.pieces[0]
     first, blocks = (size // attention.channels for size in (piece.shard.box[0].start, piece.record.shape[0]))
-    return weights, Local(*_all(tokens), first, blocks)
+    return found.to(qkv.dtype), Local(*_all(tokens), first, blocks)
+
+
+def _of_rows(attention: Attention, q: Tensor, k: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    """q [T, n, D], k [T, K, D] of B rows of S tokens -> [T, n, S]."""
+    q, k = (one.view(-1, tokens.length, *one.shape[1:]).transpose(1, 2) for one in (q, k))
+    seen = _seen(attention, tokens).unsqueeze(1)
+    return _weights(attention, q, k, seen, bias).transpose(1, 2).flatten(0, 1)
+
+
+def _of_texts(attention: Attention, q: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    """q [T, n, D] of new tokens of texts that are being written -> [T, n, L], 0 behind a text's end."""
+    new = tokens.new
+    assert new is not None
+    keys, _ = new.cache.layer(attention.index, q)
+    found = q.new_zeros(len(q), q.shape[1], max(new.lengths), dtype=torch.float64)
+    for slot, count, length, end in zip(new.slots, new.counts, new.lengths, new.ends, strict=True):
+        places = torch.arange(length, device=q.device)
+        back = places[-count:, None] - places
+        seen = back >= 0 if attention.window is None else (back >= 0) & (back < attention.window)
+        own = q[end - count : end].transpose(0, 1)
+        own_bias = None if bias is None else bias[:, back.clamp(min=0)]
+        found[end - count : end, :, :length] = _weights(
+            attention, own, keys[slot, :, :length], seen, own_bias
+        ).transpose(0, 1)
+    return found
+
+
+def _weights(attention: Attention, q: Tensor, k: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
+    """q [..., n, S, D], k [..., K, L, D], seen: which keys a query sees, bool [..., S, L] -> fp64 [..., n, S, L]."""
+    scale = 1.0 / math.sqrt(attention.channels) if attention.scale is None else attention.scale
+    k = k.double().repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    scores = q.double() @ k.transpose(-1, -2) * scale
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    if bias is not None:
+        scores = scores + bias.double()
+    return torch.softmax(scores.masked_fill(~seen, -math.inf), -1)
 
 
 def _seen(attention: Attention, tokens: Tokens) -> Tensor:

@@ -97,8 +97,6 @@ class Walk:
 
     def _attends(self, site: Site, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         x_tH, tokens, *bias = args
-        if tokens.new is not None:
-            raise UserError(f"{site.name}: is not there while a text is written; read the text in one pass")
         self.attends(site, *attention_weights(module, x_tH, tokens, bias[0] if bias else None))
 
     def _visited(self, site: Site, module: nn.Module, tensor: Tensor) -> Tensor | None:
