@@ -15,7 +15,12 @@ setup(
     license_files=["LICENSE"],
     packages=sorted(PACKAGES),
     package_dir={"megapar": "megapar", "megapar.kernels": "kernels", "megapar.conf": "conf"},
-    package_data={"megapar": ["py.typed"], "megapar.conf": ["*.yaml", "**/*.yaml"], "megapar.bench": ["pace.c"]},
+    package_data={
+        "megapar": ["py.typed"],
+        "megapar.conf": ["*.yaml", "**/*.yaml"],
+        "megapar.bench": ["pace.c"],
+        "megapar.interpret": ["page.html"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -16,6 +16,7 @@ from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
 from megapar.config.run_schema import ChatConfig, ForwardConfig, GenerateConfig, WriterConfig
 from megapar.config.schema import ModelConfig, TrainConfig, VerifyConfig
+from megapar.config.sites import sites_of
 from megapar.config.stacks import media, medium, stacks
 from megapar.config.stages import make_schedule, num_microbatches, num_stages, part_costs, stage_parts
 from megapar.config.tasks import check_task
@@ -206,6 +207,7 @@ def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train = config.train
     check_optimizer(config)
+    sites_of(config.interpret.capture or [], config.model, "interpret.capture")
     if config.checkpoint.load is not None and config.checkpoint.weights is not None:
         problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
         raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)

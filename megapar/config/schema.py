@@ -371,6 +371,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class InterpretSection:
+    """Looking inside while a run trains."""
+
+    capture: list[str] | None = option(
+        None, "places whose tensors are written to run.dir/interpret, such as [layers.2.attention.out]", identity=False
+    )
+    statistics: bool = option(
+        False, "mean, size and gradient of the residual stream behind each layer, in run.dir/interpret", identity=False
+    )
+    every: int = option(100, "steps between those that are looked at; the first is, too", at_least=1, identity=False)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """`megapar train`: train a model."""
 
@@ -384,6 +397,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoints")
     logger: LoggerConfig = group(LoggerConfig, "loggers")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
+    interpret: InterpretSection = group(InterpretSection, "looking inside")
     run: RunConfig = group(RunConfig, "the run directory")
     devices: int | None = option(
         None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1", at_least=1

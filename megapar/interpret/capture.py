@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megapar.config.errors import UserError
+from megapar.config.sites import FEATURES, HEADS, Site
 from megapar.interpret.local import Local, View
-from megapar.interpret.sites import FEATURES, HEADS, Site
 from megapar.interpret.walk import Walk, in_backward
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.collectives import all_reduce

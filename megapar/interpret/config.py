@@ -13,5 +13,9 @@ class InterpretConfig(ForwardConfig):
     prompt: str = option("", "text that is read, verbatim; of train.seq_length tokens at most", verbatim=True)
     top: int = option(5, "next tokens that are shown behind every layer", at_least=1)
     out: str | None = option(
-        None, "HTML file to write; default: interpret.html in the run directory", verbatim=True, path=True, identity=False
+        None,
+        "HTML file to write; default: interpret.html in the run directory",
+        verbatim=True,
+        path=True,
+        identity=False,
     )

@@ -24,8 +24,10 @@ class Lens:
 
 
 def logit_lens(model: Any, streams: Sequence[Tensor], top: int = 5) -> Lens:
-    """streams: the residual stream behind layers, [samples, S, H] each, as `capture` gives it for `layers.N`. Collective;
-    the same on every rank. Raises UserError for a model without logits."""
+    """streams: the residual stream behind layers, [samples, S, H] each, as `capture` gives it for `layers.N`.
+
+    Collective; the same on every rank. Raises UserError for a model without logits.
+    """
     part: ModelPart = getattr(model, "part", model)
     if not part.config.model.has_logits:
         raise UserError(f"logit_lens: model.output={part.config.model.output} has no logits; use a run with output=lm")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapar.interpret.sites import Site
+from megapar.config.sites import Site
 from megapar.kernels.rope import rope
 from megapar.models.attention import Attention
 from megapar.models.tokens import Tokens
@@ -111,8 +111,11 @@ def _written(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(attention: Attention, x: Tensor, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, Local]:
-    """How much every query sees of each key of its row, or of its text so far: [t, n, S] of this rank's heads, computed
-    beside the forward pass, and behind it, from the layer's input x [t, H]. Collective over tp where tokens are split."""
+    """How much every query sees of each key of its row, or of its text so far: [t, n, S] of this rank's heads.
+
+    Computed beside the forward pass, and behind it, from the layer's input x [t, H]. Collective over tp where tokens
+    are split.
+    """
     with torch.no_grad():
         qkv = attention.qkv(x.detach())
         if attention.qk_norm is not None:
@@ -121,9 +124,12 @@ def attention_weights(attention: Attention, x: Tensor, tokens: Tokens, bias: Ten
         q, k, _ = qkv.view(len(qkv), -1, attention.channels).split([heads, kv_heads, kv_heads], 1)
         if attention.rotary is not None:
             table, length = tokens.rope_table(attention.rotary)
-            rows = (one.reshape(-1, length, *one.shape[1:]) for one in (q, k))
-            q, k = (turned.flatten(0, 1) for turned in rope(*rows, table))
-        found = _of_texts(attention, q, tokens, bias) if tokens.new is not None else _of_rows(attention, q, k, tokens, bias)
+            q, k = (one.reshape(-1, length, *one.shape[1:]) for one in (q, k))
+            q, k = (turned.flatten(0, 1) for turned in rope(q, k, table))
+        if tokens.new is not None:
+            found = _of_texts(attention, q, tokens, bias)
+        else:
+            found = _of_rows(attention, q, k, tokens, bias)
     piece = attention.qkv.owner.pieces[0]
     first, blocks = (size // attention.channels for size in (piece.shard.box[0].start, piece.record.shape[0]))
     return found.to(qkv.dtype), Local(*_all(tokens), first, blocks)

@@ -1,7 +1,7 @@
 """Other values at named sites: what a model makes of them says what they are for.
 
-Source: Meng et al. 2022, "Locating and editing factual associations in GPT", section 2 (activations restored from another
-run); Wang et al. 2023, "Interpretability in the wild", section 3 (heads replaced by their mean).
+Source: Meng et al. 2022, "Locating and editing factual associations in GPT", section 2 (activations restored from
+another run); Wang et al. 2023, "Interpretability in the wild", section 3 (heads replaced by their mean).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from megapar.config.errors import ConfigError
+from megapar.config.sites import FEATURES, HEADS, WEIGHTS, Site
 from megapar.interpret.local import Local, View
-from megapar.interpret.sites import FEATURES, HEADS, WEIGHTS, Site
 from megapar.interpret.walk import Walk
 
 Change = Callable[[Tensor, Local], Tensor]
 
 
 class Patch(Walk):
-    """`with megapar.patch(model, {"layers.1.attention.heads": 0.0}, blocks=[3]):` runs a model with other values at sites.
+    """`with megapar.patch(model, {"layers.1.attention.heads": 0.0}, blocks=[3]):` runs a model with other values there.
 
-    values: by site a number, a tensor as `Capture` gives it, [samples, S, ...], whose row is a sample's number (1 where it
-        is the same for all samples, or all places), or a function (x [t, blocks, inner], Local) -> x of what a rank has
+    values: by site a number, a tensor as `Capture` gives it, [samples, S, ...], whose row is a sample's number (1 where
+        it is the same for all samples, or all places), or a function (x [t, blocks, inner], Local) -> x of a rank's own
     blocks: heads (or features) that are changed, by number on all ranks; default: all
     places: of the tokens that are changed, in their samples; default: all
 

@@ -25,7 +25,7 @@ PAGE = "interpret.html"  # in a run's directory
 
 
 def tokens_of(config: InterpretConfig, tokenizer: Tokenizer, trained: TrainConfig) -> list[int]:
-    """Those of the prompt. Raises UserError for a model that reads more than text, and for a prompt that is too long."""
+    """Those of the prompt. Raises UserError for a model that reads more than text, and a prompt that is too long."""
     model = trained.model
     if model.encoder.layers or model.has_media:
         what = "an encoder" if model.encoder.layers else "encoders of images or sound"
@@ -40,8 +40,10 @@ def tokens_of(config: InterpretConfig, tokenizer: Tokenizer, trained: TrainConfi
 
 
 def run_rank(config: InterpretConfig, rank: int, world_size: int) -> None:
-    """Read the prompt as rank `rank` of `world_size`, the default process group being up. Rank 0 writes the page. Raises
-    UserError."""
+    """Read the prompt as rank `rank` of `world_size`, the default process group being up. Rank 0 writes the page.
+
+    Raises UserError.
+    """
     trained = in_layout(load_trained(config), config)
     folder = Path(str(config.run.dir))
     tokenizer = run_tokenizer(folder, trained)

@@ -3,8 +3,6 @@ looks at costs nothing."""
 
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megapar.config.errors import UserError
+from megapar.config.sites import WEIGHTS, Site, sites_of
 from megapar.config.stacks import TRUNK
 from megapar.interpret.local import Local, View, attention_weights, view_of
-from megapar.interpret.sites import WEIGHTS, Site, sites_of
-from megapar.models.layer import TransformerLayer
-from megapar.models.stage import Stack, TransformerStage
+from megapar.models.stage import TransformerStage
 from megapar.models.tokens import Tokens
 from megapar.part import ModelPart
+
 
 class Walk:
     """A context that is called at every pass through a site of this rank. Enter it on all ranks alike.
@@ -55,7 +53,7 @@ class Walk:
                             self._look(site, stack)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._tokens.clear()
@@ -74,12 +72,9 @@ class Walk:
         self._tokens[TRUNK] = Tokens.of(args[1], self.part.context, *args[2:])
 
     def _look(self, site: Site, stack: Any) -> None:
-        try:
-            module = attrgetter(site.module)(_Layers(stack)) if site.layer is not None else attrgetter(site.module)(stack)
-        except (AttributeError, KeyError):
-            return  # it is another stage's
+        module = _module(site, stack)
         if module is None:
-            return
+            return  # it is another stage's
         if site.kind == WEIGHTS:
             handle = module.register_forward_hook(partial(self._attends, site))
         elif site.is_input:
@@ -103,19 +98,14 @@ class Walk:
         return self.passes(site, view_of(site, module, self._tokens[site.stack]), tensor)
 
 
-class _Layers:
-    """A stack's layers by the names that sites give them."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.layers = _Numbered(stack)
-
-
-class _Numbered:
-    def __init__(self, stack: Stack) -> None:
-        self._layers = stack.layers
-
-    def __getattr__(self, index: str) -> TransformerLayer:
-        return self._layers[index]  # type: ignore[return-value]
+def _module(site: Site, stack: Any) -> nn.Module | None:
+    """At which a site is found; None: this part of its stack has none."""
+    found = stack
+    if site.layer is not None:
+        found = dict(stack.layers.items()).get(str(site.layer))
+    for name in filter(None, site.path.split(".")):
+        found = getattr(found, name, None)
+    return found
 
 
 def _stack(stage: Any, name: str) -> Any:
@@ -124,7 +114,7 @@ def _stack(stage: Any, name: str) -> Any:
         return stage if stage.reads_text else None
     if name == "encoder":
         return stage.encoder
-    return stage.media[name] if name in stage.media else None
+    return dict(stage.media.items()).get(name)
 
 
 def in_backward() -> bool:

@@ -1,7 +1,7 @@
 """What is seen at a site is the same in every layout, values and gradients, while a model trains and while it writes.
 
-fp64. Where only the samples or the layers are divided every operation is that of one process, so tensors are equal bit for
-bit. Where tensor parallelism cuts a sum in two they differ by its rounding, 1e-16 of what is added up: 1e-12 of the
+fp64. Where only the samples or the layers are divided every operation is that of one process, so tensors are equal bit
+for bit. Where tensor parallelism cuts a sum in two they differ by its rounding, 1e-16 of what is added up: 1e-12 of the
 largest value leaves room for what layers make of it.
 """
 
@@ -16,8 +16,8 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.config.run_schema import SampleConfig
 from megapar.config.schema import TrainConfig
+from megapar.config.sites import OF_LAYERS
 from megapar.generate.tokens import Generator
-from megapar.interpret.sites import OF_LAYERS
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
 from tests.library.models import batch, ours
@@ -78,7 +78,12 @@ def test_training_with_everything_on(pool: WorkerPool, tokens: str) -> None:
 
 def trained(pool: WorkerPool, tokens: str, layout: str, **values: Any) -> dict[str, Tensor]:
     """What passed in the second step, the same on every rank."""
-    more = {"train.recompute": "full", "model.dropout": 0.1, "data.document_mask": True, "train.seq_length": 24} | values
+    more = {
+        "train.recompute": "full",
+        "model.dropout": 0.1,
+        "data.document_mask": True,
+        "train.seq_length": 24,
+    } | values
     config = tiny_config(tokens, layout, **more)
     found = pool.run(steps, config.parallel.layout.world, config)
     for one in found[1:]:
@@ -117,7 +122,10 @@ def test_nothing_is_paid_when_off(tokens: str) -> None:
 def writes(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor]:
     trainer = Trainer(config, rank)
     made = Generator.of(config, trainer.stages, trainer.context, texts=2)
-    texts = [made.text([3, 1, 4], SampleConfig(max_tokens=3, temperature=0.0)), made.text([5, 9], SampleConfig(max_tokens=4))]
+    texts = [
+        made.text([3, 1, 4], SampleConfig(max_tokens=3, temperature=0.0)),
+        made.text([5, 9], SampleConfig(max_tokens=4)),
+    ]
     sites = ["layers.0", "layers.1.attention.heads", "layers.1.attention.k", "layers.1.attention.weights"]
     sites += ["norm", "logits"]
     with megapar.capture(trainer, sites) as seen:
@@ -151,7 +159,10 @@ def test_texts_that_are_written(pool: WorkerPool, tokens: str) -> None:
 def test_what_is_refused(tokens: str) -> None:
     model = ours("llama")
     for site, problem in (
-        ("layers.2", r"there are embedding, norm, logits, layers.0 to layers.1, and places in a layer such as layers.0.att"),
+        (
+            "layers.2",
+            r"there are embedding, norm, logits, layers.0 to layers.1, and places in a layer such as layers.0.att",
+        ),
         ("layers.1.attention.head", r"this layer has layers.1, layers.1.attention.q, .*, layers.1.mlp.out$"),
         ("layers.1.cross.out", r"this layer has layers.1, layers.1.attention.q"),
         ("encoder.layers.0", r"there are embedding"),

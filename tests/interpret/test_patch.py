@@ -61,9 +61,9 @@ def test_only_what_is_named_changes() -> None:
     with megapar.patch(model, {"layers.0": 0.0}, places=[5]):
         patched = model(ids)
     assert torch.equal(patched[:, :5], plain[:, :5]) and not torch.equal(patched[:, 5], plain[:, 5])
-    with megapar.capture(model, ["layers.0.attention.heads", "layers.0.attention.out"]) as seen:
-        with megapar.patch(model, {"layers.0.attention.heads": 0.0}, blocks=[1, 2]):
-            model(ids)
+    heads_gone = megapar.patch(model, {"layers.0.attention.heads": 0.0}, blocks=[1, 2])
+    with megapar.capture(model, ["layers.0.attention.heads", "layers.0.attention.out"]) as seen, heads_gone:
+        model(ids)
     heads = seen["layers.0.attention.heads"]  # what came to the site; hooks see each other in the order of their making
     out = heads.clone()
     out[:, :, [1, 2]] = 0.0
@@ -93,9 +93,9 @@ def test_what_is_refused() -> None:
         (torch.zeros(3, 8, 16), r"has values of 3 samples, and number 3 passes; give all, or 1"),
         (torch.zeros(1, 7, 16), r"has values of 7 places, and number 7 passes; give all, or 1"),
     ):
-        with pytest.raises(ConfigError, match=rf"^patch=layers.0: {problem}"):
-            with megapar.patch(model, {"layers.0": values}):
-                model(ids)
+        patch = megapar.patch(model, {"layers.0": values})
+        with pytest.raises(ConfigError, match=rf"^patch=layers.0: {problem}"), patch:
+            model(ids)
 
 
 def lens(layout: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ OF_LAYERS = {
     "mlp.inner": "mlp.down",
     "mlp.out": "mlp.down",
 }  # the module whose input or output it is, by what stands behind the layer's number
+OUTSIDE = {"embedding": "embedding", "norm": "head.norm", "logits": "head"}  # the same outside the layers
 INPUTS = ("attention.heads", "cross.heads", "mlp.inner")  # of their modules; the others are outputs
 WEIGHTS = "attention.weights"
 HEADS = ("attention.q", "attention.k", "attention.v", "attention.heads", "cross.heads", WEIGHTS)  # by head
@@ -55,12 +56,9 @@ class Site:
     kind: str
 
     @property
-    def module(self) -> str:
-        """The path in its stack of the module at which it is found."""
-        if self.layer is None:
-            return {"embedding": "embedding", "norm": "head.norm", "logits": "head"}[self.kind]
-        path = OF_LAYERS[self.kind]
-        return f"layers.{self.layer}.{path}" if path else f"layers.{self.layer}"
+    def path(self) -> str:
+        """Of the module at which it is found, in its layer or in its stack."""
+        return OUTSIDE[self.kind] if self.layer is None else OF_LAYERS[self.kind]
 
     @property
     def is_input(self) -> bool:
@@ -70,6 +68,14 @@ class Site:
 def sites_of(names: Sequence[str], model: ModelConfig, key: str) -> list[Site]:
     """Raises ConfigError for `key` where a model has no such place."""
     return [_site(name, model, key) for name in names]
+
+
+def residual_sites(model: ModelConfig) -> list[str]:
+    """The residual stream in front of the first layer and behind each, of every stack."""
+    found = ["embedding"]
+    for stack in stacks(model):
+        found += [f"{prefix(stack)}layers.{index}" for index in range(stack_layers(model, stack))]
+    return found
 
 
 def _site(name: str, model: ModelConfig, key: str) -> Site:
