@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ class Capture(Walk):
             self._keep(site.name, weights, local)
 
     def _keep(self, name: str, x: Tensor, local: Local) -> None:
+        there = local.places >= 0
+        if not bool(there.all()):  # padding
+            x, local = x[there], replace(local, samples=local.samples[there], places=local.places[there])
         # A copy: what follows may write over it, and a stage's output is given up when it is sent.
         self._pieces.setdefault(name, []).append(Piece(x.detach().clone(), local))
 

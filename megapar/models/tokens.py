@@ -32,7 +32,7 @@ class Tokens:
     kinds, media: in a model of media, int64 [B, S]: 0 of text, else the number of a medium (`MEDIA`, from 1), and which
         of its tokens in the micro-batch stands there
     origins: of tokens that are not samples of one length, as patches: for each its global sample number, and its place
-        among those of this kind in its sample, int64 [T] each. They are all one row then
+        among those of this kind in its sample, -1 of padding, int64 [T] each. They are all one row then
     """
 
     context: StageContext

@@ -20,7 +20,9 @@ from megapar.config.sites import OF_LAYERS
 from megapar.generate.tokens import Generator
 from megapar.launch.pool import WorkerPool
 from megapar.train.trainer import Trainer
+from tests.encoder_decoder.pairs import FAMILIES
 from tests.library.models import batch, ours
+from tests.media.samples import CLASSIFIES
 from tests.tiny import tiny_config
 
 SITES = ["embedding", "norm", "logits", "layers.0", "layers.1"]
@@ -61,6 +63,39 @@ def test_every_rank_sees_what_one_process_does(pool: WorkerPool, case: str) -> N
             assert found[name].shape == tensor.shape, name
             distance = float((found[name] - tensor).abs().max() / tensor.abs().max())
             assert distance <= bound, f"{name}: {distance}"
+
+
+def seen_in_steps(rank: int, world_size: int, config: TrainConfig, sites: list[str]) -> dict[str, Tensor]:
+    trainer = Trainer(config, rank)
+    with megapar.capture(trainer, sites) as seen:
+        trainer.step(1)
+    found = {name: seen[name] for name in sites}
+    trainer.close()
+    return found
+
+
+def alike(pool: WorkerPool, sites: list[str], prefix: str, layouts: dict[str, dict[str, Any]], values: Any) -> None:
+    [expected] = pool.run(seen_in_steps, 1, tiny_config(prefix, **values), sites)
+    for layout, more in layouts.items():
+        config = tiny_config(prefix, layout, **values | more)
+        for found in pool.run(seen_in_steps, config.parallel.layout.world, config, sites):
+            for name, tensor in expected.items():
+                assert found[name].shape == tensor.shape and tensor.abs().max() > 0, f"{layout}: {name}"
+                distance = float((found[name] - tensor).abs().max() / tensor.abs().max())
+                assert distance < 1e-12, f"{layout}: {name}: {distance}"
+
+
+def test_an_encoder_beside_a_decoder(pool: WorkerPool, pairs: dict[str, Any]) -> None:
+    sites = ["encoder.embedding", "encoder.layers.1", "encoder.layers.0.attention.weights", "layers.1.cross.heads"]
+    sites += ["layers.0.cross.out", "encoder.layers.1.mlp.inner", "layers.1.attention.weights", "embedding", "logits"]
+    for family in ("t5_gated", "vaswani"):
+        layouts: dict[str, dict[str, Any]] = {"tp2": SPLIT, "pp4": {}} if family == "t5_gated" else {"pp2": {}}
+        alike(pool, sites, pairs["data.prefix"], layouts, pairs | FAMILIES[family])
+
+
+def test_encoders_of_images_and_sound(pool: WorkerPool, media: dict[str, Any]) -> None:
+    sites = ["image.layers.0", "image.layers.1.attention.heads", "audio.layers.0.mlp.inner", "layers.1", "embedding"]
+    alike(pool, sites, media["data.prefix"], {"tp2": SPLIT, "pp3": {}}, media | CLASSIFIES)
 
 
 SPLIT: dict[str, Any] = {"parallel.sequence_parallel": True}

@@ -133,7 +133,7 @@ class _Row:
         self._order.append(np.arange(self.count - before))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The entries, by what follows the medium's name. Padding is a sequence of its own."""
+        """The entries, by what follows the medium's name. Padding is a sequence of its own, and has no place in one."""
         missing = -self.count % self.granule
         starts = [*self._starts, *([self.count + missing] if missing else [])]
         parts = {"_samples": self._samples, "_order": self._order, "_places": [one.places for one in self._read]}
@@ -144,4 +144,5 @@ class _Row:
             whole = {
                 name: np.concatenate([one, np.zeros_like(one[:1]).repeat(missing, 0)]) for name, one in whole.items()
             }
+            whole["_order"][self.count :] = -1
         return whole | {"_starts": np.array(starts, dtype=np.int32)}
