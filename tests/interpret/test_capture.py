@@ -139,6 +139,31 @@ def steps(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor]:
     return found
 
 
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gpt2": ("gpt2", {}),
+    "a window": ("llama", {"window": 3}),
+    "a cap": ("llama", {"attention_softcap": 0.5, "attention_scale": 3.0}),
+    "norms of heads": ("llama", {"qk_norm": "head"}),
+    "relative positions": ("llama", {"position": "relative", "relative_buckets": 4, "relative_distance": 5}),
+    "to both sides": ("llama", {"causal": False, "output": "mlm"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_those_by_which_heads_read(kind: str) -> None:
+    """What a head reads is the sum of what it sees, by weights that are computed beside the pass."""
+    style, values = KINDS[kind]
+    model, (ids, _) = ours(style, init_std=0.5, **values), batch()
+    sites = [f"layers.1.attention.{name}" for name in ("weights", "v", "heads")]
+    with megapar.capture(model, sites) as seen:
+        model(ids)
+    weights, v, heads = (seen[name] for name in sites)
+    v = v.repeat_interleave(heads.shape[2] // v.shape[2], 2)
+    torch.testing.assert_close(torch.einsum("bsnk,bknd->bsnd", weights, v), heads, rtol=0, atol=1e-12)
+    assert weights.std() > 0.01, "all weights are alike"
+
+
 def hooks(trainer: Any) -> int:
     """On all modules of a rank: without one torch calls a module's forward at once."""
     modules = [module for stage in trainer.stages.values() for module in stage.modules()]
