@@ -19,7 +19,7 @@ from experiments.question_answering.scenes import draw_question  # noqa: E402
 from experiments.shards import Sample, png, shards_source, write_data, write_shards  # noqa: E402
 
 SEED = 1
-SAMPLES = {"train": 8000, "valid": 1000}
+SAMPLES = {"train": 40000, "valid": 1000}
 
 
 def build(folder: Path, seed: int, samples: dict[str, int] = SAMPLES) -> None:

@@ -17,7 +17,7 @@ from experiments.shards import RATE, Sample, shards_source, wav, write_data, wri
 from experiments.speech import DIGITS, Speaker, draw_speaker, spoken, with_noise  # noqa: E402
 
 SEED = 1
-SAMPLES = {"train": 4000, "valid": 500}
+SAMPLES = {"train": 8000, "valid": 500}
 KNOWN, NEW = (1, 2, 3, 5), 4  # digits of a string: of training, and of every second one that is held out
 
 PAUSES = (0.0, 0.3)  # seconds between two digits, at least and at most
