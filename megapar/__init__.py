@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megapar.interpret.capture import Capture as capture
     from megapar.interpret.lens import logit_lens
     from megapar.interpret.patch import Patch as patch
+    from megapar.interpret.probe import linear_probe
     from megapar.library.hf import from_hf
     from megapar.library.model import Model, build
     from megapar.library.optimizer import AdamW, Lion, Muon
@@ -39,6 +40,7 @@ __all__ = [
     "build",
     "capture",
     "from_hf",
+    "linear_probe",
     "logit_lens",
     "patch",
     "schedule",
@@ -56,6 +58,7 @@ _WHERE = {
     "build": "megapar.library.model",
     "capture": "megapar.interpret.capture:Capture",
     "from_hf": "megapar.library.hf",
+    "linear_probe": "megapar.interpret.probe",
     "logit_lens": "megapar.interpret.lens",
     "patch": "megapar.interpret.patch:Patch",
 }  # module, and what it is called there where that is another name

@@ -16,8 +16,8 @@ from megapar.models.tokens import Tokens
 
 @dataclass(frozen=True)
 class Local:
-    """samples, places: of its tokens, int64 [t]: the global number of a token's sample, and where it stands there, -1 of
-        padding. In a text that is being written that is its slot in the cache, and its position
+    """samples, places: of its tokens, int64 [t]: the global number of a token's sample, and where it stands there, -1
+        of padding. In a text that is being written that is its slot in the cache, and its position
     first, blocks: its first block, and how many there are on all ranks; 0 and 1 where tokens are whole
     """
 
