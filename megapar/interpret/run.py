@@ -16,10 +16,9 @@ from megapar.interpret.capture import Capture
 from megapar.interpret.config import InterpretConfig
 from megapar.interpret.lens import Lens, logit_lens
 from megapar.interpret.page import Reading, page_of
+from megapar.interpret.reading import read
 from megapar.parallel.agreement import all_or_none
 from megapar.part import ModelPart, open_part
-from megapar.pipeline.executor import Executor
-from megapar.schedule.lower import forward_only, lower
 
 PAGE = "interpret.html"  # in a run's directory
 
@@ -51,7 +50,7 @@ def run_rank(config: InterpretConfig, rank: int, world_size: int) -> None:
     with all_or_none(part.mesh["world"], part.mesh.device):
         refuse_other_tokenizer(tokenizer, manifest)
         tokens = tokens_of(config, tokenizer, trained)
-    reading = read(part, tokenizer, tokens, config.top, f"{folder.resolve().name}, step {manifest.step}")
+    reading = reading_of(part, tokenizer, tokens, config.top, f"{folder.resolve().name}, step {manifest.step}")
     if rank == 0:
         out = Path(config.out) if config.out is not None else folder / PAGE
         write_atomic(out, page_of(reading))
@@ -59,14 +58,14 @@ def run_rank(config: InterpretConfig, rank: int, world_size: int) -> None:
     part.close()
 
 
-def read(part: ModelPart, tokenizer: Tokenizer, tokens: list[int], top: int, title: str) -> Reading:
+def reading_of(part: ModelPart, tokenizer: Tokenizer, tokens: list[int], top: int, title: str) -> Reading:
     """What a model makes of tokens in one pass. Collective; the same on every rank."""
     model = part.config.model
     layers = [f"layers.{index}" for index in range(model.layers)]
     rows = ["embedding", *layers] if model.has_logits else []
     maps = [f"{name}.attention.weights" for name in layers]
-    with part.context.whole_tokens(), Capture(part, [*rows, *maps]) as seen:
-        _forward(part, tokens)
+    with Capture(part, [*rows, *maps]) as seen:
+        read(part, torch.tensor([tokens]))
     weights = torch.stack([seen[name][0] for name in maps]).transpose(1, 2)
     lens = logit_lens(part, [seen[name] for name in rows], top) if rows else None
     layout, dtype = part.config.parallel.layout, part.config.train.dtype
@@ -80,17 +79,6 @@ def read(part: ModelPart, tokenizer: Tokenizer, tokens: list[int], top: int, tit
         entropy=lens.entropy[:, 0] if lens is not None else torch.zeros(0),
         weights=weights.double().cpu(),
     )
-
-
-def _forward(part: ModelPart, tokens: list[int]) -> None:
-    device, length = part.mesh.device, len(tokens)
-    batch = {"ids": torch.tensor([tokens], device=device), "samples": torch.zeros(1, dtype=torch.int64, device=device)}
-    if not part.config.model.causal:
-        batch["lengths"] = torch.tensor([length], device=device)
-    schedule = lower(forward_only(part.context.placement, 1), len(part.context.placement), 1)
-    executor = Executor(part.stages, part.mesh, part.context.weight_grads)
-    executor.run(schedule, [batch | {"step": torch.tensor(0)}], lambda outputs, batch: torch.zeros(()))
-    part.mesh.timeline.forget()
 
 
 def _said(lens: Lens, tokenizer: Tokenizer) -> list[list[list[str]]]:

@@ -23,4 +23,4 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose context is 24 tokens."""
-    return make_run(tmp_path_factory.mktemp("run"), **{"train.seq_length": 24, "model.init_std": 0.5})
+    return make_run(tmp_path_factory.mktemp("run"), False, **{"train.seq_length": 24, "model.init_std": 0.5})

@@ -143,4 +143,4 @@ def test_a_run_keeps_what_it_is_asked_for(pool: WorkerPool, tokens: str, tmp_pat
 
 def test_sites_are_refused_before_a_run_begins(tokens: str) -> None:
     with pytest.raises(ConfigError, match=r"^interpret.capture=layers.7: no such place; there are embedding"):
-        tiny_config(tokens, **{"interpret.capture": ["layers.7"]})
+        tiny_config(tokens, "single", **{"interpret.capture": ["layers.7"]})

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_what_is_refused() -> None:
 
 def test_the_page_runs_as_it_stands() -> None:
     [code] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    lines, names, compared = code.splitlines(), {}, 0
+    lines, compared = code.splitlines(), 0
+    names: dict[str, Any] = {}
     exec(compile("\n".join(lines), "docs/interpretability.md", "exec"), names)
     for line in lines:
         expression, _, comment = line.partition("#")

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""The README's table: what every head looks at, and what the repeated half loses without it, in three layouts.
+
+python experiments/interpret_induction/results.py RUN... [--readme FILE]
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
+from experiments.interpret_induction.data import repeated  # noqa: E402
+from experiments.runs import Run, commands, write_table  # noqa: E402
+from megapar.config.check import with_layout  # noqa: E402
+from megapar.config.errors import UserError  # noqa: E402
+from megapar.config.keys import changed  # noqa: E402
+from megapar.config.layout import Layout  # noqa: E402
+from megapar.config.schema import TrainConfig  # noqa: E402
+from megapar.interpret.capture import Capture  # noqa: E402
+from megapar.interpret.patch import Patch  # noqa: E402
+from megapar.interpret.reading import read  # noqa: E402
+from megapar.launch.pool import WorkerPool  # noqa: E402
+from megapar.part import ModelPart, open_part  # noqa: E402
+
+README = Path(__file__).with_name("README.md")
+LAYOUTS = ("single", "tp2", "pp2")
+SAMPLES = 128  # held out
+
+
+@dataclass(frozen=True)
+class Heads:
+    """induction, previous: [layers, N], how much a query of the repeated half sees of what stood behind its earlier
+    copy, and of the token in front of itself, on average
+    loss: nats per token of the repeated half; without: [layers, N], the same where a head says what it says on average
+    """
+
+    induction: np.ndarray
+    previous: np.ndarray
+    loss: float
+    without: np.ndarray
+
+
+def main(arguments: list[str]) -> int:
+    return write_table(arguments, README, figures)
+
+
+def figures(runs: list[Run]) -> str:
+    """Markdown: a table of heads for each run, what the layouts agree on, and what reproduces it. Raises UserError."""
+    parts = []
+    with WorkerPool(2) as pool:
+        for run in runs:
+            if run.config.data.source != "interpret_induction":
+                raise UserError(f"{run.folder}: no run of interpret_induction; give those")
+            found = [heads_in(pool, run, layout) for layout in LAYOUTS]
+            parts += [table(run, found[0]), "", said(found), ""]
+    return "\n".join([*parts, *commands(runs)])
+
+
+def heads_in(pool: WorkerPool, run: Run, layout: str) -> Heads:
+    """What a run's heads do, as a layout computes it in fp64."""
+    config = with_layout(changed(run.config, {"train.dtype": "fp64", "train.device": "cpu"}), Layout.parse(layout))
+    found: list[Heads] = pool.run(look, config.parallel.layout.world, config, str(run.folder), timeout=600.0)
+    return found[0]
+
+
+def look(rank: int, world_size: int, config: TrainConfig, folder: str) -> Heads:
+    """The same, on every rank of it."""
+    part, _ = open_part(config, folder, rank)
+    model, length = config.model, config.train.seq_length + 1
+    tokens = torch.from_numpy(np.stack([repeated("valid", number, length) for number in range(SAMPLES)]))
+    ids, labels = tokens[:, :-1], tokens[:, 1:]
+    sites = [f"layers.{index}.attention" for index in range(model.layers)]
+    with Capture(part, [f"{site}.{name}" for site in sites for name in ("weights", "heads")]) as seen:
+        read(part, ids)
+    weights = torch.stack([seen[f"{site}.weights"] for site in sites])  # [layers, samples, S, N, S]
+    half = length // 2
+    queries = torch.arange(half, length - 1)
+    without = np.zeros((model.layers, model.heads))
+    for layer, site in enumerate(sites):
+        usual = seen[f"{site}.heads"].mean((0, 1), keepdim=True)
+        for head in range(model.heads):
+            with Patch(part, {f"{site}.heads": usual}, blocks=[head]):
+                without[layer, head] = loss_of(part, ids, labels, half)
+    found = Heads(
+        induction=seen_at(weights, queries, queries - half + 1),
+        previous=seen_at(weights, queries, queries - 1),
+        loss=loss_of(part, ids, labels, half),
+        without=without,
+    )
+    part.close()
+    return found
+
+
+def seen_at(weights: Tensor, queries: Tensor, keys: Tensor) -> np.ndarray:
+    """Mean weight of key number i for query number i, [layers, N]."""
+    return weights[:, :, queries, :, keys].mean((0, 2)).numpy()
+
+
+def loss_of(part: ModelPart, ids: Tensor, labels: Tensor, half: int) -> float:
+    """Nats per token that repeats one."""
+    with Capture(part, ["logits"]) as seen:
+        read(part, ids)
+    return cross_entropy(seen["logits"][:, half:].flatten(0, 1), labels[:, half:].flatten()).item()
+
+
+def table(run: Run, heads: Heads) -> str:
+    """A row for each head."""
+    train = run.config.train
+    made = f"Seed {train.seed}, {train.steps:,} steps as {run.layout}, {run.minutes:.1f} minutes, commit {run.commit}"
+    lines = [
+        f"{made}: {heads.loss:.4f} nats per token of the repeated half.",
+        "",
+        "| head | sees what stood behind the earlier copy | sees the token in front | loss without it | more by |",
+        "|---|---|---|---|---|",
+    ]
+    for layer, head in np.ndindex(heads.without.shape):
+        shares = (f"{one[layer, head]:.1%}" for one in (heads.induction, heads.previous))
+        loss = heads.without[layer, head]
+        lines.append(f"| {layer}.{head} | {' | '.join(shares)} | {loss:.4f} | {loss - heads.loss:+.4f} |")
+    return "\n".join(lines)
+
+
+def said(found: Sequence[Heads]) -> str:
+    """Which head does it, and whether the layouts say the same."""
+    first = found[0]
+    places = {divmod(int(heads.induction.argmax()), first.induction.shape[1]) for heads in found}
+    names = " and ".join(f"{layer}.{head}" for layer, head in sorted(places))
+    pairs = [(heads.induction - first.induction, heads.without - first.without) for heads in found]
+    apart = max(np.abs(difference).max() for pair in pairs for difference in pair)
+    return f"The induction head is {names} in {', '.join(LAYOUTS)}; their figures differ by at most {apart:.1e}."
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
