@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The README's table: what every head looks at, and what the repeated half loses without it, in three layouts.
+"""The README's table: what every head looks at, and what the copy loses without it, in three layouts.
 
 python experiments/interpret_induction/results.py RUN... [--readme FILE]
 """
@@ -39,7 +39,7 @@ SAMPLES = 128  # held out
 class Heads:
     """induction, previous: [layers, N], how much a query of the repeated half sees of what stood behind its earlier
     copy, and of the token in front of itself, on average
-    loss: nats per token of the repeated half; without: [layers, N], the same where a head says what it says on average
+    loss: nats per token that repeats one; without: [layers, N], the same where a head says what it says on average
     """
 
     induction: np.ndarray
@@ -75,40 +75,43 @@ def look(rank: int, world_size: int, config: TrainConfig, folder: str) -> Heads:
     """The same, on every rank of it."""
     part, _ = open_part(config, folder, rank)
     model, length = config.model, config.train.seq_length + 1
-    tokens = torch.from_numpy(np.stack([repeated("valid", number, length) for number in range(SAMPLES)]))
-    ids, labels = tokens[:, :-1], tokens[:, 1:]
+    drawn = [repeated("valid", number, length) for number in range(SAMPLES)]
+    tokens = torch.from_numpy(np.stack([one for one, _ in drawn]))
+    counts = torch.tensor([count for _, count in drawn]).unsqueeze(1)
+    # Queries whose next token repeats one: of the copy all tokens but the last.
+    copied = (torch.arange(length - 1) >= length - counts).nonzero().T
     sites = [f"layers.{index}.attention" for index in range(model.layers)]
     with Capture(part, [f"{site}.{name}" for site in sites for name in ("weights", "heads")]) as seen:
-        read(part, ids)
+        read(part, tokens[:, :-1])
     weights = torch.stack([seen[f"{site}.weights"] for site in sites])  # [layers, samples, S, N, S]
-    half = length // 2
-    queries = torch.arange(half, length - 1)
     without = np.zeros((model.layers, model.heads))
     for layer, site in enumerate(sites):
         usual = seen[f"{site}.heads"].mean((0, 1), keepdim=True)
         for head in range(model.heads):
             with Patch(part, {f"{site}.heads": usual}, blocks=[head]):
-                without[layer, head] = loss_of(part, ids, labels, half)
+                without[layer, head] = loss_of(part, tokens, copied)
     found = Heads(
-        induction=seen_at(weights, queries, queries - half + 1),
-        previous=seen_at(weights, queries, queries - 1),
-        loss=loss_of(part, ids, labels, half),
+        induction=seen_at(weights, copied, 1 - counts),
+        previous=seen_at(weights, copied, torch.full_like(counts, -1)),
+        loss=loss_of(part, tokens, copied),
         without=without,
     )
     part.close()
     return found
 
 
-def seen_at(weights: Tensor, queries: Tensor, keys: Tensor) -> np.ndarray:
-    """Mean weight of key number i for query number i, [layers, N]."""
-    return weights[:, :, queries, :, keys].mean((0, 2)).numpy()
+def seen_at(weights: Tensor, copied: Tensor, away: Tensor) -> np.ndarray:
+    """Mean weight, over queries that are copied, of the key so far away, [samples, 1]: [layers, N]."""
+    samples, queries = copied
+    return weights[:, samples, queries, :, queries + away[samples, 0]].mean(0).numpy()
 
 
-def loss_of(part: ModelPart, ids: Tensor, labels: Tensor, half: int) -> float:
+def loss_of(part: ModelPart, tokens: Tensor, copied: Tensor) -> float:
     """Nats per token that repeats one."""
     with Capture(part, ["logits"]) as seen:
-        read(part, ids)
-    return cross_entropy(seen["logits"][:, half:].flatten(0, 1), labels[:, half:].flatten()).item()
+        read(part, tokens[:, :-1])
+    samples, queries = copied
+    return cross_entropy(seen["logits"][samples, queries], tokens[samples, queries + 1]).item()
 
 
 def table(run: Run, heads: Heads) -> str:
@@ -116,7 +119,7 @@ def table(run: Run, heads: Heads) -> str:
     train = run.config.train
     made = f"Seed {train.seed}, {train.steps:,} steps as {run.layout}, {run.minutes:.1f} minutes, commit {run.commit}"
     lines = [
-        f"{made}: {heads.loss:.4f} nats per token of the repeated half.",
+        f"{made}: {heads.loss:.4f} nats per token that repeats one.",
         "",
         "| head | sees what stood behind the earlier copy | sees the token in front | loss without it | more by |",
         "|---|---|---|---|---|",
