@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import TrainConfig
@@ -49,7 +49,8 @@ class Evaluation:
     """A way to evaluate.
 
     name: of the key that names the data
-    outputs: values of `model.output` that it is for; encoder: models with one can be asked, too
+    outputs: values of `model.output` that it is for
+    reads: what its models read: `text` alone, `source` (also models with an encoder beside a decoder), or `media`
     read: (path, subject) -> the data. The launcher calls it too, so that what can't be used is refused before ranks
         start. Raises UserError, with file and line number.
     measure: (data, subject, scorer) -> the figures. Collective.
@@ -59,7 +60,7 @@ class Evaluation:
     outputs: tuple[str, ...]
     read: Callable[[str, Subject], Any]
     measure: Callable[[Any, Subject, Scorer], Result]
-    encoder: bool = False
+    reads: Literal["text", "source", "media"] = "text"
 
 
 @cache
@@ -89,10 +90,11 @@ def refuse(subject: Subject, names: Sequence[str]) -> None:
         if model.output not in needs:
             remedy = "use labels=FILE" if model.output == "classes" else f"use a run with model.output={needs[0]}"
             raise ConfigError(name, path, f"this run has model.output={model.output}; {remedy}")
-        if model.encoder.layers and not evaluations()[name].encoder:
-            able = ", ".join(f"{name}=FILE" for name, one in evaluations().items() if one.encoder)
+        reads = evaluations()[name].reads
+        if model.encoder.layers and reads != "source":
+            able = ", ".join(f"{name}=FILE" for name, one in evaluations().items() if one.reads == "source")
             raise ConfigError(name, path, f"this run's model has an encoder; it can be asked {able}")
-        if name == "media" and not model.has_media:
+        if reads == "media" and not model.has_media:
             raise ConfigError(name, path, "this run's model reads text alone; use one of images or sound")
         if model.output == "lm" and not model.causal:
             problem = "this run's model sees what it would predict (model.causal=false); use a run of a causal one"

@@ -1,4 +1,4 @@
-"""`experiments/interpret_induction`: what its samples are, and its smoke form from the command to the README's table."""
+"""`experiments/interpret_induction`: what its samples are, and its smoke form up to the README's table."""
 
 import re
 import shlex

@@ -89,4 +89,4 @@ def measure(data: list[Wanted], subject: Subject, scorer: Scorer) -> Result:
     return Result(figures, [("prompts", f"{len(items):,}"), ("exact match", with_error(found))])
 
 
-EVALUATION = Evaluation("match", ("lm",), read, measure, encoder=True)
+EVALUATION = Evaluation("match", ("lm",), read, measure, reads="source")

@@ -115,4 +115,4 @@ def _answers(
     return [text if ended else None for text, ended in written]
 
 
-EVALUATION = Evaluation("media", ("lm", "classes"), read, measure)
+EVALUATION = Evaluation("media", ("lm", "classes"), read, measure, reads="media")
