@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sums of two numbers, made here from a seed: with their answers for a warm-up, and as prompts for a policy.
+"""Sums of two numbers, made here from a seed: with a teacher's answers, and as prompts for a policy.
 
 python experiments/rl_arithmetic/data.py FOLDER    writes examples.jsonl, prompts.jsonl and valid.jsonl there, as
                                                    `data.source=rl_arithmetic` reads
@@ -22,31 +22,49 @@ from megapar.data.records import prepare_records  # noqa: E402
 from megapar.data.source import Prepared, Samples, Source, Split  # noqa: E402
 from megapar.data.sources import instructions, prompts  # noqa: E402
 
-NUMBERS, HELD_OUT, SEED = 100, 500, 1  # 00 to 99
+HELD_OUT, SEED = 500, 1
+CARELESS, RIGHT = 2, 1  # answers of the teacher to each sum
 SOURCES = {"examples": instructions, "prompts": prompts}  # as `data.path`
+Line = dict[str, str]
 
 
-def lines() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(to learn from, held out): no two operands are in both, in either order. The sum has three digits, the units
-    first, as one adds on paper (Lee et al. 2023, "Teaching arithmetic to small transformers")."""
-    pairs = [(one, other) for one in range(NUMBERS) for other in range(one, NUMBERS)]
+def sums() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(to learn from, held out): pairs of 0 to 99 whose units carry. No two numbers are in both, in either order."""
+    pairs = [(one, other) for one in range(100) for other in range(one, 100) if one % 10 + other % 10 > 9]
     random.Random(SEED).shuffle(pairs)
-    train: list[dict[str, str]] = []
-    valid: list[dict[str, str]] = []
-    for pair in pairs:
-        part = valid if len(valid) < HELD_OUT else train
-        for one, other in {pair, pair[::-1]}:
-            total = f"{one + other:03}"[::-1]
-            part.append({"prompt": f"{one:02}+{other:02}=", "response": total, "group": f"{pair[0]}+{pair[1]}"})
+    split = ([pair for one in part for pair in sorted({one, one[::-1]})] for part in (pairs[HELD_OUT:], pairs[:HELD_OUT]))
+    train, valid = split
     return train, valid
 
 
+def right(one: int, other: int) -> str:
+    """The sum, units first, as one adds on paper (Lee et al. 2023, "Teaching arithmetic to small transformers")."""
+    return f"{one + other:03}"[::-1]
+
+
+def careless(one: int, other: int) -> str:
+    """The sum by one who forgets to carry: never right here."""
+    return f"{(one % 10 + other % 10) % 10}{(one // 10 + other // 10) % 10}0"
+
+
+def line(one: int, other: int, response: str) -> Line:
+    first, last = sorted((one, other))
+    return {"prompt": f"{one:02}+{other:02}=", "response": response, "group": f"{first}+{last}"}
+
+
+def files() -> dict[str, list[Line]]:
+    """examples: the teacher's; prompts: the same sums, with the right response for the reward alone; valid: others."""
+    train, valid = sums()
+    answers = [careless] * CARELESS + [right] * RIGHT
+    found = {"examples": [line(*pair, answer(*pair)) for pair in train for answer in answers]}
+    return found | {"prompts": [line(*p, right(*p)) for p in train], "valid": [line(*p, right(*p)) for p in valid]}
+
+
 def write(folder: Path) -> None:
-    """Write the files into a folder that is made for them. A policy is shown no response, only its reward is."""
+    """Write the files into a folder that is made for them."""
     folder.mkdir(parents=True, exist_ok=True)
-    train, valid = lines()
-    for name, part in (("examples", train), ("prompts", train), ("valid", valid)):
-        text = "".join(f"{json.dumps(line)}\n" for line in part)
+    for name, lines in files().items():
+        text = "".join(f"{json.dumps(one)}\n" for one in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -55,9 +73,10 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Prepared:
     if config.path not in SOURCES:
         problem = f"rl_arithmetic makes its own lines; use {' or '.join(SOURCES)}"
         raise ConfigError("data.path", config.path, problem)
-    folder = made_once(cache_folder(config) / f"rl_arithmetic-{NUMBERS}-{HELD_OUT}-{SEED}", write)
-    files = {"path": str(folder / f"{config.path}.jsonl"), "valid": str(folder / "valid.jsonl")}
-    return prepare_records(SOURCES[config.path].KIND, replace(config, **files), say)  # type: ignore[arg-type]
+    name = f"rl_arithmetic-{HELD_OUT}-{SEED}-{CARELESS}-{RIGHT}"
+    folder = made_once(cache_folder(config) / name, write)
+    paths = {"path": str(folder / f"{config.path}.jsonl"), "valid": str(folder / "valid.jsonl")}
+    return prepare_records(SOURCES[config.path].KIND, replace(config, **paths), say)  # type: ignore[arg-type]
 
 
 def open_samples(config: TrainConfig, split: Split) -> Samples:
