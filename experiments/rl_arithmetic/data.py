@@ -32,7 +32,9 @@ def sums() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(to learn from, held out): pairs of 0 to 99 whose units carry. No two numbers are in both, in either order."""
     pairs = [(one, other) for one in range(100) for other in range(one, 100) if one % 10 + other % 10 > 9]
     random.Random(SEED).shuffle(pairs)
-    split = ([pair for one in part for pair in sorted({one, one[::-1]})] for part in (pairs[HELD_OUT:], pairs[:HELD_OUT]))
+    split = (
+        [pair for one in part for pair in sorted({one, one[::-1]})] for part in (pairs[HELD_OUT:], pairs[:HELD_OUT])
+    )
     train, valid = split
     return train, valid
 

@@ -20,7 +20,7 @@ from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.prompts import Prompt, has_media, media_prompt, most_tokens, prompts_of
 from megapar.generate.text import TextStream, completion, run_tokenizer
-from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
+from megapar.generate.tokens import Generator, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import open_part
 

@@ -99,9 +99,13 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
     """Raises UserError where there is none, or none that fits."""
     path = tokenizer_beside(config.data.prefix)
     if path is None:
-        raise UserError(f"{config.data.prefix}: no tokenizer beside the prepared prompts; remove them, to make them anew")
+        raise UserError(
+            f"{config.data.prefix}: no tokenizer beside the prepared prompts; remove them, to make them anew"
+        )
     tokenizer, rows = open_tokenizer(path), config.model.vocab_size
     if rows is not None and tokenizer.vocab_size > rows:
-        problem = f"the tokenizer of the data has {tokenizer.vocab_size} tokens; raise it, or give another data.tokenizer"
+        problem = (
+            f"the tokenizer of the data has {tokenizer.vocab_size} tokens; raise it, or give another data.tokenizer"
+        )
         raise ConfigError("model.vocab_size", rows, problem)
     return tokenizer

@@ -25,8 +25,9 @@ def test_the_sums() -> None:
     assert (data.right(5, 7), data.careless(5, 7)) == ("210", "200")
     assert not any(data.right(*pair) == data.careless(*pair) for pair in train + valid)
     files = data.files()
-    rewarded = [reward(line["prompt"], line["response"], {"response": data.right(*pair)})
-                for pair, line in zip([pair for pair in train for _ in range(3)], files["examples"], strict=True)]  # fmt: skip
+    answers = [data.right(*pair) for pair in train for _ in range(3)]
+    taught = [line["response"] for line in files["examples"]]
+    rewarded = [reward("", one, {"response": answer}) for one, answer in zip(taught, answers, strict=True)]
     assert sum(rewarded) == len(train) and len(files["valid"]) == 991 and files == data.files()
     assert not {line["group"] for line in files["valid"]} & {line["group"] for line in files["prompts"]}
 

@@ -18,7 +18,7 @@ from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
 from megapar.operations import check_operations
-from megapar.tasks.completions import Judged
+from megapar.tasks.completions import Judged, Written
 from megapar.tasks.kinds.policy import EPSILON, GAPS
 from megapar.tasks.reward import find_reward
 from megapar.train.trainer import Trainer
@@ -99,9 +99,9 @@ def test_what_steps_and_evaluations_say(dtype: str, keys: dict[str, Any], pool: 
     [alone] = found["single"]
     assert alone["said"][0]["kl"] == pytest.approx(0.0, abs=1e-12) and alone["said"][2]["kl"] > 1e-6
     for name, ranks in found.items():
-        exact = {"rel": 1e-9, "abs": 1e-12} if dtype == "fp64" else {"rel": 1e-4, "abs": 1e-6}
+        rel, near = (1e-9, 1e-12) if dtype == "fp64" else (1e-4, 1e-6)
         for expected, said in zip(alone["said"], ranks[0]["said"], strict=True):
-            assert without(said) == pytest.approx(without(expected), **exact), name
+            assert without(said) == pytest.approx(without(expected), rel=rel, abs=near), name
         sums = [sum(parts) for parts in zip(*(rank["measured"] for rank in ranks), strict=True)]
         assert sums == pytest.approx(alone["measured"], rel=1e-9), name
     assert sorted(alone["calls"]) == sorted(call for rank in found["dp2"] for call in rank["calls"])
@@ -131,9 +131,14 @@ def test_the_loss_is_its_formula(keys: dict[str, Any]) -> None:
     trainer.step(1)
     [reference] = task.reference.part.stages.values()
     stage.train(False)
-    written = []
+    written: list[Written] = []
     write = task.writer.write
-    task.writer.write = lambda *args: written.append(found := write(*args)) or found
+
+    def seen(*args: Any) -> Written:
+        written.append(write(*args))
+        return written[-1]
+
+    task.writer.write = seen
     batches = task.batches(2)
     draw = torch.Generator().manual_seed(1)
     moved = [torch.randn(batch["sampled"].shape, generator=draw, dtype=torch.float64) / 5 for batch in batches]

@@ -32,7 +32,8 @@ class Prompt:
 
 
 class Prompts:
-    """Prompts behind which `task.max_tokens` fit into `seq_length`, each a sample. "train" shuffles every epoch anew."""
+    """Prompts, each a sample, behind which `task.max_tokens` fit into `seq_length`. "train" shuffles every epoch
+    anew."""
 
     def __init__(self, config: TrainConfig, split: Split) -> None:
         assert config.data.prefix is not None

@@ -1,6 +1,6 @@
 """Masked language modelling (Devlin et al. 2019, section 3.1): tokens hidden from the model are predicted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
