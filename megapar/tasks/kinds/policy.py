@@ -21,6 +21,7 @@ from megapar.tasks.kinds.sft import laid_out
 from megapar.tasks.reference import Reference
 from megapar.tasks.sampled import IGNORED, SampledTask
 
+NEVER = -1e4  # a logit whose probability is 0 in every dtype
 EPSILON = 1e-4  # added to the standard deviation of a group's rewards
 # Most nats that a token's log-probability may be apart between the model that writes, token by token with a cache, and
 # the model that trains, all tokens at once. Both round each product in another order: fp64 comes to 1e-13, fp32 to
@@ -92,7 +93,7 @@ class PolicyGradient(SampledTask):
         rows = self.first_id + torch.arange(logits.shape[1], device=logits.device)
         if self.first_id + logits.shape[1] > self.writer.tokenizer.vocab_size:  # rows without a token are never drawn
             beyond = rows >= self.writer.tokenizer.vocab_size
-            logits = logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(beyond, NEVER)
         return -self.token_losses({"logits": logits}, batch).double()
 
     def loss(self, outputs: Tensors, batch: Batch) -> Tensor:
