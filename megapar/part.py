@@ -3,9 +3,6 @@
 What trains, generates, verifies or plans begins with a `ModelPart`.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,8 @@ import torch
 
 from megapar.checkpoint import Manifest
 from megapar.checkpoint.load import load_base, load_parameters
-from megapar.config.errors import ConfigError, UserError
+from megapar.config.errors import UserError
+from megapar.config.found import find_function
 from megapar.config.schema import KernelsConfig, TrainConfig
 from megapar.config.stages import make_schedule, ties
 from megapar.kernels import interprets, use_backend, use_tile_scheduler
@@ -35,30 +33,11 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 def find_builder(module: str | None) -> BuildStage:
     """What `model.module` names, `package:function`: it builds a stage from (config, context). None: the Transformer.
 
-    The package may be a file or a folder of the current folder. Raises ConfigError where it can't be imported, whatever
-    it raises itself, and for what can't be called.
+    Raises ConfigError, see `find_function`.
     """
     if module is None:
         return build_transformer
-    package, _, name = module.partition(":")
-    if not all(part.isidentifier() for part in [*package.split("."), *name.split(".")]):
-        raise ConfigError("model.module", module, "use PACKAGE:FUNCTION, such as my_model:build_stage")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(package)
-    except Exception as error:
-        line = (str(error).splitlines() or [""])[0]
-        problem = f"{package} can't be imported ({type(error).__name__}: {line})"
-        raise ConfigError("model.module", module, problem) from error
-    for attribute in name.split("."):
-        if not hasattr(found, attribute):
-            raise ConfigError("model.module", module, f"{package} has no {name}")
-        found = getattr(found, attribute)
-    if not callable(found):
-        problem = f"a {type(found).__name__} can't be called; name a function that builds a stage"
-        raise ConfigError("model.module", module, problem)
-    return found
+    return find_function("model.module", module, "my_model:build_stage", "a function that builds a stage")
 
 
 def make_mesh(config: TrainConfig, rank: int) -> Mesh:

@@ -44,7 +44,8 @@ BOUNDS = {
     "fp32": {"gradient": 2e-4, "update": 5e-2, "loss": 1e-6},
 }
 
-
+# Losses below it are compared with it: one that is a difference, such as a policy's, may come to 0.
+LEAST_LOSS = 0.01
 MOST = 5  # wrong gradients that are shown; verify.json has all
 JOB_TIMEOUT_S = 3600.0  # of a layout's whole job; a stuck collective ends by train.timeout_s
 
@@ -204,7 +205,7 @@ def judge(
         for name in names:
             hold(error(name, 0) / record.gradient_scale(step, name), "gradient", f"step {step}: gradient of {name}")
         hold(max(abs(one.grad_norm - norm) for one in found) / norm, "grad_norm", f"step {step}: gradient norm")
-        hold(abs(sum(one.loss for one in found) - loss) / abs(loss), "loss", f"step {step}: loss")
+        hold(abs(sum(one.loss for one in found) - loss) / max(abs(loss), LEAST_LOSS), "loss", f"step {step}: loss")
         for name in names:
             hold(error(name, 1) / config.optim.lr, "update", f"step {step}: value of {name}")
         if (held := sum(one.elements for one in found)) != record.size and verdict.passed:

@@ -43,7 +43,12 @@ def labelled(count: int = 40) -> list[dict[str, str]]:
     return [{"text": f"{words(seed, seed.randint(1, 2))} {name}", "label": name} for name in WORDS[:3] * (count // 3)]
 
 
-LINES = {"instructions": instructions, "preferences": preferences, "labelled": labelled}
+def prompts(count: int = 40) -> list[dict[str, Any]]:
+    seed = random.Random(4)
+    return [{"prompt": f"{words(seed, seed.randint(1, 2))} {number}>", "best": number % 5} for number in range(count)]
+
+
+LINES = {"instructions": instructions, "preferences": preferences, "labelled": labelled, "prompts": prompts}
 
 
 def prepared(folder: Path, source: str, lines: Iterable[Any] | None = None, **data: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from megapar.config.derive import in_one_process
 from megapar.config.errors import UserError
 from megapar.config.keys import changed, value_of
 from megapar.config.model import least_bytes
-from megapar.config.tasks import TASKS, refuse_other_samples
+from megapar.config.tasks import has_reference, refuse_other_samples
 from megapar.kernels import INTERPRET
 from megapar.launch.machine import memory_bytes, num_gpus
 
@@ -32,7 +32,7 @@ def finish(config: T, world_size: int | None = None) -> T:
 
     config = _with_tokenizer_of_weights(config)
     weights = config.checkpoint.weights and os.path.abspath(config.checkpoint.weights)
-    if config.task.reference is None and (needs := TASKS.get(config.task.name)) and needs.reference:
+    if config.task.reference is None and has_reference(config):
         config = changed(config, {"task.reference": weights})
     if config.model.lora.rank and config.model.lora.base is None:
         config = changed(config, {"model.lora.base": weights})
@@ -41,6 +41,10 @@ def finish(config: T, world_size: int | None = None) -> T:
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     refuse_other_samples(config, prepared.samples)
+    if config.task.reward is not None:  # behind the source: an experiment's stands beside that
+        from megapar.tasks.reward import find_reward
+
+        find_reward(config.task.reward)
     sizes: dict[str, Any] = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
     sizes["media"] = prepared.media and prepared.media(config.model)
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)

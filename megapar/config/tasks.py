@@ -1,6 +1,6 @@
 """What the tasks that come with megapar need of a model and of samples: for refusals before anything is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +17,15 @@ class Needs:
     """What a task needs.
 
     about: what it does. model: values that keys of the model may have. samples: the source whose samples it reads.
-    keys: those of `task` that it alone uses. reference: it has a frozen model beside, by default the weights of a
-    run's start. encoder: its model has one beside a decoder
+    keys: those of `task` that not every task uses. reference: whether it has a frozen model beside, by default the
+    weights of a run's start. encoder: its model has one beside a decoder
     """
 
     about: str
     model: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     samples: str = WINDOWS
     keys: tuple[str, ...] = ()
-    reference: bool = False
+    reference: Callable[[TaskConfig], bool] = lambda task: False
     encoder: bool = False
 
 
@@ -34,7 +34,14 @@ _OF_MEDIA = "modalities", "modality_dropout"
 TASKS = {
     "lm": Needs("predicts the next token", _NEXT),
     "sft": Needs("predicts the next token", _NEXT, "instructions"),
-    "dpo": Needs("predicts the next token", _NEXT, "preferences", ("beta", "reference"), reference=True),
+    "dpo": Needs("predicts the next token", _NEXT, "preferences", ("beta", "reference"), lambda task: True),
+    "policy": Needs(
+        "learns what it has written, with the same probabilities",
+        _NEXT | {"dropout": (0.0,)},
+        "prompts",
+        ("reward", "group", "max_tokens", "temperature", "clip", "kl", "write_batch", "reference"),
+        lambda task: task.kl > 0,
+    ),
     "masked_lm": Needs(
         "looks at both sides of a hidden token", {"causal": (False,), "output": ("mlm", "lm")}, keys=("mask_share",)
     ),
@@ -67,13 +74,36 @@ def check_task(config: TrainConfig) -> None:
         if (value := getattr(config.model, key)) not in allowed:
             needed = " or ".join(f"model.{key}={str(one).lower()}" for one in allowed)
             raise ConfigError(f"model.{key}", value, f"task.name={name} {known.about}, which needs {needed}")
-    for other, needs in TASKS.items():
-        for key in needs.keys:
-            if key not in known.keys and (value := getattr(config.task, key)) != getattr(TaskConfig(), key):
-                raise ConfigError(f"task.{key}", value, f"has no effect here; it is used only with task={other}")
+    for key in {key: None for needs in TASKS.values() for key in needs.keys}:
+        if key not in known.keys and (value := getattr(config.task, key)) != getattr(TaskConfig(), key):
+            users = " or ".join(f"task={other}" for other, needs in TASKS.items() if key in needs.keys)
+            raise ConfigError(f"task.{key}", value, f"has no effect here; it is used only with {users}")
+    if name == "policy":
+        _check_policy(config)
     if known.samples != WINDOWS and config.data.source == WINDOWS:
         problem = f"task.name={name} reads other samples; use {known.samples}, as task={name} does"
         raise ConfigError("data.source", config.data.source, problem)
+
+
+def _check_policy(config: TrainConfig) -> None:
+    """Refuse a policy without a reward, a batch of broken groups, and a reference that nothing looks at."""
+    task, batch = config.task, config.train.global_batch_size
+    if task.reward is None:
+        problem = "a policy learns from a function of yours; give PACKAGE:FUNCTION, such as my_reward:reward"
+        raise ConfigError("task.reward", None, problem)
+    if batch % task.group:
+        problem = f"completions are in groups of task.group={task.group}; use a multiple of it"
+        raise ConfigError("train.global_batch_size", batch, problem)
+    if task.reference is not None and not has_reference(config):
+        raise ConfigError("task.reference", task.reference, "has no effect here; it is used only with task.kl above 0")
+    if config.data.too_long == "truncate":
+        raise ConfigError("data.too_long", "truncate", "a prompt without its end asks for nothing; use refuse or skip")
+
+
+def has_reference(config: TrainConfig) -> bool:
+    """Whether a frozen model stands beside the one that learns."""
+    known = TASKS.get(config.task.name)
+    return known is not None and known.reference(config.task)
 
 
 def refuse_other_samples(config: TrainConfig, samples: str) -> None:

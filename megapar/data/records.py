@@ -3,7 +3,7 @@
 A kind of record says what a line of JSON becomes (`Kind.parse`): sequences of parts, each learned or only read. Lines
 come from an `Origin`: JSONL files, or whatever else is read so (`data/media/`). On disk, at a
 PREFIX in the cache: `.bin` (tokens, int32), `.npz` (where sequences end, which tokens are learned, lines, labels),
-`.json` (a manifest with hashes) and the tokenizer's files.
+`.json` (a manifest with hashes), the tokenizer's files, and of some kinds `.jsonl` (the lines' objects).
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from megapar.files import write_atomic
 
 CODE_VERSION = 2  # raise it when the same lines would give other files
 LABELS = "labels.json"  # in a run directory
+OBJECTS = ".jsonl"  # behind a PREFIX
 SAY = Callable[[str], Any]
 
 
@@ -62,12 +63,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of record by name, and how many sequences each has. between: tokens of a classifier stand around them."""
+    """A kind of record by name, and how many sequences each has. between: tokens of a classifier stand around them;
+    keeps: the objects of the lines stay beside the tokens (`Records.values`)."""
 
     name: str
     parse: Callable[[Line], Record]
     sequences: int = 1
     between: bool = False
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ class Records:
         self._lines, self._sources, self._sequences = arrays["lines"], arrays["sources"], manifest["sequences"]
         self.lengths = np.diff(self._offsets).reshape(-1, self._sequences)[self._chosen]
         self.classes: np.ndarray = arrays["classes"][self._chosen]
+        self._objects = Path(f"{prefix}{OBJECTS}")
+        if self._objects.exists():
+            ends = np.flatnonzero(np.memmap(self._objects, np.uint8, "r") == ord("\n")) + 1
+            self._ends = np.concatenate([[0], ends])
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -122,6 +129,14 @@ class Records:
         """FILE:LINE of a record."""
         at = self._chosen[record]
         return f"{self._files[self._sources[at]]}:{self._lines[at]}"
+
+    def values(self, record: int) -> dict[str, Any]:
+        """The object of a record's line, of a kind that keeps it."""
+        at = self._chosen[record]
+        with open(self._objects, "rb") as file:
+            file.seek(int(self._ends[at]))
+            found: dict[str, Any] = json.loads(file.readline())
+        return found
 
 
 def keep_labels(config: TrainConfig) -> None:
@@ -251,6 +266,9 @@ def _make(prefix: Path, origin: Origin, kind: Kind, config: DataConfig, say: SAY
         lines=np.array([record.line.number for record in records], dtype=np.int64),
         classes=np.array([numbers.get(str(record.label), -1) for record in records], dtype=np.int64),
     )
+    if kind.keeps:
+        lines = (f"{json.dumps(record.line.values)}\n" for record in records)
+        Path(f"{prefix}{OBJECTS}").write_text("".join(lines), encoding="utf-8")
     endings = [path.name.removeprefix(prefix.name) for path in prefix.parent.iterdir()]
     _write_manifest(
         str(prefix),

@@ -14,7 +14,7 @@ from megapar.config.stacks import media
 from megapar.data.media.batches import LaidOut, Rows, lay_out
 from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
-from megapar.generate.run import completion
+from megapar.generate.text import completion
 from megapar.generate.tokens import Generator, refuse_broken
 from megapar.parallel.collectives import all_reduce
 from megapar.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy

@@ -19,8 +19,8 @@ from megapar.console import console
 from megapar.data.media.samples import MediaSample
 from megapar.data.tokenizer import Tokenizer
 from megapar.generate.prompts import Prompt, has_media, media_prompt, most_tokens, prompts_of
-from megapar.generate.text import TextStream, run_tokenizer
-from megapar.generate.tokens import Generator, Text, generate_tokens, refuse_broken
+from megapar.generate.text import TextStream, completion, run_tokenizer
+from megapar.generate.tokens import Generator, generate_tokens, refuse_broken
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.part import open_part
 
@@ -118,16 +118,6 @@ def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
         while wanted in held:
             yield held.pop(wanted)
             wanted += 1
-
-
-def completion(tokenizer: Tokenizer, text: Text) -> str:
-    """What was written behind the prompt, as text."""
-    pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append, text.tokens[: text.prompt])
-    for token in text.written:
-        stream.put(token)
-    stream.finish()
-    return "".join(pieces)
 
 
 def in_layout(trained: TrainConfig, config: ForwardConfig) -> TrainConfig:

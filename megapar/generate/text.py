@@ -8,6 +8,7 @@ from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.data.tokenizer import Tokenizer, open_tokenizer
 from megapar.data.tokenizer.files import JSON, MODEL, copy_into, tokenizer_beside, tokenizer_in
+from megapar.generate.tokens import Text
 
 IMPORTED = "hf"  # in a run directory: what `megapar import` keeps of the folder that a model came from
 
@@ -61,6 +62,16 @@ class TextStream:
         self._waiting = ""
         if new:
             self._write(new)
+
+
+def completion(tokenizer: Tokenizer, text: Text) -> str:
+    """What was written behind the prompt, as text."""
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append, text.tokens[: text.prompt])
+    for token in text.written:
+        stream.put(token)
+    stream.finish()
+    return "".join(pieces)
 
 
 def keep_tokenizer(config: TrainConfig) -> None:

@@ -38,6 +38,7 @@ class Text:
     prompt: tokens of the prompt
     logprobs: the natural logarithm of the model's probability of every token that was chosen, the end of text
         included: before temperature, top-k and top-p
+    tempered: they are behind the temperature, of what is drawn from (without top-k and top-p)
     ends: tokens that end it as the end of text does
     source: tokens that an encoder reads, if the model has one
     laid: the prompt with its images and sounds, if it has any
@@ -51,6 +52,7 @@ class Text:
     ends: Collection[int] = ()
     source: Sequence[int] = ()
     laid: LaidOut | None = None
+    tempered: bool = False
     logprobs: list[float] = field(default_factory=list)
     ended: Literal["stop", "length", "broken"] | None = None
     # Where its keys and values are: those of `cached` tokens from number `start` on, in a slot of the generator's.
@@ -308,6 +310,9 @@ class Generator:
         drawn = [row for row, text in enumerate(texts) if text.sample.temperature and finite[row]]
         for row in drawn:
             tokens[row] = choose(logits[row].cpu().numpy(), texts[row].sample, len(texts[row].tokens))
+        if any(text.tempered for text in texts):
+            scales = [text.sample.temperature if text.tempered else 1.0 for text in texts]
+            logits = logits / logits.new_tensor(scales).unsqueeze(1)
         logprobs = logits.gather(1, tokens.unsqueeze(1)) - torch.logsumexp(logits, 1, keepdim=True)
         tokens.masked_fill_(~finite, _NOT_FINITE)
         return torch.cat([tokens.unsqueeze(1).double(), logprobs.double()], 1)

@@ -45,11 +45,11 @@ class Call:
 
 
 def record(stage: Stage, task: Task, parameters: Sequence[LocalParameter], sequence_parallel: bool) -> Call:
-    """Run a model of one stage and its loss once, on the task's first batch. The whole, with the calls inside of it.
+    """Run a model of one stage and its loss once, on an example of the task's. The whole, with the calls inside of it.
 
     parameters: the model's; sequence_parallel: its linear layers are also called as they are under that
     """
-    batch = task.batches(1)[0]
+    batch = task.examples()[0]
     own = {id(parameter.tensor): parameter for parameter in parameters}
     paths = {id(module): path for path, module in stage.named_modules()}
 

@@ -107,7 +107,7 @@ class _Checker:
                 self._move_off_initial(parameter, piece)
         [stage] = part.stages.values()
         stage.train()
-        task = task_kind(config.task.name).make(config, part.context, stage)
+        task = task_kind(config.task.name).make(config, part.context, part.stages)
         self.whole = record(stage, task, self.parameters, config.parallel.sequence_parallel)
 
     def report(self) -> Report:

@@ -36,6 +36,7 @@ def why_not(config: TrainConfig) -> str | None:
         f"tp={layout['tp']}: a stage's collectives are inside": layout["tp"] > 1,
         f"model.dropout={config.model.dropout:g}: its masks depend on the step": config.model.dropout > 0,
         "interpret: what is seen is copied": bool(config.interpret.capture or config.interpret.statistics),
+        f"task.name={config.task.name}: its loss also measures, outside of the graphs": config.task.name == "policy",
         "images and sound: every micro-batch has another shape": config.model.has_media,
         "one micro-batch a step, and the last one runs without": (
             train.global_batch_size == train.micro_batch_size * samples

@@ -38,8 +38,16 @@ class Task(Protocol):
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of step 1, 2, ..."""
 
+    def examples(self) -> list[Batch]:
+        """One or two micro-batches such as a step's, to try kernels and gradients with."""
+
     def loss(self, outputs: Tensors, batch: Batch) -> Tensor:
         """On the last stage: a micro-batch's part of the loss, a scalar."""
+
+    def step_figures(self) -> Mapping[str, float]:
+        """What the step's micro-batches, whose losses are computed, say besides, before its update: by key, the same on
+        all ranks. Collective where it says something; it then waits for the device. Raises UserError, on all ranks
+        alike, for what is to be no update."""
 
     def measure(self, outputs: Tensors, batch: Batch) -> Tensor:
         """On the last stage: a micro-batch's part of the loss and of what else an evaluation measures, [k] fp64."""
@@ -56,15 +64,17 @@ class Task(Protocol):
 class TaskKind:
     """A task by name.
 
-    make: (config, context, last stage if this rank has it) -> the rank's part
+    make: (config, context, this rank's stages by number) -> the rank's part
     loss: how the loss is shown; figures: what an evaluation says besides, and how that is shown
+    of_steps: those of a step's figures that are shown beside its loss
     """
 
     name: str
     about: str
-    make: Callable[[TrainConfig, StageContext, Stage | None], Task]
+    make: Callable[[TrainConfig, StageContext, Mapping[int, Stage]], Task]
     loss: Figure
     figures: tuple[Figure, ...] = ()
+    of_steps: tuple[Figure, ...] = ()
 
     def shown(self, row: Mapping[str, Any]) -> str:
         """An evaluation's row in words: `4.2015 nats/token, 2.442 bits/char`."""

@@ -1,7 +1,7 @@
 """Tasks on samples of images, sound and text (`data/media/batches.py`)."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ class MediaTask(SampledTask):
     `task.modality_dropout` says, though never all that it has: a function of (seed, sample number).
     """
 
-    def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
-        super().__init__(config, context, last)
+    def __init__(self, config: TrainConfig, context: StageContext, stages: Mapping[int, Stage]) -> None:
+        super().__init__(config, context, stages)
         self.modalities = config.task.modalities or [*media(config.model), TEXT]
         self.granule = context.tp.size if context.splits_tokens else 1
         self.read = media_read_here(config, context)

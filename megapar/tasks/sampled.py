@@ -1,6 +1,7 @@
 """A task on samples that have numbers: which of them a step takes, and which of those this rank."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from heapq import heappop, heappush
 from typing import Any
 
@@ -27,9 +28,9 @@ class SampledTask(ABC):
 
     num_measures = 1
 
-    def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
+    def __init__(self, config: TrainConfig, context: StageContext, stages: Mapping[int, Stage]) -> None:
         self.config, self.context, self.mesh = config, context, context.mesh
-        head = getattr(last, "head", None)
+        head = getattr(stages.get(len(context.placement) - 1), "head", None)
         self.first_id = getattr(head, "first_id", 0)
         source = find_source(config.data.source)
         splits: tuple[Split, ...] = ("train", "valid") if config.train.eval_every else ("train",)
@@ -71,6 +72,12 @@ class SampledTask(ABC):
             numbers = numbers[evenly(costs, size // self.config.train.micro_batch_size)]
         return self._batches("train", numbers[self._share(size)], step, self.count("train", numbers))
 
+    def examples(self) -> list[Batch]:
+        return self.batches(1)[:2]
+
+    def step_figures(self) -> Mapping[str, float]:
+        return {}
+
     def validation(self) -> list[Batch]:
         """This data-parallel rank's share of the held-out samples.
 
@@ -102,7 +109,9 @@ class SampledTask(ABC):
         self, split: Split, numbers: np.ndarray, step: int, count: int, counted: np.ndarray | None = None
     ) -> list[Batch]:
         """Of sample numbers [M, B]. count: of the whole batch; counted [M, B]: samples that are part of the loss."""
-        arrays = self.arrays(split, numbers, counted) | {"samples": numbers}
+        return self._sent(self.arrays(split, numbers, counted) | {"samples": numbers}, step, count)
+
+    def _sent(self, arrays: dict[str, Any], step: int, count: int) -> list[Batch]:
         # Numbers of the host, which no kernel waits for.
         scalars = {"step": torch.tensor(step), "count": torch.tensor(float(count), dtype=torch.float64)}
         return [batch | scalars for batch in send(arrays, self.mesh.device)]

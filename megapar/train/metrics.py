@@ -120,7 +120,8 @@ class MetricsWriter:
     def step(self, row: Mapping[str, Any]) -> None:
         """A row of a training step."""
         self._write(row)
-        figures = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        told = "".join(f"{figure.text(row[figure.key])}  " for figure in self._task.of_steps)
+        figures = f"loss {row['loss']:.4f}  {told}{row['tokens_per_s']:,.0f} tokens/s"
         if row["skipped_steps"]:
             figures += f"  {row['skipped_steps']} skipped"
         if self._bar is not None:

@@ -1,7 +1,7 @@
 """One rank's part of a training run, put together from its configuration, and one optimizer step of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,10 +36,11 @@ class Step:
     """A step whose work is under way. The first look at one of its figures (see `Figures`) waits for its end.
 
     On a CPU there is nothing to wait for. On a GPU the next step may have been started by then.
+    said: the task's figures of the step, see `Task.step_figures`
     """
 
-    def __init__(self, lr: float, read: Callable[[], Figures]) -> None:
-        self.lr, self._read = lr, read
+    def __init__(self, lr: float, read: Callable[[], Figures], said: Mapping[str, float] | None = None) -> None:
+        self.lr, self._read, self.said = lr, read, said or {}
 
     @cached_property
     def _figures(self) -> Figures:
@@ -85,8 +86,7 @@ class Trainer(ModelPart):
             check=config.parallel.check_gradients,
         )
         self.optimizer = Optimizer(self.buffers, self.sync.owned, config.optim)
-        last = self.stages.get(self.schedule.stages - 1)
-        self.task = task_kind(config.task.name).make(config, self.context, last)
+        self.task = task_kind(config.task.name).make(config, self.context, self.stages)
         self.graphs: Graphs | None = None
         if config.train.cuda_graphs == "on" and why_not(config) is None:
             self.graphs = Graphs(self.context.weight_grads, self.mesh.timeline)
@@ -99,7 +99,7 @@ class Trainer(ModelPart):
     def rehearse(self) -> None:
         """Have every kernel of a step compiled. A step afterwards is the same, bit for bit."""
         self.context.weight_grads.begin(self.context.parameters)
-        for batch in self.task.batches(1)[:2]:  # the first writes main gradients, those behind it add to them
+        for batch in self.task.examples():  # the first writes main gradients, those behind it add to them
             self.executor.rehearse(self.schedule, batch)
 
     def step(self, step: int, on_reduced: Callable[[], None] = lambda: None) -> Step:
@@ -110,6 +110,7 @@ class Trainer(ModelPart):
         losses = self.executor.run(self.schedule, self.task.batches(step))
         self.context.overlaps.check_peers()
         on_reduced()
+        said = self.task.step_figures()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
             norm = self.optimizer.start(lr)
@@ -122,9 +123,11 @@ class Trainer(ModelPart):
         def read() -> Figures:
             spans = reading.spans()  # waits for the end of the step
             loss, grad_norm = on_host.tolist()
-            return Figures(loss, StepResult.of(grad_norm), reading.seconds or stop - start, spans)
+            # What has said something has waited for the device, and may have written texts, whose time no reading has.
+            seconds = stop - start if said else reading.seconds or stop - start
+            return Figures(loss, StepResult.of(grad_norm), seconds, spans)
 
-        return Step(lr, read)
+        return Step(lr, read, said)
 
     def _to_host(self, figures: Tensor) -> Tensor:
         """On the host, once the device has come so far: nothing waits."""

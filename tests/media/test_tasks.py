@@ -24,7 +24,7 @@ run_reference = verify.run_reference
 def task_of(media: dict[str, Any], **keys: Any) -> MediaTask:
     config: TrainConfig = changed(verify_config(media["data.prefix"], ["tp2"], **media | WRITES | keys), {})
     part = ModelPart(changed(config, {"parallel.tp": 1, "parallel.pp": 1, "parallel.dp": 1}), 0)
-    task = task_kind(config.task.name).make(part.config, part.context, None)
+    task = task_kind(config.task.name).make(part.config, part.context, {})
     assert isinstance(task, MediaTask)
     return task
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.schema import TrainConfig
-from megapar.config.tasks import TASKS
+from megapar.config.tasks import has_reference
 
 if TYPE_CHECKING:
     from megapar.cli.compose import Overrides
@@ -82,9 +82,9 @@ def refuse_untrained(config: TrainConfig) -> None:
     if config.model.lora.rank and config.model.lora.base is None:
         problem = "adapters would stand beside random weights; give checkpoint.weights=RUN, or model.lora.base=RUN"
         raise ConfigError("model.lora.base", None, problem)
-    needs = TASKS.get(config.task.name)
-    if needs is not None and needs.reference and config.task.reference is None:
+    if has_reference(config) and config.task.reference is None:
         problem = "the reference would have random weights; give checkpoint.weights=RUN, or task.reference=RUN"
+        problem += ", or use task.kl=0" if config.task.name == "policy" else ""
         raise ConfigError("task.reference", None, problem)
 
 

@@ -12,8 +12,7 @@ from megapar.evaluate.kind import Evaluation, Result, Subject
 from megapar.evaluate.kinds.choices import named, refuse_long, share, with_error
 from megapar.evaluate.scorer import Scorer
 from megapar.generate.prompts import most_tokens
-from megapar.generate.run import completion
-from megapar.generate.text import prompt_tokens
+from megapar.generate.text import completion, prompt_tokens
 from megapar.generate.tokens import Text
 
 

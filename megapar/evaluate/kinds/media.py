@@ -18,7 +18,7 @@ from megapar.data.tokenizer import Tokenizer
 from megapar.evaluate.kind import Evaluation, Result, Subject
 from megapar.evaluate.kinds.choices import named, share, with_error
 from megapar.evaluate.scorer import Scorer
-from megapar.generate.run import completion
+from megapar.generate.text import completion
 from megapar.generate.tokens import Text
 
 

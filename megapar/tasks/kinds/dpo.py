@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023, equation 7): the chosen response of a pair becomes likelier
 than the rejected one, as seen from a frozen reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ class PreferenceOptimization(SampledTask):
 
     num_measures = 3
 
-    def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
-        super().__init__(config, context, last)
+    def __init__(self, config: TrainConfig, context: StageContext, stages: Mapping[int, Stage]) -> None:
+        super().__init__(config, context, stages)
         self.reference = Reference(config, self.mesh)
 
     def arrays(self, split: Split, numbers: np.ndarray, counted: np.ndarray | None) -> dict[str, np.ndarray]:

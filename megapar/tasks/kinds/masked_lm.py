@@ -1,6 +1,6 @@
 """Masked language modelling (Devlin et al. 2019, section 3.1): tokens hidden from the model are predicted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ class MaskedLanguageModeling(LanguageModeling):
     every epoch and not with the layout. Losses are in nats per predicted token.
     """
 
-    def __init__(self, config: TrainConfig, context: StageContext, last: Stage | None) -> None:
-        super().__init__(config, context, last)
+    def __init__(self, config: TrainConfig, context: StageContext, stages: Mapping[int, Stage]) -> None:
+        super().__init__(config, context, stages)
         assert config.model.vocab_size is not None
         self.mask, self.tokens = mask_token(config), config.model.vocab_size
         self.chosen = max(1, round(config.task.mask_share * config.train.seq_length))

@@ -106,6 +106,7 @@ class Record(Hook):
         return {
             "step": step,
             "loss": summary["loss"],
+            **done.said,
             "grad_norm": done.result.grad_norm,
             "lr": done.lr,
             "tokens": step * tokens,

@@ -1,0 +1,54 @@
+"""What a policy is rewarded for: a function of the user's own, whose mistakes become one line."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megapar.config.errors import ConfigError, UserError
+from megapar.config.found import find_function
+from megapar.data.sources.prompts import Prompt
+
+MOST = 200  # characters of a completion in a message, and of what a function raised
+
+
+@dataclass(frozen=True)
+class Reward:
+    """name: `task.reward`; function: (prompt, completion, record) -> number"""
+
+    name: str
+    function: Callable[[str, str, dict[str, Any]], Any]
+
+    def __call__(self, prompt: Prompt, completion: str) -> float:
+        """Raises UserError, with file and line of the prompt, where it raises or gives no finite number."""
+        record = dict(prompt.values)
+        try:
+            found = self.function(record["prompt"], completion, record)
+        except (Exception, SystemExit) as error:  # whatever a function of the user's own may raise
+            raise self._wrong(prompt, completion, f"raised {type(error).__name__}: {error}") from error
+        try:
+            value = math.nan if isinstance(found, str | bytes) else float(found)
+        except Exception:
+            value = math.nan
+        if not math.isfinite(value):
+            raise self._wrong(prompt, completion, f"gave {found!r}, which is no finite number")
+        return value
+
+    def _wrong(self, prompt: Prompt, completion: str, problem: str) -> UserError:
+        words, text = " ".join(problem.split()), repr(completion)
+        shown = text if len(text) <= MOST else text[:MOST] + "..."
+        return UserError(f"{prompt.where}: task.reward={self.name} {words[:MOST]}; the completion was {shown}")
+
+
+def find_reward(name: str) -> Reward:
+    """The function of that name. Raises ConfigError where there is none that takes three arguments."""
+    function = find_function("task.reward", name, "my_reward:reward", "a function of (prompt, completion, record)")
+    try:
+        inspect.signature(function).bind("", "", {})
+    except TypeError as error:
+        problem = f"can't be called with (prompt, completion, record): {error}; make it take these"
+        raise ConfigError("task.reward", name, problem) from None
+    except ValueError:  # some of C have no signature
+        pass
+    return Reward(name, function)
