@@ -287,7 +287,7 @@ def check_interpret(config: TrainConfig) -> None:
     sites_of(options.capture or [], config.model, "interpret.capture")
     if config.task.name == "policy" and (options.capture or options.statistics):
         key = "capture" if options.capture else "statistics"
-        problem = "a policy's steps also write texts, which pass the same places; look at its checkpoints: interpret RUN"
+        problem = "a policy's steps also write texts, which pass the same places; leave it out, and use `interpret RUN`"
         raise ConfigError(f"interpret.{key}", getattr(options, key), problem)
 
 

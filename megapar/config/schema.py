@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megapar.config.keys import group, option
 from megapar.config.layout import AXES, Layout
 from megapar.config.model_schema import ModelConfig
+from megapar.config.task_schema import TaskConfig
 
 # A key for every axis. Of type Any, as the axes are data: the number of ranks, None if it is derived.
 AxisSizes: Any = make_dataclass(
@@ -157,66 +158,6 @@ class DataConfig:
     cache: str | None = option(
         None, "folder for prepared token files; default: $XDG_CACHE_HOME/megapar or ~/.cache/megapar", verbatim=True
     )
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """What is learned."""
-
-    name: str = option("lm", "a file of megapar/tasks/kinds/; lm: next-token prediction", kept=True)
-    mask_share: float = option(
-        0.15, "masked_lm: share of the tokens that are hidden and predicted", above=0, at_most=1, kept=True
-    )
-    beta: float = option(0.1, "dpo: how strongly the reference holds the model back", above=0, kept=True)
-    reference: str | None = option(
-        None,
-        "dpo, policy: checkpoint of the frozen model; default: the weights that the run starts from",
-        verbatim=True,
-        path=True,
-        kept=True,
-    )
-    modalities: list[str] | None = option(
-        None, "multimodal: which of image, audio and text are read; default: all that the model and a sample have"
-    )
-    modality_dropout: float = option(
-        0.0,
-        "multimodal: how often each modality of a sample is left out in training, though never all",
-        at_least=0,
-        below=1,
-        kept=True,
-    )
-    reward: str | None = option(
-        None,
-        "policy: PACKAGE:FUNCTION of (prompt, completion, record) that gives a number, importable from here",
-        empty="names no function; give PACKAGE:FUNCTION",
-        verbatim=True,
-        kept=True,
-        also=("reward_fn", "reward_function", "reward_funcs"),
-    )
-    group: int = option(
-        8,
-        "policy: completions of a prompt, which are judged beside each other; global_batch_size counts completions",
-        at_least=2,
-        kept=True,
-        also=("num_generations", "group_size"),
-    )
-    max_tokens: int = option(
-        64, "policy: tokens of a completion at most", at_least=1, kept=True, also=("max_completion_length",)
-    )
-    temperature: float = option(
-        1.0, "policy: softmax temperature of completions, and so of what is learned", above=0, kept=True
-    )
-    clip: float = option(
-        0.2, "policy: bound of how far a token's probability may move from when it was drawn", above=0, kept=True
-    )
-    kl: float = option(
-        0.04, "policy: weight of the divergence from the frozen reference; 0: without one", at_least=0, kept=True
-    )
-    write_batch: int = option(
-        64, "policy: completions that are written at a time; changes no text", at_least=1, identity=False
-    )
-    sample_tokens: int = option(0, "tokens of text that the model writes after training; 0: none")
-    sample_prompt: str = option("", "what that text begins with, verbatim", verbatim=True)
 
 
 @dataclass(frozen=True)
