@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # for `task.reward`, too
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # for `reward`, too
 
 from megapar.config.errors import ConfigError  # noqa: E402
 from megapar.config.schema import DataConfig, TrainConfig  # noqa: E402

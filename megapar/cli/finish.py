@@ -41,10 +41,10 @@ def finish(config: T, world_size: int | None = None) -> T:
     source = find_source(config.data.source)
     prepared = source.prepare(config.data, say)
     refuse_other_samples(config, prepared.samples)
-    if config.task.reward is not None:  # behind the source: an experiment's stands beside that
+    if config.reward is not None:  # behind the source: an experiment's stands beside that
         from megapar.tasks.reward import find_reward
 
-        find_reward(config.task.reward)
+        find_reward(config.reward)
     sizes: dict[str, Any] = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
     sizes["media"] = prepared.media and prepared.media(config.model)
     config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)

@@ -363,6 +363,14 @@ class TrainConfig:
     pipeline: PipelineConfig = group(PipelineConfig, "the pipeline")
     data: DataConfig = group(DataConfig, "the data")
     task: TaskConfig = group(TaskConfig, "the task")
+    reward: str | None = option(
+        None,
+        "task=policy: PACKAGE:FUNCTION of (prompt, completion, record) that gives a number, importable from here",
+        empty="names no function; give PACKAGE:FUNCTION",
+        verbatim=True,
+        kept=True,
+        also=("reward_fn", "reward_function", "reward_funcs"),
+    )
     optim: OptimConfig = group(OptimConfig, "the optimizer")
     train: TrainSection = group(TrainSection, "the loop")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoints")

@@ -31,14 +31,6 @@ class TaskConfig:
         below=1,
         kept=True,
     )
-    reward: str | None = option(
-        None,
-        "policy: PACKAGE:FUNCTION of (prompt, completion, record) that gives a number, importable from here",
-        empty="names no function; give PACKAGE:FUNCTION",
-        verbatim=True,
-        kept=True,
-        also=("reward_fn", "reward_function", "reward_funcs"),
-    )
     group: int = option(
         8,
         "policy: completions of a prompt, which are judged beside each other; global_batch_size counts completions",

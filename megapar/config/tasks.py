@@ -39,7 +39,7 @@ TASKS = {
         "learns what it has written, with the same probabilities",
         _NEXT | {"dropout": (0.0,)},
         "prompts",
-        ("reward", "group", "max_tokens", "temperature", "clip", "kl", "write_batch", "reference"),
+        ("group", "max_tokens", "temperature", "clip", "kl", "write_batch", "reference"),
         lambda task: task.kl > 0,
     ),
     "masked_lm": Needs(
@@ -80,6 +80,8 @@ def check_task(config: TrainConfig) -> None:
             raise ConfigError(f"task.{key}", value, f"has no effect here; it is used only with {users}")
     if name == "policy":
         _check_policy(config)
+    elif config.reward is not None:
+        raise ConfigError("reward", config.reward, "has no effect here; it is used only with task=policy")
     if known.samples != WINDOWS and config.data.source == WINDOWS:
         problem = f"task.name={name} reads other samples; use {known.samples}, as task={name} does"
         raise ConfigError("data.source", config.data.source, problem)
@@ -88,9 +90,9 @@ def check_task(config: TrainConfig) -> None:
 def _check_policy(config: TrainConfig) -> None:
     """Refuse a policy without a reward, a batch of broken groups, and a reference that nothing looks at."""
     task, batch = config.task, config.train.global_batch_size
-    if task.reward is None:
+    if config.reward is None:
         problem = "a policy learns from a function of yours; give PACKAGE:FUNCTION, such as my_reward:reward"
-        raise ConfigError("task.reward", None, problem)
+        raise ConfigError("reward", None, problem)
     if batch % task.group:
         problem = f"completions are in groups of task.group={task.group}; use a multiple of it"
         raise ConfigError("train.global_batch_size", batch, problem)

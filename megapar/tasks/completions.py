@@ -45,8 +45,8 @@ class Writer:
         task, samples = config.task, config.train.global_batch_size // context.mesh.samples.size
         with all_or_none(self.world, self.device):
             self.tokenizer = _tokenizer(config)
-            assert task.reward is not None, "check the configuration first"
-            self.reward: Reward = find_reward(task.reward)
+            assert config.reward is not None, "check the configuration first"
+            self.reward: Reward = find_reward(config.reward)
             self.generator = Generator.of(
                 config,
                 stages,

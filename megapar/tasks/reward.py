@@ -15,7 +15,7 @@ MOST = 200  # characters of a completion in a message, and of what a function ra
 
 @dataclass(frozen=True)
 class Reward:
-    """name: `task.reward`; function: (prompt, completion, record) -> number"""
+    """name: `reward`; function: (prompt, completion, record) -> number"""
 
     name: str
     function: Callable[[str, str, dict[str, Any]], Any]
@@ -38,17 +38,17 @@ class Reward:
     def _wrong(self, prompt: Prompt, completion: str, problem: str) -> UserError:
         words, text = " ".join(problem.split()), repr(completion)
         shown = text if len(text) <= MOST else text[:MOST] + "..."
-        return UserError(f"{prompt.where}: task.reward={self.name} {words[:MOST]}; the completion was {shown}")
+        return UserError(f"{prompt.where}: reward={self.name} {words[:MOST]}; the completion was {shown}")
 
 
 def find_reward(name: str) -> Reward:
     """The function of that name. Raises ConfigError where there is none that takes three arguments."""
-    function = find_function("task.reward", name, "my_reward:reward", "a function of (prompt, completion, record)")
+    function = find_function("reward", name, "my_reward:reward", "a function of (prompt, completion, record)")
     try:
         inspect.signature(function).bind("", "", {})
     except TypeError as error:
         problem = f"can't be called with (prompt, completion, record): {error}; make it take these"
-        raise ConfigError("task.reward", name, problem) from None
+        raise ConfigError("reward", name, problem) from None
     except ValueError:  # some of C have no signature
         pass
     return Reward(name, function)

@@ -29,7 +29,7 @@ COMPANIONS = {
     "model/multimodal_tiny": ["task=multimodal_lm"],
     "task/multimodal_classify": ["model=multimodal_tiny"],
     "task/multimodal_lm": ["model=multimodal_tiny"],
-    "task/policy": ["task.reward=my_reward:reward"],
+    "task/policy": ["reward=my_reward:reward"],
     "task/seq2seq": ["model=t5_tiny"],
 }
 WITH_ENCODER = ("encoder_decoder_tiny", "t5_tiny", "t5_small", "t5_base", "t5_v1_1_small")

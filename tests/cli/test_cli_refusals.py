@@ -168,28 +168,29 @@ REFUSED = {
         "last or mean",
     ],
     "train task=dpo data.path=x.jsonl task.reference=/no/where": ["task.reference=/no/where", "no such folder"],
-    "train task=policy data.path=x.jsonl": ["task.reward=null", "PACKAGE:FUNCTION", "my_reward:reward"],
-    "train task=policy data.path=x.jsonl task.reward=tests.tasks.rewards:same task.group=5": [
+    "train task=policy data.path=x.jsonl": ["reward=null", "PACKAGE:FUNCTION", "my_reward:reward"],
+    "train task=policy data.path=x.jsonl reward=tests.tasks.rewards:same task.group=5": [
         "train.global_batch_size=16",
         "task.group=5",
     ],
-    "train task=policy data.path=x.jsonl task.reward=tests.tasks.rewards:same model.dropout=0.1": [
+    "train task=policy data.path=x.jsonl reward=tests.tasks.rewards:same model.dropout=0.1": [
         "model.dropout=0.1",
         "needs model.dropout=0.0",
     ],
-    "train task=policy data.path=x.jsonl task.reward=tests.tasks.rewards:same data.too_long=truncate": [
+    "train task=policy data.path=x.jsonl reward=tests.tasks.rewards:same data.too_long=truncate": [
         "data.too_long=truncate",
         "skip",
     ],
-    "train task=policy data.path=x.jsonl task.reward=tests.tasks.rewards:same task.kl=0 task.reference=/no/where": [
+    "train task=policy data.path=x.jsonl reward=tests.tasks.rewards:same task.kl=0 task.reference=/no/where": [
         "task.reference=/no/where",
         "task.kl above 0",
     ],
     "train task.group=4": ["task.group=4", "has no effect here", "task=policy"],
     "train task.reference=/no/where": ["task.reference=/no/where", "task=dpo or task=policy"],
-    "train reward=my_reward:reward": ["reward=my_reward:reward", "did you mean task.reward?"],
-    "train experiment=rl_arithmetic task.reward=experiments.rl_arithmetic.reward:nothing": [
-        "task.reward=experiments.rl_arithmetic.reward:nothing",
+    "train reward=my_reward:reward": ["reward=my_reward:reward", "has no effect here", "task=policy"],
+    "train task.reward=my_reward:reward": ["task.reward=my_reward:reward", "did you mean reward?"],
+    "train experiment=rl_arithmetic reward=experiments.rl_arithmetic.reward:nothing": [
+        "reward=experiments.rl_arithmetic.reward:nothing",
         "has no nothing",
     ],
     "train experiment=rl_arithmetic data.path=examples": ["data.path=examples", "makes instructions", "reads prompts"],

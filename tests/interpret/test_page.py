@@ -146,6 +146,6 @@ def test_a_run_keeps_what_it_is_asked_for(pool: WorkerPool, tokens: str, tmp_pat
 def test_sites_are_refused_before_a_run_begins(tokens: str) -> None:
     with pytest.raises(ConfigError, match=r"^interpret.capture=layers.7: no such place; there are embedding"):
         tiny_config(tokens, "single", **{"interpret.capture": ["layers.7"]})
-    policy: dict[str, Any] = {"task.name": "policy", "task.reward": "a:b", "interpret.statistics": True}
+    policy: dict[str, Any] = {"task.name": "policy", "reward": "a:b", "interpret.statistics": True}
     with pytest.raises(ConfigError, match=r"^interpret.statistics=true: a policy's steps also write texts"):
         check_interpret(changed(tiny_config(tokens), policy))

@@ -33,8 +33,14 @@ SAME = {"write_s", "logprob_gap"}  # figures that no two layouts share
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    task = {"name": "policy", "reward": "tests.tasks.rewards:mixed", "group": GROUP, "max_tokens": 6, "kl": 0.1}
-    shape = {"train.seq_length": 24, "train.global_batch_size": 16, "model.kv_heads": 4, "train.dtype": "fp64"}
+    task = {"name": "policy", "group": GROUP, "max_tokens": 6, "kl": 0.1}
+    shape = {
+        "reward": "tests.tasks.rewards:mixed",
+        "train.seq_length": 24,
+        "train.global_batch_size": 16,
+        "model.kv_heads": 4,
+        "train.dtype": "fp64",
+    }
     return prepared(tmp_path_factory.mktemp("policy"), "prompts") | shape | {f"task.{k}": v for k, v in task.items()}
 
 
@@ -198,16 +204,16 @@ def failed(rank: int, world_size: int, config: TrainConfig, shift: float) -> tup
 @pytest.mark.parametrize(
     ("reward", "layout", "said"),
     [
-        ("raises", "dp2", r"prompts.jsonl:8: task.reward=\S+ raised ZeroDivisionError: float division by zero; the co"),
-        ("nan", "dp2", r"prompts.jsonl:8: task.reward=\S+ gave nan, which is no finite number; the completion was '"),
-        ("ends", "pp2", r"prompts.jsonl:\d+: task.reward=\S+ raised SystemExit: 0; the completion was '"),
-        ("text", "tp2", r"prompts.jsonl:\d+: task.reward=\S+ gave '1.0', which is no finite number; the completion"),
+        ("raises", "dp2", r"prompts.jsonl:8: reward=\S+ raised ZeroDivisionError: float division by zero; the co"),
+        ("nan", "dp2", r"prompts.jsonl:8: reward=\S+ gave nan, which is no finite number; the completion was '"),
+        ("ends", "pp2", r"prompts.jsonl:\d+: reward=\S+ raised SystemExit: 0; the completion was '"),
+        ("text", "tp2", r"prompts.jsonl:\d+: reward=\S+ gave '1.0', which is no finite number; the completion"),
     ],
 )
 def test_a_reward_that_fails(reward: str, layout: str, said: str, keys: dict[str, Any], pool: WorkerPool) -> None:
     """On one prompt of one replica: every rank says the same line, before the update."""
     axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).items()}
-    config = tiny_config("", **keys | axes | {"task.reward": f"tests.tasks.rewards:{reward}", "task.kl": 0.0})
+    config = tiny_config("", **keys | axes | {"reward": f"tests.tasks.rewards:{reward}", "task.kl": 0.0})
     ranks = pool.run(failed, 2, config, 0.0)
     [[line, same]] = set(ranks)
     assert same and "\n" not in line
@@ -250,7 +256,7 @@ def test_it_goes_on(keys: dict[str, Any], pool: WorkerPool, tmp_path: Path) -> N
 
 def test_it_learns(keys: dict[str, Any]) -> None:
     """One process, whose steps every layout computes: more letters are rewarded, and come."""
-    more = {"task.reward": "tests.tasks.rewards:letters", "task.kl": 0.0, "train.dtype": "fp32", "train.steps": 25}
+    more = {"reward": "tests.tasks.rewards:letters", "task.kl": 0.0, "train.dtype": "fp32", "train.steps": 25}
     more |= {"train.global_batch_size": 32, "train.micro_batch_size": 32, "task.group": 8}
     trainer, _, _ = one(keys, **more, **{"optim.lr": 2e-2, "optim.schedule": "constant"})
     rewarded = [trainer.step(step).said["reward"] for step in range(1, 26)]
@@ -259,7 +265,7 @@ def test_it_learns(keys: dict[str, Any]) -> None:
 
 
 def test_without_a_difference_nothing_is_learned(keys: dict[str, Any]) -> None:
-    more = {"task.reward": "tests.tasks.rewards:same", "task.kl": 0.0}
+    more = {"reward": "tests.tasks.rewards:same", "task.kl": 0.0}
     trainer, _, _ = one(keys, **more)
     done = trainer.step(1)
     assert done.said["flat_groups"] == 1.0 and done.result.grad_norm == 0.0
