@@ -32,7 +32,7 @@ class TaskConfig:
         kept=True,
     )
     group: int = option(
-        8,
+        4,
         "policy: completions of a prompt, which are judged beside each other; global_batch_size counts completions",
         at_least=2,
         kept=True,

@@ -185,7 +185,7 @@ REFUSED = {
         "task.reference=/no/where",
         "task.kl above 0",
     ],
-    "train task.group=4": ["task.group=4", "has no effect here", "task=policy"],
+    "train task.group=8": ["task.group=8", "has no effect here", "task=policy"],
     "train task.reference=/no/where": ["task.reference=/no/where", "task=dpo or task=policy"],
     "train reward=my_reward:reward": ["reward=my_reward:reward", "has no effect here", "task=policy"],
     "train task.reward=my_reward:reward": ["task.reward=my_reward:reward", "did you mean reward?"],

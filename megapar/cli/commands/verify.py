@@ -27,10 +27,10 @@ COMMAND = Command(
     run=run,
     order=2,
     # An experiment's number of steps, and its batch, are for a model that is to learn; a comparison needs a few. The
-    # last two count in steps, and what they say of many is refused of a few.
+    # last three count in steps or divide the batch, and what they say of many is refused of a few.
     own=[
         *("train.steps", "train.global_batch_size", "train.micro_batch_size"),
-        *("optim.warmup_steps", "train.trace"),
+        *("optim.warmup_steps", "train.trace", "task.group"),
     ],
     about="train a few steps in many layouts and compare every gradient with one process",
     examples=[
