@@ -289,9 +289,9 @@ REFUSED = {
     "data data.path=/does/not/exist": ["/does/not/exist"],
     "train run.dir=/dev/null/run CORPUS": ["run.dir=/dev/null/run", "another folder"],
     "train model.vocab_size=100 CORPUS": ["model.vocab_size=100", "400"],
-    "train train.seq_length=100000 train.micro_batch_size=1 train.recompute=selective CORPUS": [
-        "train.seq_length=100000",
-        "needs 100001 tokens",
+    "train train.seq_length=150000 train.micro_batch_size=1 train.recompute=selective CORPUS": [
+        "train.seq_length=150000",
+        "needs 150001 tokens",
     ],
     "train task.sample_tokens=2 task.sample_prompt=a\udcffb CORPUS": ["task.sample_prompt='a\\udcffb'", "character 1"],
     "train task.sample_tokens=5 model.vocab_size=61 data.path=TOKENS": ["task.sample_tokens=5", "without a tokenizer"],
