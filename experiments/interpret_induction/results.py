@@ -39,7 +39,8 @@ SAMPLES = 128  # held out
 class Heads:
     """induction, previous: [layers, N], how much a query of the repeated half sees of what stood behind its earlier
     copy, and of the token in front of itself, on average
-    loss: nats per token that repeats one; without: [layers, N], the same where a head says what it says on average
+    loss: nats per token that repeats one; without: [layers, N], the same where a head says, of the tokens of the second
+        copy, what it says on average. It goes on to say what it does of the first, whose keys the second looks for
     """
 
     induction: np.ndarray
@@ -86,9 +87,10 @@ def look(rank: int, world_size: int, config: TrainConfig, folder: str) -> Heads:
     weights = torch.stack([seen[f"{site}.weights"] for site in sites])  # [layers, samples, S, N, S]
     without = np.zeros((model.layers, model.heads))
     for layer, site in enumerate(sites):
-        usual = seen[f"{site}.heads"].mean((0, 1), keepdim=True)
+        instead = seen[f"{site}.heads"].clone()  # [samples, S, N, D]
+        instead[tuple(copied)] = instead.mean((0, 1))
         for head in range(model.heads):
-            with Patch(part, {f"{site}.heads": usual}, blocks=[head]):
+            with Patch(part, {f"{site}.heads": instead}, blocks=[head]):
                 without[layer, head] = loss_of(part, tokens, copied)
     found = Heads(
         induction=seen_at(weights, copied, 1 - counts),

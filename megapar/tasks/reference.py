@@ -1,6 +1,6 @@
 """A frozen model beside the one that learns, in the same layout: what a loss compares it with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -25,8 +25,9 @@ class Reference:
             fill_weights(path, self.part.buffers, self.part.buffers.params, config)
         self.executor = Executor(self.part.stages, mesh, self.part.context.weight_grads)
 
-    def run(self, batches: Sequence[Batch], head: Callable[[Tensors, Batch], Tensor]) -> list[Tensor]:
-        """What head(outputs, batch) gives on the last stage, of every micro-batch; empty on other ranks."""
+    def beside(self, batches: list[Batch], head: Callable[[Tensors, Batch], Tensor]) -> list[Batch]:
+        """On the last stage with `reference`, what head(outputs, batch) gives of each; elsewhere as they are."""
         placement = self.part.schedule.placement
         schedule = lower(forward_only(placement, len(batches)), len(placement), len(batches))
-        return self.executor.run(schedule, batches, head)
+        found = self.executor.run(schedule, batches, head)
+        return [batch | {"reference": one} for batch, one in zip(batches, found, strict=True)] if found else batches

@@ -43,9 +43,7 @@ class PreferenceOptimization(SampledTask):
 
     def _batches(self, *args, **kwargs) -> list[Batch]:
         """With `reference` [2 B] fp64, the reference's log-likelihoods of the responses, on the last stage."""
-        batches = super()._batches(*args, **kwargs)
-        found = self.reference.run(batches, self.log_likelihoods)
-        return [batch | {"reference": one} for batch, one in zip(batches, found, strict=True)] if found else batches
+        return self.reference.beside(super()._batches(*args, **kwargs), self.log_likelihoods)
 
     def log_likelihoods(self, outputs: Tensors, batch: Batch) -> Tensor:
         """Of every response, in nats, fp64 [2 B]: chosen and rejected of every pair in turn."""

@@ -175,9 +175,9 @@ class PolicyGradient(SampledTask):
         self._seen.clear()
         if self.reference is None:
             return batches
-        found = self.reference.run(batches, self.log_probabilities)
+        batches = self.reference.beside(batches, self.log_probabilities)
         self.mesh.timeline.forget()  # a step's spans are those of its schedule
-        return [batch | {"reference": one} for batch, one in zip(batches, found, strict=True)] if found else batches
+        return batches
 
     def _see(self, apart: Tensor, divergences: Tensor, batch: Batch) -> None:
         """Keep the largest gap of a micro-batch, and its part of the mean divergence, for `step_figures`."""
