@@ -203,14 +203,23 @@ def judge(
 
         names = sorted({name for one in found for name in one.errors})
         for name in names:
-            hold(error(name, 0) / record.gradient_scale(step, name), "gradient", f"step {step}: gradient of {name}")
-        hold(max(abs(one.grad_norm - norm) for one in found) / norm, "grad_norm", f"step {step}: gradient norm")
+            apart = relative(error(name, 0), record.gradient_scale(step, name))
+            hold(apart, "gradient", f"step {step}: gradient of {name}")
+        apart = relative(max(abs(one.grad_norm - norm) for one in found), norm)
+        hold(apart, "grad_norm", f"step {step}: gradient norm")
         hold(abs(sum(one.loss for one in found) - loss) / max(abs(loss), LEAST_LOSS), "loss", f"step {step}: loss")
         for name in names:
             hold(error(name, 1) / config.optim.lr, "update", f"step {step}: value of {name}")
         if (held := sum(one.elements for one in found)) != record.size and verdict.passed:
             verdict.passed, verdict.worst = False, f"the ranks count {held} parameters, not {record.size}"
     return verdict
+
+
+def relative(error: float, scale: float) -> float:
+    """0 of a step that has no gradient, as where a policy's rewards are all alike, if it has none here either."""
+    if scale:
+        return error / scale
+    return error if math.isnan(error) else math.inf if error else 0.0
 
 
 def reference_of(config: VerifyConfig) -> VerifyConfig:
@@ -234,6 +243,10 @@ def compare_layouts(
         return function if build_stage is None else partial(function, build_stage=build_stage)
 
     reference = pool.run(job(run_reference), 1, reference_of(config), folder, timeout=JOB_TIMEOUT_S)[0]
+    if not any(norm for _, norm in reference):
+        steps = f"all gradients of {config.train.steps} steps are 0"
+        remedy = "; give a reward that tells completions of an untrained model apart" if config.reward else ""
+        raise UserError(f"verify: {steps}, so no layout can be told from another{remedy}")
     record = RunRecord.open(Path(folder))
     for text in config.layouts or []:
         layout, start = Layout.parse(text), time.perf_counter()

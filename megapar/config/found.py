@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Any
@@ -31,12 +32,15 @@ def find_function(key: str, value: str, example: str, what: str) -> Callable[...
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = (str(error).splitlines() or [""])[0]
         raise ConfigError(key, value, f"{module} can't be imported ({type(error).__name__}: {line})") from error
     for attribute in name.split("."):
         if not hasattr(found, attribute):
-            raise ConfigError(key, value, f"{module} has no {name}")
+            near = get_close_matches(attribute, [one for one in dir(found) if not one.startswith("_")], 1)
+            where = getattr(sys.modules[module], "__file__", None) or "no file"
+            meant = f"; did you mean {value.removesuffix(attribute)}{near[0]}?" if near else ""
+            raise ConfigError(key, value, f"{module} ({where}) has no {name}{meant}")
         found = getattr(found, attribute)
     if not callable(found):
         raise ConfigError(key, value, f"a {type(found).__name__} can't be called; name {what}")

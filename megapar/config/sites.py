@@ -20,10 +20,11 @@ In front of a name may stand a stack's: `encoder.layers.0`, `image.layers.1.mlp.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from megapar.config.errors import ConfigError
 from megapar.config.schema import ModelConfig
-from megapar.config.stacks import TRUNK, prefix, stack_layers, stacks
+from megapar.config.stacks import TRUNK, prefix, stack_layers, stack_model, stacks
 
 OF_LAYERS = {
     "": "",
@@ -67,7 +68,19 @@ class Site:
 
 def sites_of(names: Sequence[str], model: ModelConfig, key: str) -> list[Site]:
     """Raises ConfigError for `key` where a model has no such place."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(key, names, "give a list of names, such as [layers.0.attention.heads]")
     return [_site(name, model, key) for name in names]
+
+
+def blocks_of(site: Site, model: ModelConfig) -> int:
+    """How many heads or features its tensor has; 1 where a token's vector is whole."""
+    own = stack_model(model, site.stack)
+    if site.kind in ("attention.k", "attention.v"):
+        return own.kv_heads or own.heads
+    if site.kind in HEADS:
+        return own.heads
+    return {"mlp.inner": own.ffn, "logits": own.vocab_size}.get(site.kind) or 1
 
 
 def residual_sites(model: ModelConfig) -> list[str]:
@@ -82,15 +95,28 @@ def _site(name: str, model: ModelConfig, key: str) -> Site:
     first, _, rest = name.partition(".")
     stack = first if first in stacks(model) and first else TRUNK
     below = rest if stack else name
-    outside = ("embedding",) if stack else ("embedding", *(("norm", "logits") if model.has_logits else ()))
-    if below in outside and not (stack and stack != "encoder"):
+    outside = _outside(model, stack)
+    if below in outside:
         return Site(name, stack, None, below)
-    count = stack_layers(model, stack)
+    before, count = prefix(stack), stack_layers(model, stack)
+    kinds = [kind for kind in OF_LAYERS if not kind.startswith("cross.") or (model.encoder.layers and not stack)]
     if (found := _LAYER.fullmatch(below)) and int(found[1]) < count:
-        kinds = [kind for kind in OF_LAYERS if not kind.startswith("cross.") or (model.encoder.layers and not stack)]
         if (kind := found[2] or "") in kinds:
             return Site(name, stack, int(found[1]), kind)
-        known = ", ".join(f"{prefix(stack)}layers.{found[1]}.{kind}" for kind in kinds if kind)
-        raise ConfigError(key, name, f"no such place; this layer has {prefix(stack)}layers.{found[1]}, {known}")
-    problem = f"no such place; there are {', '.join(outside)}, layers.0 to layers.{count - 1}, and places in a layer "
-    raise ConfigError(key, name, problem + f"such as {prefix(stack)}layers.0.attention.heads")
+        known = ", ".join(f"{before}layers.{found[1]}.{kind}" for kind in kinds if kind)
+        problem = f"this layer has {before}layers.{found[1]}, {known}"
+    else:
+        there = [*(f"{before}{one}" for one in outside), f"{before}layers.0 to {before}layers.{count - 1}"]
+        problem = f"there are {', '.join(there)}, and places in a layer such as {before}layers.0.attention.heads"
+    inside = [f"layers.{index}{kind and '.'}{kind}" for index in range(count) for kind in kinds]
+    beyond = found is not None and int(found[1]) >= count
+    near = [] if beyond else get_close_matches(below, [*outside, *inside], 1, 0.8)
+    meant = f"; did you mean {before}{near[0]}?" if near else ""
+    raise ConfigError(key, name, f"no such place; {problem}{meant}")
+
+
+def _outside(model: ModelConfig, stack: str) -> tuple[str, ...]:
+    """Places of a stack outside its layers."""
+    if stack == TRUNK:
+        return ("embedding", "norm", "logits") if model.has_logits else ("embedding",)
+    return ("embedding",) if stack == "encoder" else ()

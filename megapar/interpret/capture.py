@@ -20,10 +20,12 @@ GRADIENT = ".gradient"  # behind a site's name
 
 @dataclass(frozen=True)
 class Piece:
-    """x [t, blocks, inner] of a pass on this rank."""
+    """x [t, blocks, inner] of a pass on this rank. key: equal for pieces of the same tokens and blocks; a piece keeps
+    its own when a part of it is given up"""
 
     x: Tensor
     local: Local
+    key: str
 
 
 class Capture(Walk):
@@ -42,6 +44,7 @@ class Capture(Walk):
         self.gradients = gradients
         self._kinds = {site.name: site.kind for site in self.sites}
         self._pieces: dict[str, list[Piece]] = {}
+        self._ends: dict[str, dict[int, int]] = {}  # by sample: the last place that has passed
 
     def __enter__(self) -> "Capture":
         super().__enter__()
@@ -49,6 +52,7 @@ class Capture(Walk):
 
     def clear(self) -> None:
         self._pieces.clear()
+        self._ends.clear()
 
     def passes(self, site: Site, view: View, tensor: Tensor) -> None:
         if in_backward():  # the same again
@@ -65,8 +69,32 @@ class Capture(Walk):
         there = local.places >= 0
         if not bool(there.all()):  # padding
             x, local = x[there], replace(local, samples=local.samples[there], places=local.places[there])
+        self._forget(name, local)
         # A copy: what follows may write over it, and a stage's output is given up when it is sent.
-        self._pieces.setdefault(name, []).append(Piece(x.detach().clone(), local))
+        self._pieces.setdefault(name, []).append(Piece(x.detach().clone(), local, _key(local)))
+
+    def _forget(self, name: str, local: Local) -> None:
+        """Give up what has passed of the same samples from the places on that pass now: of an earlier text."""
+        numbers, rows = local.samples.unique(return_inverse=True)
+        begins = torch.full_like(numbers, 1 << 62).scatter_reduce(0, rows, local.places, "amin")
+        stops = torch.zeros_like(numbers).scatter_reduce(0, rows, local.places, "amax")
+        ends = self._ends.setdefault(name, {})
+        passing = list(zip(numbers.tolist(), begins.tolist(), stops.tolist(), strict=True))
+        again = [(number, begin) for number, begin, _ in passing if ends.get(number, -1) >= begin]
+        ends |= {number: stop for number, _, stop in passing}
+        if not again:
+            return
+        kept = []
+        for piece in self._pieces.get(name, []):
+            stays = torch.ones_like(piece.local.places, dtype=torch.bool)
+            for number, begin in again:
+                stays &= (piece.local.samples != number) | (piece.local.places < begin)
+            if bool(stays.all()):
+                kept.append(piece)
+            elif bool(stays.any()):
+                there = replace(piece.local, samples=piece.local.samples[stays], places=piece.local.places[stays])
+                kept.append(replace(piece, x=piece.x[stays], local=there))
+        self._pieces[name] = kept
 
     def __getitem__(self, name: str) -> Tensor:
         return self.numbered(name)[1]
@@ -90,10 +118,10 @@ class Capture(Walk):
         # Ranks that share a key head have parts of its gradient.
         parts = name.endswith(GRADIENT) and kind in ("attention.k", "attention.v")
         before = [] if parts else [one for text in texts[: mesh.rank] for one in json.loads(text)]
-        elsewhere = {_key(one) for one in before}
+        elsewhere = {one["key"] for one in before}
         rows, ranks = torch.tensor(numbers, device=mesh.device), torch.zeros_like(found[..., 0])
         for piece, one in zip(pieces, own, strict=True):
-            if _key(one) not in elsewhere:  # where a lower rank has the same, that one says it
+            if one["key"] not in elsewhere:  # where a lower rank has the same, that one says it
                 place, (_, width, depth) = piece.local, piece.x.shape
                 at = torch.searchsorted(rows, place.samples)
                 found[at, place.places, place.first : place.first + width, :depth] = piece.x.to(wide)
@@ -110,16 +138,14 @@ def _facts(piece: Piece) -> dict[str, Any]:
     local = piece.local
     return {
         "samples": torch.unique(local.samples).tolist(),
-        "begin": [int(local.samples[0]), int(local.places[0])] if len(local.samples) else [],
-        "tokens": len(local.samples),
+        "key": piece.key,
         "last": int(local.places.max()) if len(local.samples) else 0,
-        "first": local.first,
         "blocks": local.blocks,
         "inner": piece.x.shape[2],
         "dtype": str(piece.x.dtype),
     }
 
 
-def _key(one: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for pieces of the same tokens and blocks."""
-    return tuple(one["samples"]), tuple(one["begin"]), one["tokens"], one["first"]
+def _key(local: Local) -> str:
+    begin = [int(local.samples[0]), int(local.places[0])] if len(local.samples) else []
+    return f"{torch.unique(local.samples).tolist()} {begin} {len(local.samples)} {local.first}"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megapar.config.errors import UserError
+from megapar.interpret.walk import part_of
 from megapar.models.head import Head
 from megapar.parallel.collectives import all_gather, all_reduce
-from megapar.part import ModelPart
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,32 @@ class Lens:
 def logit_lens(model: Any, streams: Sequence[Tensor], top: int = 5) -> Lens:
     """streams: the residual stream behind layers, [samples, S, H] each, as `capture` gives it for `layers.N`.
 
-    Collective; the same on every rank. Raises UserError for a model without logits.
+    They are taken in the model's dtype. Collective; the same on every rank. Raises UserError for a model without
+    logits, for streams of other shapes, and for values that are not finite.
     """
-    part: ModelPart = getattr(model, "part", model)
+    part = part_of(model, "logit_lens")
     if not part.config.model.has_logits:
         raise UserError(f"logit_lens: model.output={part.config.model.output} has no logits; use a run with output=lm")
     assert part.config.model.vocab_size is not None
-    top = min(top, part.config.model.vocab_size)
+    hidden, shapes = part.config.model.hidden, {tuple(x.shape) for x in streams}
+    if len(shapes) != 1 or any(len(shape) != 3 or shape[2] != hidden for shape in shapes):
+        given = ", ".join(str(list(x.shape)) for x in streams) or "none"
+        raise UserError(f"logit_lens: streams {given}; give [samples, S, {hidden}] each, alike, as capture gives them")
+    if top < 1:
+        raise UserError(f"logit_lens: top={top}; give at least 1")
+    top, dtype = min(top, part.config.model.vocab_size), part.context.dtype
     head: Any = getattr(part.stages.get(part.schedule.stages - 1), "head", None)
     shape = len(streams), *streams[0].shape[:2]
     found = torch.zeros(*shape, 2 * top + 1, dtype=torch.float64, device=part.mesh.device)
     if head is not None:
         with torch.no_grad(), part.context.whole_tokens():
             for into, x in zip(found, streams, strict=True):
-                into.copy_(_said(head, x.flatten(0, 1), top).view(*shape[1:], -1))
+                into.copy_(_said(head, x.flatten(0, 1).to(part.mesh.device, dtype), top).view(*shape[1:], -1))
     if head is None or not part.mesh.first_along("weights", "samples", "tokens", None):
         found.zero_()  # one rank says it
     found = all_reduce(found, part.mesh["world"])
+    if not found.isfinite().all():
+        raise UserError("logit_lens: streams, or what the model's head makes of them, are not finite")
     return Lens(found[..., :top].round().long(), found[..., top:-1], found[..., -1])
 
 

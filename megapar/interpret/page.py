@@ -48,7 +48,7 @@ def page_of(reading: Reading) -> str:
         "entropy": [[round(one, 3) for one in row] for row in reading.entropy.tolist()],
         "weights": base64.b64encode(quantised.numpy().tobytes()).decode(),
     }
-    content = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    content = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     filled = {"TITLE": escape(reading.title), "FACTS": escape(reading.facts), "DATA": content}
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     parts = template.split("%%")  # odd ones are names

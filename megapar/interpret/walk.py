@@ -25,12 +25,12 @@ class Walk:
     """
 
     def __init__(self, model: Any, names: Sequence[str], key: str) -> None:
-        self.part: ModelPart = getattr(model, "part", model)
+        self.part = part_of(model, key)
         if getattr(self.part, "graphs", None) is not None:
             raise UserError(f"{key}: steps run from CUDA graphs, in which nothing is seen; use train.cuda_graphs=off")
         if any(not isinstance(stage, TransformerStage) for stage in self.part.stages.values()):
             raise UserError(f"{key}: sites are those of our Transformer; use torch's hooks in a model of your own")
-        self.sites = sites_of(names, self.part.config.model, key)
+        self.key, self.sites = key, sites_of(names, self.part.config.model, key)
         self._handles: list[RemovableHandle] = []
         self._tokens: dict[str, Tokens] = {}
 
@@ -43,6 +43,8 @@ class Walk:
         raise NotImplementedError
 
     def __enter__(self) -> "Walk":
+        if self._handles:
+            raise UserError(f"{self.key}: is entered already; make a second one")
         stacks = {site.stack for site in self.sites}
         for stage in self.part.stages.values():
             for name in stacks:
@@ -96,6 +98,14 @@ class Walk:
 
     def _visited(self, site: Site, module: nn.Module, tensor: Tensor) -> Tensor | None:
         return self.passes(site, view_of(site, module, self._tokens[site.stack]), tensor)
+
+
+def part_of(model: Any, key: str) -> ModelPart:
+    """The part of a `Model`, or of what has one. Raises UserError for anything else."""
+    part = getattr(model, "part", model)
+    if not isinstance(part, ModelPart):
+        raise UserError(f"{key}: a {type(model).__name__} is no model of megapar.build, nor a ModelPart; give one")
+    return part
 
 
 def _module(site: Site, stack: Any) -> nn.Module | None:

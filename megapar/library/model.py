@@ -9,8 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapar.config.errors import UserError
+from megapar.config.keys import check_values
+from megapar.config.parse import parse
+from megapar.config.run_schema import SampleConfig
 from megapar.config.schema import ModelConfig, TrainConfig
 from megapar.data.media.samples import MediaSample
+from megapar.generate.tokens import Generator, refuse_broken
 from megapar.library.batch import check_ids, deal, media_inputs, side_inputs, source_inputs, whole
 from megapar.library.gradients import VisibleGrads
 from megapar.library.logits import LossFn, cross_entropy, gather_logits, own_loss
@@ -27,6 +31,8 @@ from megapar.part import ModelPart
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.stage import Batch, Tensors
 from megapar.schedule.lower import forward_only, lower
+
+MOST_TEXTS = 64  # that are written at a time
 
 
 def build(
@@ -214,6 +220,42 @@ class Model(nn.Module):
         placement = self.part.schedule.placement
         schedule = lower(forward_only(placement, number), len(placement), number)
         return self._total(self.executor.run(schedule, batches, self._loss(loss_fn, number)))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        end_of_text: int | None = None,
+    ) -> list[list[int]]:
+        """The tokens that are written behind every prompt, at most `max_tokens`, without the end of text.
+
+        prompts: token ids, at least one each; with an encoder, what it reads, to which `end_of_text` is added
+        temperature: 0 takes the likeliest token; top_k: of the k likeliest, 0 of all; top_p: of the fewest that have
+            this much probability. What is drawn is a function of the seed and a token's place
+
+        Keys and values are kept from token to token. Raises ConfigError for values that can't be, ValueError for ids
+        that the model can't read, and UserError for a model without logits, or whose logits are not finite.
+        """
+        if not self.config.model.has_logits:
+            raise UserError(f"model.generate: model.output={self.config.model.output} writes no tokens; use output=lm")
+        vocabulary = self.config.model.vocab_size or 0
+        for number, prompt in enumerate(prompts):
+            if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                problem = f"prompt {number} is empty, or has an id that is none of 0 to {vocabulary - 1}"
+                raise ValueError(f"model.generate: {problem}")
+        values = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        check_values(sample := parse(SampleConfig, values))
+        facts = {"texts": max(1, min(len(prompts), MOST_TEXTS)), "end_of_text": end_of_text}
+        writer = Generator.of(self.config, self.part.stages, self.part.context, **facts)
+        texts = [writer.text(list(prompt), sample) for prompt in prompts]
+        for text in writer.write(texts):
+            refuse_broken(text)
+        return [text.written for text in texts]
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's part of every logical parameter by name (`layers.0.attention.q.weight`), as views to write into.

@@ -223,19 +223,40 @@ def test_what_is_refused(tokens: str) -> None:
             "layers.2",
             r"there are embedding, norm, logits, layers.0 to layers.1, and places in a layer such as layers.0.att",
         ),
-        ("layers.1.attention.head", r"this layer has layers.1, layers.1.attention.q, .*, layers.1.mlp.out$"),
+        ("layers.1.attention.head", r"this layer .*, layers.1.mlp.out; did you mean layers.1.attention.heads\?$"),
         ("layers.1.cross.out", r"this layer has layers.1, layers.1.attention.q"),
         ("encoder.layers.0", r"there are embedding"),
         ("", r"there are embedding"),
     ):
         with pytest.raises(ConfigError, match=rf"^sites={site}: no such place; {problem}"):
             megapar.capture(model, [site])
-    with megapar.capture(model, ["layers.0"]) as seen:
+    for names in ("layers.1", [1]):
+        with pytest.raises(ConfigError, match=r"give a list of names, such as"):
+            megapar.capture(model, names)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"sites: a Linear is no model of megapar.build"):
+        megapar.capture(torch.nn.Linear(2, 2), ["layers.0"])
+    with megapar.capture(model, ["layers.0"]) as seen, pytest.raises(UserError, match=r"is entered already"), seen:
         pass
     with pytest.raises(KeyError, match=r"layers.0: nothing has passed; captured are layers.0"):
         seen["layers.0"]
     with pytest.raises(KeyError, match=r"layers.1: "):
         seen["layers.1"]
+
+
+def test_a_shorter_text_is_all_there_is() -> None:
+    """The same sample again, of which nothing is left from before: neither places nor, of weights, keys."""
+    model, (ids, _) = ours("llama"), batch(samples=2)
+    sites = ["layers.0", "layers.1.attention.weights"]
+    with megapar.capture(model, sites) as expected:
+        model(ids[:1, :5])
+    with megapar.capture(model, sites) as seen:
+        model(ids)
+        model(ids[:1, :5])
+    for site in sites:
+        assert not seen[site][0, 5:].any() and seen[site][1, 5:].any()
+    assert torch.equal(seen["layers.0"][0, :5], expected["layers.0"][0])
+    weights = seen["layers.1.attention.weights"][0, :5]
+    assert torch.equal(weights[..., :5], expected["layers.1.attention.weights"][0]) and not weights[..., 5:].any()
 
 
 def moves(rank: int, world_size: int) -> str:

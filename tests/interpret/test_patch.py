@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import megapar
-from megapar.config.errors import ConfigError
+from megapar.config.errors import ConfigError, UserError
 from megapar.config.layout import Layout
 from megapar.launch.pool import WorkerPool
 from tests.library.models import batch, ours
@@ -88,14 +88,72 @@ def test_what_is_refused() -> None:
         megapar.patch(model, {"layers.0.attention.weights": 0.0})
     with pytest.raises(ConfigError, match=r"^patch=layers.0: has no heads or features to choose; leave out blocks"):
         megapar.patch(model, {"layers.0": 0.0}, blocks=[0])
-    for values, problem in (
+    for chosen, problem in (
+        ({"blocks": [1, 4]}, r"^patch=layers.0.attention.heads: has blocks 0 to 3, and no 4"),
+        ({"blocks": [-1]}, r"^patch=\[-1\]: give blocks as a list of numbers from 0 on"),
+        ({"blocks": []}, r"^patch=\[\]: give blocks as a list"),
+        ({"blocks": ["3"]}, r"give blocks as a list of numbers"),
+        ({"places": [-1]}, r"give places as a list of numbers"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            megapar.patch(model, {"layers.0.attention.heads": 0.0}, **chosen)
+    for value in ("0", None, [0.0], torch.zeros(1).numpy()):
+        with pytest.raises(ConfigError, match=r"^patch=layers.0: a \w+ is no value; give a number, a torch tensor"):
+            megapar.patch(model, {"layers.0": value})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"give values by site"):
+        megapar.patch(model, ["layers.0"])  # type: ignore[arg-type]
+    nowhere = megapar.patch(model, {"layers.0": 0.0}, places=[8])
+    with pytest.raises(ConfigError, match=r"no token stood at any of these places"), nowhere:
+        model(ids)
+    wrong: list[tuple[Any, str]] = [
+        (lambda x, local: x[:1], r"its function gives values \[1, 1, 16\]; give .* shape of x, here \[32, 1, 16\]"),
+        (lambda x, local: None, r"its function gives a NoneType; give a tensor"),
         (torch.zeros(4, 8, 15), r"has values \[4, 8, 15\]; give \[samples, S, ...\] as `capture` does"),
         (torch.zeros(3, 8, 16), r"has values of 3 samples, and number 3 passes; give all, or 1"),
         (torch.zeros(1, 7, 16), r"has values of 7 places, and number 7 passes; give all, or 1"),
-    ):
+    ]
+    for values, problem in wrong:
         patch = megapar.patch(model, {"layers.0": values})
         with pytest.raises(ConfigError, match=rf"^patch=layers.0: {problem}"), patch:
             model(ids)
+    with megapar.patch(model, {"layers.0": torch.tensor(0.0)}), pytest.raises(ZeroDivisionError):
+        raise ZeroDivisionError  # a user's own error is not hidden
+
+
+def too_few(rank: int, world_size: int) -> str:
+    """Values of 2 samples, of which rank 1 has others: only it can know."""
+    model = ours("llama", layout="dp2")
+    ids, labels = batch(samples=4)
+    try:
+        with megapar.patch(model, {"layers.0": torch.zeros(2, 8, 16)}):
+            model.evaluate(ids, labels, microbatches=1)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        model.close()
+    return ""
+
+
+def test_what_one_rank_runs_into_all_ranks_say(pool: WorkerPool) -> None:
+    for said in pool.run(too_few, 2):
+        assert said.startswith("patch=layers.0: has values of 2 samples, and number 3 passes"), said
+
+
+def test_the_lens_refuses() -> None:
+    model = ours("llama")
+    x = torch.zeros(2, 8, 16)
+    for streams, top, problem in (
+        ([], 5, r"streams none; give \[samples, S, 16\] each"),
+        ([x, x[:1]], 5, r"streams \[2, 8, 16\], \[1, 8, 16\]; give"),
+        ([x[..., :5]], 5, r"streams \[2, 8, 5\]; give"),
+        ([x[0]], 5, r"streams \[8, 16\]; give"),
+        ([x], 0, r"top=0; give at least 1"),
+        ([x * torch.nan], 5, r"streams, or what the model's head makes of them, are not finite"),
+    ):
+        with pytest.raises(UserError, match=rf"^logit_lens: {problem}"):
+            megapar.logit_lens(model, streams, top=top)
+    alike = [megapar.logit_lens(model, [x.to(dtype) + 0.5]).tokens for dtype in (torch.float32, torch.float64)]
+    assert torch.equal(*alike)
 
 
 def lens(layout: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,18 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=problem):
             megapar.linear_probe(rows, labels)
+    rows, labels = torch.randn(40, 3), torch.arange(40) % 2
+    changed: list[tuple[dict[str, Any], str]] = [
+        ({"x": rows.index_fill(0, torch.tensor([3]), torch.inf)}, r"x has 3 values that are not finite"),
+        ({"x": rows[:, :0]}, r"0 columns; give int64 labels, 1 column or more"),
+        ({"labels": labels / 2}, r"labels of torch.float32"),
+        ({"labels": labels.tolist()}, r"give x and labels as tensors"),
+        ({"labels": (torch.arange(40) == 7).long()}, r"one class is too rare|two classes among the others"),
+        *(({key: value}, rf"{key}={value}") for key, value in (("held_out", 1.5), ("penalty", 0.0), ("seed", -1))),
+    ]
+    for changes, problem in changed:
+        with pytest.raises(UserError, match=rf"^linear_probe: .*({problem})"):
+            megapar.linear_probe(**{"x": rows, "labels": labels, **changes})
 
 
 def test_the_page_runs_as_it_stands() -> None:
@@ -50,4 +62,4 @@ def test_the_page_runs_as_it_stands() -> None:
             for one in found if isinstance(found, tuple) else [found]:
                 assert list(one.shape) == [int(size) for size in shape[1].split(", ")], line
                 compared += 1
-    assert compared == 4
+    assert compared == 5

@@ -150,3 +150,42 @@ def refused(rank: int, world_size: int, what: str) -> str:
 def test_what_a_part_can_not_do_says_what_does(what: str, pool: WorkerPool) -> None:
     for line in pool.run(refused, 2, what):
         assert REFUSED[what][1] in line and "\n" not in line
+
+
+PROMPTS = [[3, 1, 4], [5, 9, 2, 6, 5], [1]]
+
+
+def written(rank: int, world_size: int, layout: str) -> list[list[list[int]]]:
+    """The likeliest tokens, longer than what the model was trained on; drawn ones; after a step of training."""
+    model = ours("llama", layout=layout)
+    found = [*model.generate(PROMPTS, max_tokens=12)]
+    found += model.generate(PROMPTS, max_tokens=6, temperature=1.5, top_k=20, seed=4)
+    model.forward_backward(*batch(samples=16), microbatches=4)
+    megapar.AdamW(model, lr=1e-2).step()
+    found += model.generate(PROMPTS[:1], max_tokens=6)
+    model.close()
+    return [found]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_texts_are_those_of_one_process(layout: str, pool: WorkerPool) -> None:
+    [expected] = written(0, 1, "single")
+    assert [len(text) for text in expected] == [12] * 3 + [6] * 4
+    for found in pool.run(written, 2, layout):
+        assert found == [expected]
+
+
+def test_a_text_is_what_the_model_says_next() -> None:
+    model = ours("llama")
+    text = [3, 1, 4]
+    for token in model.generate([text], max_tokens=5)[0]:
+        assert token == int(model(torch.tensor([text]))[0, -1].argmax())
+        text = [*text, token]
+    whole = text[3:]
+    assert model.generate([text[:3]], max_tokens=5, end_of_text=whole[2]) == [whole[: whole.index(whole[2])]]
+    assert model.generate([]) == []
+    for prompts, problem in (([[1], []], "prompt 1 is empty"), ([[61]], "an id that is none of 0 to 60")):
+        with pytest.raises(ValueError, match=problem):
+            model.generate(prompts)
+    with pytest.raises(megapar.ConfigError, match=r"max_tokens=0: "):
+        model.generate([[1]], max_tokens=0)

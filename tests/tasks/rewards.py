@@ -40,3 +40,12 @@ def text(prompt: str, completion: str, record: dict[str, Any]) -> str:
 
 def two(prompt: str, completion: str) -> float:
     return 1.0
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+async def later(prompt: str, completion: str, record: dict[str, Any]) -> float:
+    return 1.0

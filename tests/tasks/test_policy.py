@@ -1,5 +1,6 @@
 """The policy gradient: in layouts as in one process, as its formula, and what a faulty reward comes to."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ from megapar.config.errors import ConfigError, UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
+from megapar.data.sources.prompts import Prompt
 from megapar.launch.pool import WorkerPool
 from megapar.operations import check_operations
 from megapar.tasks.completions import Judged, Written
 from megapar.tasks.kinds.policy import EPSILON, GAPS
-from megapar.tasks.reward import find_reward
+from megapar.tasks.reward import Reward, find_reward
 from megapar.train.trainer import Trainer
+from megapar.verify import relative
 from tests.parallel.layouts import compare, verify_config
 from tests.records import prepared
 from tests.tasks import rewards
@@ -272,10 +275,49 @@ def test_without_a_difference_nothing_is_learned(keys: dict[str, Any]) -> None:
     trainer.close()
 
 
+def test_layouts_that_nothing_tells_apart_are_not_said_to_agree(
+    keys: dict[str, Any], pool: WorkerPool, tmp_path: Path
+) -> None:
+    same = keys | {"reward": "tests.tasks.rewards:same", "task.kl": 0.0}
+    config = verify_config(keys["data.prefix"], ["dp2"], **same)
+    with pytest.raises(UserError, match=r"^verify: all gradients of 2 steps are 0, .* give a reward that tells"):
+        compare(pool, tmp_path, config)
+    assert relative(0.0, 0.0) == 0.0 and relative(1e-30, 0.0) == math.inf and math.isnan(relative(math.nan, 0.0))
+    assert relative(1.0, 4.0) == 0.25
+
+
 def test_rewards_by_name() -> None:
     assert find_reward("tests.tasks.rewards:same").function is rewards.same
     with pytest.raises(ConfigError, match=r"two: can't be called with \(prompt, completion, record\)"):
         find_reward("tests.tasks.rewards:two")
+    for name, problem in (
+        ("tests.tasks.rewards:later", r"is async, which gives no number; make it an ordinary function"),
+        (
+            "tests.tasks.rewards:mixt",
+            r"tests.tasks.rewards \(.*rewards.py\) has no mixt; did you mean \S+:mixed\?",
+        ),
+        ("tests.tasks.leaves:reward", r"tests.tasks.leaves can't be imported \(SystemExit: 4\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^reward={name}: {problem}"):
+            find_reward(name)
+
+
+def test_what_a_reward_says_is_one_short_line() -> None:
+    """Also of values that can't be shown, and of long ones."""
+
+    def silent(*_: Any) -> float:
+        raise rewards.Silent
+
+    for function, problem in (
+        (silent, r"raised Silent: a Silent that can't be shown \(RuntimeError\)"),
+        (lambda *_: 10**400, r"gave 10{199}..., which is no finite number"),
+        (lambda *_: [1.0] * 999, r"gave \[1.0, .{190,210}..., which is no finite number"),
+        (lambda *_: 1e308, r"gave 1e\+308, whose squares can't be added up; give at most 1e\+100"),
+    ):
+        with pytest.raises(UserError) as found:
+            Reward("mine:reward", function)(Prompt([1], {"prompt": "a"}, "FILE:3"), "one\ntwo")
+        line = str(found.value)
+        assert re.search(rf"^FILE:3: reward=mine:reward {problem}; the completion was 'one\\ntwo'$", line), line
 
 
 def test_examples_write_nothing(keys: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ class Prompts:
         refuse_too_few(self.records, split, config.data)
         most = config.train.seq_length - config.task.max_tokens + 1  # the last token is only predicted
         lengths, fit = self.records.lengths[:, 0], f"{max(0, most)} before task.max_tokens={config.task.max_tokens}"
-        self._chosen = fitting(self.records, lengths > most, config.data, fit)
+        keys = "train.seq_length, or lower task.max_tokens"
+        self._chosen = fitting(self.records, lengths > most, config.data, fit, keys)
         self.num_samples = len(self._chosen)
         self.order = SampleOrder(self.num_samples, config.train.seed, shuffle=split == "train")
 

@@ -118,9 +118,12 @@ class PolicyGradient(SampledTask):
             mine = torch.stack([gaps.max(), divergences.sum() * self.mesh.first_along("weights", None)])
         gaps, divergences = all_gather(mine.unsqueeze(0), self.mesh["world"]).cpu().unbind(1)
         gap, dtype = float(gaps.max()), self.config.train.dtype
-        if not gap <= GAPS[dtype]:
+        most = GAPS[dtype] / min(
+            1.0, self.config.task.temperature
+        )  # logits are divided by it, and so is their rounding
+        if not gap <= most:
             problem = f"a token's log-probability is {gap:.1e} nats apart between the model that wrote it and the same "
-            problem += f"model in training, where train.dtype={dtype} explains {GAPS[dtype]:.0e}"
+            problem += f"model in training, where train.dtype={dtype} explains {most:.0e}"
             raise UserError(f"step {self._step}: {problem}; try kernels.backend=torch, or correct your model.module")
         found = self._figures | ({"kl": float(divergences.sum())} if self.reference else {})
         return found | {"logprob_gap": gap, "write_s": self.writer.seconds}
