@@ -207,7 +207,7 @@ def check_training(config: TrainConfig) -> None:
     """Refuse contradictions of the loop, the optimizer and the data."""
     train = config.train
     check_optimizer(config)
-    check_interpret(config)
+    sites_of(config.interpret.capture or [], config.model, "interpret.capture")
     if config.checkpoint.load is not None and config.checkpoint.weights is not None:
         problem = "checkpoint.load takes all of a run's state, its weights too; give one of them"
         raise ConfigError("checkpoint.weights", config.checkpoint.weights, problem)
@@ -279,16 +279,6 @@ def check_ranks(layout: Layout, device: str, key: str, *, num_gpus: int, world_s
     if device == "cuda" and world_size is None and layout.world > num_gpus:
         problem = f"needs {layout.world} GPUs, {num_gpus} visible; use {key}=cpu or a smaller layout"
         raise ConfigError("parallel", layout, problem)
-
-
-def check_interpret(config: TrainConfig) -> None:
-    """Refuse places that the model has not, and a look at what two things pass."""
-    options = config.interpret
-    sites_of(options.capture or [], config.model, "interpret.capture")
-    if config.task.name == "policy" and (options.capture or options.statistics):
-        key = "capture" if options.capture else "statistics"
-        problem = "a policy's steps also write texts, which pass the same places; leave it out, and use `interpret RUN`"
-        raise ConfigError(f"interpret.{key}", getattr(options, key), problem)
 
 
 def check_backend(backend: str, device: str, dtype: str) -> None:

@@ -36,11 +36,20 @@ class Capture(Walk):
     as in the next step, takes the place of its earlier values; `seen.clear()` forgets all.
 
     Sites are in docs/interpretability.md. With gradients=True `seen[site + ".gradient"]` is that of the loss. While a
-    text is written a sample's number is its place in the cache, and S its tokens.
+    text is written a sample's number is its place in the cache, and S its tokens; with written=False these passes are
+    left out.
     """
 
-    def __init__(self, model: Any, sites: Sequence[str], *, gradients: bool = False, key: str = "sites") -> None:
-        super().__init__(model, sites, key)
+    def __init__(
+        self,
+        model: Any,
+        sites: Sequence[str],
+        *,
+        gradients: bool = False,
+        written: bool = True,
+        key: str = "sites",
+    ) -> None:
+        super().__init__(model, sites, key, written=written)
         self.gradients = gradients
         self._kinds = {site.name: site.kind for site in self.sites}
         self._pieces: dict[str, list[Piece]] = {}

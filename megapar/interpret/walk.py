@@ -21,10 +21,11 @@ from megapar.part import ModelPart
 class Walk:
     """A context that is called at every pass through a site of this rank. Enter it on all ranks alike.
 
+    written: passes count, too, in which a text is being written, token by token
     Raises UserError where the model has no such sites, or runs from CUDA graphs.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], key: str) -> None:
+    def __init__(self, model: Any, names: Sequence[str], key: str, *, written: bool = True) -> None:
         self.part = part_of(model, key)
         if getattr(self.part, "graphs", None) is not None:
             raise UserError(f"{key}: steps run from CUDA graphs, in which nothing is seen; use train.cuda_graphs=off")
@@ -33,6 +34,7 @@ class Walk:
         self.key, self.sites = key, sites_of(names, self.part.config.model, key)
         self._handles: list[RemovableHandle] = []
         self._tokens: dict[str, Tokens] = {}
+        self.written = written
 
     def passes(self, site: Site, view: View, tensor: Tensor) -> Tensor | None:
         """What comes by. What is returned, unless None, takes the tensor's place."""
@@ -94,10 +96,15 @@ class Walk:
 
     def _attends(self, site: Site, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         x_tH, tokens, *bias = args
+        if tokens.new is not None and not self.written:
+            return
         self.attends(site, *attention_weights(module, x_tH, tokens, bias[0] if bias else None))
 
     def _visited(self, site: Site, module: nn.Module, tensor: Tensor) -> Tensor | None:
-        return self.passes(site, view_of(site, module, self._tokens[site.stack]), tensor)
+        tokens = self._tokens[site.stack]
+        if tokens.new is not None and not self.written:
+            return None
+        return self.passes(site, view_of(site, module, tokens), tensor)
 
 
 def part_of(model: Any, key: str) -> ModelPart:

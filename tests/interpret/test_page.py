@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 
 import megapar
 from megapar.cli import main
-from megapar.config.check import check_interpret
 from megapar.config.errors import ConfigError
-from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.interpret.page import Reading, page_of
 from megapar.launch.pool import WorkerPool
@@ -150,6 +148,3 @@ def test_a_run_keeps_what_it_is_asked_for(pool: WorkerPool, tokens: str, tmp_pat
 def test_sites_are_refused_before_a_run_begins(tokens: str) -> None:
     with pytest.raises(ConfigError, match=r"^interpret.capture=layers.7: no such place; there are embedding"):
         tiny_config(tokens, "single", **{"interpret.capture": ["layers.7"]})
-    policy: dict[str, Any] = {"task.name": "policy", "reward": "a:b", "interpret.statistics": True}
-    with pytest.raises(ConfigError, match=r"^interpret.statistics=true: a policy's steps also write texts"):
-        check_interpret(changed(tiny_config(tokens), policy))

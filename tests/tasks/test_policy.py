@@ -18,6 +18,7 @@ from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.data.sources.prompts import Prompt
+from megapar.interpret.capture import Capture
 from megapar.launch.pool import WorkerPool
 from megapar.operations import check_operations
 from megapar.tasks.completions import Judged, Written
@@ -318,6 +319,28 @@ def test_what_a_reward_says_is_one_short_line() -> None:
             Reward("mine:reward", function)(Prompt([1], {"prompt": "a"}, "FILE:3"), "one\ntwo")
         line = str(found.value)
         assert re.search(rf"^FILE:3: reward=mine:reward {problem}; the completion was 'one\\ntwo'$", line), line
+
+
+def looked_into(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor]:
+    """What passes while completions are learned from, beside what passes while they are written."""
+    trainer = Trainer(config, rank)
+    sites = ["layers.0.attention.weights", "layers.1"]
+    with Capture(trainer, sites, gradients=True, written=False) as seen:
+        trainer.step(1)
+    found = {name: seen[name] for name in (*sites, "layers.1.gradient")}
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_what_it_learns_from_can_be_seen(layout: str, keys: dict[str, Any], pool: WorkerPool) -> None:
+    """Rows are completions, by number, though written in slots of a cache, with other tokens beside them."""
+    axes = {f"parallel.{axis}": size for axis, size in Layout.parse(layout).items()}
+    [expected] = pool.run(looked_into, 1, tiny_config("", **keys))
+    assert [*expected["layers.0.attention.weights"].shape] == [16, 24, 4, 24]
+    for found in pool.run(looked_into, 2, tiny_config("", **keys | axes)):
+        for name, x in expected.items():
+            assert (found[name] - x).abs().max() <= 1e-12 * x.abs().max() > 0, name
 
 
 def test_examples_write_nothing(keys: dict[str, Any]) -> None:

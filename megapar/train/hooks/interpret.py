@@ -33,8 +33,10 @@ class Interpret(Hook):
 
     def before(self, step: int) -> None:
         if step == 1 or step % self.loop.config.interpret.every == 0:
-            trainer, gradients = self.loop.trainer, self.loop.config.interpret.statistics
-            self.seen = Capture(trainer, self.sites, gradients=gradients, key="interpret.capture").__enter__()
+            gradients, key = self.loop.config.interpret.statistics, "interpret.capture"
+            # What a policy's step learns from it has written through the same places.
+            seen = Capture(self.loop.trainer, self.sites, gradients=gradients, written=False, key=key)
+            self.seen = seen.__enter__()
 
     def after(self, step: int, done: Step) -> None:
         if self.seen is None:
