@@ -6,6 +6,7 @@ python experiments/interpret_induction/results.py RUN... [--readme FILE]
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from megapar.part import ModelPart, open_part  # noqa: E402
 README = Path(__file__).with_name("README.md")
 LAYOUTS = ("single", "tp2", "pp2")
 SAMPLES = 128  # held out
+HALF = 0.5  # of a head's attention, and it is an induction head
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,20 @@ class Heads:
     """induction, previous: [layers, N], how much a query of the repeated half sees of what stood behind its earlier
     copy, and of the token in front of itself, on average
     loss: nats per token that repeats one; without: [layers, N], the same where a head says in the second copy what it
-        says there when the first is none
+        says there when the first is none; without_found, without_others: where all induction heads do, and all others
     """
 
     induction: np.ndarray
     previous: np.ndarray
     loss: float
     without: np.ndarray
+    without_found: float
+    without_others: float
+
+    @property
+    def found(self) -> np.ndarray:
+        """bool [layers, N]: the induction heads."""
+        return self.induction > HALF
 
 
 def main(arguments: list[str]) -> int:
@@ -91,21 +100,35 @@ def look(rank: int, world_size: int, config: TrainConfig, folder: str) -> Heads:
     with Capture(part, [f"{site}.{name}" for site in sites for name in ("weights", "heads")]) as seen:
         read(part, tokens[:, :-1])
     weights = torch.stack([seen[f"{site}.weights"] for site in sites])  # [layers, samples, S, N, S]
-    without = np.zeros((model.layers, model.heads))
-    for layer, site in enumerate(sites):
-        instead = seen[f"{site}.heads"].clone()  # [samples, S, N, D]
-        instead[tuple(copied)] = unlike[f"{site}.heads"][tuple(copied)]
-        for head in range(model.heads):
-            with Patch(part, {f"{site}.heads": instead}, blocks=[head]):
-                without[layer, head] = loss_of(part, tokens, copied)
-    found = Heads(
-        induction=seen_at(weights, copied, 1 - counts),
+    instead = {}
+    for site in sites:
+        instead[f"{site}.heads"] = seen[f"{site}.heads"].clone()  # [samples, S, N, D]
+        instead[f"{site}.heads"][tuple(copied)] = unlike[f"{site}.heads"][tuple(copied)]
+
+    def loss_without(gone: np.ndarray) -> float:
+        """gone: bool [layers, N]"""
+        with ExitStack() as patches:
+            for (name, values), row in zip(instead.items(), gone, strict=True):
+                if row.any():
+                    patches.enter_context(Patch(part, {name: values}, blocks=np.flatnonzero(row).tolist()))
+            return loss_of(part, tokens, copied)
+
+    induction = seen_at(weights, copied, 1 - counts)
+    without = np.zeros_like(induction)
+    for place in np.ndindex(without.shape):
+        alone = np.zeros_like(without, dtype=bool)
+        alone[place] = True
+        without[place] = loss_without(alone)
+    heads = Heads(
+        induction=induction,
         previous=seen_at(weights, copied, torch.full_like(counts, -1)),
         loss=loss_of(part, tokens, copied),
         without=without,
+        without_found=loss_without(induction > HALF),
+        without_others=loss_without(induction <= HALF),
     )
     part.close()
-    return found
+    return heads
 
 
 def seen_at(weights: Tensor, copied: Tensor, away: Tensor) -> np.ndarray:
@@ -142,16 +165,17 @@ def table(run: Run, heads: Heads) -> str:
 def said(found: Sequence[Heads]) -> str:
     """Which head does it, and whether the layouts say the same."""
     first = found[0]
-    places = {divmod(int(heads.induction.argmax()), first.induction.shape[1]) for heads in found}
-    names = " and ".join(f"{layer}.{head}" for layer, head in sorted(places))
     pairs = [(heads.induction - first.induction, heads.without - first.without) for heads in found]
     apart = max(np.abs(difference).max() for pair in pairs for difference in pair)
+    alike = all(np.array_equal(heads.found, first.found) for heads in found)
+    names = ", ".join(f"{layer}.{head}" for layer, head in np.argwhere(first.found)) or "none"
     more = first.without - first.loss
-    head = np.unravel_index(first.induction.argmax(), more.shape)
-    others = np.delete(more.ravel(), np.ravel_multi_index(head, more.shape)).max()
+    others = more[~first.found].max(initial=-np.inf)
+    found_more, others_more = first.without_found - first.loss, first.without_others - first.loss
     return (
-        f"The induction head is {names} in {', '.join(LAYOUTS)}; their figures differ by at most {apart:.1e}. "
-        f"Without it the loss is more by {more[head]:.2f}, without any other by at most {others:.2f}."
+        f"Induction heads: {names}, {'the same' if alike else 'not the same'} in {', '.join(LAYOUTS)}, whose figures "
+        f"differ by at most {apart:.1e}. Without all of these the loss is more by {found_more:.2f}, without all the "
+        f"others by {others_more:.2f}, without one of the others by at most {others:.2f}."
     )
 
 
