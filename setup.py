@@ -52,6 +52,7 @@ setup(
             "scipy",
             "soundfile",
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",
