@@ -8,6 +8,7 @@ from megapar.config.errors import ConfigError
 from megapar.config.file import load_trained
 from megapar.config.schema import TrainConfig
 from megapar.console import console
+from megapar.data.corpus import counted
 from megapar.data.tokenizer import Tokenizer
 from megapar.files import write_atomic
 from megapar.generate.run import in_layout, refuse_other_tokenizer
@@ -54,7 +55,7 @@ def run_rank(config: InterpretConfig, rank: int, world_size: int) -> None:
     if rank == 0:
         out = Path(config.out) if config.out is not None else folder / PAGE
         write_atomic(out, page_of(reading))
-        print(f"{len(tokens)} tokens, {config.parallel.layout}: {out}", file=console(), flush=True)
+        print(f"{counted(len(tokens), 'token')}, {config.parallel.layout}: {out}", file=console(), flush=True)
     part.close()
 
 
