@@ -7,12 +7,11 @@ demo: $(STAMP)  ## train a small model with tp=2, pp=2, dp=2: eight processes on
 	$(VENV)/bin/megapar train experiment=demo
 
 # What a newcomer should see pass; then what a change must pass, too; then what takes longer than a change can wait.
-# Two files of tests at a time: a test of several processes often waits for them to start.
 test: $(STAMP)  ## the tests that a newcomer should see pass
-	$(VENV)/bin/python -m pytest -m "not slow and not more" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not more"
 
 test-more: $(STAMP)  ## what a change must pass, too
-	$(VENV)/bin/python -m pytest -m "more and not slow" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "more and not slow"
 
 test-slow: $(STAMP)  ## what takes longer, and all that judges wall-clock time
 	$(VENV)/bin/python -m pytest -m slow

@@ -52,7 +52,6 @@ setup(
             "scipy",
             "soundfile",
             "pytest",
-            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -40,7 +40,7 @@ def find_function(key: str, value: str, example: str, what: str) -> Callable[...
             near = get_close_matches(attribute, [one for one in dir(found) if not one.startswith("_")], 1)
             where = getattr(sys.modules[module], "__file__", None) or "no file"
             meant = f"; did you mean {value.removesuffix(attribute)}{near[0]}?" if near else ""
-            raise ConfigError(key, value, f"{module} ({where}) has no {name}{meant}")
+            raise ConfigError(key, value, f"{module} has no {name} (it is {where}){meant}")
         found = getattr(found, attribute)
     if not callable(found):
         raise ConfigError(key, value, f"a {type(found).__name__} can't be called; name {what}")

@@ -295,7 +295,7 @@ def test_rewards_by_name() -> None:
         ("tests.tasks.rewards:later", r"is async, which gives no number; make it an ordinary function"),
         (
             "tests.tasks.rewards:mixt",
-            r"tests.tasks.rewards \(.*rewards.py\) has no mixt; did you mean \S+:mixed\?",
+            r"tests.tasks.rewards has no mixt \(it is .*rewards.py\); did you mean \S+:mixed\?",
         ),
         ("tests.tasks.leaves:reward", r"tests.tasks.leaves can't be imported \(SystemExit: 4\)"),
     ):
