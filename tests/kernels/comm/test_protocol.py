@@ -263,8 +263,10 @@ def test_an_empty_matrix_on_one_rank(form: str, ranks: WorkerPool) -> None:
 
 
 def exact_operands(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [18, 40], one row of it zeros, and w [40, 20]. A rank's product is exact in fp32, the sum over ranks is not: what
-    numpy's BLAS makes of a row depends, on some processors, on where in a tile it is, which would be no fault of ours."""
+    """x [18, 40], one row of it zeros, and w [40, 20]. A rank's product is exact in fp32, the sum over ranks is not.
+
+    What numpy's BLAS makes of a row depends, on some processors, on where in a tile it is, which is no fault of ours.
+    """
     numbers = torch.Generator().manual_seed(rank)
     x = torch.randint(-4095, 4096, (18, 40), generator=numbers).to(dtype)
     w = torch.randint(-63, 64, (40, 20), generator=numbers).to(dtype)
