@@ -16,7 +16,8 @@ import yaml
 from megapar.config.errors import UserError
 from megapar.config.file import load
 from megapar.config.keys import changed
-from megapar.config.schema import ParallelConfig, PipelineConfig, RunConfig, TrainConfig
+from megapar.config.run_sections import RunConfig
+from megapar.config.schema import ParallelConfig, PipelineConfig, TrainConfig
 
 MATCH = "match.json"  # in a run's folder
 EARLY = 20  # steps before rounding has grown

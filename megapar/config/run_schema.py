@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megapar.config.keys import group, option
-from megapar.config.schema import CheckpointConfig, KernelsConfig, ParallelConfig, RunConfig
+from megapar.config.run_sections import CheckpointConfig, RunConfig
+from megapar.config.schema import KernelsConfig, ParallelConfig
 
 
 @dataclass(frozen=True)

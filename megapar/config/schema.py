@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megapar.config.keys import group, option
 from megapar.config.layout import AXES, Layout
 from megapar.config.model_schema import ModelConfig
+from megapar.config.run_sections import CheckpointConfig, RunConfig
 from megapar.config.task_schema import TaskConfig
 
 # A key for every axis. Of type Any, as the axes are data: the number of ranks, None if it is derived.
@@ -278,21 +279,6 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """State on disk."""
-
-    every: int = option(0, "steps between checkpoints; 0: only at the end", at_least=0)
-    keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
-    load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
-    weights: str | None = option(
-        None,
-        "checkpoint folder to take weights alone from, as for fine-tuning: step 0, on any data",
-        verbatim=True,
-        path=True,
-    )
-
-
-@dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases."""
 
@@ -324,20 +310,6 @@ class KernelsConfig:
     )
     tile_scheduler: Literal["static", "dynamic"] = option(
         "static", "tiles of Triton's matmuls: by a fixed stride, or from an atomic counter; same bits", identity=False
-    )
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run directory."""
-
-    name: str = option("run", "name of the run, part of the default directory", verbatim=True, identity=False)
-    dir: str | None = option(
-        None,
-        "folder of everything the run writes; default: runs/DATE-TIME-NAME",
-        verbatim=True,
-        path=True,
-        identity=False,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from megapar.cli.command import Call, Command
 from megapar.config.errors import ConfigError
 from megapar.config.keys import check_values, group, option
-from megapar.config.schema import RunConfig
+from megapar.config.run_sections import RunConfig
 
 
 @dataclass(frozen=True)

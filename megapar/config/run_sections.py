@@ -1,0 +1,34 @@
+"""Every key of a run's directory, its state on disk, and what it does when something goes wrong."""
+
+from dataclasses import dataclass
+
+from megapar.config.keys import option
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every: int = option(0, "steps between checkpoints; 0: only at the end", at_least=0)
+    keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
+    load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
+    weights: str | None = option(
+        None,
+        "checkpoint folder to take weights alone from, as for fine-tuning: step 0, on any data",
+        verbatim=True,
+        path=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run directory."""
+
+    name: str = option("run", "name of the run, part of the default directory", verbatim=True, identity=False)
+    dir: str | None = option(
+        None,
+        "folder of everything the run writes; default: runs/DATE-TIME-NAME",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
