@@ -16,7 +16,7 @@ import yaml
 from megapar.config.errors import UserError
 from megapar.config.file import load
 from megapar.config.keys import changed
-from megapar.config.run_sections import RunConfig
+from megapar.config.run_sections import TrainRunConfig
 from megapar.config.schema import ParallelConfig, PipelineConfig, TrainConfig
 
 MATCH = "match.json"  # in a run's folder
@@ -106,7 +106,7 @@ def agreements(runs: Sequence[Run], figure: str, unit: str) -> list[str]:
 
 
 def _without_layout(run: Run) -> TrainConfig:
-    one = replace(run.config, parallel=ParallelConfig(), pipeline=PipelineConfig(), run=RunConfig())
+    one = replace(run.config, parallel=ParallelConfig(), pipeline=PipelineConfig(), run=TrainRunConfig())
     return changed(one, {"train.micro_batch_size": 1, "train.trace": None})
 
 

@@ -36,7 +36,8 @@ class Axis:
 
     def blocked(self, operation: str) -> AbstractContextManager[None]:
         """Time an operation over this axis that computation waits for."""
-        return self.timeline.span(self.name, operation, f" over {self.name} of ranks {', '.join(map(str, self.ranks))}")
+        where = f" over {self.name} of ranks {', '.join(map(str, self.ranks))}"
+        return self.timeline.span(self.name, operation, where, waiting=True)
 
 
 @dataclass

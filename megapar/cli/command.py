@@ -6,9 +6,10 @@ they import where they use it.
 
 import importlib
 import pkgutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,7 @@ class Call:
 
     overrides: list[str]  # as they could be typed again
     entry: str | None = None  # "module:function" to call in each rank instead of the command's own
+    start: float = field(default_factory=time.monotonic)  # when, by the monotonic clock
 
 
 class Plan(Protocol):

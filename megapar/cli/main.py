@@ -1,7 +1,7 @@
 """The command line: `megapar COMMAND [group=file] [key=value]`. A command may be two words: `megapar bench kernels`.
 
-Exit codes: 0 done, 1 failed, 2 refused (one line says why), 130 interrupted. Nothing is imported before a command
-needs it: `megapar --help` answers in a tenth of a second.
+Exit codes: 0 done, 1 failed, 2 refused (one line says why), 85 stopped as asked, its state saved (the same command goes
+on), 130 interrupted. Nothing is imported before a command needs it: `megapar --help` answers in a tenth of a second.
 """
 
 import io
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
     _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     from megapar.config.errors import UserError
-    from megapar.launch.failure import RankFailure
+    from megapar.launch.failure import RankFailure, exit_code
 
     try:
         code = _run(arguments, entry)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
         # CPython remembers that an interrupt passed through an exec of text, as dataclasses use it, and would end the
         # process by SIGINT, whatever code it returns. The next exec forgets that.
         exec("")
-        return 130
+        return exit_code(interruption)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

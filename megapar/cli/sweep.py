@@ -17,6 +17,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ from megapar.config import ConfigError, UserError
 from megapar.files import write_atomic
 from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
-from megapar.launch.local import launch
 from megapar.launch.machine import num_gpus
+from megapar.launch.restart import launch_until_done
 
 FINISHED = "sweep.csv"  # the table, written when every point is done
 QUIET = {
@@ -109,7 +110,10 @@ class Point:
             config = read("train", plain, own | self.verbatim | {"run.dir": str(folder)})
             job = train.plan(config, Call(overrides.as_list(), self.entry), None)
             if job is not None:
-                launch(job, quiet=os.getpid() != self.pid)  # side by side, progress bars would overwrite each other
+                quiet = os.getpid() != self.pid  # side by side, progress bars would overwrite each other
+                call = Call(overrides.as_list(), self.entry)
+                again = partial(train.going_on, config, call)
+                launch_until_done(job, config.run.max_restarts, again, say, quiet)
                 train.draw(job)
         except (UserError, RankFailure) as error:
             say(str(error))
@@ -144,8 +148,8 @@ def sweep(overrides: Overrides, entry: str | None = None) -> int:
     arguments += [f"hydra.sweep.dir={_quoted(str(folder))}", *overrides.hydra]
     try:
         _multirun(point, arguments)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(train.command_line(overrides.as_list(), str(folder), "-m")) from None
+    except KeyboardInterrupt as interruption:
+        raise type(interruption)(train.command_line(overrides.as_list(), str(folder), "-m")) from None
     everything = Ledger(folder).latest()
     if len(everything) >= len(points or []) and all(row["state"] == "done" for row in everything.values()):
         write_atomic(folder / FINISHED, as_csv(folder, everything))

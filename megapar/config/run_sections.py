@@ -32,3 +32,33 @@ class RunConfig:
         path=True,
         identity=False,
     )
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RunConfig):
+    """The run directory, and what becomes of a run when something goes wrong."""
+
+    time_limit_s: float | None = option(
+        None,
+        "seconds after which the run stops with a checkpoint, and exits with 85; default: none",
+        above=0,
+        identity=False,
+    )
+    grace_s: float = option(
+        300.0,
+        "seconds from a signal to stop (TERM, USR1, USR2, Ctrl-C) until the ranks are ended",
+        above=0,
+        identity=False,
+    )
+    max_restarts: int = option(
+        0,
+        "times that a run whose rank failed goes on by itself, from its newest checkpoint",
+        at_least=0,
+        identity=False,
+    )
+    watchdog_s: float | None = option(
+        None,
+        "seconds after which an operation is stuck: who waits for whom is said, and the run ends; default: timeout_s",
+        at_least=1,
+        identity=False,
+    )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megapar.config.keys import group, option
 from megapar.config.layout import AXES, Layout
 from megapar.config.model_schema import ModelConfig
-from megapar.config.run_sections import CheckpointConfig, RunConfig
+from megapar.config.run_sections import CheckpointConfig, TrainRunConfig
 from megapar.config.task_schema import TaskConfig
 
 # A key for every axis. Of type Any, as the axes are data: the number of ranks, None if it is derived.
@@ -349,7 +349,7 @@ class TrainConfig:
     logger: LoggerConfig = group(LoggerConfig, "loggers")
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     interpret: InterpretSection = group(InterpretSection, "looking inside")
-    run: RunConfig = group(RunConfig, "the run directory")
+    run: TrainRunConfig = group(TrainRunConfig, "the run directory, and what happens if something goes wrong")
     devices: int | None = option(
         None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1", at_least=1
     )

@@ -135,7 +135,8 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
         if "job" not in plan_text:
             return _leave(store, here, plan_text)
         job = Job(**plan_text["job"])
-    job = replace(job, threads=threads_per_rank(here.local_world_size))
+    stop_at = job.stop_at if here.rank == 0 else None  # of rank 0's clock
+    job = replace(job, threads=threads_per_rank(here.local_world_size), stop_at=stop_at)
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
     run(job, here.rank, here.world_size, store)
     return 0

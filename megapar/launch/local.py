@@ -8,9 +8,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -19,15 +20,15 @@ from typing import Any
 from megapar.config.errors import UserError
 from megapar.console import TYPED
 from megapar.kernels import INTERPRET
-from megapar.launch.failure import RankFailure
+from megapar.launch.failure import RankFailure, Stopped
 from megapar.launch.machine import out_of_memory_kills, threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
+from megapar.launch.signals import ENDING, Signals, kept
+from megapar.launch.watch import Watch, board_of
 from megapar.stop import StopRequest
 
 # Ranks of one machine meet over the loopback, whatever the host's name resolves to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-INTERRUPTED = "interrupted"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def start_fork_server(ranks: int = 1) -> None:
@@ -49,9 +50,9 @@ def launch(job: Job, quiet: bool = False) -> None:
 
     quiet: nothing of the ranks on the terminal, as when several runs share it
 
-    Raises UserError for what a user can mend, RankFailure when a rank failed (all others are ended then),
-    KeyboardInterrupt for Ctrl-C, SystemExit for other signals that end us. The first Ctrl-C asks ranks that listen to
-    stop and save (see `megapar.stop`); the next, or the first where none listens, ends them.
+    Raises UserError for what a user can mend, RankFailure when a rank failed or hung (all others are ended then),
+    Stopped when the ranks have stopped and saved as asked, KeyboardInterrupt when Ctrl-C ended them, SystemExit for
+    other signals. See `megapar.launch.signals` for what a signal does.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,19 +68,23 @@ def launch(job: Job, quiet: bool = False) -> None:
     afresh = INTERPRET in job.env
     if not afresh:
         start_fork_server(job.ranks)
-    kept = {"OMP_NUM_THREADS": str(threads_per_rank(job.ranks))} | job.env if afresh else {}
+    variables = {"OMP_NUM_THREADS": str(threads_per_rank(job.ranks))} | job.env if afresh else {}
     with (
         tempfile.TemporaryDirectory(prefix="megapar-") as scratch,
-        _signals_kept(),
+        kept(),
         _no_names_asked_for(),
-        environment_with(kept),
+        environment_with(variables),
+        board_of(job) as memory,
+        ExitStack() as stack,
     ):
         request = StopRequest(Path(scratch))
-        minded = _minding_ctrl_c(request, job.stopping.encode())
+        signals = Signals(request, job.stopping, job.grace_s)
         if job.typed:
             os.mkfifo(Path(scratch) / TYPED)
             threading.Thread(target=_pass_on, args=(Path(scratch) / TYPED,), daemon=True).start()
-        ignored = tuple(one.name for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN or one in minded)
+        stop_in = None if job.stop_at is None else max(0.0, job.stop_at - time.monotonic())
+        stack.enter_context(signals.handled(stop_in))
+        ignored = tuple(one.name for one in ENDING if signal.getsignal(one) == signal.SIG_IGN or one in signals.taken)
         job = replace(
             job,
             quiet=quiet,
@@ -87,19 +92,23 @@ def launch(job: Job, quiet: bool = False) -> None:
             reports=scratch,
             env=LOOPBACK | job.env,
             ignored=ignored,
+            stop_at=None,  # the launcher minds the time
+            board=None if memory is None else memory.path,
         )
+        watch = stack.enter_context(Watch(job, memory).watching())
         settings = _settings(job, scratch, "spawn" if afresh else "forkserver")
         killed_before = out_of_memory_kills()
         try:
             elastic_launch(settings, run_elastic)(job)
         except ChildFailedError as error:
-            _raise_cause(job, error, killed_before)
+            _raise_cause(job, error, killed_before, watch)
         except SignalException as error:
-            if error.sigval == signal.SIGINT or str(error) == INTERRUPTED:
+            by = signals.ended_by or error.sigval
+            if by == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            raise SystemExit(128 + error.sigval.value) from None
+            raise SystemExit(128 + by.value) from None
         if request.answered():
-            raise KeyboardInterrupt
+            raise Stopped
 
 
 def _settings(job: Job, scratch: str, start_method: str) -> Any:
@@ -121,24 +130,28 @@ def _settings(job: Job, scratch: str, start_method: str) -> Any:
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         shutdown_timeout=5,
         # Torch's handlers would undo what nohup, or a shell's `&`, has asked for, and ours.
-        signals_to_handle=",".join(one.name for one in SIGNALS if one.name not in job.ignored),
+        signals_to_handle=",".join(one.name for one in ENDING if one.name not in job.ignored),
     )
 
 
-def _raise_cause(job: Job, error: Any, killed_before: int | None) -> None:
-    """Raise for the rank at fault: one that reported its own failure, else one ended by a signal, else a victim.
+def _raise_cause(job: Job, error: Any, killed_before: int | None, watch: Watch) -> None:
+    """Raise for the rank at fault: one that hung, one that reported its own failure, one ended by a signal, a victim.
 
     killed_before: `out_of_memory_kills` when the ranks started
     """
     reports = read_reports(str(job.reports))
+    if watch.finding is not None:
+        raise RankFailure(watch.finding) from None
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 and not any(report.kind != "victim" for report in reports):
         name = failure.signal_name()
         hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
-        line = f"rank {rank} failed: ended by {name}{hint}; logs: {job.log(rank)}"
+        line = f"rank {rank} failed: ended by {name}{hint}{watch.where(rank)}; logs: {job.log(rank)}"
         raise RankFailure(line) from None
     if not reports:
-        raise RankFailure(f"rank {rank} failed: exit code {failure.exitcode}; logs: {job.log(rank)}") from None
+        raise RankFailure(
+            f"rank {rank} failed: exit code {failure.exitcode}{watch.where(rank)}; logs: {job.log(rank)}"
+        ) from None
     cause: Report = reports[0]
     raise (UserError if cause.kind == "user" else RankFailure)(failure_text(cause, job)) from None
 
@@ -158,22 +171,6 @@ def _pass_on(pipe: Path) -> None:
             to.write(given)
 
 
-def _minding_ctrl_c(request: StopRequest, said: bytes) -> list[signal.Signals]:
-    """Take over Ctrl-C until the handlers are put back. Returns the signal in a list, which is empty where we can't."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    def asked(number: int, frame: object) -> None:
-        if not request.ask():
-            # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
-            raise SignalException(INTERRUPTED, signal.SIGTERM)
-        os.write(2, said)  # print is not reentrant
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        return []
-    signal.signal(signal.SIGINT, asked)
-    return [signal.SIGINT]
-
-
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
     """A process that starts meanwhile does not see Ctrl-C until it unblocks it, as `preload` does."""
@@ -182,20 +179,6 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put signal handlers back that torch elastic replaces, so that a sweep's next point starts as the first did."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

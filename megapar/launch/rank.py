@@ -1,5 +1,6 @@
 """One rank: its output goes to its log, it joins the process group, calls the entry, and reports why it failed."""
 
+import ctypes
 import faulthandler
 import hashlib
 import importlib
@@ -15,16 +16,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from megapar.config.errors import UserError
 from megapar.config.file import loads
 from megapar.console import TYPED, set_console, set_typed
+from megapar.launch.failure import STOPPED
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
 from megapar.schedule.build import hand_over
-from megapar.stop import StopRequest, set_stop_request
+from megapar.stop import StopRequest, in_time, set_stop_request, stop_request
+from megapar.trace.board import Board, board, open_memory, set_board
 
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(
@@ -33,6 +37,7 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 STORE_DELAY_S = 1.0  # rank 0 may serve the store: the others ask there whether their line was said
+ASKED_WITHIN_S = 0.3  # a launcher that gets the signal of this rank's, too, has asked the ranks to stop
 VICTIM_DELAY_S = 1.0  # a victim waits before it exits, so that the launcher sees the culprit first
 
 
@@ -56,6 +61,10 @@ class Job:
     typed: bool = False  # rank 0 reads what the launcher's standard input gives, see `megapar.console.typed`
     stopping: str = "stopping behind this step, with a checkpoint; Ctrl-C again: at once\n"  # said at the first Ctrl-C
     ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, or minds for all
+    grace_s: float | None = None  # from a request to stop until the ranks are ended; None: Ctrl-C alone asks
+    stop_at: float | None = None  # of the launcher's monotonic clock: when the ranks are asked to stop
+    watchdog_s: float | None = None  # an operation that takes longer is stuck; None: no limit
+    board: str | None = None  # the memory in which the ranks write what they do, see `megapar.trace.board`
 
     def log(self, rank: int) -> Path:
         """The log of a rank."""
@@ -67,7 +76,10 @@ class Report:
     """Why a rank failed."""
 
     rank: int
-    kind: str  # user: something a user can mend; error: its own failure; victim: a peer had gone
+    kind: (
+        str  # user: something a user can mend; rollback: the run goes on from its newest checkpoint if it may restart;
+    )
+    # error: its own failure; victim: a peer had gone
     line: str
     traceback: str
     time: float
@@ -84,11 +96,15 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
         os.environ.setdefault(name, value)
     terminal = redirect_output(job.log(rank))
     set_console(terminal if rank == 0 and not job.quiet else None)
-    set_stop_request(StopRequest(Path(job.reports) if job.reports is not None else None))
+    set_stop_request(StopRequest(Path(job.reports) if job.reports is not None else None, job.stop_at))
+    write_board(job, rank)
+    mind_signals(job)
     if job.typed and rank == 0:
         set_typed(os.open(Path(str(job.reports)) / TYPED, os.O_RDONLY))
     try:
         _run_entry(job, rank, world_size, store)
+        if job.reports is None and stop_request().answered():
+            _exit(STOPPED)
     except KeyboardInterrupt:
         _exit(130)
     except BaseException as error:
@@ -140,9 +156,73 @@ def redirect_output(log: Path) -> TextIO:
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     faulthandler.enable(all_threads=True)
-    if hasattr(faulthandler, "register"):  # ended by the launcher: leave in the log where it stood, then end
-        faulthandler.register(signal.SIGTERM, file=2, all_threads=False, chain=True)
     return terminal
+
+
+def write_board(job: Job, rank: int) -> None:
+    """Write what this rank does where the launcher looks, and give it signs of life."""
+    if job.board is None:
+        return
+    own = Board(open_memory(job.board), rank)
+    set_board(own)
+    own.at_step(0)
+    own.live(str(Path(job.folder) / "logs" / f"stacks-{rank}.txt"))
+
+
+def mind_signals(job: Job) -> None:
+    """From now on a thread minds this rank's signals, which it can while the rank is in a library's call.
+
+    SIGTERM ends it at once, with its Python stack in the log, unless the run is asked to stop: a scheduler may send a
+    signal to every process, also to those whose launcher says when to stop. SIGUSR1 and SIGUSR2 are the launcher's.
+    Without one, each of the three asks all ranks to stop, and ends this one at the second time or `job.grace_s` later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    taken = [signal.SIGTERM]
+    if job.grace_s is not None:
+        taken += [signal.SIGUSR1, signal.SIGUSR2]
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for one in taken:
+        signal.signal(one, lambda number, frame: None)  # so that it reaches the pipe, and nothing else
+    threading.Thread(target=_mind, args=(job, read), name="signals", daemon=True).start()
+
+
+def _mind(job: Job, pipe: int) -> None:
+    request = stop_request()
+    while number := os.read(pipe, 1):
+        launched, by = job.reports is not None, number[0]
+        if by not in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            continue
+        if launched:
+            if by == signal.SIGTERM and (not _asked_within(request, ASKED_WITHIN_S) or request.over()):
+                _end_by(by)
+        elif job.grace_s is None or request.here.is_set():
+            _end_by(by)
+        else:
+            request.here.set()
+            in_time(job.grace_s, partial(_end_by, by))
+
+
+def _asked_within(request: StopRequest, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not request.asked():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _end_by(number: int) -> None:
+    """End this process by a signal as if nobody minded it; its Python stack goes to the log."""
+    faulthandler.dump_traceback(2, all_threads=True)
+    libc = ctypes.CDLL(None)  # signal.signal is for the main thread alone
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(number, None)
+    os.kill(os.getpid(), number)
+    time.sleep(1.0)
+    os._exit(128 + number)
 
 
 def name_of(thing: type) -> str:
@@ -190,7 +270,8 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     # posted ahead would hold up the sends behind it. (What it does to those of one pair: `megapar.mesh.CHANNELS`.)
     backend = "nccl" if job.device == "cuda" else "gloo"
     meet: dict[str, Any] = {"rank": rank, "world_size": world_size, "store": store} if store is not None else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s), **meet)
+    with board().doing("meeting the other ranks", waiting=True):
+        dist.init_process_group(backend, timeout=timedelta(seconds=job.timeout_s), **meet)
     entry(config, rank, world_size)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -201,7 +282,8 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
 
     The report first, and everything where it still can be: on a full disk the cause must not get lost.
     """
-    kind = "user" if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
+    own = getattr(error, "kind", "user")  # of UserError: what becomes of the run
+    kind = own if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
     text = "".join(traceback.format_exception(error))
     line = str(error) if kind == "user" else one_line(error)
     report = Report(rank, kind, line, text, time.time())

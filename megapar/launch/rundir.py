@@ -28,6 +28,7 @@ T = TypeVar("T", bound=TrainConfig)
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"  # written last: a run that has it is finished
 RESULTS = (SUMMARY, "run.svg", "verify.json")
+RESTARTS = "restarts.jsonl"  # a line per failure that the run went on after
 TRACED = ("trace.json", "costs.json")
 FACTS = ("config.yaml", "overrides.yaml", "environment.json")
 FOLDERS = ("logs", "checkpoints")
@@ -150,7 +151,7 @@ def move_aside(folder: Path, after: int | None = None) -> None:
     aside = folder / f"{ASIDE}{number}"
     make_writable(aside)
     if after is None:
-        names = [METRICS, *RESULTS, *TRACED, *FACTS, *NAMES, *FOLDERS]
+        names = [METRICS, RESTARTS, *RESULTS, *TRACED, *FACTS, *NAMES, *FOLDERS]
         names += [name for sink in sink_kinds() for name in sink.leaves]
     else:
         (aside / "checkpoints").mkdir()
@@ -174,7 +175,7 @@ def clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> 
     if going_on_after is None or trace is None or trace[1] > going_on_after:
         stale += [folder / name for name in TRACED]
     if going_on_after is None:
-        stale += [folder / METRICS, *(folder / "logs").glob("rank-*.log")]
+        stale += [folder / METRICS, folder / RESTARTS, *(folder / "logs").glob("rank-*.log")]
     elif (folder / METRICS).exists():
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomic(folder / METRICS, "".join(line for line in lines if _stays(line, going_on_after)))

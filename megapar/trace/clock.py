@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megapar.trace.board import board
 from megapar.trace.spans import FLIGHT, IDLE, Span
 
 # A mark that the device passes this soon after the host set it found its queue empty: a launch takes 5 to 10 us to get
@@ -26,6 +27,9 @@ class Timeline:
     On a CPU a span is timed on the host. On CUDA work and waits happen on the stream, so a pair of events brackets a
     span. Spans of kind IDLE come with those of a GPU.
 
+    What is not fine is also written on the rank's board (`megapar.trace.board`), where others see what this rank does.
+
+    listeners: called at the start of each such span and of what is only written there, with its kind and name.
     detailed: whether what is fine is timed too: the pieces of a matmul, and how long a collective is in flight. For
     steps whose timeline is looked at; each costs two events on CUDA.
     """
@@ -34,19 +38,42 @@ class Timeline:
         self.detailed = self._muted = False
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         self._spans: Spans = []
+        self._board = board()
+        self.listeners: list[Callable[[str, str], None]] = []
 
     @contextmanager
-    def span(self, kind: str, name: str, where: str = "", *, fine: bool = False) -> Iterator[None]:
-        """Time what runs inside. An error inside gets a note that names it, and `where`."""
+    def span(
+        self, kind: str, name: str, where: str = "", *, fine: bool = False, waiting: bool = False
+    ) -> Iterator[None]:
+        """Time what runs inside. An error inside gets a note that names it, and `where`.
+
+        waiting: whether other ranks take part in it
+        """
         timed = (self.detailed or not fine) and not self._muted
         start = self._clock.mark() if timed else None
         try:
+            depth = None if fine else self._begin(kind, name, where, waiting)
             yield
         except Exception as error:
             error.add_note(f"in {name}{where}")
             raise
+        if depth is not None:
+            self._board.leave(depth)
         if timed:
             self._spans.append((kind, name, start, self._clock.mark()))
+
+    @contextmanager
+    def doing(self, kind: str, name: str, *, waiting: bool = False) -> Iterator[None]:
+        """Write on the board what runs inside, and time nothing."""
+        depth = self._begin(kind, name, "", waiting)
+        yield
+        self._board.leave(depth)
+
+    def _begin(self, kind: str, name: str, where: str, waiting: bool) -> int:
+        depth = self._board.enter(name + where, waiting)
+        for listen in self.listeners:
+            listen(kind, name)
+        return depth
 
     def in_flight(self, name: str, start: Callable[[], dist.Work]) -> dist.Work:
         """Start an asynchronous operation and, if detailed, time until it is over, whenever that is waited for."""

@@ -1,5 +1,6 @@
 """One rank of `megapar train`: the loop from the first step to the summary."""
 
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.data.records import keep_labels
 from megapar.generate.text import keep_tokenizer
-from megapar.train.hooks import hook_kinds
+from megapar.trace.board import board
+from megapar.train.hooks import Hook, hook_kinds
 from megapar.train.metrics import MetricsWriter
 from megapar.train.states import Saver, load_start
 from megapar.train.summary import leave_summary
@@ -35,8 +37,10 @@ class Loop:
     def __init__(self, config: TrainConfig, rank: int) -> None:
         assert config.run.dir is not None
         self.config, self.folder = config, Path(config.run.dir)
-        self.trainer = Trainer(config, rank)
-        self.start = load_start(config, self.trainer.optimizer)
+        with board().doing("building the model"):
+            self.trainer = Trainer(config, rank)
+        with board().doing("loading the state it starts from", waiting=True):
+            self.start = load_start(config, self.trainer.optimizer)
         self.writer = MetricsWriter(config, console(), self.start.step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
@@ -47,20 +51,25 @@ class Loop:
 
     def run(self) -> None:
         for hook in self.hooks:
-            hook.start()
+            with self._doing(hook):
+                hook.start()
         for step in range(self.start.step, self.config.train.steps + 1):
+            board().at_step(step)
             for hook in reversed(self.hooks):
-                hook.before(step)
+                with self._doing(hook):
+                    hook.before(step)
             done = self.trainer.step(step, partial(self._reduced, step))
             for hook in self.hooks:
-                hook.after(step, done)
+                with self._doing(hook):
+                    hook.after(step, done)
             if self.stopping and step < self.config.train.steps:
                 break
         else:
             self.settle()
             summary: dict[str, Any] = {}
             for hook in self.hooks:
-                summary |= hook.finish()
+                with self._doing(hook):
+                    summary |= hook.finish()
             if self.writer is not None:
                 leave_summary(summary, self.config, self.writer)
         self.trainer.close()
@@ -77,4 +86,9 @@ class Loop:
 
     def _reduced(self, step: int) -> None:
         for hook in self.hooks:
-            hook.on_reduced(step)
+            with self._doing(hook):
+                hook.on_reduced(step)
+
+    def _doing(self, hook: Hook) -> AbstractContextManager[None]:
+        """Name a hook on the board for as long as it works."""
+        return self.trainer.mesh.timeline.doing("hook", type(hook).__name__.lower())

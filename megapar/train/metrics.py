@@ -44,7 +44,8 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
     rows = mine
     if mesh.world_size > 1:
         rows = mine.new_empty(mesh.world_size, len(figures))
-        all_gather_single(rows, mine, group=mesh.hosts)
+        with mesh.timeline.doing("world", "the gathering of figures", waiting=True):
+            all_gather_single(rows, mine, group=mesh.hosts)
     return rows.view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 

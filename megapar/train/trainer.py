@@ -107,7 +107,9 @@ class Trainer(ModelPart):
         self.mesh.timeline.forget()  # what was waited for between two steps, as for a checkpoint, is none of it
         start = time.perf_counter()
         self.sync.start(self.schedule)
-        losses = self.executor.run(self.schedule, self.task.batches(step))
+        with self.mesh.timeline.doing("data", "samples of the step"):
+            batches = self.task.batches(step)
+        losses = self.executor.run(self.schedule, batches)
         self.context.overlaps.check_peers()
         on_reduced()
         said = self.task.step_figures()

@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(typed: Typed, whole: Path, tmp_p
     """Every row and the last checkpoint; the summary is of the whole run; then it is finished, and stays as it is."""
     folder = tmp_path / "run"
     code, said = typed(folder, entry=STOPS)
-    assert code == 130 and said[-2] == "interrupted"
+    assert code == 85 and said[-2] == "interrupted"
     assert steps(folder) == [1, 2, 3] and find_checkpoint(folder).name == "step-00000003"
     assert not (folder / "summary.json").exists()
     words = shlex.split(said[-1])
@@ -101,7 +101,7 @@ def test_it_goes_on_in_any_layout(first: str, then: str, typed: Typed, tmp_path:
     """All ranks stop behind the same step. In the same layout bits are the same, in another one the losses."""
     assert typed(tmp_path / "whole", f"parallel={first}")[0] == 0
     folder = tmp_path / "run"
-    assert typed(folder, f"parallel={first}", entry=STOPS)[0] == 130
+    assert typed(folder, f"parallel={first}", entry=STOPS)[0] == 85
     code, said = typed(folder, f"parallel={then}", "logger.csv=true", "optim.weight_decay=0.1")
     assert code == 0
     if first == then:
@@ -126,7 +126,7 @@ def test_ctrl_c_writes_a_checkpoint(tokens: str, tmp_path: Path, monkeypatch: py
     assert wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")), HANG_S)
     os.killpg(launcher.pid, signal.SIGINT)
     out, err = launcher.communicate(timeout=HANG_S)
-    assert launcher.returncode == 130 and "Traceback" not in err
+    assert launcher.returncode == 85 and "Traceback" not in err
     (folder,) = (tmp_path / "runs").iterdir()
     done = read_manifest(find_checkpoint(folder)).step
     assert steps(folder) == list(range(1, done + 1)) and f"step {done:>6}  interrupted; " in out
@@ -194,7 +194,7 @@ def test_the_same_data_elsewhere_are_the_same(typed: Typed, tmp_path: Path) -> N
     (tmp_path / "moved").mkdir()
     write_tokens(tmp_path / "moved")
     folder, moved = tmp_path / "run", f"data.path={tmp_path}/moved/tokens"
-    assert typed(folder, entry=STOPS)[0] == 130
+    assert typed(folder, entry=STOPS)[0] == 85
     assert typed(folder, moved)[0] == 0
     for path in (tmp_path / "moved").iterdir():
         path.unlink()
@@ -226,7 +226,7 @@ def test_going_back_keeps_what_came_after(typed: Typed, whole: Path, tmp_path: P
     assert typed(folder)[0] == 0
     back = f"checkpoint.load={folder}/checkpoints/step-00000002"
     code, said = typed(folder, back, "optim.lr=2e-2", entry=STOPS)
-    assert code == 130 and "run: goes back to step 2; what came after it is moved aside" in said
+    assert code == 85 and "run: goes back to step 2; what came after it is moved aside" in said
     assert "run: changed since: optim.lr 0.01 -> 0.02" in said
     aside = folder / "before-1"
     assert rows(aside) == rows(whole) and (aside / "checkpoints" / "step-00000006").exists()
@@ -257,7 +257,7 @@ def test_a_run_without_a_checkpoint_starts_anew_and_says_so(typed: Typed, tmp_pa
 @pytest.mark.more
 def test_a_damaged_checkpoint_is_passed_over(typed: Typed, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert typed(folder, entry=STOPS)[0] == 130
+    assert typed(folder, entry=STOPS)[0] == 85
     (path,) = (folder / "checkpoints" / "step-00000003").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
     code, said = typed(folder)
@@ -292,7 +292,7 @@ def test_weights_alone(typed: Typed, whole: Path, tmp_path: Path) -> None:
     """With another order of the data: the evaluation before the first step is the old run's last, step and optimizer
     are new. The same command again goes on with its own state, not with the weights."""
     folder, other = tmp_path / "run", [f"checkpoint.weights={whole}", "train.seed=7"]
-    assert typed(folder, *other, entry=STOPS)[0] == 130
+    assert typed(folder, *other, entry=STOPS)[0] == 85
     assert steps(folder) == [1, 2, 3]
     assert rows(folder)[0] == {"step": 0, "val_loss": rows(whole)[-1]["val_loss"]}
     manifest = read_manifest(find_checkpoint(folder))

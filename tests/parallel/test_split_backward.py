@@ -35,10 +35,12 @@ class Recorder(TorchDispatchMode):
         trainer.mesh.timeline.span = self.named_span  # type: ignore[method-assign]
 
     @contextmanager
-    def named_span(self, kind: str, name: str, where: str = "", *, fine: bool = False) -> Iterator[None]:
+    def named_span(
+        self, kind: str, name: str, where: str = "", *, fine: bool = False, waiting: bool = False
+    ) -> Iterator[None]:
         if kind in ("F", "B", "I", "W"):
             self.action = name
-        with self.span(kind, name, where, fine=fine):
+        with self.span(kind, name, where, fine=fine, waiting=waiting):
             yield
         if self.action == name:
             self.action = None

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +21,23 @@ ENTRY = "megapar.train.loop:run"
 
 def run(config: TrainConfig, call: Call) -> int:
     """Train on ranks of this machine, and draw the run. Returns the exit code."""
-    from megapar.launch.local import launch
+    from megapar.cli.output import say
+    from megapar.launch.restart import launch_until_done
 
     with ExitStack() as claims:
         job = plan(config, call, claims)
         if job is not None:
             with saying_how_to_go_on(job, call.overrides):
-                launch(job)
+                launch_until_done(job, config.run.max_restarts, partial(going_on, config, call), say)
             draw(job)
     return 0
+
+
+def going_on(config: TrainConfig, call: Call, folder: str) -> "Job | None":
+    """The job that goes on with a run in its directory, which the caller holds; None: it is finished."""
+    from megapar.config.keys import changed
+
+    return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None)
 
 
 def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job | None":
@@ -72,6 +81,9 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         device=config.train.device,
         timeout_s=config.train.timeout.total_seconds(),
         ranks=layout.world,
+        grace_s=config.run.grace_s,
+        stop_at=None if config.run.time_limit_s is None else call.start + config.run.time_limit_s,
+        watchdog_s=config.run.watchdog_s or config.train.timeout.total_seconds(),
         env=rank_environment(config.kernels.backend),
         schedules=schedules_for(config),
     )
@@ -106,9 +118,9 @@ def saying_how_to_go_on(job: "Job", overrides: list[str]) -> Iterator[None]:
 
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         if has_checkpoint(Path(job.folder)):
-            raise KeyboardInterrupt(command_line(overrides, job.folder)) from None
+            raise type(interruption)(command_line(overrides, job.folder)) from None
         raise
 
 

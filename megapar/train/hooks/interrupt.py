@@ -1,4 +1,4 @@
-"""Ctrl-C: the run stops behind the step that it is in, with a checkpoint; see `megapar/stop.py`."""
+"""A signal, or its time is over: the run stops behind this step, with a checkpoint; see `megapar/stop.py`."""
 
 from megapar.stop import stop_request
 from megapar.train.hooks.hook import Hook
@@ -25,7 +25,7 @@ class Interrupt(Hook):
         if loop.writer is not None:
             loop.writer.say(f"step {step:>6}  interrupted; {saved} has its state")
             loop.writer.close()
-            stop_request().answer()
+        stop_request().answer()
 
 
 HOOK = Interrupt

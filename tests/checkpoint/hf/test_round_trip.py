@@ -18,7 +18,7 @@ from megapar.config.errors import UserError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.run_schema import ExportConfig
-from megapar.config.schema import ModelConfig, RunConfig
+from megapar.config.schema import ModelConfig, TrainRunConfig
 from megapar.convert import export_run, import_folder
 from megapar.launch.pool import WorkerPool
 from megapar.library.settings import settings
@@ -32,7 +32,7 @@ def quiet(line: str) -> None:
 
 
 def export(run: Path, target: Path, **values: Any) -> Path:
-    export_run(changed(ExportConfig(run=RunConfig(dir=str(run)), hf=str(target)), values), quiet)
+    export_run(changed(ExportConfig(run=TrainRunConfig(dir=str(run)), hf=str(target)), values), quiet)
     return target
 
 
@@ -171,14 +171,14 @@ from pathlib import Path
 import torch
 from megapar.convert import export_run, import_folder
 from megapar.config.run_schema import ExportConfig
-from megapar.config.schema import RunConfig
+from megapar.config.schema import TrainRunConfig
 
 def held():  # bytes that are in no file, as mapped ones are
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 
 def both(root):
     import_folder(root / "source", root / "run", print)
-    export_run(ExportConfig(run=RunConfig(dir=str(root / "run")), hf=str(root / "back")), print)
+    export_run(ExportConfig(run=TrainRunConfig(dir=str(root / "run")), hf=str(root / "back")), print)
 
 both(Path(sys.argv[1]))  # what is imported on the way
 before, most, done = held(), [0], threading.Event()

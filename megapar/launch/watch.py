@@ -1,0 +1,178 @@
+"""The launcher looks at what the ranks write on their board, finds the one that is stuck, and names it."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapar.files import write_atomic
+from megapar.launch.rank import Job
+from megapar.trace.board import BEAT_S, Doing, Memory, open_memory
+
+LOOK_S = 0.1
+SILENT_S = 10 * BEAT_S  # without a sign of life: stopped, or nothing of Python can run
+STACKS_S = 1.0  # for the ranks that can to write their stacks
+BOARD = ".board.json"  # in the run directory: where the board of a live run is
+
+
+@contextmanager
+def board_of(job: Job) -> Iterator[Memory | None]:
+    """The board of a job's ranks, for as long as they run; `read_board` finds it by the run directory. None where the
+    system has no such memory."""
+    memory = Memory.create(job.ranks)
+    if memory is None:
+        yield None
+        return
+    path = Path(job.folder) / BOARD
+    if job.watchdog_s is not None:
+        write_atomic(path, json.dumps({"path": memory.path, "pid": os.getpid()}) + "\n")
+    try:
+        yield memory
+    finally:
+        if job.watchdog_s is not None:
+            path.unlink(missing_ok=True)
+        memory.close()
+
+
+def read_board(folder: Path) -> list[Doing]:
+    """What each rank of a run is doing; empty where it doesn't run on this machine."""
+    try:
+        memory = open_memory(json.loads((folder / BOARD).read_text(encoding="utf-8"))["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    try:
+        return [memory.read(rank) for rank in range(memory.ranks)]
+    finally:
+        memory.close()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Ranks that the others wait for, and why."""
+
+    culprits: list[Doing]
+    reason: str
+    waiting: list[Doing]
+
+
+def state_of(pid: int) -> str:
+    """A process's state as the kernel names it (R, S, D, T, Z, ...); empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def find(doing: list[Doing], now: float) -> Finding:
+    """Who is to blame when an operation takes too long. The first of these that there is: ranks without a sign of life;
+    ranks that wait for nobody; ranks that have begun fewer operations than others."""
+    silent = [one for one in doing if one.pid and now - one.beat > SILENT_S]
+    if silent:
+        stopped = all(state_of(one.pid) in ("T", "t") for one in silent)
+        return _finding(silent, "stopped by a signal" if stopped else "no sign of life", doing)
+    at_work = [one for one in doing if not one.waiting]
+    if at_work:
+        return _finding(at_work, "the others wait for it", doing)
+    return _finding(doing, "all wait: they don't take part in the same operations", doing)
+
+
+def _finding(culprits: list[Doing], reason: str, doing: list[Doing]) -> Finding:
+    return Finding(culprits, reason, [one for one in doing if one not in culprits])
+
+
+class Watch:
+    """Looks for a rank whose operation lasts longer than `job.watchdog_s`, and ends it. finding: the line about it"""
+
+    def __init__(self, job: Job, memory: Memory | None) -> None:
+        self.job, self.memory = job, memory
+        self.finding: str | None = None
+        self._over = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator["Watch"]:
+        if self.memory is None or self.job.watchdog_s is None:
+            yield self
+            return
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._over.set()
+            thread.join()
+
+    def where(self, rank: int) -> str:
+        """What a rank that has ended was doing, as the end of a line."""
+        if self.memory is None or not (doing := self.memory.read(rank)).pid:
+            return ""
+        return f" in {doing.text}"
+
+    def _watch(self) -> None:
+        assert self.memory is not None and self.job.watchdog_s is not None
+        looked = since = time.monotonic()
+        while not self._over.wait(LOOK_S):
+            now = time.monotonic()
+            if now - looked > SILENT_S:  # we have been stopped ourselves, and so may they
+                since = now
+            looked = now
+            doing = [self.memory.read(rank) for rank in range(self.job.ranks)]
+            there = [one for one in doing if one.pid]
+            if any(now - max(one.since, since) > self.job.watchdog_s for one in there if one.beat):
+                self._end(there, now)
+                return
+
+    def _end(self, doing: list[Doing], now: float) -> None:
+        """Name who is stuck, have the stacks written, and end the run."""
+        assert self.memory is not None
+        finding = find(doing, now)
+        for one in doing:
+            self.memory.ask_for_stacks(one.rank)
+        deadline = now + STACKS_S
+        while time.monotonic() < deadline and any(
+            self.memory.has_asked(one.rank) for one in doing if one not in finding.culprits
+        ):
+            time.sleep(BEAT_S / 4)
+        self.finding = describe(finding, now, self.job)
+        for one in doing if len(finding.culprits) == len(doing) else finding.culprits:
+            with suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGKILL)
+
+
+def describe(finding: Finding, now: float, job: Job) -> str:
+    """A line that names the ranks that are stuck, what in, and who waits where."""
+    stuck = "; ".join(f"rank {one.rank} for {now - one.since:.1f} s in {one.text}" for one in finding.culprits)
+    waits: dict[str, list[int]] = {}
+    for one in finding.waiting:
+        waits.setdefault(one.text, []).append(one.rank)
+    waiting = "".join(f"; {_ranks(ranks)} in {text}" for text, ranks in waits.items())
+    return f"stuck: {stuck} ({finding.reason}){waiting}; Python stacks: {stacks(job, '*')}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} waits" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} wait"
+
+
+def stacks(job: Job, rank: object) -> Path:
+    """The file in which a rank writes its Python stacks."""
+    return Path(job.folder) / "logs" / f"stacks-{rank}.txt"
+
+
+def table(doing: list[Doing], now: float) -> list[dict[str, Any]]:
+    """A row for every rank. seconds: in the operation; silent_s: since the last sign of life; both None before the rank
+    is there. operations: begun so far."""
+    return [
+        {
+            **{key: getattr(one, key) for key in ("rank", "pid", "step", "operation", "within", "waiting")},
+            "text": one.text.removeprefix(f"step {one.step}, "),
+            "seconds": round(now - one.since, 3) if one.pid else None,
+            "silent_s": round(now - one.beat, 3) if one.pid else None,
+            "operations": one.count,
+        }
+        for one in doing
+    ]
