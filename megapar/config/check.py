@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from megapar.config.check_model import check_model, divisors
 from megapar.config.errors import ConfigError
+from megapar.config.faults import faults
 from megapar.config.keys import changed, check_values
 from megapar.config.layout import AXES, Layout, layouts_up_to
 from megapar.config.model import parts
@@ -85,6 +86,7 @@ def check_layout(config: TrainConfig) -> None:
             raise ConfigError("parallel.powersgd_rank", parallel.powersgd_rank, "use 1 or more")
     check_schedule(config)
     stage_parts(config)
+    faults(config.fault.plan, layout.world)
 
 
 _CUT = ("heads", "ffn")  # sizes of a stack that tp divides

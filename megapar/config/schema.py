@@ -8,6 +8,7 @@ from dataclasses import dataclass, make_dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+from megapar.config.faults import FaultConfig
 from megapar.config.keys import group, option
 from megapar.config.layout import AXES, Layout
 from megapar.config.model_schema import ModelConfig
@@ -350,6 +351,7 @@ class TrainConfig:
     kernels: KernelsConfig = group(KernelsConfig, "kernels")
     interpret: InterpretSection = group(InterpretSection, "looking inside")
     run: TrainRunConfig = group(TrainRunConfig, "the run directory, and what happens if something goes wrong")
+    fault: FaultConfig = group(FaultConfig, "what is broken on purpose, for tests")
     devices: int | None = option(
         None, "number of ranks that parallel=auto divides; default: visible GPUs, or 1", at_least=1
     )

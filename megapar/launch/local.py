@@ -142,18 +142,24 @@ def _raise_cause(job: Job, error: Any, killed_before: int | None, watch: Watch) 
     reports = read_reports(str(job.reports))
     if watch.finding is not None:
         raise RankFailure(watch.finding) from None
-    rank, failure = error.get_first_failure()
-    if failure.exitcode < 0 and not any(report.kind != "victim" for report in reports):
-        name = failure.signal_name()
-        hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
-        line = f"rank {rank} failed: ended by {name}{hint}{watch.where(rank)}; logs: {job.log(rank)}"
-        raise RankFailure(line) from None
-    if not reports:
-        raise RankFailure(
-            f"rank {rank} failed: exit code {failure.exitcode}{watch.where(rank)}; logs: {job.log(rank)}"
-        ) from None
+    if not any(report.kind != "victim" for report in reports):
+        told = {report.rank for report in reports}
+        silent = [rank for rank, failure in error.failures.items() if rank not in told and not _ended_by_us(failure)]
+        first = error.get_first_failure()[0]
+        rank = first if first in silent or not silent else silent[0]
+        failure = error.failures[rank]
+        if rank not in told:
+            name = failure.signal_name() if failure.exitcode < 0 else ""
+            hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
+            how = f"ended by {name}{hint}" if name else f"exit code {failure.exitcode}"
+            raise RankFailure(f"rank {rank} failed: {how}{watch.where(rank)}; logs: {job.log(rank)}") from None
     cause: Report = reports[0]
     raise (UserError if cause.kind == "user" else RankFailure)(failure_text(cause, job)) from None
+
+
+def _ended_by_us(failure: Any) -> bool:
+    """Whether a rank ended as those do that torch elastic ends when another one has failed."""
+    return bool(failure.exitcode == -signal.SIGTERM)
 
 
 def _who_kills(before: int | None, after: int | None) -> str:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -117,14 +118,14 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
 
 def run_elastic(job: Job) -> None:
     """The function that torch elastic calls in each of its processes."""
-    die_with_parent()
+    die_with_parent(job.reports)
     # Ctrl-C reaches every process of the terminal: the launcher says what happens then, and tells the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN if "SIGINT" in job.ignored else signal.SIG_DFL)
     run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def die_with_parent() -> None:
-    """End this process when the one that started it is gone, however it went.
+def die_with_parent(scratch: str | None = None) -> None:
+    """End this process when the one that started it is gone, however it went; and remove the folder that it would have.
 
     The kernel's parent-death signal does not help: a rank's parent is the fork server, which outlives the launcher
     as long as a rank lives. The launcher's end of this pipe closes with the launcher.
@@ -138,6 +139,8 @@ def die_with_parent() -> None:
 
     def watch() -> None:
         connection.wait([sentinel])
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

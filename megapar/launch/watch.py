@@ -116,6 +116,7 @@ class Watch:
     def _watch(self) -> None:
         assert self.memory is not None and self.job.watchdog_s is not None
         looked = since = time.monotonic()
+        before: set[tuple[int, int]] = set()
         while not self._over.wait(LOOK_S):
             now = time.monotonic()
             if now - looked > SILENT_S:  # we have been stopped ourselves, and so may they
@@ -123,9 +124,11 @@ class Watch:
             looked = now
             doing = [self.memory.read(rank) for rank in range(self.job.ranks)]
             there = [one for one in doing if one.pid]
-            if any(now - max(one.since, since) > self.job.watchdog_s for one in there if one.beat):
+            late = {(one.rank, one.count) for one in there if now - max(one.since, since) > self.job.watchdog_s}
+            if late & before:  # the same operation at two looks
                 self._end(there, now)
                 return
+            before = late
 
     def _end(self, doing: list[Doing], now: float) -> None:
         """Name who is stuck, have the stacks written, and end the run."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+NAME = "megapar-board"
 PAGE = 4096
 BEAT_S = 0.2  # between signs of life
 _HEAD = struct.Struct("=Qdq?192s192s")  # operations begun, since, step, waiting, operation, the one around it
@@ -64,7 +65,7 @@ class Memory:
         """Memory without a name, which ends with the last process that has it; None where the system has none."""
         if not hasattr(os, "memfd_create"):
             return None
-        descriptor = os.memfd_create("megapar-board")
+        descriptor = os.memfd_create(NAME)
         os.ftruncate(descriptor, ranks * PAGE)
         return cls(descriptor, ranks)
 
@@ -80,12 +81,16 @@ class Memory:
     def read(self, slot: int) -> Doing:
         """What a rank is doing. One that is ended in the middle of writing is read as it is."""
         at = slot * PAGE
-        for _ in range(100):
+        beat, pid = _BEAT.unpack_from(self.map, at + _BEAT_AT)
+        for attempt in range(100):
             written = self.map[at]
             count, since, step, waiting, *texts = _HEAD.unpack_from(self.map, at + _HEAD_AT)
             if written % 2 == 0 and written == self.map[at]:
                 break
-        beat, pid = _BEAT.unpack_from(self.map, at + _BEAT_AT)
+            if attempt > 10:
+                time.sleep(0.001)
+        else:
+            since = beat  # half of a number may be written
         operation, within = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
         return Doing(slot, pid, step, operation or "not started", within, waiting, since, beat, count)
 
@@ -100,6 +105,8 @@ class Memory:
 
 def open_memory(path: str) -> Memory:
     """The memory of another process. Raises OSError when that process has ended."""
+    if NAME not in os.readlink(path):  # a number of a process that has ended is used again
+        raise FileNotFoundError(path)
     descriptor = os.open(path, os.O_RDWR)
     return Memory(descriptor, os.fstat(descriptor).st_size // PAGE)
 

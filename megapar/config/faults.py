@@ -1,0 +1,88 @@
+"""What may be broken on purpose, and where: `fault.plan`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megapar.config.errors import ConfigError
+from megapar.config.keys import option
+from megapar.config.layout import RANK_ORDER
+
+# Where a fault strikes: at the beginning of an operation of these kinds, as a rank's timeline names them.
+PHASES: dict[str, tuple[str, ...]] = {
+    "fwd": ("F",),
+    "bwd": ("B", "I", "W"),
+    "p2p": ("SEND_F", "RECV_F", "SEND_B", "RECV_B"),
+    "collective": (*RANK_ORDER, "world"),
+    "reduce": ("REDUCE",),
+    "opt": ("OPTIMIZER",),
+    "data": ("data",),
+    "save": ("save",),
+}
+KINDS = {
+    "sigkill": "the rank is killed from outside",
+    "sigstop": "the rank is stopped",
+    "segv": "the rank ends by a segmentation fault",
+    "exit": "the rank exits without a word",
+    "exception": "an exception",
+    "hang": "the rank sleeps, and its threads run",
+    "gil": "the rank sleeps, and nothing of Python runs in it",
+    "delay": "the rank sleeps for `seconds`",
+    "disk_full": "a file can't be written",
+    "nan": "a gradient that is not a number",
+    "flip_memory": "one bit of a parameter",
+    "flip_message": "one bit of what the next all-reduce gives this rank",
+    "flip_matmul": "one bit of what the next matmul gives this rank",
+}
+FIELDS = ("rank", "step", "phase", "kind", "nth", "point", "seconds")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, which strikes once in a run. nth: of the operations of this phase in the step, from 0. point: a part of
+    the operation's name. seconds: of a delay."""
+
+    rank: int
+    step: int
+    phase: str
+    kind: str
+    nth: int = 0
+    point: str = ""
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What is broken on purpose, for tests."""
+
+    plan: list[dict[str, int | float | str]] | None = option(
+        None,
+        "faults, once each, such as [{rank: 1, step: 3, phase: bwd, kind: sigkill}]; see docs/reliability.md",
+        identity=False,
+    )
+
+
+def faults(plan: Sequence[Mapping[str, Any]] | None, ranks: int | None = None) -> list[Fault]:
+    """The faults of `fault.plan`. Raises ConfigError for what is none. ranks: of the run; None: not known."""
+    return [_fault(index, dict(entry), ranks) for index, entry in enumerate(plan or [])]
+
+
+def _fault(index: int, entry: dict[str, Any], ranks: int | None) -> Fault:
+    def refuse(problem: str) -> ConfigError:
+        return ConfigError("fault.plan", entry, f"entry {index}: {problem}")
+
+    unknown = [name for name in entry if name not in FIELDS]
+    missing = [name for name in FIELDS[:4] if name not in entry]
+    if unknown or missing:
+        raise refuse(f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}; give {', '.join(FIELDS[:4])}")
+    if entry["kind"] not in KINDS:
+        raise refuse(f"no such kind; use {', '.join(KINDS)}")
+    if entry["phase"] not in PHASES:
+        raise refuse(f"no such phase; use {', '.join(PHASES)}")
+    for name, least in (("rank", 0), ("step", 1), ("nth", 0)):
+        value = entry.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise refuse(f"{name} must be a whole number of at least {least}")
+    if ranks is not None and entry["rank"] >= ranks:
+        raise refuse(f"there is no rank {entry['rank']} among {ranks}")
+    return Fault(**entry)

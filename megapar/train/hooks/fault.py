@@ -1,0 +1,156 @@
+"""Breaks on purpose what `fault.plan` says: at a named operation of a rank, once in a run."""
+
+import ctypes
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megapar.config.faults import PHASES, Fault, faults
+from megapar.config.schema import TrainConfig
+from megapar.train.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from megapar.train.loop import Loop
+    from megapar.train.trainer import Step
+
+LONG_S = 3600  # that a rank hangs
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv")
+
+
+class FaultInjector(Hook):
+    """Listens to the rank's timeline. Without a plan there is no such hook, and nothing listens."""
+
+    order = 0
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        return bool(config.fault.plan)
+
+    def __init__(self, loop: "Loop") -> None:
+        super().__init__(loop)
+        mesh = loop.trainer.mesh
+        planned = list(enumerate(faults(loop.config.fault.plan, mesh.world_size)))
+        self._mine = [(index, fault) for index, fault in planned if fault.rank == mesh.rank]
+        self._struck = loop.folder / ".faults"
+        self._struck.mkdir(exist_ok=True)
+        self._step, self._seen = 0, dict.fromkeys(PHASES, 0)
+        self._flipping: _FlipMatmul | None = None
+        mesh.timeline.listeners.append(self._operation)
+
+    def before(self, step: int) -> None:
+        self._step, self._seen = step, dict.fromkeys(PHASES, 0)
+
+    def after(self, step: int, done: "Step") -> None:
+        if self._flipping is not None:
+            self._flipping.__exit__(None, None, None)
+            self._flipping = None
+
+    def _operation(self, kind: str, name: str) -> None:
+        """An operation begins."""
+        for phase, kinds in PHASES.items():
+            if kind not in kinds:
+                continue
+            for index, fault in self._mine:
+                if (fault.step, fault.phase) != (self._step, phase) or fault.point not in name:
+                    continue
+                if fault.nth == self._seen[phase] or fault.point:
+                    self._strike(index, fault, name)
+            self._seen[phase] += 1
+
+    def _strike(self, index: int, fault: Fault, name: str) -> None:
+        try:
+            (self._struck / f"{index}-{fault.kind}-rank-{fault.rank}-step-{fault.step}").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        print(f"fault {index}: {fault} at {name}", flush=True)
+        getattr(self, f"_{fault.kind}")(fault)
+
+    def _sigkill(self, fault: Fault) -> None:
+        kill = next(path for path in ("/bin/kill", "/usr/bin/kill") if Path(path).exists())
+        os.posix_spawn(kill, [kill, "-9", str(os.getpid())], os.environ)
+        time.sleep(LONG_S)
+
+    def _sigstop(self, fault: Fault) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _segv(self, fault: Fault) -> None:
+        ctypes.string_at(0)
+
+    def _exit(self, fault: Fault) -> None:
+        os._exit(7)
+
+    def _exception(self, fault: Fault) -> None:
+        raise RuntimeError("a fault of fault.plan")
+
+    def _hang(self, fault: Fault) -> None:
+        time.sleep(LONG_S)
+
+    def _gil(self, fault: Fault) -> None:
+        ctypes.PyDLL(None).sleep(LONG_S)  # unlike CDLL, it keeps the lock
+
+    def _delay(self, fault: Fault) -> None:
+        time.sleep(fault.seconds)
+
+    def _disk_full(self, fault: Fault) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _nan(self, fault: Fault) -> None:
+        self.loop.trainer.buffers.buckets[0].grads[0] = float("nan")
+
+    def _flip_memory(self, fault: Fault) -> None:
+        with torch.no_grad():
+            flip(self.loop.trainer.buffers.buckets[0].params)
+
+    def _flip_message(self, fault: Fault) -> None:
+        _after_next(dist, "all_reduce")
+
+    def _flip_matmul(self, fault: Fault) -> None:
+        self._flipping = _FlipMatmul()
+        self._flipping.__enter__()
+
+
+def flip(values: Tensor, bit: int = 12) -> None:
+    """Flip one bit of the first element, in place."""
+    bits = values.detach().view(-1)[:1].view(torch.uint8)
+    bits[-1 - bit // 8] ^= 1 << (bit % 8)
+
+
+def _after_next(module: Any, name: str) -> None:
+    """Flip a bit in the first argument of the next call of a collective, once that is over."""
+    original: Callable[..., Any] = getattr(module, name)
+
+    def once(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        setattr(module, name, original)
+        work = original(x, *args, **kwargs)
+        if work is not None:
+            work.wait()
+        with torch.no_grad():
+            flip(x)
+        return work
+
+    setattr(module, name, once)
+
+
+class _FlipMatmul(TorchDispatchMode):
+    """Flips a bit in the result of the next matmul."""
+
+    done = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.done and func._overloadpacket.__name__ in MATMULS:
+            self.done = True
+            flip(result)
+        return result
+
+
+HOOK = FaultInjector
