@@ -3,16 +3,18 @@
 A `Mesh` is an object that is passed along; nothing about parallelism is kept in module state.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import product
 
 import torch
 import torch.distributed as dist
 
 from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER, Layout
+from megapar.trace.announcements import described
 from megapar.trace.clock import Timeline
 
 DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
@@ -21,6 +23,10 @@ DEFAULT_TIMEOUT_S = 300.0  # of waits that are not torch's
 # runs the transfers of two ranks over one group one after another, and a receive posted ahead would hold up the sends
 # behind it. 1F1B needs the first two; a schedule that goes round or back needs the others too.
 CHANNELS = (("F", True), ("B", False), ("F", False), ("B", True))
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,32 @@ class Axis:
     group: dist.ProcessGroup | None
     timeline: Timeline
 
-    def blocked(self, operation: str) -> AbstractContextManager[None]:
-        """Time an operation over this axis that computation waits for."""
-        where = f" over {self.name} of ranks {', '.join(map(str, self.ranks))}"
-        return self.timeline.span(self.name, operation, where, waiting=True)
+    def blocked(self, operation: str, *operands: torch.Tensor) -> AbstractContextManager[None]:
+        """Time an operation over this axis that computation waits for. operands: what ranks compare, if they do."""
+        span = self.timeline.span(self.name, operation, f" over {self.over}", waiting=True)
+        return self._compared(operation, operands, span) if operands and self.timeline.announcements else span
+
+    @property
+    def over(self) -> str:
+        return f"{self.name} of ranks {', '.join(map(str, self.ranks))}"
+
+    @contextmanager
+    def _compared(
+        self, operation: str, operands: Sequence[torch.Tensor], span: AbstractContextManager[None]
+    ) -> Iterator[None]:
+        compare = self.announce(operation, *operands)
+        with span:
+            yield
+        compare()
+
+    def announce(self, operation: str, *operands: torch.Tensor) -> Callable[[], None]:
+        """Announce an operation of all ranks of the axis. Returns what compares it with theirs when it is over."""
+        announcements = self.timeline.announcements
+        if announcements is None:
+            return _nothing
+        what = described(operation, *operands)
+        number = announcements.announce(self.over, what)
+        return partial(announcements.compare, self.over, number, what, self.ranks)
 
 
 @dataclass

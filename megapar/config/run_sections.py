@@ -62,3 +62,9 @@ class TrainRunConfig(RunConfig):
         at_least=1,
         identity=False,
     )
+    check_collectives: int = option(
+        20,
+        "first steps in which ranks of a host compare their collectives and transfers: name, shape, dtype, order",
+        at_least=0,
+        identity=False,
+    )

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -90,6 +91,7 @@ def launch(job: Job, quiet: bool = False) -> None:
             quiet=quiet,
             threads=threads_per_rank(job.ranks),
             reports=scratch,
+            scratch=(scratch, multiprocessing.util.get_temp_dir()),
             env=LOOPBACK | job.env,
             ignored=ignored,
             stop_at=None,  # the launcher minds the time
@@ -152,7 +154,8 @@ def _raise_cause(job: Job, error: Any, killed_before: int | None, watch: Watch) 
             name = failure.signal_name() if failure.exitcode < 0 else ""
             hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
             how = f"ended by {name}{hint}" if name else f"exit code {failure.exitcode}"
-            raise RankFailure(f"rank {rank} failed: {how}{watch.where(rank)}; logs: {job.log(rank)}") from None
+            line = f"rank {rank} failed: {how}{watch.where(rank)}; logs: {job.log(rank)}"
+            raise RankFailure(watch.out_of_step() + line) from None
     cause: Report = reports[0]
     raise (UserError if cause.kind == "user" else RankFailure)(failure_text(cause, job)) from None
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,6 +57,7 @@ class Job:
     threads: int = 1
     quiet: bool = False  # nothing on the terminal, as when several runs share it
     reports: str | None = None  # folder where a failed rank says why, and the launcher that all are to stop
+    scratch: tuple[str, ...] = ()  # folders of the launcher, which ranks remove if it is killed
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
     schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
     typed: bool = False  # rank 0 reads what the launcher's standard input gives, see `megapar.console.typed`
@@ -118,14 +119,14 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
 
 def run_elastic(job: Job) -> None:
     """The function that torch elastic calls in each of its processes."""
-    die_with_parent(job.reports)
+    die_with_parent(job.scratch)
     # Ctrl-C reaches every process of the terminal: the launcher says what happens then, and tells the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN if "SIGINT" in job.ignored else signal.SIG_DFL)
     run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def die_with_parent(scratch: str | None = None) -> None:
-    """End this process when the one that started it is gone, however it went; and remove the folder that it would have.
+def die_with_parent(scratch: Sequence[str] = ()) -> None:
+    """End this process when the one that started it is gone, however it went; and remove the folders it would have.
 
     The kernel's parent-death signal does not help: a rank's parent is the fork server, which outlives the launcher
     as long as a rank lives. The launcher's end of this pipe closes with the launcher.
@@ -139,8 +140,8 @@ def die_with_parent(scratch: str | None = None) -> None:
 
     def watch() -> None:
         connection.wait([sentinel])
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in scratch:
+            shutil.rmtree(folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

@@ -13,6 +13,9 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch
 STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
 
 
+LISTENS_S = 0.1  # between two looks whether the ranks listen by now
+
+
 class Signals:
     """The launcher's handlers of STOPPING while ranks run.
 
@@ -63,6 +66,8 @@ class Signals:
     def _time_is_over(self) -> None:
         if self.request.ask():
             self._asked(None)
+        elif not self.request.asked():  # nobody listens yet: a run stops behind its first step
+            self._after(LISTENS_S, self._time_is_over)
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         self._timers.append(in_time(seconds, then))

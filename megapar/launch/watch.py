@@ -13,6 +13,7 @@ from typing import Any
 
 from megapar.files import write_atomic
 from megapar.launch.rank import Job
+from megapar.trace.announcements import out_of_step
 from megapar.trace.board import BEAT_S, Doing, Memory, open_memory
 
 LOOK_S = 0.1
@@ -113,6 +114,11 @@ class Watch:
             return ""
         return f" in {doing.text}"
 
+    def out_of_step(self) -> str:
+        """What ranks are out of step in, if they are, as the begin of a line."""
+        found = None if self.memory is None else out_of_step(self.memory, range(self.job.ranks))
+        return f"{found}; " if found else ""
+
     def _watch(self) -> None:
         assert self.memory is not None and self.job.watchdog_s is not None
         looked = since = time.monotonic()
@@ -141,7 +147,7 @@ class Watch:
             self.memory.has_asked(one.rank) for one in doing if one not in finding.culprits
         ):
             time.sleep(BEAT_S / 4)
-        self.finding = describe(finding, now, self.job)
+        self.finding = self.out_of_step() + describe(finding, now, self.job)
         for one in doing if len(finding.culprits) == len(doing) else finding.culprits:
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)

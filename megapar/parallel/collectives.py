@@ -32,7 +32,7 @@ class Started:
     """A collective in flight. `wait` is timed as waiting; `finish` is what is left to compute after it.
 
     operands: kept until then. NCCL works on them on a stream of its own, which the allocator knows nothing of, and lets
-    go of them at the first wait for the work, which may be an observer's.
+    go of them at the first wait for the work, which may be an observer's. compare: with what the other ranks began
     """
 
     name: str
@@ -40,10 +40,12 @@ class Started:
     work: dist.Work
     operands: list[object]
     finish: Callable[[], object] = lambda: None
+    compare: Callable[[], None] = lambda: None
 
     def wait(self) -> None:
         with self.axis.blocked(self.name):
             self.work.wait()
+        self.compare()
         self.operands.clear()
         self.finish()
 
@@ -88,13 +90,16 @@ def start_all_to_all(name: str, into: Tensor, x: Tensor, axis: Axis) -> Started:
 
 def _start(name: str, axis: Axis, collective: Callable[..., dist.Work], *operands: object) -> Started:
     start = partial(collective, *operands, group=axis.group, async_op=True)
-    return Started(name, axis, axis.timeline.in_flight(name, start), list(operands))
+    uneven = collective is dist.all_gather
+    alike = [x for x in operands if isinstance(x, Tensor) and not uneven]
+    compare = axis.announce(f"{name} by {collective.__name__}", *alike)
+    return Started(name, axis, axis.timeline.in_flight(name, start), list(operands), compare=compare)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis, in place. `x` is contiguous."""
     if axis.size > 1:
-        with axis.blocked("all_reduce"):
+        with axis.blocked("all_reduce", x):
             dist.all_reduce(x, group=axis.group)
     return x
 
@@ -104,7 +109,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    with axis.blocked("all_gather"):
+    with axis.blocked("all_gather", x):
         all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
@@ -124,7 +129,7 @@ def all_to_all(x: Tensor, given: Sequence[int], taken: Sequence[int], axis: Axis
     if axis.size == 1:
         return x
     into = x.new_empty(sum(taken))
-    with axis.blocked("all_to_all"):
+    with axis.blocked("all_to_all", x[:0]):
         dist.all_to_all_single(into, x.contiguous(), list(taken), list(given), group=axis.group)
     return into
 

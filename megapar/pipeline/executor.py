@@ -21,6 +21,7 @@ from megapar.pipeline.graphs import Graphs, shapes
 from megapar.pipeline.passes import Forwarded, backward, forward
 from megapar.pipeline.stage import Batch, Stage, Tensors, TensorSpec
 from megapar.schedule.actions import Action, Schedule
+from megapar.trace.announcements import described
 
 # Receives in flight per channel: one being waited for and, on a CPU, one on its way. On a GPU each is a kernel that
 # waits on its stream, and streams share a few hardware queues.
@@ -31,6 +32,7 @@ _POST_AHEAD = {"cpu": 2, "cuda": 1}
 class _Receive:
     tensors: Tensors
     works: list[dist.Work] = field(default_factory=list)
+    compare: list[Callable[[], None]] = field(default_factory=list)  # with what its sender says that it sends
 
 
 class Executor:
@@ -268,6 +270,8 @@ class _Phase:
         group = self.mesh.channel(kind, self.index, target).group
         for name, tensor in sorted(self._outgoing.pop(action).items()):
             tensor = tensor.contiguous()
+            if announcements := self.mesh.timeline.announcements:
+                announcements.announce(_edge(kind, self.mesh.rank, self._rank(target)), described(name, tensor))
             with self.mesh["pp"].blocked(f"{action} of {name}"):
                 work = dist.isend(tensor, self._rank(target), group=group)
             assert work is not None
@@ -291,6 +295,10 @@ class _Phase:
                 continue
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.mesh.device)
             receive.tensors[name] = tensor
+            if announcements := self.mesh.timeline.announcements:
+                edge, sender = _edge(kind, self._rank(source), self.mesh.rank), [self._rank(source)]
+                number, what = announcements.expect(edge), described(name, tensor)
+                receive.compare.append(partial(announcements.compare, edge, number, what, sender))
             work = dist.irecv(tensor, self._rank(source), group=group)
             assert work is not None
             receive.works.append(work)
@@ -306,6 +314,8 @@ class _Phase:
         with self.mesh["pp"].blocked(f"{action} from rank {self._rank(source)}"):
             for work in receive.works:
                 work.wait()
+        for compare in receive.compare:
+            compare()
         self._arrived[action] = receive.tensors
         self._post_receive((source, kind))
 
@@ -314,6 +324,11 @@ class _Phase:
             for work, _ in self._sends:
                 work.wait()
         self._sends.clear()
+
+
+def _edge(kind: str, source: int, target: int) -> str:
+    """The name of what a rank sends to another in forward (F) or backward (B) passes."""
+    return f"{kind} from rank {source} to rank {target}"
 
 
 def _check_sent(action: Action, outputs: Tensors, specs: Mapping[str, TensorSpec]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megapar.trace.announcements import Announcements
 from megapar.trace.board import board
 from megapar.trace.spans import FLIGHT, IDLE, Span
 
@@ -29,6 +30,7 @@ class Timeline:
 
     What is not fine is also written on the rank's board (`megapar.trace.board`), where others see what this rank does.
 
+    announcements: what ranks compare of their collectives; None: nothing
     listeners: called at the start of each such span and of what is only written there, with its kind and name.
     detailed: whether what is fine is timed too: the pieces of a matmul, and how long a collective is in flight. For
     steps whose timeline is looked at; each costs two events on CUDA.
@@ -39,6 +41,7 @@ class Timeline:
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         self._spans: Spans = []
         self._board = board()
+        self.announcements: Announcements | None = None
         self.listeners: list[Callable[[str, str], None]] = []
 
     @contextmanager

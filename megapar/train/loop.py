@@ -11,6 +11,7 @@ from megapar.config.schema import TrainConfig
 from megapar.console import console
 from megapar.data.records import keep_labels
 from megapar.generate.text import keep_tokenizer
+from megapar.trace.announcements import Announcements
 from megapar.trace.board import board
 from megapar.train.hooks import Hook, hook_kinds
 from megapar.train.metrics import MetricsWriter
@@ -53,8 +54,13 @@ class Loop:
         for hook in self.hooks:
             with self._doing(hook):
                 hook.start()
+        if self.config.run.check_collectives and board().slot == self.trainer.mesh.rank:  # all ranks are on this host
+            self.trainer.mesh.timeline.announcements = Announcements.on(board())
         for step in range(self.start.step, self.config.train.steps + 1):
             board().at_step(step)
+            timeline = self.trainer.mesh.timeline
+            if step == self.start.step + self.config.run.check_collectives:
+                timeline.announcements = None
             for hook in reversed(self.hooks):
                 with self._doing(hook):
                     hook.before(step)

@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_is_named_and_not_who_waits(tp2pp2: Runs) -> None:
         fault(0, 5, "p2p", "sigstop"),
         fault(0, 6, "data", "hang"),
     ]
-    said = tp2pp2.with_faults("hangs", plan, "run.watchdog_s=2")
+    said = tp2pp2.with_faults("hangs", plan, "run.watchdog_s=6")
     reasons = ["stopped by a signal", "no sign of life", "the others wait for it", "stopped by a signal"]
     for line, one, reason in zip(causes(said), plan, [*reasons, "the others wait for it"], strict=True):
         culprit, _, waiting = line.partition(f"({reason})")
@@ -67,6 +67,16 @@ def test_a_rank_that_hangs_is_named_and_not_who_waits(tp2pp2: Runs) -> None:
         assert "; rank" not in culprit and all(str(rank) in waiting for rank in range(4) if rank != one["rank"]), line
     stacks = (tp2pp2.folder / "hangs/logs/stacks-3.txt").read_text()
     assert "step 4, optimizer" in stacks and "hooks/fault.py" in stacks  # where the hanging rank stands
+
+
+@pytest.mark.more
+def test_ranks_out_of_step_are_named_on_both_sides(pp2dp2: Runs) -> None:
+    """One rank alone begins a collective: the library crashes, or all wait for each other."""
+    plan = [fault(1, 2, "opt", "desync"), fault(2, 3, "fwd", "desync")]
+    first, second = causes(pp2dp2.with_faults("desync", plan, "run.watchdog_s=6"))
+    assert "ranks are out of step in operation " in first and " over world of ranks 0, 1, 2, 3: " in first, first
+    assert "has all_reduce [3] float32" in first and "has all_reduce [1] float64" in first and "rank 1 " in first, first
+    assert "rank 2 " in second and "all_reduce over world" in second and "in 1F0" in second, second
 
 
 @pytest.mark.more

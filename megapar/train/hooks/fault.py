@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapar.config.faults import PHASES, Fault, faults
 from megapar.config.schema import TrainConfig
+from megapar.parallel.collectives import all_reduce
 from megapar.train.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class FaultInjector(Hook):
 
     def _delay(self, fault: Fault) -> None:
         time.sleep(fault.seconds)
+
+    def _desync(self, fault: Fault) -> None:
+        mesh = self.loop.trainer.mesh
+        all_reduce(torch.zeros(3, device=mesh.device), mesh["world"])
 
     def _disk_full(self, fault: Fault) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
