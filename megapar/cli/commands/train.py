@@ -61,6 +61,8 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     ranks = changed(config, {"checkpoint.load": start.load})
     if start.load is not None:
         ranks = changed(ranks, {"checkpoint.weights": None})
+    if start.partition is not None:
+        ranks = changed(ranks, {"pipeline.partition": start.partition})
     layout = config.parallel.layout
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
@@ -73,7 +75,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         timeout_s=config.train.timeout.total_seconds(),
         ranks=layout.world,
         env=rank_environment(config.kernels.backend),
-        schedules=schedules_for(config),
+        schedules=schedules_for(ranks),
     )
 
 
