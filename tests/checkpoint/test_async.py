@@ -234,14 +234,14 @@ def test_a_stop_waits_for_its_checkpoint(tokens: str, tmp_path: Path, monkeypatc
 
 
 def by_the_clock(rank: int, world_size: int, config: TrainConfig) -> None:
-    """A run in which a step takes 25 s by rank 0's clock, and hours by the other's."""
+    """A run in which a step takes 25 s by rank 0's clock, and no time by the other's."""
     now, loop = [0.0], Loop(config, rank)
     (hook,) = (one for one in loop.hooks if isinstance(one, Save))
     hook.clock = lambda: now[0]
     plain = loop.trainer.step
 
     def step(*given: Any) -> Any:
-        now[0] += 25.0 if rank == 0 else 9999.0
+        now[0] += 25.0 if rank == 0 else 0.0
         return plain(*given)
 
     with mock.patch.object(loop.trainer, "step", step):
@@ -261,7 +261,7 @@ def test_the_stall_is_a_tenth_of_a_save(tokens: str, tmp_path: Path) -> None:
     config = tiny_config(tokens, **values, **{"train.dtype": "fp32"})
     trainer, saver = Trainer(config, 0), Saver(tmp_path, None)
     times: dict[bool, list[float]] = {True: [], False: []}
-    for step in range(1, 12):
+    for step in range(1, 10):
         wait = bool(step % 2)
         start = time.perf_counter()
         saver.save(step, trainer, config, wait=wait)
