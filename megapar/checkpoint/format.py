@@ -313,6 +313,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 def _latest(folder: Path) -> str:
     try:
-        return (folder / LATEST).read_text(encoding="utf-8").strip()
+        with _open_plain(folder / LATEST) as file:
+            return file.read(1 << 10).decode().strip()
     except (OSError, UnicodeDecodeError):
         return ""

@@ -206,6 +206,12 @@ def test_what_is_no_file_is_not_waited_for(trainer: Trainer, step: Path, name: s
     assert f"{step / name}: can't be read (" in refusal(trainer, step)
 
 
+def test_latest_that_is_no_file_is_not_waited_for(trainer: Trainer, step: Path) -> None:
+    (step.parent / "latest").unlink()
+    os.mkfifo(step.parent / "latest")
+    assert load(step.parent, trainer.optimizer, trainer.config).step == 2
+
+
 def test_little_memory_for_what_is_refused(trainer: Trainer, step: Path) -> None:
     rewrite(step, huge)
     tracemalloc.start()
