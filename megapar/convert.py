@@ -15,7 +15,6 @@ from megapar.checkpoint.format import (
     Manifest,
     StoredBox,
     StoredParameter,
-    file_facts,
     find_checkpoint,
     key,
     read_manifest,
@@ -35,7 +34,7 @@ from megapar.checkpoint.hf.folder import (
     read_config,
     trained_shapes,
 )
-from megapar.checkpoint.hf.write import Entry, new_folder, shards, write_tensors
+from megapar.checkpoint.hf.write import Entry, index_of, new_folder, shards, write_tensors
 from megapar.checkpoint.load import CheckpointReader
 from megapar.checkpoint.merged import open_merged
 from megapar.checkpoint.save import begin, environment, finish
@@ -129,8 +128,7 @@ def _write_checkpoint(
 
     for number, part in enumerate(shards(entries, SHARD)):
         path = folder / f"rank-{number:05d}.safetensors"
-        write_tensors(path, part, values(part), {})
-        files[path.name] = file_facts(path)
+        files[path.name] = write_tensors(path, part, values(part), {})
         for entry in part:
             name = names[entry.name]
             parameters[name] = StoredParameter(shapes[name], [StoredBox(path.name, boxes[name])])
@@ -193,7 +191,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
     shapes = logical_shapes(trained)
     family, disk_config = _disk_config(trained, run_dir / KEPT, config.family)
     if config.adapters:
-        adapters, prefix = CheckpointReader(folder, manifest), _prefix(run_dir / KEPT, family)
+        adapters, prefix = CheckpointReader.verified(folder, manifest), _prefix(run_dir / KEPT, family)
         dtype = _DTYPES.get(config.dtype) or manifest.kinds["weight"]
         export_adapters(target, adapters, trained, family, prefix, dtype, say)
         return
@@ -226,7 +224,7 @@ def export_run(config: ExportConfig, say: Say) -> None:
             write_tensors(temporary / name, part, values(part), {"format": "pt"})
         _write_json(temporary / CONFIG, disk_config | _dtype_key(disk_config, dtype))
         if total > 1:
-            _write_json(temporary / INDEX, _index(names, parts))
+            _write_json(temporary / INDEX, index_of(names, parts))
     say(f"{sum(map(_numel, shapes.values())):,} parameters in {len(on_disk)} tensors, {dtype}, to {target}")
 
 
@@ -268,17 +266,6 @@ def _prefix(kept: Path, family: Family) -> str:
 
 def _dtype_key(config: dict[str, Any], dtype: str) -> dict[str, str]:
     return {"torch_dtype" if "torch_dtype" in config else "dtype": _TORCH_NAMES[dtype]}
-
-
-def _index(names: list[str], parts: list[list[Entry]]) -> dict[str, Any]:
-    entries = [entry for part in parts for entry in part]
-    return {
-        "metadata": {
-            "total_size": sum(entry.nbytes for entry in entries),
-            "total_parameters": sum(_numel(entry.shape) for entry in entries),
-        },
-        "weight_map": {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part},
-    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

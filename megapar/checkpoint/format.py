@@ -15,7 +15,12 @@ import hashlib
 import json
 import os
 import re
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,7 +36,10 @@ UNFINISHED = ".tmp-"
 STEP_FOLDER = re.compile(r"step-[0-9]{8,}")
 UNFINISHED_FOLDER = re.compile(STEP_FOLDER.pattern + re.escape(UNFINISHED) + "[0-9a-f]+(-former)?")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")  # a plain name: nothing can point out of the folder
+NAME = re.compile(r"[^\x00-\x1f\x7f]+")  # of a parameter or a kind: no control characters
+ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes, by what safetensors calls a dtype
 RESAVE = "use another checkpoint"
+HASHING = 4  # files that a process hashes at a time
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,9 @@ class Manifest:
     step: training steps done. optimizer_steps: updates made by them (skipped steps make none). samples: training
     samples consumed, the data cursor. seed: of the data order and dropout. layout: that wrote it, for people only.
     config: the resolved config. environment: versions. data: hashes of the token file and the tokenizer, where known.
-    kinds: of the state ("weight", "exp_avg", ...), each with its dtype as safetensors names it.
+    kinds: of the state ("weight", "exp_avg", ...), each with its dtype as safetensors names it. tokens: seen in
+    training, padding counted; None where that was not written down. carried: by kind and name what compressed gradient
+    reduction leaves to the next step, see `megapar.parallel.carried`.
     """
 
     step: int
@@ -79,6 +89,12 @@ class Manifest:
     parameters: dict[str, StoredParameter]
     files: dict[str, StoredFile]
     data: dict[str, str] = field(default_factory=dict)
+    tokens: int | None = None
+    carried: dict[str, dict[str, StoredParameter]] = field(default_factory=dict)
+
+    def table(self, kind: str) -> dict[str, StoredParameter]:
+        """Where the values of a kind are, by name."""
+        return self.carried.get(kind, self.parameters)
 
 
 def key(kind: str, name: str, box: Box) -> str:
@@ -89,14 +105,22 @@ def key(kind: str, name: str, box: Box) -> str:
 def manifest_text(manifest: Manifest) -> str:
     """The text of `manifest.json`."""
     body: dict[str, Any] = {"format": FORMAT, "version": VERSION} | vars(manifest)
-    body["parameters"] = {
-        name: {"shape": parameter.shape, "boxes": [[b.file, b.box.offset, b.box.shape] for b in parameter.boxes]}
-        for name, parameter in manifest.parameters.items()
-    }
+    body["parameters"] = _table_body(manifest.parameters)
+    body["carried"] = {kind: _table_body(table) for kind, table in manifest.carried.items()}
+    for name in ("tokens", "carried"):  # a checkpoint without them is as it was before there were any
+        if not body[name]:
+            del body[name]
     body["files"] = {name: vars(file) for name, file in manifest.files.items()}
     rest = json.dumps(body)[1:] + "\n"
     digest = hashlib.sha256(rest.encode()).hexdigest()
     return f'{{"sha256": "{digest}",\n{rest}'
+
+
+def _table_body(table: dict[str, StoredParameter]) -> dict[str, Any]:
+    return {
+        name: {"shape": stored.shape, "boxes": [[b.file, b.box.offset, b.box.shape] for b in stored.boxes]}
+        for name, stored in table.items()
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -110,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
     if hashlib.sha256(rest).hexdigest().encode() != match[1]:
         raise UserError(f"{path}: truncated or changed (its SHA-256 is not the one in its first line); {RESAVE}")
     try:
-        body = json.loads(data)
+        body = json.loads(data, object_pairs_hook=_without_duplicates)
         if (body["format"], body["version"]) != (FORMAT, VERSION):
             raise UserError(
                 f"{path}: format {body['format']} version {body['version']}; this megapar reads {FORMAT} {VERSION}"
@@ -120,30 +144,89 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: not a valid manifest ({type(error).__name__}: {error}); {RESAVE}") from None
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
 def _parse(body: dict[str, Any]) -> Manifest:
     files = {str(name): StoredFile(int(f["size"]), str(f["sha256"])) for name, f in body["files"].items()}
     for name in files:
         if not SHARD_FILE.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a file in the folder")
+    kinds = {_name(kind): str(dtype) for kind, dtype in dict(body["kinds"]).items()}
+    if unknown := set(kinds.values()) - ITEM.keys():
+        raise ValueError(f"no known dtype: {min(unknown)!r}")
+    parameters = _parse_parameters(body["parameters"], files)
+    carried = {_name(kind): _parse_parameters(table, files) for kind, table in body.get("carried", {}).items()}
+    if "weight" in carried:
+        raise ValueError("weights are parameters")
+    least = dict.fromkeys(files, 0)
+    for kind, table in ({"weight": parameters} | carried).items():
+        for one in (one for stored in table.values() for one in stored.boxes):
+            least[one.file] += one.box.numel * ITEM[kinds[kind]]
+    for name, size in least.items():
+        if size > files[name].size:
+            raise ValueError(f"{name!r} of {files[name].size} bytes can't hold {size}")
+    fields: dict[str, Any] = {name: int(body[name]) for name in ("step", "optimizer_steps", "samples", "seed")}
+    fields |= {name: dict(body[name]) for name in ("config", "environment", "data")}
+    tokens = body.get("tokens")
+    return Manifest(
+        **fields,
+        kinds=kinds,
+        layout=str(body["layout"]),
+        parameters=parameters,
+        files=files,
+        tokens=None if tokens is None else int(tokens),
+        carried=carried,
+    )
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
+
+
+def _parse_parameters(body: dict[str, Any], files: dict[str, StoredFile]) -> dict[str, StoredParameter]:
     parameters = {}
-    for name, stored in body["parameters"].items():
-        shape = tuple(map(int, stored["shape"]))
-        boxes = [StoredBox(file, Box(tuple(offset), tuple(size))) for file, offset, size in stored["boxes"]]
+    for name, stored in body.items():
+        shape = _ints(stored["shape"])
+        boxes = [StoredBox(file, Box(_ints(offset), _ints(size))) for file, offset, size in stored["boxes"]]
         for one in boxes:
             if one.file not in files or not one.box.fits(shape):
                 raise ValueError(f"{name} has a part {one.box} in {one.file!r}")
-        if sum(one.box.numel for one in boxes) != prod(shape):
+        if sum(one.box.numel for one in boxes) != prod(shape) or _overlap([one.box for one in boxes]):
             raise ValueError(f"the parts of {name} are not its whole")
-        parameters[str(name)] = StoredParameter(shape, boxes)
-    fields: dict[str, Any] = {name: int(body[name]) for name in ("step", "optimizer_steps", "samples", "seed")}
-    fields |= {name: dict(body[name]) for name in ("config", "environment", "kinds", "data")}
-    return Manifest(**fields, layout=str(body["layout"]), parameters=parameters, files=files)
+        parameters[_name(name)] = StoredParameter(shape, boxes)
+    return parameters
+
+
+def _ints(values: list[Any]) -> tuple[int, ...]:
+    if any(type(value) is not int for value in values):
+        raise TypeError(f"{values} are no whole numbers")
+    return tuple(values)
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two boxes have an element in common."""
+    near: list[Box] = []  # those that reach, along the first dim, as far as the next one's beginning
+    for box in sorted(boxes, key=lambda box: box.offset):
+        near = [other for other in near if not box.offset or other.offset[0] + other.shape[0] > box.offset[0]]
+        if any(box.overlap(other) is not None for other in near):
+            return True
+        near.append(box)
+    return False
 
 
 def read_plain_file(path: Path) -> bytes:
     """The bytes of a file that is no link. Raises UserError."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        with _open_plain(path) as file:
             return file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so this is no complete checkpoint; {RESAVE}") from None
@@ -151,11 +234,48 @@ def read_plain_file(path: Path) -> bytes:
         raise UserError(f"{path}: can't be read ({error.strerror}); {RESAVE}") from None
 
 
-def file_facts(path: Path) -> StoredFile:
-    """Size and hash of a file that is no link. Raises OSError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return StoredFile(os.fstat(file.fileno()).st_size, digest)
+@contextmanager
+def _open_plain(path: Path) -> Iterator[BufferedReader]:
+    """A file to read that is a file: no link, and nothing that a reader may wait for. Raises OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(0, "not a regular file")
+        yield file
+
+
+def verify_files(folder: Path, manifest: Manifest, names: Sequence[str] | None = None) -> None:
+    """Hash these files of a step folder (default: all), a few at a time, and compare with the manifest.
+
+    Raises UserError, one line that names the first file, in their order, that is missing or not as it was written.
+    """
+    names = list(manifest.files) if names is None else names
+    if not names:
+        return
+    with ThreadPoolExecutor(min(HASHING, len(names))) as threads:
+        problems = threads.map(lambda name: _problem(folder / name, manifest.files[name]), names)
+        for name, problem in zip(names, problems, strict=True):
+            if problem is not None:
+                raise UserError(f"{folder / name}: {problem}; {RESAVE}")
+
+
+def _problem(path: Path, expected: StoredFile) -> str | None:
+    """What is wrong with a file; None: nothing."""
+    try:
+        with _open_plain(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) != expected.size:
+                return f"truncated or changed, {size} bytes where {expected.size} were written"
+            if hash_of(file) != expected.sha256:
+                return "changed, its SHA-256 is not the one in the manifest"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return None
+
+
+def hash_of(file: BufferedReader) -> str:
+    """SHA-256 in hexadecimal of what is left of a file."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -172,19 +292,28 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     for folder in (path, path / "checkpoints"):
-        steps = {entry.name: entry for entry in folder.glob("step-*") if STEP_FOLDER.fullmatch(entry.name)}
-        if whole := {name: entry for name, entry in steps.items() if (entry / MANIFEST).exists()}:
-            return whole.get(_latest(folder)) or max(whole.values(), key=lambda entry: int(entry.name[5:]))
-        if steps:  # and what is missing in them is said when one is read
-            return max(steps.values(), key=lambda entry: int(entry.name[5:]))
+        newest = newest_first(folder)
+        for entry in newest:
+            if (entry / MANIFEST).exists():
+                return entry
+        if newest:  # and what is missing in them is said when one is read
+            return newest[0]
     if STEP_FOLDER.fullmatch(path.name):
         return path
     remedy = "give a step folder, a folder of checkpoints, or a run.dir that has one"
     raise UserError(f"{path}: {'holds no checkpoint' if path.is_dir() else 'no such folder'}; {remedy}")
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The step folders in a folder of checkpoints: the one that `latest` names, then the others, most steps first."""
+    steps = [entry for entry in folder.glob("step-*") if STEP_FOLDER.fullmatch(entry.name)]
+    latest = _latest(folder)
+    return sorted(steps, key=lambda entry: (entry.name == latest, int(entry.name[5:])), reverse=True)
+
+
 def _latest(folder: Path) -> str:
     try:
-        return (folder / LATEST).read_text(encoding="utf-8").strip()
+        with _open_plain(folder / LATEST) as file:
+            return file.read(1 << 10).decode().strip()
     except (OSError, UnicodeDecodeError):
         return ""

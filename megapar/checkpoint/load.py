@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, file_facts, find_checkpoint, key, read_manifest
+from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, find_checkpoint, key, read_manifest, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.save import StatefulOptimizer, base_hash, data_hashes
 from megapar.checkpoint.slices import Slices
@@ -20,6 +20,8 @@ from megapar.config.tasks import TASKS
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.carried import fits, move, put_back
+from megapar.parallel.grad_sync import GradSync
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,14 @@ class Resumed:
     skipped: int
 
 
-def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) -> Resumed:
+def load(
+    path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig, *, sync: GradSync | None = None
+) -> Resumed:
     """Bring the state of a checkpoint into an optimizer and its parameters. Collective over all ranks.
 
     path: a step folder, a folder of checkpoints or a run directory (the newest there). Layout, ZeRO and dtype may be
-    others than those that wrote it: values are moved, and rounded only where this run's are narrower. Raises the same
+    others than those that wrote it: values are moved, and rounded only where this run's are narrower. sync: gets the
+    error feedback, as `megapar.parallel.carried` says. Raises the same
     UserError on all ranks where a file is missing or changed, or model, optimizer or data order are not those of
     `config`.
     """
@@ -48,6 +53,8 @@ def load(path: str | Path, optimizer: StatefulOptimizer, config: TrainConfig) ->
         refuse_other_optimizer(manifest, config, folder)
         refuse_other_order(manifest, config, folder)
     _fill(folder, manifest, buffers, optimizer.state())
+    if sync is not None and manifest.carried:
+        _fill_carried(CheckpointReader(folder, manifest), sync)
     optimizer.steps = manifest.optimizer_steps
     optimizer.publish()
     return Resumed(folder, manifest.step, manifest.samples, manifest.step - manifest.optimizer_steps)
@@ -102,7 +109,10 @@ def fill_weights(path: str | Path, buffers: StageBuffers, weights: Sequence[Tens
 
 
 def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
-    """The step folder that rank 0 finds, so that all ranks read the same one, and its manifest."""
+    """The step folder that rank 0 finds, so that all ranks read the same one, and its manifest.
+
+    Every file is hashed by one rank: rank 0 of R takes the first, the R-th after it, and so on.
+    """
     world, device = buffers.mesh["world"], buffers.mesh.device
     found = ""
     with all_or_none(world, device):
@@ -111,6 +121,8 @@ def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
     folder = Path(gather_texts(found, world, device)[0])
     with all_or_none(world, device):
         manifest = read_manifest(folder)
+    with all_or_none(world, device):
+        verify_files(folder, manifest, list(manifest.files)[buffers.mesh.rank :: world.size])
     return folder, manifest
 
 
@@ -207,6 +219,21 @@ def _fill(
                     reader.read(kind, owned.record.name, owned.box, values)
 
 
+def _fill_carried(reader: "CheckpointReader", sync: GradSync) -> None:
+    """Put error feedback back where every rank finds its own, else move it. Collective."""
+    world, device = sync.mesh["world"], sync.mesh.device
+    stored = {
+        kind: {name: (one.shape, {part.box for part in one.boxes}) for name, one in table.items()}
+        for kind, table in reader.manifest.carried.items()
+    }
+    same = all(text == "1" for text in gather_texts(str(int(fits(sync, stored))), world, device))
+    with all_or_none(world, device), torch.no_grad():
+        if same:
+            put_back(sync, reader.read)
+        else:
+            move(sync, stored, reader.read)
+
+
 def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -> None:
     """Refuse parameters that only the model or only the checkpoint has, or in another shape. Collective."""
     world, device = buffers.mesh["world"], buffers.mesh.device
@@ -227,18 +254,34 @@ def _check_parameters(folder: Path, manifest: Manifest, buffers: StageBuffers) -
 
 
 class CheckpointReader:
-    """Reads boxes of logical parameters from the files of a checkpoint, each file verified before its first use."""
+    """Reads boxes of logical parameters from the files of a checkpoint, which are verified already (`verify_files`).
+
+    bytes_read: of tensors, from the files.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.bytes_read = folder, manifest, 0
         self._files: dict[str, Slices] = {}
+
+    @classmethod
+    def verified(cls, folder: Path, manifest: Manifest) -> "CheckpointReader":
+        """The reader of a checkpoint whose files are hashed here, by one process. Raises UserError."""
+        verify_files(folder, manifest)
+        return cls(folder, manifest)
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a parameter has state of this kind: of some optimizers' not every one has. Raises UserError."""
+        if kind not in self.manifest.kinds:
+            return False
+        first = self.manifest.table(kind)[name].boxes[0]
+        return key(kind, name, first.box) in self._file(first.file)
 
     def read(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` [box.shape] with a box of a parameter. Raises UserError."""
         if kind not in self.manifest.kinds:
             raise UserError(f"{self.folder}: holds no {kind} of the parameters; {RESAVE}")
         missing = box.numel
-        for stored in self.manifest.parameters[name].boxes:
+        for stored in self.manifest.table(kind)[name].boxes:
             common = box.overlap(stored.box)
             if common is not None:
                 for piece in common.pieces():
@@ -248,28 +291,20 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: {missing} values of {name} are in no file or in two; {RESAVE}")
 
     def _read(self, kind: str, name: str, stored: StoredBox, wanted: Box, out: Tensor) -> None:
-        if stored.file not in self._files:
-            self._files[stored.file] = self._verified(stored.file)
+        file, tensor = self._file(stored.file), key(kind, name, stored.box)
         try:
-            file, tensor = self._files[stored.file], key(kind, name, stored.box)
             if file.facts(tensor) != (stored.box.shape, self.manifest.kinds[kind]):
                 raise SafetensorError("another shape or dtype than in the manifest")
-            file.read(tensor, wanted.within(stored.box), out)
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / stored.file}: {kind} of {name}: {error}; {RESAVE}") from None
+            self.bytes_read += file.read(tensor, wanted.within(stored.box), out)
+        except (SafetensorError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{self.folder / stored.file}: {kind} of {name}: {reason}; {RESAVE}") from None
 
-    def _verified(self, name: str) -> Slices:
-        path, expected = self.folder / name, self.manifest.files[name]
-        try:
-            found = file_facts(path)
-            if found.size != expected.size:
-                problem = f"truncated or changed, {found.size} bytes where {expected.size} were written"
-            elif found.sha256 != expected.sha256:
-                problem = "changed, its SHA-256 is not the one in the manifest"
-            else:
-                return Slices(path)
-        except FileNotFoundError:
-            problem = "missing"
-        except (OSError, SafetensorError) as error:
-            problem = f"can't be read ({getattr(error, 'strerror', None) or error})"
-        raise UserError(f"{path}: {problem}; {RESAVE}")
+    def _file(self, name: str) -> Slices:
+        if name not in self._files:
+            try:
+                self._files[name] = Slices(self.folder / name)
+            except (SafetensorError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise UserError(f"{self.folder / name}: can't be read ({reason}); {RESAVE}") from None
+        return self._files[name]

@@ -22,7 +22,7 @@ class Reader(Protocol):
 
 def open_merged(folder: Path, manifest: Manifest, config: TrainConfig) -> tuple[Reader, str]:
     """Weights of a run's checkpoint, merged if it has adapters, and their dtype. Raises UserError."""
-    reader = CheckpointReader(folder, manifest)
+    reader = CheckpointReader.verified(folder, manifest)
     if not config.model.lora.rank:
         return reader, manifest.kinds["weight"]
     refuse_other_base(manifest, config, folder)
@@ -34,7 +34,7 @@ def open_merged(folder: Path, manifest: Manifest, config: TrainConfig) -> tuple[
         return _Merged(_OfHf(weights), reader, config.model.lora.scale), weights.dtype
     there = find_checkpoint(base)
     found = read_manifest(there)
-    return _Merged(CheckpointReader(there, found), reader, config.model.lora.scale), found.kinds["weight"]
+    return _Merged(CheckpointReader.verified(there, found), reader, config.model.lora.scale), found.kinds["weight"]
 
 
 class _OfHf:

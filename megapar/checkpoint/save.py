@@ -8,37 +8,38 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from torch import Tensor
 
 import megapar
 from megapar.checkpoint.format import (
     LATEST,
     MANIFEST,
-    STEP_FOLDER,
     UNFINISHED,
     Manifest,
     StoredBox,
     StoredFile,
     StoredParameter,
-    file_facts,
     find_checkpoint,
     key,
     manifest_text,
+    newest_first,
+    read_manifest,
 )
 from megapar.checkpoint.hf.folder import is_hf_folder
+from megapar.checkpoint.hf.write import Entry, stream_tensors
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
-from megapar.files import follow_umask
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
+from megapar.parallel.carried import carried_boxes
+from megapar.parallel.grad_sync import GradSync
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
@@ -60,44 +61,136 @@ class StatefulOptimizer(Protocol):
     def publish(self) -> None: ...
 
 
-def save(folder: Path, optimizer: StatefulOptimizer, config: TrainConfig, step: int) -> Path:
+class HostCopies:
+    """Host memory for what a rank writes, taken once and used for every save; pinned for a GPU's state."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies. Those of a GPU's tensors are there once what its stream has been given so far is done."""
+        found = {}
+        for name, tensor in tensors.items():
+            copy = self._tensors.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            found[name] = copy.copy_(tensor.detach(), non_blocking=True)
+        self._tensors = found  # and memory of what is not there any more goes
+        return found
+
+
+class Saving:
+    """A checkpoint that is being written. All is collective but `write`, which may run in another thread.
+
+    Making one takes hold of the state after training step `step`; host: memory for a copy of it, and the state may
+    change from then on; None: it is written as it stands. See `save` for the others. Raises as `save` does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        optimizer: StatefulOptimizer,
+        config: TrainConfig,
+        step: int,
+        *,
+        sync: GradSync | None = None,
+        tokens: int | None = None,
+        host: HostCopies | None = None,
+    ) -> None:
+        self.mesh = optimizer.buffers.mesh
+        self.world, self.device = self.mesh["world"], self.mesh.device
+        self.final = folder / f"step-{step:08d}"
+        nonce = gather_texts(secrets.token_hex(4), self.world, self.device)[0]
+        self.temporary = folder / f"{self.final.name}{UNFINISHED}{nonce}"
+        self._problem: Exception | None = None
+        self._facts: StoredFile | None = None
+        with self._abandoned(), all_or_none(self.world, self.device):
+            if self.mesh.rank == 0:
+                begin(folder, self.temporary)
+        self._part = part = _Part(optimizer, sync)
+        dtype = DTYPES[optimizer.buffers.context.wide_dtype]
+        kinds = dict.fromkeys(optimizer.state(), dtype)
+        self._manifest = partial(_manifest, kinds=kinds, dtype=dtype, config=config, step=step, tokens=tokens)
+        self._values = part.tensors if host is None else host.of(part.tensors)
+        self._copied = None
+        if host is not None and self.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def write(self) -> None:
+        """Write this rank's file and make it durable. What goes wrong is kept for `finish`."""
+        try:
+            if self._copied is not None:
+                self._copied.synchronize()
+            if self._values:
+                path = self.temporary / f"rank-{self.mesh.rank:05d}.safetensors"
+                with writing(path):
+                    self._facts = write_file(path, self._values)
+        except Exception as error:
+            self._problem = error
+
+    def finish(self) -> Path:
+        """Once every rank's `write` has returned: give the checkpoint its name. Returns its path."""
+        if self._problem is not None and not isinstance(self._problem, UserError):
+            raise self._problem
+        with self._abandoned():
+            with all_or_none(self.world, self.device):
+                if self._problem is not None:
+                    raise self._problem
+            part = self._part.facts | {"file": None if self._facts is None else vars(self._facts)}
+            parts = [json.loads(text) for text in gather_texts(json.dumps(part), self.world, self.device)]
+            with all_or_none(self.world, self.device):
+                if self.mesh.rank == 0:
+                    finish(self.temporary, self.final, self._manifest(parts))
+        return self.final
+
+    @contextmanager
+    def _abandoned(self) -> Iterator[None]:
+        """Leave nothing behind of a checkpoint that could not be written."""
+        try:
+            yield
+        except UserError:
+            if self.mesh.rank == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+
+def save(
+    folder: Path,
+    optimizer: StatefulOptimizer,
+    config: TrainConfig,
+    step: int,
+    *,
+    sync: GradSync | None = None,
+    tokens: int | None = None,
+) -> Path:
     """Write the state after training step `step` to `folder`/step-STEP and return that path. Collective over all ranks.
 
     folder: of checkpoints, the same on every rank's machine; made where it is missing. Every rank writes what it owns
-    (without ZeRO-1 only data-parallel rank 0). Raises the same UserError on all ranks where one could not write; what
-    was there before is then as it was.
+    (without ZeRO-1 only data-parallel rank 0). sync: whose error feedback is part of the state; tokens: seen so far.
+    Raises the same UserError on all ranks where one could not write; what was there before is then as it was.
     """
-    mesh = optimizer.buffers.mesh
-    world, device = mesh["world"], mesh.device
-    final = folder / f"step-{step:08d}"
-    nonce = gather_texts(secrets.token_hex(4), world, device)[0]
-    temporary = folder / f"{final.name}{UNFINISHED}{nonce}"
-    try:
-        with all_or_none(world, device):
-            if mesh.rank == 0:
-                begin(folder, temporary)
-        with all_or_none(world, device):
-            part = _write_part(temporary, optimizer, mesh.rank)
-        parts = [json.loads(text) for text in gather_texts(json.dumps(part), world, device)]
-        with all_or_none(world, device):
-            if mesh.rank == 0:
-                finish(temporary, final, _manifest(parts, optimizer, config, step))
-    except UserError:
-        if mesh.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    saving = Saving(folder, optimizer, config, step, sync=sync, tokens=tokens)
+    saving.write()
+    return saving.finish()
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
+    """Write tensors of any device to a file, one after the other. Raises OSError."""
+    entries = [Entry(name, tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in tensors.items()]
+    return stream_tensors(path, entries, (tensor.detach().cpu() for tensor in tensors.values()), {})
 
 
 def keep_newest(folder: Path, count: int) -> list[str]:
-    """Remove all but the newest `count` step folders, and never the one that `latest` names. Returns what failed.
+    """Remove all but the newest `count` whole step folders, and never the one that `latest` names. Returns what failed.
 
-    A folder first loses its name, so that what has a name is whole; the next save sweeps what a crash leaves of it.
+    Called behind a save: `latest` names what this run has just written, hashed on the way. Whole: the manifest is good
+    and each file has its size. What is damaged doesn't count, and stays. A folder first loses its name, so that what
+    has a name is whole; the next save sweeps what a crash leaves of it.
     """
     problems = []
-    steps = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).exists()]
-    kept = {*sorted(steps, key=lambda path: int(path.name[5:]))[-count:], find_checkpoint(folder)}
-    for path in sorted(set(steps) - kept):
+    steps = sorted(filter(_whole, newest_first(folder)), key=lambda path: int(path.name[5:]))
+    for path in sorted(set(steps[:-count]) - set(newest_first(folder)[:1])):
         nameless = folder / f"{path.name}{UNFINISHED}{secrets.token_hex(4)}-former"
         try:
             os.rename(path, nameless)
@@ -107,45 +200,76 @@ def keep_newest(folder: Path, count: int) -> list[str]:
     return problems
 
 
+def _whole(folder: Path) -> bool:
+    try:
+        files = read_manifest(folder).files
+        return all((folder / name).stat().st_size == facts.size for name, facts in files.items())
+    except (UserError, OSError):
+        return False
+
+
 def begin(folder: Path, temporary: Path) -> None:
     """Sweep what crashes have left behind and make the folder to write to."""
-    with _writing(temporary):
+    with writing(temporary):
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f"step-*{UNFINISHED}*"):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
 
 
-def _write_part(temporary: Path, optimizer: StatefulOptimizer, rank: int) -> dict[str, Any]:
-    """Write what this rank owns and counts. Returns what the manifest needs to know of it."""
-    buffers, state = optimizer.buffers, optimizer.state()
-    part: dict[str, Any] = {"steps": optimizer.steps, "boxes": [], "file": None}
-    if not (buffers.mesh.first_copy if buffers.zero else buffers.mesh.first_replica):
-        return part
-    tensors = {}
-    for owned in owned_boxes(buffers):
-        if owned.counted:
-            part["boxes"].append([owned.record.name, owned.record.shape, owned.box.offset, owned.box.shape])
-            for kind, parts in state.items():
-                if (values := owned.part_of(parts)) is not None:
-                    tensors[key(kind, owned.record.name, owned.box)] = values.detach().cpu().numpy()
-    if tensors:
-        path = temporary / f"rank-{rank:05d}.safetensors"
-        with _writing(path):
-            save_file(tensors, path)
-            follow_umask(path)
-            _sync(path)
-            facts = file_facts(path)
-        part["file"] = [path.name, facts.size, facts.sha256]
-    return part
+class _Part:
+    """What this rank owns and counts. tensors: by their names in the file; facts: what the manifest needs to know."""
+
+    def __init__(self, optimizer: StatefulOptimizer, sync: GradSync | None) -> None:
+        buffers, state = optimizer.buffers, optimizer.state()
+        self.tensors: dict[str, Tensor] = {}
+        boxes: list[list[Any]] = []
+        if buffers.mesh.first_copy if buffers.zero else buffers.mesh.first_replica:
+            for owned in owned_boxes(buffers):
+                if owned.counted:
+                    boxes.append([owned.record.name, owned.record.shape, owned.box.offset, owned.box.shape])
+                    for kind, parts in state.items():
+                        if (values := owned.part_of(parts)) is not None:
+                            self.tensors[key(kind, owned.record.name, owned.box)] = values
+        self.facts = {
+            "rank": buffers.mesh.rank,
+            "steps": optimizer.steps,
+            "boxes": boxes,
+            "carried": [] if sync is None else self._carried(sync),
+        }
+
+    def _carried(self, sync: GradSync) -> list[list[Any]]:
+        carried, boxes = sync.carried(), []
+        sizes = [{kind: len(values) for kind, values in kinds.items()} for kinds in carried]
+        if not any(sizes) or not sync.mesh.first_copy:
+            return []
+        for one in carried_boxes(sync, sizes):
+            if one.counted:
+                boxes.append([one.kind, one.name, one.shape, one.box.offset, one.box.shape])
+                values = carried[one.bucket][one.kind][one.run]
+                self.tensors[key(one.kind, one.name, one.box)] = values.view(one.box.shape)
+        return boxes
 
 
-def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config: TrainConfig, step: int) -> Manifest:
+def _manifest(
+    parts: list[dict[str, Any]],
+    *,
+    kinds: Mapping[str, str],
+    dtype: str,
+    config: TrainConfig,
+    step: int,
+    tokens: int | None,
+) -> Manifest:
+    """kinds: of the optimizer's state, with dtypes; dtype: of what is carried."""
     parameters: dict[str, StoredParameter] = {}
+    carried: dict[str, dict[str, StoredParameter]] = {}
     for part in parts:
-        for name, shape, offset, size in part["boxes"]:
-            stored = parameters.setdefault(name, StoredParameter(tuple(shape), []))
-            stored.boxes.append(StoredBox(part["file"][0], Box(tuple(offset), tuple(size))))
+        file = f"rank-{part['rank']:05d}.safetensors"
+        rows = [(parameters, row) for row in part["boxes"]]
+        rows += [(carried.setdefault(kind, {}), row) for kind, *row in part["carried"]]
+        for table, (name, shape, offset, size) in rows:
+            stored = table.setdefault(name, StoredParameter(tuple(shape), []))
+            stored.boxes.append(StoredBox(file, Box(tuple(offset), tuple(size))))
     return Manifest(
         step=step,
         optimizer_steps=max(part["steps"] for part in parts),
@@ -154,12 +278,12 @@ def _manifest(parts: list[dict[str, Any]], optimizer: StatefulOptimizer, config:
         layout=str(config.parallel.layout),
         config=to_dict(config),
         environment=environment(),
-        kinds=dict.fromkeys(optimizer.state(), DTYPES[optimizer.buffers.context.wide_dtype]),
+        kinds={**kinds, **dict.fromkeys(carried, dtype)},
         parameters=parameters,
-        files={
-            name: StoredFile(size, sha256) for name, size, sha256 in (part["file"] for part in parts if part["file"])
-        },
+        files={f"rank-{part['rank']:05d}.safetensors": StoredFile(**part["file"]) for part in parts if part["file"]},
         data=data_hashes(config.data.prefix) | base_hash(config),
+        tokens=tokens,
+        carried=carried,
     )
 
 
@@ -174,7 +298,7 @@ def finish(temporary: Path, final: Path, manifest: Manifest) -> None:
         path = temporary / name
         if not path.exists() or path.stat().st_size != facts.size:
             raise UserError(f"{path}: written by another rank but not seen by rank 0; use a folder all machines share")
-    with _writing(temporary):
+    with writing(temporary):
         _write(temporary / MANIFEST, manifest_text(manifest))
         _sync(temporary)
         if final.exists():  # of a run that went this way before: step aside, and away with it
@@ -185,7 +309,7 @@ def finish(temporary: Path, final: Path, manifest: Manifest) -> None:
         else:
             os.rename(temporary, final)
         _sync(final.parent)
-    with _writing(final.parent / LATEST):
+    with writing(final.parent / LATEST):
         pointer = final.parent / f"{LATEST}{UNFINISHED}{temporary.name[-8:]}"
         _write(pointer, final.name + "\n")
         os.replace(pointer, final.parent / LATEST)
@@ -209,14 +333,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn failures of writing into one line that names the path and the system's reason."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except OSError as error:
         raise UserError(
-            f"{path}: the checkpoint can't be written ({reason}); make room, or use another run.dir"
+            f"{path}: the checkpoint can't be written ({error.strerror}); make room, or use another run.dir"
         ) from None
 
 

@@ -18,11 +18,15 @@ class Slices:
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0
         self._file: Any = safe_open(path, framework="pt")
+        self._names = set(self._file.keys())
 
     def facts(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (as safetensors names it) of a tensor."""
         found = self._file.get_slice(name)
         return tuple(found.get_shape()), found.get_dtype()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def read(self, name: str, index: tuple[slice, ...], out: Tensor, *, transposed: bool = False) -> int:
         """Write a slice of a tensor (transposed: turned over) to `out`, in its dtype. Returns the bytes of the file."""

@@ -1,4 +1,4 @@
-"""What a command is, and which there are: those of the modules in `commands/` that declare one.
+"""What a command is, and which there are: those of the modules in `commands/` that declare a COMMAND, or COMMANDS.
 
 `megapar --help` imports all of these modules and is to answer at once: what is heavy (torch, numpy, yaml, launching)
 they import where they use it.
@@ -54,7 +54,8 @@ class Command:
         RankFailure (1)
     about, examples (line, what it does), most_used (keys): what `--help` says of it
     order: place in `megapar --help`; equal ones by name
-    positional: the key that a first word without `=` stands for, such as `run.dir`. It must be a verbatim one
+    positional: the key that a first word without `=` stands for, such as `run.dir`, or the keys of several such words.
+        They must be verbatim ones
     own: keys that have the value they would have without `experiment=`, whatever the experiment says
     plan: for a command whose ranks torchrun or srun may have started
     sweep: what `-m` does: runs every combination of the overrides, and returns the exit code
@@ -67,15 +68,16 @@ class Command:
     examples: Sequence[tuple[str, str]] = ()
     most_used: Sequence[str] = ()
     order: int = UNPLACED
-    positional: str | None = None
+    positional: str | tuple[str, ...] | None = None
     own: Sequence[str] = ()
     plan: Plan | None = None
     sweep: "Callable[[Overrides, str | None], int] | None" = None
 
     @property
-    def placeholder(self) -> str:
-        """What help calls the positional word: RUN for `run.dir`."""
-        return (self.positional or "").partition(".")[0].upper()
+    def positionals(self) -> dict[str, str]:
+        """The positional keys, each with what help calls its word: RUN for `run.dir`."""
+        keys = (self.positional,) if isinstance(self.positional, str) else self.positional or ()
+        return {key: key.partition(".")[0].upper() for key in keys}
 
 
 @cache
@@ -84,5 +86,9 @@ def commands() -> dict[str, Command]:
     modules = (
         importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
     )
-    declared = [module.COMMAND for module in modules if hasattr(module, "COMMAND")]
+    declared = [
+        command
+        for module in modules
+        for command in getattr(module, "COMMANDS", [module.COMMAND] if hasattr(module, "COMMAND") else [])
+    ]
     return {command.name: command for command in sorted(declared, key=lambda command: (command.order, command.name))}

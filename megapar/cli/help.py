@@ -36,10 +36,9 @@ def command_help(command: Command, files: Mapping[str, list[str]]) -> str:
     from megapar.config.keys import keys
 
     known, name = keys(command.config), command.name
-    folder = f"[{command.placeholder}] " if command.positional else ""
+    folder = "".join(f"[{word}] " for word in command.positionals.values())
     lines = [f"megapar {name}: {command.about}", "", f"usage: megapar {name} {folder}[group=file] [key=value] ..."]
-    if command.positional:
-        lines += [f"       {command.placeholder} is short for {command.positional}={command.placeholder}"]
+    lines += [f"       {word} is short for {key}={word}" for key, word in command.positionals.items()]
     lines += ["", "examples:"] if command.examples else []
     for line, text in command.examples:
         lines += [f"  {line}", f"      {text}"]

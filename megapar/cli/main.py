@@ -146,22 +146,28 @@ def understand(arguments: list[str]) -> Invocation:
 
 
 def _take_folder(command: "Command", words: list[str]) -> list[str]:
-    """Take the positional folder off the front of a command's words: the override that it stands for, in a list.
+    """Take the positional words off the front of a command's words: the overrides that they stand for.
 
-    Raises UserError for a second one, and where the key has another value further on.
+    Raises UserError for one too many, and where a key has another value further on.
     """
     from megapar.config.errors import ConfigError, UserError
 
-    if command.positional is None or not words or not _is_positional(words[0]):
-        return []
-    folder, key = words.pop(0), command.positional
-    if words and _is_positional(words[0]):
-        raise UserError(f"{words[0]}: `megapar {command.name}` takes one folder, and {folder} was given before it")
+    taken: dict[str, str] = {}
+    for key in command.positionals:
+        if words and _is_positional(words[0]):
+            taken[key] = words.pop(0)
+    if taken and words and _is_positional(words[0]):
+        takes = "one folder" if len(command.positionals) == 1 else f"{len(command.positionals)} folders"
+        before = " and ".join(taken.values())
+        verb = "was" if len(taken) == 1 else "were"
+        raise UserError(f"{words[0]}: `megapar {command.name}` takes {takes}, and {before} {verb} given before it")
     for word in words:
         name, equals, value = word.partition("=")
-        if equals and name == key and os.path.normpath(value) != os.path.normpath(folder):
-            raise ConfigError(key, value, f"{folder} before it is short for {key}={folder}; give one of them")
-    return [f"{key}={folder}"]
+        if equals and name in taken and os.path.normpath(value) != os.path.normpath(taken[name]):
+            raise ConfigError(
+                name, value, f"{taken[name]} before it is short for {name}={taken[name]}; give one of them"
+            )
+    return [f"{key}={folder}" for key, folder in taken.items()]
 
 
 def _is_positional(word: str) -> bool:

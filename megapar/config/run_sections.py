@@ -10,6 +10,12 @@ class CheckpointConfig:
     """State on disk."""
 
     every: int = option(0, "steps between checkpoints; 0: only at the end", at_least=0)
+    every_minutes: float = option(
+        0.0, "minutes between checkpoints, by the clock of rank 0; 0: by steps alone", at_least=0, identity=False
+    )
+    async_save: bool = option(
+        False, "train on while a checkpoint is written, from a copy of the state in the host's memory", identity=False
+    )
     keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
     load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
     weights: str | None = option(

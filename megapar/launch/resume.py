@@ -1,16 +1,17 @@
 """How a run starts in its directory: from what it is given, anew, or where it was interrupted.
 
-The same command typed again is the same run: it goes on from its newest checkpoint. What its directory holds decides,
-read under the directory's lock, before a rank is started.
+The same command typed again is the same run: it goes on from its newest checkpoint whose every file is as it was
+written. What its directory holds decides, read under the directory's lock, before a rank is started.
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
-from megapar.checkpoint.format import LATEST, MANIFEST, STEP_FOLDER
+from megapar.checkpoint.format import LATEST, newest_first, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_optimizer, refuse_other_order
 from megapar.checkpoint.save import data_hashes
@@ -18,6 +19,7 @@ from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import load
 from megapar.config.keys import keys, value_of
 from megapar.config.schema import TrainConfig
+from megapar.config.stages import num_stages
 from megapar.files import write_atomic
 from megapar.launch import rundir
 from megapar.optim.schedule import learning_rate
@@ -33,16 +35,19 @@ class Start:
     """What becomes of the run directory, and where the ranks begin.
 
     way: new: nothing is there; anew: no checkpoint is there; aside: what is there is moved aside; on: from the newest
-        checkpoint; back: from an earlier one of its own that was asked for; done: there is nothing to do
+        checkpoint; back: from an earlier one of its own, as that was asked for or later ones are damaged: these are
+        moved aside; done: there is nothing to do
     step: training steps done
     load: the checkpoint to load; None: initial values, or the weights of `checkpoint.weights`
     said: lines about it
+    partition: layers per stage as the run had moved them by then (`pipeline.rebalance`); None: as the config says
     """
 
     way: Literal["new", "anew", "aside", "on", "back", "done"]
     step: int = 0
     load: str | None = None
     said: list[str] = field(default_factory=list)
+    partition: list[int] | None = None
 
 
 def decide(config: TrainConfig) -> Start:
@@ -64,8 +69,10 @@ def decide(config: TrainConfig) -> Start:
         start = _from_origin("back", config)
         earlier = Path(str(start.load))
         if state is None or earlier.resolve() != state.resolve():
-            refuse_other_run(folder, config, saved, read_manifest(earlier))
-            return replace(start, said=[*start.said, *_changes(config, saved)])
+            found = read_manifest(earlier)
+            refuse_other_run(folder, config, saved, found)
+            moved = _moved(found, config, saved)
+            return replace(start, said=[*start.said, *_changes(config, saved)], partition=moved)
     manifest = None if state is None else read_manifest(state)
     refuse_other_run(folder, config, saved, manifest)
     if manifest is None or state is None:
@@ -76,8 +83,11 @@ def decide(config: TrainConfig) -> Start:
         raise ConfigError("train.steps", steps, problem)
     if manifest.step == steps and (folder / rundir.SUMMARY).exists():
         return Start("done", steps, said=_done(folder, config, saved))
-    what = f"from step {manifest.step} of {steps}, which {state} has"
-    return Start("on", manifest.step, str(state), [*damaged, f"run: goes on {what}", *_changes(config, saved)])
+    said = [f"run: {line}" for line in damaged.values()]
+    later = any(int(path.name[5:]) > manifest.step for path in damaged)
+    said += [f"run: what came after step {manifest.step} is moved aside"] if later else []
+    said += [f"run: goes on from step {manifest.step} of {steps}, which {state} has", *_changes(config, saved)]
+    return Start("back" if later else "on", manifest.step, str(state), said, _moved(manifest, config, saved))
 
 
 def prepare(config: TrainConfig, start: Start) -> None:
@@ -87,6 +97,7 @@ def prepare(config: TrainConfig, start: Start) -> None:
         rundir.move_aside(folder)
     elif start.way == "back":
         rundir.move_aside(folder, after=start.step)
+    if start.way in ("on", "back"):
         write_atomic(folder / "checkpoints" / LATEST, Path(str(start.load)).name + "\n")
     rundir.clear(folder, start.step if start.way in ("on", "back") else None, config.train.trace)
 
@@ -107,8 +118,8 @@ def is_own(folder: Path, path: str | None) -> bool:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run can go on from a checkpoint."""
-    return bool(_checkpoints(folder))
+    """Whether a run has left a checkpoint."""
+    return bool(newest_first(folder / "checkpoints"))
 
 
 def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | None, manifest: Manifest | None) -> None:
@@ -213,12 +224,6 @@ def _has_row(folder: Path, step: int) -> bool:
         return False
 
 
-def _checkpoints(folder: Path) -> set[Path]:
-    """The complete step folders of a run."""
-    found = (folder / "checkpoints").glob(f"step-*/{MANIFEST}")
-    return {path.parent for path in found if STEP_FOLDER.fullmatch(path.parent.name)}
-
-
 def _holds_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists() or has_checkpoint(folder)
 
@@ -234,27 +239,51 @@ def _saved(folder: Path) -> TrainConfig | None:
         raise ConfigError("run.dir", folder, f"holds a run of another kind ({error}); {rundir.ANOTHER}") from None
 
 
-def _newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all there, in their sizes; and what is said of others.
+def _newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose every file has its SHA-256, None where there is no checkpoint; and what is wrong with
+    those before it, a line each. Raises ConfigError where all are damaged.
 
     The one that `latest` names comes before newer ones.
     """
-    said: list[str] = []
-    there = _checkpoints(folder)
-    if not there:
-        return None, said
-    first = find_checkpoint(folder / "checkpoints")
-    for path in [first, *sorted(there - {first}, key=lambda path: int(path.name[5:]), reverse=True)]:
+    damaged: dict[Path, str] = {}
+    for path in newest_first(folder / "checkpoints"):
         try:
-            manifest = read_manifest(path)
-            for name, facts in manifest.files.items():
-                if not (path / name).exists() or (path / name).stat().st_size != facts.size:
-                    raise UserError(f"{path / name}: missing, truncated or changed")
-            return path, said
+            _verify(path)
+            return path, damaged
         except UserError as error:
-            said.append(f"run: {error}")
-    problem = f"has no whole checkpoint to go on from ({said[0].removeprefix('run: ')}); {ELSEWHERE}"
+            damaged[path] = str(error)
+    if not damaged:
+        return None, damaged
+    problem = f"has no whole checkpoint to go on from ({next(iter(damaged.values()))}); {ELSEWHERE}"
     raise ConfigError("run.dir", folder, problem)
+
+
+_verified: set[tuple[object, ...]] = set()
+
+
+def _verify(path: Path) -> None:
+    """Hash the files of a checkpoint, unless this process has hashed them and they have not changed since: a start is
+    decided twice, without and with the directory's lock. Raises UserError."""
+    manifest = read_manifest(path)
+    stamps = []
+    for name in manifest.files:
+        with suppress(OSError):
+            facts = (path / name).lstat()
+            stamps.append((name, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+    seen = (path.resolve(), repr(manifest.files), *stamps)
+    if seen not in _verified:
+        verify_files(path, manifest)
+        _verified.add(seen)
+
+
+def _moved(manifest: Manifest, config: TrainConfig, saved: TrainConfig | None) -> list[int] | None:
+    """Layers per stage where they had moved by measured times, if the config still has the partition from before."""
+    partition = manifest.config.get("pipeline", {}).get("partition")
+    if not config.pipeline.rebalance or saved is None or saved.pipeline.partition != config.pipeline.partition:
+        return None
+    if not isinstance(partition, list) or partition == config.pipeline.partition:
+        return None
+    return partition if len(partition) == num_stages(config) else None
 
 
 def _changes(config: TrainConfig, saved: TrainConfig | None) -> list[str]:

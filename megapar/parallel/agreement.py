@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.config.errors import UserError
-from megapar.mesh import Axis
+from megapar.mesh import Axis, Mesh
 from megapar.parallel.collectives import all_gather
 
 
@@ -48,6 +48,15 @@ def first_says(yes: bool, axis: Axis, device: torch.device) -> bool:
         return yes
     said = torch.tensor([int(yes)], dtype=torch.int32, device=device)
     dist.broadcast(said, axis.ranks[0], group=axis.group)
+    return bool(said)
+
+
+def all_say(yes: bool, mesh: Mesh) -> bool:
+    """Whether every rank says so. Collective over all ranks, between hosts: a GPU is not asked."""
+    if mesh.world_size == 1:
+        return yes
+    said = torch.tensor([int(yes)], dtype=torch.int32)
+    dist.all_reduce(said, dist.ReduceOp.MIN, group=mesh.hosts)
     return bool(said)
 
 

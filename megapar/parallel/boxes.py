@@ -118,12 +118,16 @@ class OwnedBox:
 def owned_boxes(buffers: StageBuffers, chosen: Callable[[Held], bool] = lambda held: True) -> Iterator[OwnedBox]:
     """All that this rank owns of what is chosen. With ZeRO-1 the owned runs end in the middle of a row: hence boxes."""
     for held in filter(chosen, buffers.held()):
-        owned, (start, stop) = buffers.buckets[held.bucket].owned, (held.run.start, held.run.stop)
-        first, last = max(start, owned.start), min(stop, owned.stop)
-        shard = held.piece.shard
-        place = first - owned.start
-        for box in boxes_of_run(first - start, last - start, shard.shape):
-            offset = tuple(whole.start + part for whole, part in zip(shard.box, box.offset, strict=True))
-            run = slice(place, place + box.numel)
-            yield OwnedBox(held, Box(offset, box.shape), held.bucket, run)
-            place += box.numel
+        yield from boxes_within(held, buffers.buckets[held.bucket].owned)
+
+
+def boxes_within(held: Held, part: slice) -> Iterator[OwnedBox]:
+    """What of a held piece is in a part of its bucket; runs count from that part's beginning."""
+    start, shard = held.run.start, held.piece.shard
+    first, last = max(start, part.start), min(held.run.stop, part.stop)
+    place = first - part.start
+    for box in boxes_of_run(first - start, last - start, shard.shape):
+        offset = tuple(whole.start + inner for whole, inner in zip(shard.box, box.offset, strict=True))
+        run = slice(place, place + box.numel)
+        yield OwnedBox(held, Box(offset, box.shape), held.bucket, run)
+        place += box.numel

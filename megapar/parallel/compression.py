@@ -8,12 +8,12 @@
 | powersgd | 4 r (m + n) / (m n)         | rank > r; error feedback       | Vogels et al. 2019, algorithm 1      |
 
 Sums are in fp32 in the order of ranks and every rank ends with the same bits. Error feedback adds what a step has
-dropped to the next step's gradient; it is no part of a checkpoint, so a resumed run starts without. A skipped step
-leaves it, and powersgd's factors, as they were. What several tensor-parallel ranks hold alike (norms, biases,
+dropped to the next step's gradient; a checkpoint has it, see `megapar.parallel.carried`. A skipped step leaves it, and
+powersgd's factors, as they were. What several tensor-parallel ranks hold alike (norms, biases,
 replicated heads) is reduced exactly: their copies must stay equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +71,9 @@ class Reduction(Protocol):
     or with ZeRO-1 this rank's slice [n/R]. sent: bytes that this rank has sent so far (a ring's, for an all-reduce).
     keep_if(finite): bool [1] on the device, the same on all ranks: whether what the last step leaves to the next one
     is kept, or what was there before that step is. Nothing waits for its value.
+    sizes(zero): elements of what a step leaves to the next one, by kind: summand_error [n], what this rank has dropped
+    of its gradients; sum_error [n/R], what it has dropped of its slice of the sum; factors, powersgd's Q one behind the
+    other. carried(): these, flat; empty before the first step. resume(carried): begins with them.
     """
 
     sent: int
@@ -78,6 +81,12 @@ class Reduction(Protocol):
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting: ...
 
     def keep_if(self, finite: Tensor) -> None: ...
+
+    def sizes(self, zero: bool) -> dict[str, int]: ...
+
+    def carried(self) -> dict[str, Tensor]: ...
+
+    def resume(self, carried: Mapping[str, Tensor]) -> None: ...
 
 
 class Carried:
@@ -117,6 +126,15 @@ class Exact:
 
     def keep_if(self, finite: Tensor) -> None:
         pass
+
+    def sizes(self, zero: bool) -> dict[str, int]:
+        return {}
+
+    def carried(self) -> dict[str, Tensor]:
+        return {}
+
+    def resume(self, carried: Mapping[str, Tensor]) -> None:
+        assert not carried
 
 
 class Bf16:
@@ -158,13 +176,27 @@ class Coded:
     """Summands travel encoded to the rank that owns their slice, are added in fp32; the sum travels back encoded."""
 
     def __init__(self, codec: type[Bf16] | type[Int8], axis: Axis, matrices: Sequence[Matrix], size: int) -> None:
-        self.codec, self.axis, self.sent = codec, axis, 0
+        self.codec, self.axis, self.size, self.sent = codec, axis, size, 0
         self.exact = gaps(matrices, size)
         self.summand_error, self.sum_error = Carried(), Carried()
 
     def keep_if(self, finite: Tensor) -> None:
         self.summand_error.keep_if(finite)
         self.sum_error.keep_if(finite)
+
+    def sizes(self, zero: bool) -> dict[str, int]:
+        if not self.codec.error_feedback:
+            return {}
+        return {"summand_error": self.size} | ({} if zero else {"sum_error": self.size // self.axis.size})
+
+    def carried(self) -> dict[str, Tensor]:
+        errors = {"summand_error": self.summand_error, "sum_error": self.sum_error}
+        return {kind: error.tensors[0].flatten() for kind, error in errors.items() if error.tensors}
+
+    def resume(self, carried: Mapping[str, Tensor]) -> None:
+        self.summand_error = Carried([carried["summand_error"].view(self.axis.size, -1)])
+        if "sum_error" in carried:
+            self.sum_error = Carried([carried["sum_error"].view(1, -1)])
 
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting:
         exact = _take(flat, self.exact)
@@ -207,7 +239,7 @@ class PowerSGD:
     """
 
     def __init__(self, axis: Axis, matrices: Sequence[Matrix], size: int, rank: int) -> None:
-        self.axis, self.sent = axis, 0
+        self.axis, self.size, self.sent = axis, size, 0
         self.matrices = [one for one in matrices if rank * (one.rows + one.columns) < one.rows * one.columns]
         self.exact = gaps(self.matrices, size)
         generator = torch.Generator().manual_seed(0)  # the same on every rank
@@ -218,10 +250,31 @@ class PowerSGD:
         self.q.keep_if(finite)
         self.errors.keep_if(finite)
 
+    def sizes(self, zero: bool) -> dict[str, int]:
+        factors = sum(q.numel() for q in self.q.tensors)
+        return {"summand_error": self.size, "factors": factors} if factors else {}
+
+    def carried(self) -> dict[str, Tensor]:
+        if not self.errors.tensors:
+            return {}
+        error = self.errors.tensors[0].new_zeros(self.size)
+        for view, one in zip(self._views(error), self.errors.tensors, strict=True):
+            view.copy_(one)
+        return {"summand_error": error, "factors": torch.cat([q.flatten() for q in self.q.tensors])}
+
+    def resume(self, carried: Mapping[str, Tensor]) -> None:
+        self.errors = Carried([view.clone() for view in self._views(carried["summand_error"])])
+        parts = carried["factors"].split([q.numel() for q in self.q.tensors])
+        self.q = Carried([part.view(q.shape) for part, q in zip(parts, self.q.tensors, strict=True)])
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The matrices of a bucket."""
+        return [flat[one.start : one.stop].view(one.rows, one.columns) for one in self.matrices]
+
     def start(self, name: str, flat: Tensor, into: Tensor) -> Waiting:
         exact = _take(flat, self.exact)
         self.q.tensors = [q.to(flat.device) for q in self.q.tensors]  # the first step's are the host's
-        views = [flat[one.start : one.stop].view(one.rows, one.columns) for one in self.matrices]
+        views = self._views(flat)
         if self.errors.tensors:
             torch._foreach_add_(views, self.errors.tensors)
         left = _Together([view @ q for view, q in zip(views, self.q.tensors, strict=True)], flat)

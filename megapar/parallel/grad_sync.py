@@ -13,6 +13,7 @@ it, and tied ones at the end, by name.
 """
 
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,8 @@ from megapar.schedule.actions import Schedule
 @dataclass(eq=False)
 class _Pending:
     """A bucket's reduction. number: of the bucket; partial: the first sums of all, by axis; into: where the sum goes;
-    missing: parameters whose contributions are not all in; started: what runs."""
+    missing: parameters whose contributions are not all in; started: what runs; left_over: what is added to the next
+    gradient, once."""
 
     number: int
     bucket: Bucket
@@ -39,6 +41,7 @@ class _Pending:
     into: Tensor
     missing: int = 0
     started: Waiting | None = None
+    left_over: Tensor | None = None
 
 
 class GradSync:
@@ -131,6 +134,8 @@ class GradSync:
             _sum_together(views, axis)
         if (holders := self._holders(pending)) is not None:
             all_reduce(bucket.grads, holders)
+        if pending.left_over is not None:
+            bucket.grads.add_(pending.left_over)
         pending.started = _DONE
         if pending.reduction is not None:
             name = f"gradient reduction of bucket {pending.number}"
@@ -149,6 +154,39 @@ class GradSync:
         for pending in self._pending:
             if pending.reduction is not None:
                 pending.reduction.keep_if(finite)
+            if pending.left_over is not None and bool(finite):  # waits, in the first step behind a load
+                pending.left_over = None
+
+    def sizes(self) -> list[dict[str, int]]:
+        """Elements of what a step leaves to the next one, by kind (see `Reduction`), for every bucket."""
+        found = [pending.reduction for pending in self._pending]
+        return [{} if one is None else one.sizes(self.buffers.zero) for one in found]
+
+    def carried(self) -> list[dict[str, Tensor]]:
+        """What the last step has left to the next one, by kind, for every bucket; empty where that is nothing."""
+        found = []
+        for pending in self._pending:
+            kinds = {} if pending.reduction is None else pending.reduction.carried()
+            if pending.left_over is not None:
+                error = kinds.get("summand_error", 0.0)
+                kinds["summand_error"] = pending.left_over + error
+            found.append(kinds)
+        return found
+
+    def resume(self, carried: Sequence[Mapping[str, Tensor]]) -> None:
+        """Begin with what `carried` gave in a run of the same layout."""
+        for pending, kinds in zip(self._pending, carried, strict=True):
+            if pending.reduction is not None and kinds:
+                pending.reduction.resume(kinds)
+
+    def leave_over(self, gradients: Sequence[Tensor]) -> None:
+        """Add these, [size] for every bucket, to this rank's gradients of the next step that is not skipped."""
+        for pending, gradient in zip(self._pending, gradients, strict=True):
+            pending.left_over = gradient
+
+    @property
+    def leaves_over(self) -> bool:
+        return any(pending.left_over is not None for pending in self._pending)
 
     @property
     def sent(self) -> int:

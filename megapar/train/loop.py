@@ -41,7 +41,7 @@ class Loop:
         with board().doing("building the model"):
             self.trainer = Trainer(config, rank)
         with board().doing("loading the state it starts from", waiting=True):
-            self.start = load_start(config, self.trainer.optimizer)
+            self.start = load_start(config, self.trainer)
         self.writer = MetricsWriter(config, console(), self.start.step) if rank == 0 else None
         if self.writer is not None:
             keep_tokenizer(config)
@@ -78,6 +78,7 @@ class Loop:
                     summary |= hook.finish()
             if self.writer is not None:
                 leave_summary(summary, self.config, self.writer)
+        self.saver.settle()
         self.trainer.close()
 
     def settle(self) -> None:
@@ -86,9 +87,10 @@ class Loop:
         for hook in self.hooks:
             hook.settle()
 
-    def save(self, step: int) -> Path:
-        """The checkpoint of the state after this step, written now unless it is there already. Collective."""
-        return self.saver.save(step, self.trainer.optimizer, self.config)
+    def save(self, step: int, *, wait: bool = True) -> Path:
+        """The checkpoint of the state after this step, written now unless it is there already; see `Saver.save`.
+        Collective."""
+        return self.saver.save(step, self.trainer, self.config, wait=wait)
 
     def _reduced(self, step: int) -> None:
         for hook in self.hooks:

@@ -1,12 +1,14 @@
 """The states of a run on disk: the one that it starts from, and those that it leaves."""
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapar.checkpoint import keep_newest, load, load_weights, save
+from megapar.checkpoint import HostCopies, Saving, keep_newest, load, load_weights
 from megapar.config.schema import TrainConfig
-from megapar.optim.optimizer import Optimizer
+from megapar.parallel.agreement import all_say
 from megapar.train.metrics import MetricsWriter
+from megapar.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -18,33 +20,78 @@ class Start:
     goes_on: bool
 
 
-def load_start(config: TrainConfig, optimizer: Optimizer) -> Start:
+def load_start(config: TrainConfig, trainer: Trainer) -> Start:
     """Read what the run goes on from, if anything. Collective."""
     assert config.run.dir is not None
     step, skipped = 1, 0
     if config.checkpoint.load is not None:
-        resumed = load(config.checkpoint.load, optimizer, config)
+        resumed = load(config.checkpoint.load, trainer.optimizer, config, sync=trainer.sync)
         step, skipped = resumed.step + 1, resumed.skipped
     elif config.checkpoint.weights is not None:
-        load_weights(config.checkpoint.weights, optimizer, config)
+        load_weights(config.checkpoint.weights, trainer.optimizer, config)
     own = (Path(config.run.dir) / "checkpoints").resolve()
     return Start(step, skipped, Path(config.checkpoint.load or "/").resolve().is_relative_to(own))
 
 
 class Saver:
-    """Writes checkpoints into the run's directory, each state once. writer: rank 0's."""
+    """Writes checkpoints into the run's directory, each state once. writer: rank 0's. Every method is collective.
+
+    Where a save is not waited for, a thread writes this rank's file from a copy of the state; the ranks meet, and the
+    checkpoint gets its name, behind a later step. One is under way at a time.
+    """
 
     def __init__(self, folder: Path, writer: MetricsWriter | None) -> None:
         self.folder, self.writer = folder / "checkpoints", writer
         self._last: tuple[int, Path] | None = None
+        self._host = HostCopies()
+        self._under_way: tuple[Saving, threading.Thread, int] | None = None
 
-    def save(self, step: int, optimizer: Optimizer, config: TrainConfig) -> Path:
-        """The checkpoint of the state after this step, written now unless it is there already. Collective."""
+    def save(self, step: int, trainer: Trainer, config: TrainConfig, *, wait: bool = True) -> Path:
+        """The checkpoint of the state after this step, written now unless it is there already.
+
+        wait: until it is there; else the state may change, and `look` and `settle` say when it is. A save that is under
+        way ends first. Raises the same UserError on all ranks where one of the two can't be written.
+        """
         if self._last is None or self._last[0] != step:
-            if self.writer is not None:
-                self.writer.sync()
-            self._last = step, save(self.folder, optimizer, config, step)
-            if self.writer is not None and config.checkpoint.keep:
-                for problem in keep_newest(self.folder, config.checkpoint.keep):
-                    self.writer.say(problem)
+            self.settle()
+            saving = Saving(
+                self.folder,
+                trainer.optimizer,
+                config,
+                step,
+                sync=trainer.sync,
+                tokens=step * trainer.task.tokens_per_step,
+                host=None if wait else self._host,
+            )
+            self._last = step, saving.final
+            if wait:
+                saving.write()
+                self._finish(saving, config.checkpoint.keep)
+            else:
+                thread = threading.Thread(target=saving.write, name="checkpoint", daemon=True)
+                thread.start()
+                self._under_way = saving, thread, config.checkpoint.keep
+        if wait:
+            self.settle()
         return self._last[1]
+
+    def look(self) -> None:
+        """End the save that is under way if every rank's file is written, or could not be. Raises as `save` does."""
+        if self._under_way is not None and all_say(not self._under_way[1].is_alive(), self._under_way[0].mesh):
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, if any. Raises as `save` does."""
+        if self._under_way is not None:
+            (saving, thread, keep), self._under_way = self._under_way, None
+            thread.join()
+            self._finish(saving, keep)
+
+    def _finish(self, saving: Saving, keep: int) -> None:
+        """The rows of metrics are on disk before a checkpoint that a run goes on from without them."""
+        if self.writer is not None:
+            self.writer.sync()
+        saving.finish()
+        if self.writer is not None and keep:
+            for problem in keep_newest(self.folder, keep):
+                self.writer.say(problem)

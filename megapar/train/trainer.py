@@ -116,7 +116,7 @@ class Trainer(ModelPart):
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
             norm = self.optimizer.start(lr)
-        if self.config.parallel.grad_compression != "none":
+        if self.config.parallel.grad_compression != "none" or self.sync.leaves_over:
             self.sync.keep_if(norm.isfinite())
         on_host = self._to_host(torch.stack([self._part(losses), norm.squeeze(0)]))
         reading = self.mesh.timeline.cut()

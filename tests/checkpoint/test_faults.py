@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def set_value(*path: Any) -> Callable[[dict[str, Any]], None]:
 NORM = ("parameters", "norm.weight")
 
 
+def huge(body: dict[str, Any]) -> None:
+    """A shape of 10^15 elements that fits in itself."""
+    ((file, _, _),) = body["parameters"]["norm.weight"]["boxes"]
+    body["parameters"]["norm.weight"] = {"shape": [10**15], "boxes": [[file, [0], [10**15]]]}
+
+
+def twice_and_never(body: dict[str, Any]) -> None:
+    """Two boxes of the right number of elements, which leave a hole."""
+    ((file, _, (size,)),) = body["parameters"]["norm.weight"]["boxes"]
+    body["parameters"]["norm.weight"]["boxes"] = [[file, [0], [size // 2]]] * 2
+
+
+def renamed(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        body["parameters"][name] = body["parameters"].pop("norm.weight")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -154,11 +174,52 @@ NORM = ("parameters", "norm.weight")
         (lambda body: body["parameters"].pop("norm.weight"), "has no parameter norm.weight"),
         (lambda body: body["parameters"].update(more=body["parameters"]["norm.weight"]), "has no parameter more"),
         (lambda body: body.pop("step"), "not a valid manifest"),
+        (huge, "can't hold"),
+        (twice_and_never, "the parts of norm.weight are not its whole"),
+        (renamed("norm\0.weight"), "is no name"),
+        (renamed("norm\n.weight"), "is no name"),
+        (set_value(*NORM, "shape", [16.0]), "are no whole numbers"),
+        (set_value("kinds", "weight", "O"), "no known dtype"),
+        (set_value("carried", {"weight": {}}), "weights are parameters"),
+        (set_value("carried", {"factors": {"a": {"shape": [10**15], "boxes": []}}}), "are not its whole"),
     ],
 )
 def test_manifest_that_fits_nothing(trainer: Trainer, step: Path, change: Any, expected: str) -> None:
     rewrite(step, change)
     assert expected in refusal(trainer, step)
+
+
+def test_names_that_are_there_twice(trainer: Trainer, step: Path) -> None:
+    """A reader would see one of them, a checker the other."""
+    text = (step / MANIFEST).read_text().partition("\n")[2]
+    twice = text.replace('"parameters": {', '"parameters": {"norm.weight": {"shape": [1], "boxes": []}, ', 1)
+    digest = hashlib.sha256(twice.encode()).hexdigest()
+    (step / MANIFEST).write_text(f'{{"sha256": "{digest}",\n{twice}')
+    assert "'norm.weight' is there twice" in refusal(trainer, step)
+
+
+@pytest.mark.parametrize("name", [FIRST, MANIFEST])
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_is_not_waited_for(trainer: Trainer, step: Path, name: str, kind: str) -> None:
+    (step / name).unlink()
+    os.mkfifo(step / name) if kind == "fifo" else (step / name).mkdir()
+    assert f"{step / name}: can't be read (" in refusal(trainer, step)
+
+
+def test_latest_that_is_no_file_is_not_waited_for(trainer: Trainer, step: Path) -> None:
+    (step.parent / "latest").unlink()
+    os.mkfifo(step.parent / "latest")
+    assert load(step.parent, trainer.optimizer, trainer.config).step == 2
+
+
+def test_little_memory_for_what_is_refused(trainer: Trainer, step: Path) -> None:
+    rewrite(step, huge)
+    tracemalloc.start()
+    try:
+        refusal(trainer, step)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_file_with_another_tensor(trainer: Trainer, step: Path) -> None:

@@ -80,5 +80,4 @@ def test_what_a_command_names_are_its_keys(name: str) -> None:
     command = commands()[name]
     known = keys(command.config)
     assert {*command.own, *command.most_used} <= set(known)
-    if command.positional:
-        assert known[command.positional].verbatim  # a folder's name is not Hydra's grammar
+    assert all(known[key].verbatim for key in command.positionals)  # a folder's name is not Hydra's grammar

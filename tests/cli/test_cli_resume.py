@@ -259,11 +259,16 @@ def test_a_damaged_checkpoint_is_passed_over(typed: Typed, whole: Path, tmp_path
     folder = tmp_path / "run"
     assert typed(folder, entry=STOPS)[0] == 85
     (path,) = (folder / "checkpoints" / "step-00000003").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-9])
+    good = path.read_bytes()
+    path.write_bytes(bytes([*good[:-1], good[-1] ^ 1]))
     code, said = typed(folder)
-    assert code == 0 and f"run: {path}: missing, truncated or changed" in said
+    assert code == 0
+    assert f"run: {path}: changed, its SHA-256 is not the one in the manifest; use another checkpoint" in said
+    assert "run: what came after step 2 is moved aside" in said
     assert any(line.startswith("run: goes on from step 2 of 6") for line in said)
     assert rows(folder) == rows(whole) and state(folder) == state(whole)
+    (aside,) = (folder / "before-1" / "checkpoints").iterdir()  # kept, and no checkpoint of the run any more
+    assert aside.name == "step-00000003" and steps(folder / "before-1") == [1, 2, 3]
 
 
 @pytest.mark.more

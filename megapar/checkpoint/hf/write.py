@@ -1,21 +1,22 @@
 """Safetensors files written a tensor at a time, so that none needs the memory of the whole."""
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megapar.checkpoint.format import ITEM, StoredFile
 from megapar.config.errors import UserError
-
-ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes, by what safetensors calls a dtype
 
 
 @contextmanager
@@ -61,10 +62,35 @@ def shards(entries: Iterable[Entry], most: int) -> list[list[Entry]]:
     return found
 
 
-def write_tensors(path: Path, entries: list[Entry], values: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file: values yields every entry's tensor in its dtype, on the CPU, in the same order.
+def index_of(names: Sequence[str], parts: Sequence[Sequence[Entry]]) -> dict[str, Any]:
+    """What `model.safetensors.index.json` says: which file has a tensor."""
+    entries = [entry for part in parts for entry in part]
+    return {
+        "metadata": {
+            "total_size": sum(entry.nbytes for entry in entries),
+            "total_parameters": sum(prod(entry.shape) for entry in entries),
+        },
+        "weight_map": {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part},
+    }
 
-    The format: 8 bytes with the length of a JSON header, the header, then the tensors' bytes. Raises UserError.
+
+def write_tensors(
+    path: Path, entries: list[Entry], values: Iterator[Tensor], metadata: Mapping[str, str]
+) -> StoredFile:
+    """`stream_tensors`. Raises UserError."""
+    try:
+        return stream_tensors(path, entries, values, metadata)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or name another folder") from None
+
+
+def stream_tensors(
+    path: Path, entries: Sequence[Entry], values: Iterable[Tensor], metadata: Mapping[str, str]
+) -> StoredFile:
+    """Write a file and make it durable: values yields every entry's tensor in its dtype, on the CPU, in the same order.
+
+    The format: 8 bytes with the length of a JSON header, the header, then the tensors' bytes. Returns its facts, the
+    hash being that of the bytes in memory. Raises OSError.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
@@ -77,14 +103,20 @@ def write_tensors(path: Path, entries: list[Entry], values: Iterator[Tensor], me
         position += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for entry, value in zip(entries, values, strict=True):
-                assert tuple(value.shape) == entry.shape and value.element_size() == ITEM[entry.dtype], entry
-                file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-                del value  # before the next one is made
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or name another folder") from None
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with open(path, "wb") as file:
+        file.write(head)
+        for entry, value in zip(entries, values, strict=True):
+            assert tuple(value.shape) == entry.shape and value.element_size() == ITEM[entry.dtype], entry
+            data = value.contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), _PIECE):
+                digest.update(data[start : start + _PIECE])
+                file.write(data[start : start + _PIECE])
+            del data, value  # before the next one is made
+        file.flush()
+        os.fsync(file.fileno())
+    return StoredFile(len(head) + position, digest.hexdigest())
+
+
+_PIECE = 1 << 22  # bytes that are hashed and then written: few enough to be in a cache both times

@@ -70,6 +70,8 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     ranks = changed(config, {"checkpoint.load": start.load})
     if start.load is not None:
         ranks = changed(ranks, {"checkpoint.weights": None})
+    if start.partition is not None:
+        ranks = changed(ranks, {"pipeline.partition": start.partition})
     layout = config.parallel.layout
     processes = "1 process" if layout.world == 1 else f"{layout.world} processes"
     say(f"run: {config.run.dir}, layout {layout}, {processes} on {config.train.device}")
@@ -85,7 +87,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         stop_at=None if config.run.time_limit_s is None else call.start + config.run.time_limit_s,
         watchdog_s=config.run.watchdog_s or config.train.timeout.total_seconds(),
         env=rank_environment(config.kernels.backend),
-        schedules=schedules_for(config),
+        schedules=schedules_for(ranks),
     )
 
 

@@ -46,7 +46,7 @@ class Rebalance(Hook):
         del loop.trainer  # its memory, before the next one takes as much
         loop.config = changed(loop.config, {"pipeline.partition": after})
         loop.trainer = Trainer(loop.config, mesh.rank, mesh=mesh)
-        load(saved, loop.trainer.optimizer, loop.config)
+        load(saved, loop.trainer.optimizer, loop.config, sync=loop.trainer.sync)
         for hook in loop.hooks:
             hook.moved()
         if loop.writer is not None:
