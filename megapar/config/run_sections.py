@@ -1,6 +1,7 @@
 """Every key of a run's directory, its state on disk, and what it does when something goes wrong."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megapar.config.keys import option
 
@@ -31,4 +32,10 @@ class RunConfig:
         verbatim=True,
         path=True,
         identity=False,
+    )
+    nonfinite_limit: int = option(
+        20, "steps in a row skipped as gradients were not finite, before on_nonfinite", at_least=1, identity=False
+    )
+    on_nonfinite: Literal["stop", "rollback"] = option(
+        "stop", "then: stop with an error, or go back to the last verified checkpoint", identity=False
     )

@@ -45,7 +45,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         *_graph_lines(summary["cuda_graphs"], config),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {task.loss.text(summary['loss'])} after {summary['steps']} steps"
-        + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
+        + (f", {summary['skipped_steps']} skipped" if summary["skipped_steps"] else ""),
     ]
     if summary["skipped_text"]:
         lines.append(f"data        {skipped_text(summary['skipped_text'])}")
