@@ -39,3 +39,7 @@ class RunConfig:
     on_nonfinite: Literal["stop", "rollback"] = option(
         "stop", "then: stop with an error, or go back to the last verified checkpoint", identity=False
     )
+    spike_z: float = option(
+        0.0, "robust z-score above which a loss or a gradient norm is a spike; 0: none is looked for", at_least=0
+    )
+    on_spike: Literal["log", "skip"] = option("log", "a spike is logged, or the step's update left out on all ranks")

@@ -48,6 +48,11 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
     return rows.view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
+def global_loss(part: float, mesh: Mesh) -> float:
+    """The loss of a step from every rank's part, with the bits that its row will have. Collective."""
+    return totals(gather_figures(local_figures(part, []), mesh))[_COLUMNS.index("loss")]
+
+
 def summarise(figures: Tensor) -> dict[str, Any]:
     """loss, compute_s, idle_s, bubble and exposed_comm_s of a step from all ranks' figures.
 
