@@ -43,3 +43,9 @@ class RunConfig:
         0.0, "robust z-score above which a loss or a gradient norm is a spike; 0: none is looked for", at_least=0
     )
     on_spike: Literal["log", "skip"] = option("log", "a spike is logged, or the step's update left out on all ranks")
+    recheck_every: int = option(
+        0,
+        "steps between those whose gradients are computed twice and compared bit for bit; 0: none",
+        at_least=0,
+        identity=False,
+    )

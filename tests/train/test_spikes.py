@@ -139,7 +139,7 @@ def test_a_run_that_goes_on_judges_as_if_it_had_not_stopped(pool: WorkerPool, to
     pool.run(run_poisoned, 2, changed(config, {"checkpoint.load": str(tmp_path / "checkpoints" / "step-00000014")}))
     kept = ("step", "loss", "grad_norm", "spike", "skipped_steps")
     one, other = ([{key: row.get(key) for key in kept} for row in of] for of in (rows, rows_of(tmp_path)))
-    assert one == other and one[14]["spike"]["skipped"]
+    assert one == other and (one[14]["spike"] or {}).get("skipped")
 
 
 def test_by_default_a_spike_is_only_logged(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
