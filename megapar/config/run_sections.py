@@ -49,3 +49,6 @@ class RunConfig:
         at_least=0,
         identity=False,
     )
+    replicas_every: int = option(
+        0, "steps between comparisons of parameters that several ranks hold; 0: none", at_least=0, identity=False
+    )
