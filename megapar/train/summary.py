@@ -128,6 +128,9 @@ def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
             f"bubble      {summary['bubble']:.1%} of the pipeline phase; the {config.pipeline.schedule} schedule's "
             f"ideal is {summary['bubble_ideal']:.1%}"
         )
+    if slow := summary.get("stragglers"):
+        named = ", ".join(f"rank {rank} in {share:.0%} of steps" for rank, share in slow.items())
+        lines.append(f"slow ranks  {named}")
     if summary["cores_per_rank"] < 1 and config.train.device == "cpu":
         lines.append(
             f"cores       {summary['cores_per_rank']:.2g} per rank: ranks take turns on a core, so times and bubble "

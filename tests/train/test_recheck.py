@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.launch.pool import WorkerPool
-from megapar.parallel.weight_grad import LocalParameter, Submitted, WeightGrads
+from megapar.parallel.weight_grad import LocalParameter
 from megapar.train.loop import Loop
+from megapar.train.trainer import Trainer
 from tests.tiny import GPT2, tiny_config
 
 RANK, STEP = 1, 2
@@ -69,8 +70,14 @@ def run_faulty(rank: int, world_size: int, config: TrainConfig, name: str, kind:
     try:
         if rank != min(RANK, world_size - 1) or not times:
             loop.run()
-        elif kind == "memory":
-            with mock.patch.object(WeightGrads, "_run", flipping(loop, found[0], times)):
+        elif kind == "memory":  # behind the back of what watches operations
+            faulty, plain = Faulty(loop, found[0], "product", times), Trainer.local_gradients
+
+            def local_gradients(*given: Any) -> Any:
+                with faulty:
+                    return plain(*given)
+
+            with mock.patch.object(Trainer, "local_gradients", local_gradients):
                 loop.run()
         else:
             with Faulty(loop, found[0], kind, times):
@@ -78,19 +85,6 @@ def run_faulty(rank: int, world_size: int, config: TrainConfig, name: str, kind:
     except UserError as error:
         return str(error)
     return None
-
-
-def flipping(loop: Watched, parameter: LocalParameter, times: int) -> Any:
-    """A main gradient changes in memory, with no operation."""
-    plain, left = WeightGrads._run, [times]
-
-    def run(self: WeightGrads, submitted: Submitted) -> None:
-        plain(self, submitted)
-        if parameter in submitted.parameters and left[0] and loop.now == STEP:
-            left[0] -= 1
-            flip(parameter.grad, 30)
-
-    return run
 
 
 def figures(folder: Path) -> list[tuple[Any, ...]]:
@@ -141,10 +135,11 @@ def test_a_flipped_bit_is_named_and_outvoted(
 
 
 def test_memory_that_changes_is_named_too(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
-    config = config_of(tokens, tmp_path, "dp2", **{"train.steps": 2})
+    """A product that is right and changes before it is summed over tp: the other rank receives what is wrong."""
+    config = config_of(tokens, tmp_path, "tp2", **{"train.steps": 2, "train.global_batch_size": 4})
     assert run(pool, config, "layers.1.mlp.down.weight", "memory", 1) == [None, None]
     assert notes(tmp_path)[STEP]["ranks"] == [RANK]
-    assert notes(tmp_path)[STEP]["where"].endswith("layers.1.mlp.down.weight")
+    assert notes(tmp_path)[STEP]["where"].startswith("before ")
 
 
 def test_a_bit_that_flips_every_time_ends_the_run(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
