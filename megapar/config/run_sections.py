@@ -52,3 +52,6 @@ class RunConfig:
     replicas_every: int = option(
         0, "steps between comparisons of parameters that several ranks hold; 0: none", at_least=0, identity=False
     )
+    preflight: bool = option(
+        False, "before the first step, test arithmetic, memory, disk, clocks and links of all ranks", identity=False
+    )

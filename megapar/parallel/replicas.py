@@ -1,8 +1,7 @@
 """Are copies equal that must be: what several ranks hold of a parameter, compared by digests of its bits.
 
-Who holds the same follows from the records: a piece is its name, or that of its tie, and its box. So copies over
-data-parallel ranks, parameters and heads that tensor parallelism doesn't divide, and tied weights of several stages are
-one comparison.
+Who holds the same follows from the records: the same name and the same box of it. So copies over data-parallel ranks,
+parameters and heads that tensor parallelism doesn't divide, and tied weights of several stages are one comparison.
 """
 
 import hashlib
@@ -77,7 +76,7 @@ def _odd(digests: dict[int, int]) -> list[int]:
 def _key(held: Held) -> int:
     """int64: the same for copies."""
     record, box = held.piece.record, [(place.start, place.stop) for place in held.piece.shard.box]
-    text = f"{record.name if record.tie is None else 'tied ' + record.tie} {box}"
+    text = f"{record.name} {box}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
