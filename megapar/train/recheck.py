@@ -1,8 +1,8 @@
 """A step's gradients computed twice and compared bit for bit: arithmetic that goes wrong without an error.
 
 Our operations are deterministic, so the same micro-batches give the same bits. While a step is checked every operation
-that torch runs leaves a digest of what it reads and of what it returns: the first difference on a rank says whether it
-computed something else from the same operands, or got something else from a peer that did.
+that torch runs leaves digests of what it returns, and of operands that peers sent: the first difference on a rank says
+whether it computed something else from what it had, or got something else from a peer that did.
 """
 
 import json
@@ -23,22 +23,23 @@ from megapar.parallel.digest import digest
 from megapar.pipeline.stage import Batch
 from megapar.train.trainer import Trainer
 
-COMPUTED, CHANGED, RECEIVED = range(3)  # how a difference came: where it began has the smallest
-_WRITTEN_OVER = {"copy_", "zero_", "fill_"}  # what is in their first operand before is not read
-_SHAPE_ALONE = {"empty_like", "new_empty", "zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full"}
+COMPUTED, RECEIVED = range(2)  # how a difference came: where it began it was computed
 _UNFILLED = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+
+_GIVES = {"allreduce_", "send"}  # operations with peers whose operands hold what this rank gives them
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What torch ran. where: the parameter that it read or wrote, or else the last one before; received: whether each
-    operand came from a peer; reads, returns: of the digests, how many."""
+    """What torch ran. where: the parameter that it read or wrote, or else the last one before; results: how many.
+
+    Its digests are one of all operands that peers sent, then one for each result; what a rank gives to its peers counts
+    as one.
+    """
 
     name: str
     where: str
-    received: tuple[bool, ...]
-    reads: int
-    returns: int
+    results: int
 
 
 class _Parameters:
@@ -62,31 +63,33 @@ class _Parameters:
 class Traced(TorchDispatchMode):
     """Notes every operation that runs inside, with digests."""
 
-    def __init__(self, parameters: _Parameters) -> None:
+    def __init__(self, parameters: _Parameters, device: torch.device) -> None:
         super().__init__()
+        self._nothing = torch.zeros((), dtype=torch.int64, device=device)
         self.operations: list[Operation] = []
         self.digests: list[Tensor] = []
         self._parameters, self._where = parameters, "the first layer"
         self._received: set[int] = set()  # storages that peers write to
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
         name, given = func._overloadpacket.__name__, _tensors((args, kwargs))
+        received = [digest(one) for one in given if _storage(one) in self._received]
         if func.namespace != "aten":
+            self._note(name, received, given if name in _GIVES else [])
             self._received |= set(map(_storage, given))
             return func(*args, **(kwargs or {}))
-        read = [] if name in _SHAPE_ALONE else _tensors(args)[name in _WRITTEN_OVER :]
-        if not func.is_view:
-            self._where = next((found for one in given if (found := self._parameters.name(one))), self._where)
-            self.digests += map(digest, read)
+        self._where = next((found for one in given if (found := self._parameters.name(one))), self._where)
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            made = _tensors(result)
-            self._received -= set(map(_storage, made)) - set(map(_storage, given))
-            returned = [] if name in _UNFILLED else made
-            self.digests += map(digest, returned)
-            received = tuple(_storage(one) in self._received for one in read)
-            self.operations.append(Operation(name, self._where, received, len(read), len(returned)))
+        made = _tensors(result)
+        self._received -= set(map(_storage, made)) - set(map(_storage, given))
+        self._note(name, received, [] if name in _UNFILLED else made)
         return result
+
+    def _note(self, name: str, received: list[Tensor], results: list[Tensor]) -> None:
+        self.digests += [sum(received, self._nothing), *map(digest, results)]
+        self.operations.append(Operation(name, self._where, len(results)))
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -113,22 +116,13 @@ class Computation:
             return None
         at = 0
         for one, two in zip_longest(self.operations, other.operations):
-            if one is None or two is None or _kind(one) != _kind(two):
-                return CHANGED, f"at {(one or two).where}"
-            count = one.reads + one.returns
-            pairs = zip(self.digests[at : at + count], other.digests[at : at + count], strict=True)
-            unequal = [place for place, (mine, theirs) in enumerate(pairs) if mine != theirs]
-            if unequal and unequal[0] >= one.reads:
-                return COMPUTED, f"in {one.name.rstrip('_')} at {one.where}"
-            if unequal:
-                received = any(one.received[place] for place in unequal if place < one.reads)
-                return (RECEIVED if received else CHANGED), f"before {one.name.rstrip('_')} at {one.where}"
-            at += count
-        return CHANGED, f"in the gradient of {names[0]}"
-
-
-def _kind(operation: Operation) -> tuple[str, int, int]:
-    return operation.name, operation.reads, operation.returns
+            if one is None or two is None or (one.name, one.results) != (two.name, two.results):
+                return COMPUTED, f"at {(one or two).where}"
+            mine, theirs = (of.digests[at : at + 1 + one.results] for of in (self, other))
+            if mine[1:] != theirs[1:]:
+                return RECEIVED if mine[0] != theirs[0] else COMPUTED, f"in {one.name.rstrip('_')} at {one.where}"
+            at += len(mine)
+        return COMPUTED, f"in the gradient of {names[0]}"
 
 
 def compute(trainer: Trainer, batches: Sequence[Batch]) -> tuple[list[Tensor], Computation]:
@@ -136,7 +130,7 @@ def compute(trainer: Trainer, batches: Sequence[Batch]) -> tuple[list[Tensor], C
     for gradients in trainer.buffers.grads:
         gradients.zero_()
     trainer.mesh.timeline.forget()
-    with Traced(_Parameters(trainer)) as traced:
+    with Traced(_Parameters(trainer), trainer.mesh.device) as traced:
         losses = trainer.local_gradients(batches)
     parameters = [parameter for bucket in trainer.buffers.buckets for parameter in bucket.offsets]
     last = [digest(torch.stack(losses))] if losses else []
@@ -176,7 +170,7 @@ def fault_between(one: Computation, other: Computation, trainer: Trainer) -> Fau
 def checked_gradients(trainer: Trainer, batches: Sequence[Batch], step: int) -> tuple[list[Tensor], Fault | None]:
     """Losses, with gradients as `Trainer.gradients` makes them; and a fault that a third computation has outvoted.
 
-    Collective. Costs one more forward and backward, passes over all operands of both for their digests, and reductions
+    Collective. Costs one more forward and backward, passes over all results of both for their digests, and reductions
     that wait until all is computed. Raises UserError, on all ranks alike, if no two of three computations agree.
     """
     _, first = compute(trainer, batches)

@@ -139,7 +139,7 @@ def test_memory_that_changes_is_named_too(pool: WorkerPool, tokens: str, tmp_pat
     config = config_of(tokens, tmp_path, "tp2", **{"train.steps": 2, "train.global_batch_size": 4})
     assert run(pool, config, "layers.1.mlp.down.weight", "memory", 1) == [None, None]
     assert notes(tmp_path)[STEP]["ranks"] == [RANK]
-    assert notes(tmp_path)[STEP]["where"].startswith("before ")
+    assert notes(tmp_path)[STEP]["where"].endswith(" at layers.1.mlp.down.weight")
 
 
 def test_a_bit_that_flips_every_time_ends_the_run(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
