@@ -22,6 +22,11 @@ def reduce_scatter_single(into: Tensor, x: Tensor, **options: Any) -> Any:
     return scatter(into, x, **options)
 
 
+def default_store() -> dist.Store:
+    """The store that the ranks of the default group met at; torch has no public name for it."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def launch_config(*, shutdown_timeout: int, signals_to_handle: str, **settings: Any) -> Any:
     """torch elastic's `LaunchConfig`.
 

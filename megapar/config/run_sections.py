@@ -1,6 +1,7 @@
 """Every key of a run's directory, its state on disk, and what it does when something goes wrong."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megapar.config.keys import option
 
@@ -73,4 +74,26 @@ class TrainRunConfig(RunConfig):
         "first steps in which ranks of a host compare their collectives and transfers: name, shape, dtype, order",
         at_least=0,
         identity=False,
+    )
+    nonfinite_limit: int = option(
+        20, "steps in a row skipped as gradients were not finite, before on_nonfinite", at_least=1, identity=False
+    )
+    on_nonfinite: Literal["stop", "rollback"] = option(
+        "stop", "then: stop with an error, or go back to the last verified checkpoint", identity=False
+    )
+    spike_z: float = option(
+        0.0, "robust z-score above which a loss or a gradient norm is a spike; 0: none is looked for", at_least=0
+    )
+    on_spike: Literal["log", "skip"] = option("log", "a spike is logged, or the step's update left out on all ranks")
+    recheck_every: int = option(
+        0,
+        "steps between those whose gradients are computed twice and compared bit for bit; 0: none",
+        at_least=0,
+        identity=False,
+    )
+    replicas_every: int = option(
+        0, "steps between comparisons of parameters that several ranks hold; 0: none", at_least=0, identity=False
+    )
+    preflight: bool = option(
+        False, "before the first step, test arithmetic, memory, disk, clocks and links of all ranks", identity=False
     )

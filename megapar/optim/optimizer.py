@@ -21,14 +21,14 @@ from megapar.update_rules.kind import Group, OptimizerKind, Rule, Run
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: before clipping. skipped: it was not finite, and no rank changed anything."""
+    """grad_norm: before clipping. skipped: it was not finite or the update was left out; no rank changed anything."""
 
     grad_norm: float
     skipped: bool
 
     @classmethod
-    def of(cls, grad_norm: float) -> "StepResult":
-        return cls(grad_norm, not math.isfinite(grad_norm))
+    def of(cls, grad_norm: float, left_out: bool = False) -> "StepResult":
+        return cls(grad_norm, left_out or not math.isfinite(grad_norm))
 
 
 def sum_of_squares(runs: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -157,10 +157,13 @@ class Optimizer:
         """Update the parameters from the owned gradients, which are clipped in place. Collective."""
         return StepResult.of(float(self.start(lr)))
 
-    def start(self, lr: float) -> Tensor:
-        """The same without a wait for the device. Returns the gradient norm, [1] fp64."""
+    def start(self, lr: float, *, leave_out: bool = False) -> Tensor:
+        """The same without a wait for the device. Returns the gradient norm, [1] fp64.
+
+        leave_out: change nothing, as if the norm were not finite; the same on all ranks.
+        """
         norm = self.grad_norm()
-        finite = norm.isfinite()
+        finite = torch.zeros_like(norm, dtype=torch.bool) if leave_out else norm.isfinite()
         if self.config.clip_grad and self.grads:
             least = self.config.clip_grad
             scale = torch.where(finite & (norm > least), least / (norm + 1e-6), 1.0)

@@ -13,7 +13,8 @@ it, and tied ones at the end, by name.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,7 @@ class GradSync:
                 pending.reduction = reduction(compression, axis, matrices, pending.bucket.size, powersgd_rank)
         self._of = {parameter: pending for pending in self._pending for parameter in pending.bucket.offsets}
         self._expected = 0
+        self._held = False
         self._added: Counter[LocalParameter] = Counter()
         self._queue: deque[_Pending] = deque()
         buffers.context.weight_grads.on_added = self._on_added
@@ -87,6 +89,16 @@ class GradSync:
         for pending in self._pending:
             pending.missing, pending.started = len(pending.bucket.offsets), None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, nothing is reduced: main gradients stay sums over this rank's own micro-batches. A `finish` of every
+        stage afterwards makes up for it."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def _on_added(self, parameter: LocalParameter) -> None:
         self._added[parameter] += 1
         expected = self._expected * parameter.uses
@@ -96,7 +108,7 @@ class GradSync:
         if self._added[parameter] < expected:
             return
         self._of[parameter].missing -= 1
-        while self._queue and self._queue[0].missing == 0:
+        while not self._held and self._queue and self._queue[0].missing == 0:
             self._reduce(self._queue.popleft())
 
     def finish(self, stage: int) -> None:
@@ -105,6 +117,9 @@ class GradSync:
         Called for every stage once all computation of the step is done. With `check` raises UserError for a
         parameter that was not used in every micro-batch.
         """
+        if self._held:
+            self.buffers.context.weight_grads.clear_unused(self._of)
+            return
         if self.check:
             self._refuse_missing()
         tied = [pending for pending in self._pending if self._is_tied(pending) and pending.started is None]

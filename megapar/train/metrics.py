@@ -49,6 +49,24 @@ def gather_figures(figures: list[float], mesh: Mesh) -> Tensor:
     return rows.view(*(mesh.layout[name] for name in RANK_ORDER), len(figures))
 
 
+def global_loss(part: float, mesh: Mesh) -> float:
+    """The loss of a step from every rank's part, with the bits that its row will have. Collective."""
+    return totals(gather_figures(local_figures(part, []), mesh))[_COLUMNS.index("loss")]
+
+
+def _columns(figures: Tensor) -> dict[str, Tensor]:
+    return {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
+
+
+def compute_seconds(figures: Tensor) -> Tensor:
+    """[*sizes in RANK_ORDER]: every rank's seconds in F, B, I, W and reduction less the waits for peers in them."""
+    column = _columns(figures)
+    compute = column["busy"]
+    for axis in reversed(INSIDE_STAGES):
+        compute = compute - column[axis]
+    return compute
+
+
 def summarise(figures: Tensor) -> dict[str, Any]:
     """loss, compute_s, idle_s, bubble and exposed_comm_s of a step from all ranks' figures.
 
@@ -60,10 +78,7 @@ def summarise(figures: Tensor) -> dict[str, Any]:
     bubble: share of the pipeline phase in none of F, B, I, W or reduction, mean over ranks. A pipeline's phase lasts
     until its last rank is done, as in the schedule's ideal.
     """
-    column = {name: figures[..., index] for index, name in enumerate(_COLUMNS)}
-    compute = column["busy"]
-    for axis in reversed(INSIDE_STAGES):
-        compute = compute - column[axis]
+    column, compute = _columns(figures), compute_seconds(figures)
     exposed = {axis: float(column[axis].amin(dim).max()) for dim, axis in enumerate(RANK_ORDER)}
     exposed["world"] = float(column["world"].min())
     phase = column["phase"].amax(RANK_ORDER.index("pp"), keepdim=True)

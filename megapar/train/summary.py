@@ -45,7 +45,7 @@ def summary_text(summary: dict[str, Any], config: TrainConfig) -> str:
         *_graph_lines(summary["cuda_graphs"], config),
         f"speed       {summary['tokens_per_s']:,.0f} tokens/s, {1000 * step:.0f} ms per step (median)",
         f"loss        {task.loss.text(summary['loss'])} after {summary['steps']} steps"
-        + (f", {summary['skipped_steps']} skipped as not finite" if summary["skipped_steps"] else ""),
+        + (f", {summary['skipped_steps']} skipped" if summary["skipped_steps"] else ""),
     ]
     if summary["skipped_text"]:
         lines.append(f"data        {skipped_text(summary['skipped_text'])}")
@@ -128,6 +128,9 @@ def _time_lines(summary: dict[str, Any], config: TrainConfig) -> list[str]:
             f"bubble      {summary['bubble']:.1%} of the pipeline phase; the {config.pipeline.schedule} schedule's "
             f"ideal is {summary['bubble_ideal']:.1%}"
         )
+    if slow := summary.get("stragglers"):
+        named = ", ".join(f"rank {rank} in {share:.0%} of steps" for rank, share in slow.items())
+        lines.append(f"slow ranks  {named}")
     if summary["cores_per_rank"] < 1 and config.train.device == "cpu":
         lines.append(
             f"cores       {summary['cores_per_rank']:.2g} per rank: ranks take turns on a core, so times and bubble "

@@ -1,7 +1,7 @@
 """One rank's part of a training run, put together from its configuration, and one optimizer step of it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from megapar.parallel.grad_sync import GradSync
 from megapar.part import BuildStage, ModelPart
 from megapar.pipeline.executor import Executor
 from megapar.pipeline.graphs import Graphs, why_not
+from megapar.pipeline.stage import Batch
 from megapar.schedule.check import check
 from megapar.schedule.lower import forward_only, lower
 from megapar.tasks import task_kind
@@ -63,11 +64,24 @@ class Step:
         return self._figures.spans
 
 
+@dataclass
+class UnderWay:
+    """The step that is being made, or the last one. batches: this rank's micro-batches; loss: this rank's part of the
+    mean, fp64 on the device; leave_out: set before the update, on all ranks alike, to make none."""
+
+    batches: Sequence[Batch]
+    loss: Tensor
+    leave_out: bool = False
+
+
 class Trainer(ModelPart):
     """Adds to a rank's part of the model what trains it: gradient reduction, optimizer, task and schedule.
 
     Every method is collective: all ranks call it alike.
+    compute: makes reduced gradients of a step's micro-batches and returns their losses; a hook may check what it does.
     """
+
+    under_way: UnderWay
 
     def __init__(
         self,
@@ -93,6 +107,7 @@ class Trainer(ModelPart):
         self.executor = Executor(
             self.stages, self.mesh, self.context.weight_grads, self.task.loss, self.sync.finish, self.graphs
         )
+        self.compute: Callable[[Sequence[Batch]], list[Tensor]] = self.gradients
         if self.mesh.device.type == "cuda":
             self.rehearse()
 
@@ -102,23 +117,33 @@ class Trainer(ModelPart):
         for batch in self.task.examples():  # the first writes main gradients, those behind it add to them
             self.executor.rehearse(self.schedule, batch)
 
+    def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Reduced gradients of a step's micro-batches. Returns their losses, see `Executor.run`."""
+        self.sync.start(self.schedule)
+        return self.executor.run(self.schedule, batches)
+
+    def local_gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The same, but main gradients stay sums over this rank's own micro-batches: nothing is reduced."""
+        with self.sync.held():
+            return self.gradients(batches)
+
     def step(self, step: int, on_reduced: Callable[[], None] = lambda: None) -> Step:
         """Optimizer step number 1, 2, ... on_reduced: called with the gradients reduced and not yet clipped."""
         self.mesh.timeline.forget()  # what was waited for between two steps, as for a checkpoint, is none of it
         start = time.perf_counter()
-        self.sync.start(self.schedule)
         with self.mesh.timeline.doing("data", "samples of the step"):
             batches = self.task.batches(step)
-        losses = self.executor.run(self.schedule, batches)
+        losses = self.compute(batches)
         self.context.overlaps.check_peers()
+        under_way = self.under_way = UnderWay(batches, self._part(losses))
         on_reduced()
         said = self.task.step_figures()
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with self.mesh.timeline.span("OPTIMIZER", "optimizer"):
-            norm = self.optimizer.start(lr)
+            norm = self.optimizer.start(lr, leave_out=under_way.leave_out)
         if self.config.parallel.grad_compression != "none" or self.sync.leaves_over:
-            self.sync.keep_if(norm.isfinite())
-        on_host = self._to_host(torch.stack([self._part(losses), norm.squeeze(0)]))
+            self.sync.keep_if(norm.isfinite() & (not under_way.leave_out))
+        on_host = self._to_host(torch.stack([under_way.loss, norm.squeeze(0)]))
         reading = self.mesh.timeline.cut()
         stop = time.perf_counter()
 
@@ -127,7 +152,7 @@ class Trainer(ModelPart):
             loss, grad_norm = on_host.tolist()
             # What has said something has waited for the device, and may have written texts, whose time no reading has.
             seconds = stop - start if said else reading.seconds or stop - start
-            return Figures(loss, StepResult.of(grad_norm), seconds, spans)
+            return Figures(loss, StepResult.of(grad_norm, under_way.leave_out), seconds, spans)
 
         return Step(lr, read, said)
 

@@ -45,6 +45,7 @@ class PolicyGradient(SampledTask):
         self.reference = Reference(config, self.mesh) if config.task.kl else None
         self._step, self._figures = 0, dict[str, float]()
         self._seen: list[Tensor] = []
+        self._microbatches = 0
 
     def arrays(self, split: Split, numbers: np.ndarray, counted: np.ndarray | None) -> dict[str, np.ndarray]:
         """Beside rows of tokens `advantages` and `written` [M, B] (how many were chosen), and, [M, B, S] where labels
@@ -70,7 +71,9 @@ class PolicyGradient(SampledTask):
     def batches(self, step: int) -> list[Batch]:
         """With `reference` [T] fp64 on the last stage, if there is a reference."""
         self._step = step
-        return self._beside_reference(super().batches(step))
+        batches = self._beside_reference(super().batches(step))
+        self._microbatches = len(batches)
+        return batches
 
     def examples(self) -> list[Batch]:
         """Nothing is written and nothing rewarded: drawn tokens behind the prompts, every second one to be likelier."""
@@ -114,7 +117,8 @@ class PolicyGradient(SampledTask):
         """Raises UserError, on all ranks alike, where the model that trains is not the one that wrote."""
         mine = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         if self._seen:
-            gaps, divergences = torch.stack(self._seen).unbind(1)
+            # Of a step that was computed more than once (`run.recheck_every`) the last time.
+            gaps, divergences = torch.stack(self._seen[-self._microbatches :]).unbind(1)
             mine = torch.stack([gaps.max(), divergences.sum() * self.mesh.first_along("weights", None)])
         gaps, divergences = all_gather(mine.unsqueeze(0), self.mesh["world"]).cpu().unbind(1)
         gap, dtype = float(gaps.max()), self.config.train.dtype

@@ -1,13 +1,27 @@
 """What a hook is to the loop."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
 
 from megapar.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
     from megapar.train.trainer import Step
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A step's figures, the same on all ranks. loss: of the global batch; figures: of every rank, see `metrics.py`."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: bool
+    figures: Tensor
 
 
 class Hook:
@@ -37,6 +51,10 @@ class Hook:
 
     def after(self, step: int, done: "Step") -> None:
         """After a step. On a GPU it may be under way yet: to look at its figures waits for its end."""
+
+    def read(self, seen: Seen) -> Mapping[str, Any]:
+        """Once per step, with its figures known, on a GPU while the next step is under way: what it adds to the row."""
+        return {}
 
     def settle(self) -> None:
         """Look at the figures of the steps so far, and do what is left to do with them; see `Loop.settle`."""

@@ -18,14 +18,13 @@ from megapar.pipeline.graphs import why_not
 from megapar.schedule.simulate import simulate
 from megapar.stop import stop_request
 from megapar.tasks import task_kind
-from megapar.train.hooks.hook import Hook
+from megapar.train.hooks.hook import Hook, Seen
 from megapar.train.metrics import any_to_stop, gather_figures, local_figures, rows_before, summarise
 from megapar.train.trainer import Step
 
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
 
-LOOKED_AT = 50  # steps: a run ends if most of them were skipped
 MOST = 1000  # rows that are kept for the summary; metrics.jsonl has them all
 
 
@@ -44,7 +43,6 @@ class Record(Hook):
         self.before_this = 0
         self.last: dict[str, Any] = {}
         self.skipped = loop.start.skipped
-        self._recent_skips: deque[bool] = deque(maxlen=LOOKED_AT)
         self.cores_per_rank = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", loop.trainer.mesh.world_size))
         self.on_gpu = self.late = loop.config.train.device == "cuda"
         self._unread: tuple[int, Step, float | None] | None = None
@@ -81,25 +79,17 @@ class Record(Hook):
         figures = gather_figures(local_figures(done.loss, done.spans, asked), self.loop.trainer.mesh)
         self.loop.stopping = any_to_stop(figures)
         self.skipped += done.result.skipped
-        self._stop_if_diverged(step, done.result.skipped)
+        summary = summarise(figures)
+        seen = Seen(step, summary["loss"], done.result.grad_norm, done.result.skipped, figures)
+        added = {key: value for hook in self.loop.hooks for key, value in hook.read(seen).items()}
         if self.loop.writer is not None:
-            row = self._row(step, done, summarise(figures), done.seconds if seconds is None else seconds)
+            row = self._row(step, done, summary, done.seconds if seconds is None else seconds) | added
             if self.steps == 0:
                 self.first = row
             else:
                 self.recent.append(row)
             self.steps += 1
             self.loop.writer.step(row)
-
-    def _stop_if_diverged(self, step: int, skipped: bool) -> None:
-        """Raise UserError, on every rank alike, if most of the last steps did nothing."""
-        self._recent_skips.append(skipped)
-        if (count := sum(self._recent_skips)) > LOOKED_AT // 2:
-            folder = self.loop.folder / "checkpoints"
-            raise UserError(
-                f"step {step}: {count} of the last {len(self._recent_skips)} steps were skipped, as their gradients "
-                f"were not finite; lower optim.lr, or start from an earlier state: checkpoint.load={folder}/step-..."
-            )
 
     def _row(self, step: int, done: Step, summary: dict[str, Any], seconds: float) -> dict[str, Any]:
         tokens = self.loop.trainer.task.tokens_per_step
