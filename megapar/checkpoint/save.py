@@ -6,7 +6,8 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,7 @@ class Saving:
         self._facts: StoredFile | None = None
         with self._abandoned(), all_or_none(self.world, self.device):
             if self.mesh.rank == 0:
-                begin(folder, self.temporary)
+                begin(folder, self.temporary, self._pass)
         self._part = part = _Part(optimizer, sync)
         dtype = DTYPES[optimizer.buffers.context.wide_dtype]
         kinds = dict.fromkeys(optimizer.state(), dtype)
@@ -125,7 +126,9 @@ class Saving:
             if self._values:
                 path = self.temporary / f"rank-{self.mesh.rank:05d}.safetensors"
                 with writing(path):
-                    self._facts = write_file(path, self._values)
+                    self._pass("begin of a file")
+                    self._facts = write_file(path, self._values, self._pass)
+                    self._pass("end of a file")
         except Exception as error:
             self._problem = error
 
@@ -141,8 +144,13 @@ class Saving:
             parts = [json.loads(text) for text in gather_texts(json.dumps(part), self.world, self.device)]
             with all_or_none(self.world, self.device):
                 if self.mesh.rank == 0:
-                    finish(self.temporary, self.final, self._manifest(parts))
+                    finish(self.temporary, self.final, self._manifest(parts), self._pass)
         return self.final
+
+    def _pass(self, point: str) -> None:
+        """Say where this save is. The board is the main thread's."""
+        if threading.current_thread() is threading.main_thread():
+            self.mesh.timeline.passing("save", point)
 
     @contextmanager
     def _abandoned(self) -> Iterator[None]:
@@ -175,10 +183,20 @@ def save(
     return saving.finish()
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Write tensors of any device to a file, one after the other. Raises OSError."""
+def _nothing(point: str) -> None:
+    pass
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], at: Callable[[str], None] = _nothing) -> StoredFile:
+    """Write tensors of any device to a file, one after the other. at: told where it is. Raises OSError."""
+
+    def values() -> Iterator[Tensor]:
+        for tensor in tensors.values():
+            at("tensor of a file")
+            yield tensor.detach().cpu()
+
     entries = [Entry(name, tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in tensors.items()]
-    return stream_tensors(path, entries, (tensor.detach().cpu() for tensor in tensors.values()), {})
+    return stream_tensors(path, entries, values(), {})
 
 
 def keep_newest(folder: Path, count: int) -> list[str]:
@@ -208,9 +226,10 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def begin(folder: Path, temporary: Path) -> None:
+def begin(folder: Path, temporary: Path, at: Callable[[str], None] = _nothing) -> None:
     """Sweep what crashes have left behind and make the folder to write to."""
     with writing(temporary):
+        at("sweep")
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f"step-*{UNFINISHED}*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -292,15 +311,18 @@ def environment() -> dict[str, str]:
     return {"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def finish(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest, give the folder its final name, point `latest` to it: each durable before the next."""
+def finish(temporary: Path, final: Path, manifest: Manifest, at: Callable[[str], None] = _nothing) -> None:
+    """Write the manifest, give the folder its final name, point `latest` to it: each durable before the next. at: told
+    where it is."""
     for name, facts in manifest.files.items():
         path = temporary / name
         if not path.exists() or path.stat().st_size != facts.size:
             raise UserError(f"{path}: written by another rank but not seen by rank 0; use a folder all machines share")
     with writing(temporary):
+        at("manifest")
         _write(temporary / MANIFEST, manifest_text(manifest))
         _sync(temporary)
+        at("rename")
         if final.exists():  # of a run that went this way before: step aside, and away with it
             former = temporary.with_name(f"{temporary.name}-former")
             os.rename(final, former)
@@ -310,6 +332,7 @@ def finish(temporary: Path, final: Path, manifest: Manifest) -> None:
             os.rename(temporary, final)
         _sync(final.parent)
     with writing(final.parent / LATEST):
+        at("latest")
         pointer = final.parent / f"{LATEST}{UNFINISHED}{temporary.name[-8:]}"
         _write(pointer, final.name + "\n")
         os.replace(pointer, final.parent / LATEST)

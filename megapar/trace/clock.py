@@ -72,6 +72,10 @@ class Timeline:
         yield
         self._board.leave(depth)
 
+    def passing(self, kind: str, name: str) -> None:
+        """A point of an operation, for listeners; on the board for as long as they take."""
+        self._board.leave(self._begin(kind, name, "", False))
+
     def _begin(self, kind: str, name: str, where: str, waiting: bool) -> int:
         depth = self._board.enter(name + where, waiting)
         for listen in self.listeners:

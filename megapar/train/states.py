@@ -93,5 +93,6 @@ class Saver:
             self.writer.sync()
         saving.finish()
         if self.writer is not None and keep:
+            saving.mesh.timeline.passing("save", "removal")
             for problem in keep_newest(self.folder, keep):
                 self.writer.say(problem)

@@ -38,10 +38,10 @@ class SlowWriter:
         self.plain, self.go = MODULE.write_file, threading.Event()
         self.began: list[str] = []
 
-    def __call__(self, path: Path, tensors: Any) -> Any:
+    def __call__(self, path: Path, tensors: Any, at: Any) -> Any:
         self.began.append(path.parent.name.partition(".")[0])
         assert self.go.wait(HANG_S)
-        return self.plain(path, tensors)
+        return self.plain(path, tensors, at)
 
 
 @contextmanager
@@ -167,11 +167,11 @@ def a_disk_fills(rank: int, world_size: int, config: TrainConfig, step: int) -> 
     """The line with which a run ends where rank 1 can't write the checkpoint of a step."""
     plain, look = MODULE.write_file, Saver.look
 
-    def write_file(path: Path, tensors: Any) -> Any:
+    def write_file(path: Path, tensors: Any, at: Any) -> Any:
         if rank == 1 and path.parent.name.startswith(f"step-{step:08d}"):
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        return plain(path, tensors)
+        return plain(path, tensors, at)
 
     def looks_late(saver: Saver) -> None:
         if saver._under_way is not None:
