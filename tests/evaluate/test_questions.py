@@ -61,7 +61,9 @@ def test_match(layout: str, pool: WorkerPool, taught: Path, tmp_path: Path) -> N
     assert found["exact_match"] == 0.5
 
 
-@pytest.mark.parametrize("template", [hf.CHATML, ALPACA], ids=["ChatML", "Alpaca"])
+@pytest.mark.parametrize(
+    "template", [pytest.param(hf.CHATML, marks=pytest.mark.slow), ALPACA], ids=["ChatML", "Alpaca"]
+)
 def test_match_of_conversations(template: str, pool: WorkerPool, tmp_path: Path) -> None:
     """After what a tuned model was taught, by a template that ends answers with a control token or with none; it ends
     its answers itself."""

@@ -27,6 +27,7 @@ def rehearsal(accept: Accept, notes: Path) -> Outcome:
     return accept("--seconds", "900", MEGAPAR_STATEMENTS=str(notes))
 
 
+@pytest.mark.slow
 def test_every_section_runs_and_nothing_is_wrong(rehearsal: Outcome) -> None:
     sections, broken = find()
     assert not broken
@@ -34,6 +35,7 @@ def test_every_section_runs_and_nothing_is_wrong(rehearsal: Outcome) -> None:
     assert {row["section"] for row in rehearsal.rows} == {*sections, "accept"}
 
 
+@pytest.mark.slow
 def test_rows_have_one_shape(rehearsal: Outcome) -> None:
     for row in rehearsal.rows:
         keys = sorted([*KEYS, "reason"] if row["kind"] == "skipped" else KEYS)
@@ -42,6 +44,7 @@ def test_rows_have_one_shape(rehearsal: Outcome) -> None:
         assert row["device"] == "cpu" and {"torch", "triton", "python", "megapar"} == set(row["versions"])
 
 
+@pytest.mark.slow
 def test_no_figure_of_a_cpu_is_a_time(rehearsal: Outcome) -> None:
     assert {row["kind"] for row in rehearsal.rows} == {"rehearsed", "static", "skipped"}
     assert all(row["floor_met"] is None for row in rehearsal.rows)
@@ -49,6 +52,7 @@ def test_no_figure_of_a_cpu_is_a_time(rehearsal: Outcome) -> None:
     assert len(timed) > 50 and all(row["value"] is None for row in timed)
 
 
+@pytest.mark.slow
 def test_every_statement_runs_or_says_why_not(rehearsal: Outcome, notes: Path) -> None:
     share, silent, wrong = report(notes)
     assert silent == [], "reached by no rehearsal: say `# card-only`, or rehearse them"
@@ -57,6 +61,7 @@ def test_every_statement_runs_or_says_why_not(rehearsal: Outcome, notes: Path) -
     assert share >= 0.95
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_run_are_kept(rehearsal: Outcome) -> None:
     [earlier] = rehearsal.folder.glob("accept-*.json")
     assert json.loads(earlier.read_text()) == EARLIER
@@ -69,6 +74,7 @@ def test_seconds_that_are_none(seconds: str, accept: Accept) -> None:
     assert outcome.rows == EARLIER
 
 
+@pytest.mark.slow
 def test_what_is_skipped(rehearsal: Outcome) -> None:
     reasons = {row["section"] for row in rehearsal.rows if row["kind"] == "skipped"}
     assert reasons <= {"sanitizer", "times", "llama"}

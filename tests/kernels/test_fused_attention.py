@@ -106,7 +106,7 @@ def by_parts(qkv: Tensor, heads: int, kv_heads: int, length: int, table: Any, st
 # ------------------------------------------------------------------------------------------------- the torch form
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_torch_form_is_the_definition(recompute: bool) -> None:
     """Angles by complex numbers, softmax written out, in fp64; gradients against differences of values."""
     torch.manual_seed(0)

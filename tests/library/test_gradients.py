@@ -70,7 +70,14 @@ def test_logits_and_gradients_are_the_references(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("loop", ["none", "zeros", "after the forward", "accumulate", "clip"])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("none", "zeros", "after the forward")),
+        "accumulate",
+        "clip",
+    ],
+)
 def test_five_steps_of_torchs_adamw(style: str, loop: str) -> None:
     model = ours(style)
     other = plain(model)

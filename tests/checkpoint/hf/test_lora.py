@@ -43,7 +43,14 @@ def tuned(name: str, folder: Path, tokens: str, base: str, **values: Any) -> tup
     return folder / "run", ids, found.view(2, 16, -1)
 
 
-@pytest.mark.parametrize(("name", "base"), [("llama", "imported"), ("qwen3", "source"), ("gpt2", "imported")])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("llama", "imported"),
+        pytest.param("qwen3", "source", marks=pytest.mark.slow),
+        pytest.param("gpt2", "imported", marks=pytest.mark.slow),
+    ],
+)
 def test_merged(name: str, base: str, tmp_path: Path, tokens: str) -> None:
     """fp32: 1e-5 of the largest logit, as for every family."""
     run, ids, expected = tuned(name, tmp_path, tokens, base, **({"train.seq_length": 64} if name == "gpt2" else {}))

@@ -54,7 +54,10 @@ def many_epochs(rank: int, ranks: int, forms: list[str], epochs: int, seed: int)
     return wrong
 
 
-@pytest.mark.parametrize("world_size, epochs", [(2, 200), pytest.param(3, 60, marks=pytest.mark.more)])
+@pytest.mark.parametrize(
+    "world_size, epochs",
+    [(2, 50), pytest.param(3, 60, marks=pytest.mark.more), pytest.param(2, 200, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_many_epochs_with_random_delays(channel: str, world_size: int, epochs: int, ranks: WorkerPool) -> None:
     found = ranks.run(many_epochs, world_size, CHANNELS[channel], epochs, world_size)

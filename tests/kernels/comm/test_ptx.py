@@ -102,6 +102,7 @@ def complaints(kernel: str, text: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, name", LAUNCHES)
 def test_order_of_memory(target: str, name: str, texts: dict[tuple[str, str], str]) -> None:
     """And as many bits of each store as a thread can store at once: rows are multiples of 16 bytes here."""
@@ -114,6 +115,7 @@ def test_order_of_memory(target: str, name: str, texts: dict[tuple[str, str], st
     assert "ld.global.sys.acquire.b64" in opcodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, name", FUSED)
 def test_loop_over_k_is_that_of_the_plain_matmul(target: str, name: str, texts: dict[tuple[str, str], str]) -> None:
     """Nothing is polled or told in it, and it has no more of anything than the plain one, of which the loop over tiles
@@ -159,6 +161,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name: str, compiler: ProcessPoolExecutor) -> None:
     launch_name, edit, shows = MUTANTS[name]
@@ -167,6 +170,7 @@ def test_mutants(name: str, compiler: ProcessPoolExecutor) -> None:
     assert any(shows in complaint for complaint in complaints(launch.kernel.fn.__name__, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reduce_to_all", "collect", "gathered_product_1792", "push_to_all"])
 def test_no_barrier_after_a_poll(name: str, texts: dict[tuple[str, str], str]) -> None:
     """Triton itself puts it there, so only the code can be without."""
