@@ -54,6 +54,7 @@ COMMAND = Command(
     name="status",
     config=StatusConfig,
     run=run,
+    order=2,
     about="what each rank of a run is doing now, and for how long",
     examples=[
         ("megapar status runs/RUN", "a line per rank: process, step, operation"),
