@@ -20,6 +20,9 @@ test-slow: $(STAMP)  ## what takes longer, and all that judges wall-clock time
 gpu:  ## acceptance on one GPU, eight minutes, no network; a rehearsal without a GPU
 	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) experiments/gpu/accept.py --out runs/gpu
 
+chaos: $(STAMP)  ## ten minutes of faults at random times, then a clean run beside it; the table goes into docs/reliability.md
+	$(VENV)/bin/python -m tests.faults.chaos --write docs/reliability.md
+
 # Formatter, linter, type checker, and the floors of docs/architecture.md.
 check: $(STAMP)  ## formatter, linter, type checker, floors
 	$(VENV)/bin/ruff format --check
@@ -42,4 +45,4 @@ $(STAMP): setup.py constraints.txt
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
 
-.PHONY: help demo test test-more test-slow gpu check replay replay-kernels
+.PHONY: help demo test test-more test-slow gpu chaos check replay replay-kernels

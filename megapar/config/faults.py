@@ -28,6 +28,7 @@ KINDS = {
     "hang": "the rank sleeps, and its threads run",
     "gil": "the rank sleeps, and nothing of Python runs in it",
     "delay": "the rank sleeps for `seconds`",
+    "ask": "the rank asks all to stop, as a signal to it would",
     "desync": "a collective that no other rank takes part in",
     "disk_full": "a file can't be written",
     "nan": "a gradient that is not a number",

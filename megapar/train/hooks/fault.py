@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megapar.config.faults import PHASES, Fault, faults
 from megapar.config.schema import TrainConfig
 from megapar.parallel.collectives import all_reduce
+from megapar.stop import stop_request
 from megapar.train.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -100,6 +101,9 @@ class FaultInjector(Hook):
 
     def _delay(self, fault: Fault) -> None:
         time.sleep(fault.seconds)
+
+    def _ask(self, fault: Fault) -> None:
+        stop_request().here.set()
 
     def _desync(self, fault: Fault) -> None:
         mesh = self.loop.trainer.mesh
