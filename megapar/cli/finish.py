@@ -1,6 +1,8 @@
 """From a composed configuration to one that ranks can read, before a process is started: for `train` and `verify`."""
 
 import os
+import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megapar.cli.output import refuse_bad_out, say
@@ -15,6 +17,24 @@ from megapar.kernels import INTERPRET
 from megapar.launch.machine import memory_bytes, num_gpus
 
 T = TypeVar("T", TrainConfig, VerifyConfig)
+
+
+def slots(config: TrainConfig) -> int | None:
+    """How many ranks of an elastic run may be there, by `run.slots_file`. Raises ConfigError."""
+    path = config.run.slots_file
+    if path is None:
+        return None
+    if not config.run.elastic:
+        raise ConfigError("run.slots_file", path, "has no effect here; it is used only with run.elastic=true")
+    try:
+        for _ in range(10):
+            if (text := Path(path).read_text(encoding="ascii")).strip():
+                break
+            time.sleep(0.05)  # somebody writes it
+        return int(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a whole number"
+        raise ConfigError("run.slots_file", path, f"{reason}; write how many ranks may run into it") from None
 
 
 def finish(config: T, world_size: int | None = None) -> T:
@@ -47,7 +67,7 @@ def finish(config: T, world_size: int | None = None) -> T:
         find_reward(config.reward)
     sizes: dict[str, Any] = {name: getattr(prepared, name) for name in ("vocab_size", "max_token", "classes")}
     sizes["media"] = prepared.media and prepared.media(config.model)
-    config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size)
+    config = resolve(config, **sizes, num_gpus=gpus, world_size=world_size, slots=slots(config))
     check(config, num_gpus=gpus, world_size=world_size)
     if config.task.sample_tokens and prepared.tokenizer_path is None:
         problem = "these token files came without a tokenizer, so nothing can be written; use 0"
@@ -138,7 +158,7 @@ def check_early(config: T, gpus: int, world_size: int | None = None) -> T:
     alone = in_one_process(config, gpus)
     if alone.train.device == "cpu":
         refuse_too_large(alone, share)  # before layouts are tried, each of which takes a look at every layer
-    draft = resolve(config, num_gpus=gpus, world_size=world_size)
+    draft = resolve(config, num_gpus=gpus, world_size=world_size, slots=slots(config))
     refuse_too_large(draft, share)
     check(draft, num_gpus=gpus, world_size=world_size)
     if config.model.module is not None:

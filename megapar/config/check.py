@@ -45,6 +45,7 @@ def check(config: TrainConfig, *, num_gpus: int = 0, world_size: int | None = No
     if task:
         check_task(config)
     check_machine(config, num_gpus=num_gpus, world_size=world_size)
+    faults(config.fault.plan, None if config.run.elastic else config.parallel.layout.world)
     if isinstance(config, VerifyConfig):
         check_verify(config, num_gpus=num_gpus)
 
@@ -86,7 +87,6 @@ def check_layout(config: TrainConfig) -> None:
             raise ConfigError("parallel.powersgd_rank", parallel.powersgd_rank, "use 1 or more")
     check_schedule(config)
     stage_parts(config)
-    faults(config.fault.plan, layout.world)
 
 
 _CUT = ("heads", "ffn")  # sizes of a stack that tp divides

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from math import prod
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ def resolve(
     media: Mapping[str, int] | None = None,
     num_gpus: int = 0,
     world_size: int | None = None,
+    slots: int | None = None,
 ) -> T:
     """`config` with every derived None filled in; resolving a resolved config changes nothing.
 
@@ -45,6 +47,7 @@ def resolve(
     media: tokens per sample that encoders of media read, about, by stack; None where that is unknown
     num_gpus: GPUs visible on this machine
     world_size: ranks that torchrun or srun has started; None if we start them
+    slots: ranks that may run, of an elastic run; None: as many as there are GPUs, or as the layout has
 
     Raises ConfigError where nothing can be derived. Call `check` afterwards.
     """
@@ -71,8 +74,37 @@ def resolve(
     gpus = num_gpus if config.train.device == "cuda" else 0
     ranks = world_size or config.devices or gpus or 1
     if config.parallel.auto:
-        return with_layout(config, _auto(config, ranks))
-    return _derive_sizes(config, ranks)
+        config = with_layout(config, _auto(config, ranks))
+    config = _derive_sizes(config, ranks)
+    if config.run.elastic and world_size is None:
+        layout = elastic_layout(config, slots or gpus or config.parallel.layout.world)
+        return with_layout(changed(config, {"devices": None}), layout)
+    return config
+
+
+def elastic_layout(config: TrainConfig, slots: int) -> Layout:
+    """The best layout of at most `slots` ranks for a resolved config: its own if that fits, else the one of most ranks
+    (and no more than its own) that holds no more of the model on a rank; of these the most alike. If there is none of
+    these, one that holds more. Samples and global batch stay. Raises ConfigError where no rank may run.
+    """
+    wanted = config.parallel.layout
+    if slots < 1:
+        raise ConfigError("run.slots_file", config.run.slots_file, f"leaves {slots} ranks; give 1 or more")
+    if wanted.world <= slots:
+        return wanted
+    for divided in (_model_parts(wanted), 1):
+        for ranks in range(slots, 0, -1):
+            there = [layout for layout in layouts_of(ranks) if _model_parts(layout) >= divided]
+            if fitting := [layout for layout in there if why_not(config, layout) is None]:
+                return max(
+                    fitting, key=lambda layout: tuple(layout[name] == wanted[name] for name in ("tp", "pp", "dp"))
+                )
+    raise ConfigError("run.elastic", True, f"no layout of {slots} ranks or fewer divides this model and batch")
+
+
+def _model_parts(layout: Layout) -> int:
+    """Among how many ranks a copy of the model is divided."""
+    return prod(size for name, size in layout.items() if AXES[name].splits not in ("samples", "tokens", None))
 
 
 def in_one_process(config: T, num_gpus: int = 0) -> T:

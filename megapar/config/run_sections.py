@@ -63,6 +63,18 @@ class TrainRunConfig(RunConfig):
         at_least=0,
         identity=False,
     )
+    elastic: bool = option(
+        False,
+        "run in the best layout for the ranks that there are; go on in another when slots_file changes",
+        identity=False,
+    )
+    slots_file: str | None = option(
+        None,
+        "elastic: file with a number, how many ranks may run; default: as many as the layout has, or GPUs",
+        verbatim=True,
+        path=True,
+        identity=False,
+    )
     watchdog_s: float | None = option(
         None,
         "seconds after which an operation is stuck: who waits for whom is said, and the run ends; default: timeout_s",

@@ -18,5 +18,9 @@ class Stopped(KeyboardInterrupt):
     """The ranks have stopped as they were asked to, and saved their state."""
 
 
+class GoingOn(Stopped):
+    """They have stopped so that the run goes on in another layout."""
+
+
 def exit_code(interruption: KeyboardInterrupt) -> int:
     return STOPPED if isinstance(interruption, Stopped) else 130

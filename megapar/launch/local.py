@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
@@ -21,7 +21,7 @@ from typing import Any
 from megapar.config.errors import UserError
 from megapar.console import TYPED
 from megapar.kernels import INTERPRET
-from megapar.launch.failure import RankFailure, Stopped
+from megapar.launch.failure import GoingOn, RankFailure, Stopped
 from megapar.launch.machine import out_of_memory_kills, threads_per_rank
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 from megapar.launch.signals import ENDING, Signals, kept
@@ -46,10 +46,12 @@ def start_fork_server(ranks: int = 1) -> None:
         forkserver.ensure_running()
 
 
-def launch(job: Job, quiet: bool = False) -> None:
+def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | None = None) -> None:
     """Run a job's ranks on this machine and wait for their end.
 
     quiet: nothing of the ranks on the terminal, as when several runs share it
+    changed: looked at from time to time: what has changed so that the ranks are to stop, and a job for more or fewer to
+        be launched (GoingOn)
 
     Raises UserError for what a user can mend, RankFailure when a rank failed or hung (all others are ended then),
     Stopped when the ranks have stopped and saved as asked, KeyboardInterrupt when Ctrl-C ended them, SystemExit for
@@ -79,7 +81,7 @@ def launch(job: Job, quiet: bool = False) -> None:
         ExitStack() as stack,
     ):
         request = StopRequest(Path(scratch))
-        signals = Signals(request, job.stopping, job.grace_s)
+        signals = Signals(request, job.stopping, job.grace_s, changed)
         if job.typed:
             os.mkfifo(Path(scratch) / TYPED)
             threading.Thread(target=_pass_on, args=(Path(scratch) / TYPED,), daemon=True).start()
@@ -110,7 +112,7 @@ def launch(job: Job, quiet: bool = False) -> None:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + by.value) from None
         if request.answered():
-            raise Stopped
+            raise GoingOn if signals.going_on else Stopped
 
 
 def _settings(job: Job, scratch: str, start_method: str) -> Any:

@@ -3,25 +3,36 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from megapar.launch.failure import RankFailure
+from megapar.launch.failure import GoingOn, RankFailure
 from megapar.launch.local import launch
 from megapar.launch.rank import Job
 from megapar.launch.rundir import RESTARTS
 
 
 def launch_until_done(
-    job: Job, restarts: int, again: Callable[[str], Job | None], say: Callable[[str], None], quiet: bool = False
+    job: Job,
+    restarts: int,
+    again: Callable[[str], Job | None],
+    say: Callable[[str], None],
+    quiet: bool = False,
+    changed: Callable[[int], str | None] | None = None,
 ) -> None:
     """`launch`, up to `restarts` times more where a rank fails. What a user must mend is raised at once.
 
     again: the job that goes on in a run directory, which is held; None: the run is done. May raise UserError.
+    changed: of an elastic run: what has changed so that another layout than this one of so many ranks is better
     """
-    for number in range(1, restarts + 2):
+    following: Job | None = job
+    number = 0
+    while following is not None:
+        job = following
         try:
-            return launch(job, quiet)
+            return launch(job, quiet, None if changed is None else partial(changed, job.ranks))
         except RankFailure as failure:
+            number += 1
             if number > restarts:
                 raise
             say(str(failure))
@@ -29,8 +40,7 @@ def launch_until_done(
             event = {"time": time.time(), "restart": number, "failure": failure.line}
             with open(Path(job.folder) / RESTARTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
+        except GoingOn:
+            pass
         following = again(job.folder)
-        if following is None:
-            return None
-        job = following
     return None

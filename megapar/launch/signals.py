@@ -11,21 +11,23 @@ from megapar.stop import StopRequest, in_time
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch elastic ends the ranks at these
 STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
-
-
-LISTENS_S = 0.1  # between two looks whether the ranks listen by now
+LOOK_S = 0.2  # between two looks whether the ranks listen by now, and whether the slots have changed
 
 
 class Signals:
     """The launcher's handlers of STOPPING while ranks run.
 
     grace_s: seconds after a request to stop, after which the ranks are ended; None: Ctrl-C alone asks, and has no end
-    said: printed at a request. ended_by: the signal that ended the ranks, if one did
+    said: printed at a request. changed: looked at every LOOK_S: what has changed so that the ranks are to stop and go
+    on; None: nothing. ended_by: the signal that ended the ranks, if one did. going_on: `changed` asked them to stop
     """
 
-    def __init__(self, request: StopRequest, said: str, grace_s: float | None) -> None:
-        self.request, self.grace_s, self.said = request, grace_s, said
+    def __init__(
+        self, request: StopRequest, said: str, grace_s: float | None, changed: Callable[[], str | None] | None = None
+    ) -> None:
+        self.request, self.grace_s, self.said, self.changed = request, grace_s, said, changed
         self.ended_by: signal.Signals | None = None
+        self.going_on = self._over = False
         self.taken: list[signal.Signals] = []
         self._timers: list[threading.Timer] = []
 
@@ -35,6 +37,8 @@ class Signals:
         started with ignored. stop_in: seconds after which the ranks are asked to stop without a signal."""
         if stop_in is not None:
             self._after(stop_in, self._time_is_over)
+        if self.changed is not None:
+            self._after(LOOK_S, self._look)
         if threading.current_thread() is threading.main_thread():
             ours = STOPPING if self.grace_s is not None else (signal.SIGINT,)
             self.taken = [one for one in ours if signal.getsignal(one) != signal.SIG_IGN]
@@ -43,6 +47,7 @@ class Signals:
         try:
             yield
         finally:
+            self._over = True
             for timer in self._timers:
                 timer.cancel()
 
@@ -54,23 +59,33 @@ class Signals:
             self.ended_by = signal.Signals(number)
             # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
             raise SignalException("ended", signal.SIGTERM)
-        self._asked(signal.Signals(number))
+        by = signal.Signals(number)
+        self._asked("" if by == signal.SIGINT else f"{by.name}: ", by)
 
-    def _asked(self, by: signal.Signals | None) -> None:
-        why = "" if by == signal.SIGINT else f"{by.name}: " if by else "run.time_limit_s: "
+    def _asked(self, why: str, by: signal.Signals = signal.SIGTERM) -> None:
         with suppress(OSError):  # print is not reentrant
             os.write(2, f"{why}{self.said}".encode())
         if self.grace_s is not None:
-            self._after(self.grace_s, lambda: os.kill(os.getpid(), by or signal.SIGTERM))
+            self._after(self.grace_s, lambda: os.kill(os.getpid(), by))
 
     def _time_is_over(self) -> None:
         if self.request.ask():
-            self._asked(None)
+            self._asked("run.time_limit_s: ")
         elif not self.request.asked():  # nobody listens yet: a run stops behind its first step
-            self._after(LISTENS_S, self._time_is_over)
+            self._after(LOOK_S, self._time_is_over)
+
+    def _look(self) -> None:
+        assert self.changed is not None
+        why = self.changed()
+        if why is not None and self.request.ask():
+            self.going_on = True
+            self._asked(f"{why}: ")
+        elif not self.request.asked():
+            self._after(LOOK_S, self._look)
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
-        self._timers.append(in_time(seconds, then))
+        if not self._over:
+            self._timers.append(in_time(seconds, then))
 
 
 @contextmanager

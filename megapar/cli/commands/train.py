@@ -1,7 +1,7 @@
 """`megapar train`: train a model."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ def run(config: TrainConfig, call: Call) -> int:
         job = plan(config, call, claims)
         if job is not None:
             with saying_how_to_go_on(job, call.overrides):
-                launch_until_done(job, config.run.max_restarts, partial(going_on, config, call), say)
+                again = partial(going_on, config, call)
+                launch_until_done(job, config.run.max_restarts, again, say, changed=slots_changed(config))
             draw(job)
     return 0
 
@@ -38,6 +39,27 @@ def going_on(config: TrainConfig, call: Call, folder: str) -> "Job | None":
     from megapar.config.keys import changed
 
     return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None)
+
+
+def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
+    """What tells an elastic run of so many ranks why it had better go on with more or fewer, or None if it had not."""
+    from megapar.cli.finish import check_early, slots
+    from megapar.launch.machine import num_gpus
+
+    if config.run.slots_file is None:
+        return None
+    better: dict[int | None, int] = {}  # ranks by slots
+
+    def changed(ranks: int) -> str | None:
+        try:
+            count = slots(config)
+            if count not in better:
+                better[count] = check_early(config, num_gpus()).parallel.layout.world
+        except UserError:  # half written, or a number for which there is no layout: it may be another soon
+            return None
+        return None if better[count] == ranks else f"run.slots_file: {count} ranks may run"
+
+    return changed
 
 
 def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job | None":

@@ -40,7 +40,7 @@ class FaultInjector(Hook):
     def __init__(self, loop: "Loop") -> None:
         super().__init__(loop)
         mesh = loop.trainer.mesh
-        planned = list(enumerate(faults(loop.config.fault.plan, mesh.world_size)))
+        planned = list(enumerate(faults(loop.config.fault.plan)))
         self._mine = [(index, fault) for index, fault in planned if fault.rank == mesh.rank]
         self._struck = loop.folder / ".faults"
         self._struck.mkdir(exist_ok=True)
