@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megapar.launch.failure import GoingOn, RankFailure
 from megapar.launch.local import launch
@@ -26,21 +27,22 @@ def launch_until_done(
     changed: of an elastic run: what has changed so that another layout than this one of so many ranks is better
     """
     following: Job | None = job
-    number = 0
+    events: list[dict[str, Any]] = []
     while following is not None:
         job = following
         try:
             return launch(job, quiet, None if changed is None else partial(changed, job.ranks))
         except RankFailure as failure:
-            number += 1
-            if number > restarts:
+            if len(events) == restarts:
                 raise
+            events.append({"time": time.time(), "restart": len(events) + 1, "failure": failure.line})
             say(str(failure))
-            say(f"run: restart {number} of {restarts}")
-            event = {"time": time.time(), "restart": number, "failure": failure.line}
-            with open(Path(job.folder) / RESTARTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            say(f"run: restart {len(events)} of {restarts}")
+            try:
+                following = again(job.folder)  # where there is no checkpoint yet, that clears the directory
+            finally:
+                with open(Path(job.folder) / RESTARTS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(events[-1]) + "\n")
         except GoingOn:
-            pass
-        following = again(job.folder)
+            following = again(job.folder)
     return None

@@ -157,6 +157,7 @@ def command_line(overrides: list[str], folder: str, *options: str) -> str:
 def draw(job: "Job") -> None:
     """Draw the picture of a finished run, and say where it is."""
     from megapar.cli.output import show
+    from megapar.launch.rundir import RESTARTS
     from megapar.report.picture import draw as draw_run
 
     folder = Path(job.folder)
@@ -167,6 +168,9 @@ def draw(job: "Job") -> None:
         return
     if path is not None:
         show(f"picture     {path}")
+    if (folder / RESTARTS).exists():
+        failures = len((folder / RESTARTS).read_text(encoding="utf-8").splitlines())
+        show(f"restarts    {failures}, see {folder / RESTARTS}")
     if (folder / "trace.json").exists():
         costs = "; its costs in costs.json" if (folder / "costs.json").exists() else ""
         show(f"trace       {folder / 'trace.json'}, for ui.perfetto.dev or chrome://tracing{costs}")
