@@ -17,6 +17,10 @@ class CheckpointConfig:
     async_save: bool = option(
         False, "train on while a checkpoint is written, from a copy of the state in the host's memory", identity=False
     )
+    replicate: bool = option(
+        False, "also keep the state in shared memory, which restarts go on from without a disk", identity=False
+    )
+    replicate_every: int = option(1, "steps between such copies", at_least=1, identity=False)
     keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
     load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
     weights: str | None = option(

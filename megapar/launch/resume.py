@@ -50,8 +50,11 @@ class Start:
     partition: list[int] | None = None
 
 
-def decide(config: TrainConfig) -> Start:
-    """How a finished config starts. Only reads. Raises UserError where it can't."""
+def decide(config: TrainConfig, copies: Path | None = None) -> Start:
+    """How a finished config starts. Only reads. Raises UserError where it can't.
+
+    copies: folder of the run's copies in memory, which count if they have done more steps than what is on disk
+    """
     folder = None if config.run.dir is None else Path(config.run.dir)
     if folder is None or not _holds_run(folder):
         return _from_origin("new", config)
@@ -63,7 +66,7 @@ def decide(config: TrainConfig) -> Start:
                 raise ConfigError(f"checkpoint.{name}", path, problem)
         return _from_origin("aside", config)
     saved = _saved(folder)
-    state, damaged = _newest(folder)
+    state, damaged = _newest(folder, copies)
     asked = config.checkpoint.load
     if is_own(folder, asked) and (saved is None or asked != saved.checkpoint.load):
         start = _from_origin("back", config)
@@ -97,7 +100,7 @@ def prepare(config: TrainConfig, start: Start) -> None:
         rundir.move_aside(folder)
     elif start.way == "back":
         rundir.move_aside(folder, after=start.step)
-    if start.way in ("on", "back"):
+    if start.way in ("on", "back") and is_own(folder, start.load):
         write_atomic(folder / "checkpoints" / LATEST, Path(str(start.load)).name + "\n")
     rundir.clear(folder, start.step if start.way in ("on", "back") else None, config.train.trace)
 
@@ -239,7 +242,26 @@ def _saved(folder: Path) -> TrainConfig | None:
         raise ConfigError("run.dir", folder, f"holds a run of another kind ({error}); {rundir.ANOTHER}") from None
 
 
-def _newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+def _newest(folder: Path, copies: Path | None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest on disk or in memory, and what is wrong with those on disk before it. Raises ConfigError."""
+    in_memory = None
+    for path in newest_first(copies / "checkpoints") if copies is not None else []:
+        with suppress(UserError):
+            _verify(path)
+            in_memory = path
+            break
+    if in_memory is None:
+        return _newest_on_disk(folder)
+    try:
+        on_disk, damaged = _newest_on_disk(folder)
+    except ConfigError:
+        return in_memory, {}
+    if on_disk is None or int(on_disk.name[5:]) < int(in_memory.name[5:]):
+        return in_memory, {}
+    return on_disk, damaged
+
+
+def _newest_on_disk(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose every file has its SHA-256, None where there is no checkpoint; and what is wrong with
     those before it, a line each. Raises ConfigError where all are damaged.
 

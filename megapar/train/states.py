@@ -1,5 +1,6 @@
 """The states of a run on disk: the one that it starts from, and those that it leaves."""
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_say
 from megapar.train.metrics import MetricsWriter
 from megapar.train.trainer import Trainer
+
+COPIES = "MEGAPAR_COPIES"  # in a rank's environment: the folder of the launcher's shared memory
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ def load_start(config: TrainConfig, trainer: Trainer) -> Start:
         step, skipped = resumed.step + 1, resumed.skipped
     elif config.checkpoint.weights is not None:
         load_weights(config.checkpoint.weights, trainer.optimizer, config)
-    own = (Path(config.run.dir) / "checkpoints").resolve()
-    return Start(step, skipped, Path(config.checkpoint.load or "/").resolve().is_relative_to(own))
+    own = [Path(config.run.dir) / "checkpoints", *(Path(path) for path in [os.environ.get(COPIES)] if path)]
+    origin = Path(config.checkpoint.load or "/").resolve()
+    return Start(step, skipped, any(origin.is_relative_to(folder.resolve()) for folder in own))
 
 
 class Saver:

@@ -22,23 +22,25 @@ ENTRY = "megapar.train.loop:run"
 def run(config: TrainConfig, call: Call) -> int:
     """Train on ranks of this machine, and draw the run. Returns the exit code."""
     from megapar.cli.output import say
+    from megapar.launch.copies import copies
     from megapar.launch.restart import launch_until_done
 
     with ExitStack() as claims:
-        job = plan(config, call, claims)
+        memory = claims.enter_context(copies()) if config.checkpoint.replicate else None
+        job = plan(config, call, claims, memory=memory)
         if job is not None:
             with saying_how_to_go_on(job, call.overrides):
-                again = partial(going_on, config, call)
+                again = partial(going_on, config, call, memory=memory)
                 launch_until_done(job, config.run.max_restarts, again, say, changed=slots_changed(config))
             draw(job)
     return 0
 
 
-def going_on(config: TrainConfig, call: Call, folder: str) -> "Job | None":
+def going_on(config: TrainConfig, call: Call, folder: str, memory: Path | None = None) -> "Job | None":
     """The job that goes on with a run in its directory, which the caller holds; None: it is finished."""
     from megapar.config.keys import changed
 
-    return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None)
+    return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None, memory=memory)
 
 
 def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
@@ -62,8 +64,18 @@ def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
     return changed
 
 
-def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_size: int | None = None) -> "Job | None":
-    """The job for the ranks, the run directory being made, see `Plan`; None: the run is finished. Raises UserError."""
+def plan(
+    config: TrainConfig,
+    call: Call,
+    claims: ExitStack | None,
+    *,
+    world_size: int | None = None,
+    memory: Path | None = None,
+) -> "Job | None":
+    """The job for the ranks, the run directory being made, see `Plan`; None: the run is finished. Raises UserError.
+
+    memory: the folder of copies in shared memory
+    """
     from megapar.cli.finish import finish, rank_environment
     from megapar.cli.output import say
     from megapar.config.file import dump
@@ -72,13 +84,17 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
     from megapar.kernels import select_backends
     from megapar.launch import resume, rundir
     from megapar.launch.rank import Job, name_of
+    from megapar.train.states import COPIES
 
     config = finish(config, world_size)
     refuse_untrained(config)
+    if config.checkpoint.replicate and world_size is not None:
+        problem = "copies are in the memory of megapar's own launcher; leave it out under torchrun and srun"
+        raise ConfigError("checkpoint.replicate", True, problem)
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     resume.decide(config)  # what is refused is refused before a directory is made
     config = rundir.claim(config, claims)
-    start = resume.decide(config)
+    start = resume.decide(config, memory)
     for line in start.said:
         say(line)
     if start.way == "done":
@@ -108,7 +124,7 @@ def plan(config: TrainConfig, call: Call, claims: ExitStack | None, *, world_siz
         grace_s=config.run.grace_s,
         stop_at=None if config.run.time_limit_s is None else call.start + config.run.time_limit_s,
         watchdog_s=config.run.watchdog_s or config.train.timeout.total_seconds(),
-        env=rank_environment(config.kernels.backend),
+        env=rank_environment(config.kernels.backend) | ({COPIES: str(memory)} if memory is not None else {}),
         schedules=schedules_for(ranks),
     )
 

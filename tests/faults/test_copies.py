@@ -1,0 +1,104 @@
+"""Copies in memory: every rank may die and no disk is read; nothing is left when the launcher ends, however it does."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapar.config.file import load
+from megapar.config.keys import changed
+from megapar.config.schema import TrainConfig
+from megapar.launch.copies import PREFIX, SHARED, copies, sweep
+from megapar.launch.resume import decide
+from tests.cli.conftest import clean_environment
+from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
+from tests.faults.runs import Runs, causes, fault, hydra
+from tests.faults.test_launcher import in_step
+
+SOME = ["parallel=tp2dp2", "parallel.zero=1", "train.steps=8", "train.micro_batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("copies"), tokens, SOME)
+
+
+def left() -> list[str]:
+    return [path.name for path in SHARED.glob(f"{PREFIX}*")]
+
+
+@pytest.mark.more
+def test_every_rank_dies_and_the_run_goes_on_from_memory(runs: Runs) -> None:
+    """With nothing on disk until the last step; and from disk where that is newer."""
+    plan = [fault(3, 3, "bwd", "sigkill"), *(fault(rank, 5, "fwd", "sigkill") for rank in range(4))]
+    overrides = ["checkpoint.replicate=true", "checkpoint.every=0"]
+    said = runs.with_faults("memory", plan, *overrides)
+    goes_on = [line for line in said if line.startswith("run: goes on from step ")]
+    assert len(causes(said)) == len(goes_on) >= 2 and not left()
+    assert goes_on[0].startswith("run: goes on from step 2 of 8, which /dev/shm/")
+    assert all(line.startswith("run: goes on from step 4 of 8, which /dev/shm/") for line in goes_on[1:])
+    plan = [fault(1, 6, "opt", "sigkill")]
+    said = runs.with_faults("both", plan, "checkpoint.replicate=true", "checkpoint.replicate_every=2")
+    assert any(f"goes on from step 5 of 8, which {runs.folder}" in line for line in said) and not left()
+
+
+@pytest.mark.more
+def test_nothing_is_left_of_a_killed_launcher(runs: Runs, tmp_path: Path) -> None:
+    plan = f"fault.plan={hydra([fault(0, 3, 'bwd', 'hang')])}"
+    command = [sys.executable, "-m", "megapar.cli", *runs.words, f"run.dir={tmp_path}/run", plan]
+    run = subprocess.Popen([*command, "checkpoint.replicate=true"], env=clean_environment(), stderr=subprocess.DEVNULL)
+    ranks = in_step(tmp_path / "run", 3)
+    assert [name for name in left() if name.startswith(f"{PREFIX}{run.pid}-")]
+    group = children_of(run.pid)
+    run.kill()
+    run.wait()
+    assert wait_for(lambda: not any(map(alive, ranks + group)), HANG_S)
+    assert wait_for(lambda: not left(), HANG_S)
+
+
+def test_a_shell_removes_what_a_killed_process_has_left() -> None:
+    """Without any rank, and whatever signals the shell gets before."""
+    code = "import time; from megapar.launch.copies import copies\nwith copies() as folder:\n"
+    code += "    (folder / 'x').write_text('x'); print(folder, flush=True); time.sleep(600)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    folder = Path(owner.stdout.readline().strip())
+    assert (folder / "x").exists() and folder.stat().st_mode & 0o777 == 0o700
+    for child in children_of(owner.pid):
+        os.kill(child, signal.SIGTERM)
+    owner.kill()
+    owner.wait()
+    assert wait_for(lambda: not folder.exists(), HANG_S)
+
+
+def test_what_is_left_without_a_shell_goes_with_the_next_start() -> None:
+    dead, mine = SHARED / f"{PREFIX}999999999-0", SHARED / f"{PREFIX}{os.getpid()}-0"
+    for folder in (dead, mine):
+        folder.mkdir()
+    sweep()
+    assert not dead.exists() and mine.exists()
+    mine.rmdir()
+    with copies() as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_a_damaged_copy_is_not_gone_on_from(runs: Runs, tmp_path: Path) -> None:
+    """The one on disk is, with fewer steps."""
+    folder, memory = tmp_path / "run", tmp_path / "memory"
+    shutil.copytree(runs.clean, folder)
+    (memory / "checkpoints").mkdir(parents=True)
+    (folder / "summary.json").unlink()
+    shutil.move(folder / "checkpoints/step-00000008", memory / "checkpoints")
+    (folder / "checkpoints/latest").write_text("step-00000007\n")
+    config = changed(load(TrainConfig, folder / "config.yaml"), {"run.dir": str(folder), "train.steps": 9})
+    assert decide(config, memory).step == 8 and decide(config).step == 7
+    file = next((memory / "checkpoints/step-00000008").glob("rank-*"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert decide(config, memory).step == 7
