@@ -4,6 +4,7 @@ Global rank 0 plans the run (composes, validates, prepares data, writes the run 
 line that refuses it, over a TCPStore; the others wait for it there and never import Hydra.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
@@ -113,6 +115,8 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
     words: of the command line, which must be the same on all ranks
     """
     here = place(situation)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_torchrun()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(here.local_world_size)))
     store = open_store(here)
     compare(store, here, words)
@@ -140,6 +144,16 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
     run(job, here.rank, here.world_size, store)
     return 0
+
+
+def die_with_torchrun() -> None:
+    """Have the kernel end this process when torchrun's agent, which is its parent, has gone. Who sets the variables by
+    hand may start ranks from a shell that does not stay, so it is for torchrun's own alone."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() == 1 and os.getpid() != 1:  # it had gone before
+        os._exit(1)
 
 
 def compare(store: Any, here: Place, words: list[str]) -> None:

@@ -209,14 +209,14 @@ def posted_ahead(rank: int, world_size: int, name: str) -> list[tuple[Action, in
         post(phase, channel)
         posted.update(dict.fromkeys(set(phase._posted) - before, begun))
 
-    def watched_span(kind: str, text: str, where: str = "", *, fine: bool = False) -> Any:
+    def watched_span(kind: str, text: str, where: str = "", **options: bool) -> Any:
         nonlocal begun
         if kind in COMPUTE:
             begun += 1
         if kind.startswith("RECV"):
             action = Action.parse(text)
             found.append((action, begun - posted[action] if action in posted else -1))
-        return span(kind, text, where, fine=fine)
+        return span(kind, text, where, **options)
 
     _Phase._post_receive = watched_post  # type: ignore[method-assign, assignment]
     mesh.timeline.span = watched_span  # type: ignore[method-assign, assignment]
