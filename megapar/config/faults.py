@@ -31,7 +31,7 @@ KINDS = {
     "ask": "the rank asks all to stop, as a signal to it would",
     "desync": "a collective that no other rank takes part in",
     "disk_full": "a file can't be written",
-    "nan": "a gradient that is not a number",
+    "nonfinite": "a gradient that is not a number",
     "flip_memory": "one bit of a parameter",
     "flip_message": "one bit of what the next all-reduce gives this rank",
     "flip_matmul": "one bit of what the next matmul gives this rank",

@@ -37,6 +37,7 @@ LOST_PEER = re.compile(
     r"|remote process exited|communicator was aborted|heartbeat|failed to (recv|send)|end of file",
     re.IGNORECASE,
 )
+ONE_LINE = ("user", "rollback")  # kinds of reports that are said without a traceback
 STORE_DELAY_S = 1.0  # rank 0 may serve the store: the others ask there whether their line was said
 ASKED_WITHIN_S = 0.3  # a launcher that gets the signal of this rank's, too, has asked the ranks to stop
 VICTIM_DELAY_S = 1.0  # a victim waits before it exits, so that the launcher sees the culprit first
@@ -289,11 +290,11 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
     own = getattr(error, "kind", "user")  # of UserError: what becomes of the run
     kind = own if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
     text = "".join(traceback.format_exception(error))
-    line = str(error) if kind == "user" else one_line(error)
+    line = str(error) if kind in ONE_LINE else one_line(error)
     report = Report(rank, kind, line, text, time.time())
     shown = failure_text(report, job) if kind != "victim" else f"rank {rank} lost its peer; log: {job.log(rank)}"
     # Started by torchrun or srun, nothing else will show it.
-    silent = _reported(job, report) if job.reports is not None else kind == "user" and _said(store, shown)
+    silent = _reported(job, report) if job.reports is not None else kind in ONE_LINE and _said(store, shown)
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -303,7 +304,7 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
             print(shown, file=terminal, flush=True)
     if kind == "victim":
         time.sleep(VICTIM_DELAY_S)
-    elif kind == "user" and store is not None and rank == 0:
+    elif kind in ONE_LINE and store is not None and rank == 0:
         time.sleep(STORE_DELAY_S)
     return 2 if kind == "user" else 1
 
@@ -336,7 +337,7 @@ def one_line(error: BaseException) -> str:
 
 def failure_text(report: Report, job: Job) -> str:
     """What the terminal shows of a failure: the traceback, then one line; of a user's mistake that line alone."""
-    if report.kind == "user":
+    if report.kind in ONE_LINE:
         return report.line
     return f"{report.traceback.rstrip()}\nrank {report.rank} failed: {report.line}; logs: {job.log(report.rank)}"
 

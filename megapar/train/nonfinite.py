@@ -4,17 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from megapar.config.errors import UserError
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.buffers import StageBuffers
 from megapar.train.trainer import Trainer
-
-
-class RollBack(UserError):
-    """The run can't go on from this state, but from an earlier one: it is to be restarted from the last verified
-    checkpoint. kind: by which a launcher knows it."""
-
-    kind = "rollback"
 
 
 @dataclass(frozen=True)

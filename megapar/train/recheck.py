@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megapar.config.errors import UserError
 from megapar.parallel.agreement import gather_texts
 from megapar.parallel.digest import digest
 from megapar.pipeline.stage import Batch
+from megapar.train.rollback import RollBack
 from megapar.train.trainer import Trainer
 
 COMPUTED, RECEIVED = range(2)  # how a difference came: where it began it was computed
@@ -171,7 +171,7 @@ def checked_gradients(trainer: Trainer, batches: Sequence[Batch], step: int) -> 
     """Losses, with gradients as `Trainer.gradients` makes them; and a fault that a third computation has outvoted.
 
     Collective. Costs one more forward and backward, passes over all results of both for their digests, and reductions
-    that wait until all is computed. Raises UserError, on all ranks alike, if no two of three computations agree.
+    that wait until all is computed. Raises RollBack, on all ranks alike, if no two of three computations agree.
     """
     _, first = compute(trainer, batches)
     losses, second = compute(trainer, batches)
@@ -183,7 +183,7 @@ def checked_gradients(trainer: Trainer, batches: Sequence[Batch], step: int) -> 
             fault = fault_between(first, third, trainer)
             if fault is not None:
                 problem = f"three computations of its gradients give three results, first {later.text}"
-                raise UserError(f"step {step}: {problem}; test that machine, or leave it out")
+                raise RollBack(f"step {step}: {problem}; test that machine, or leave it out")
             fault = later
     for stage in trainer.stages:
         trainer.sync.finish(stage)

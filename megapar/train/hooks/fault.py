@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,12 +113,12 @@ class FaultInjector(Hook):
     def _disk_full(self, fault: Fault) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _nan(self, fault: Fault) -> None:
+    def _nonfinite(self, fault: Fault) -> None:
         self.loop.trainer.buffers.buckets[0].grads[0] = float("nan")
 
     def _flip_memory(self, fault: Fault) -> None:
         with torch.no_grad():
-            flip(self.loop.trainer.buffers.buckets[0].params)
+            flip(self.loop.trainer.buffers.buckets[0].params[:1])
 
     def _flip_message(self, fault: Fault) -> None:
         _after_next(dist, "all_reduce")
@@ -128,8 +129,8 @@ class FaultInjector(Hook):
 
 
 def flip(values: Tensor, bit: int = 12) -> None:
-    """Flip one bit of the first element, in place."""
-    bits = values.detach().view(-1)[:1].view(torch.uint8)
+    """Flip one bit of the last element, in place."""
+    bits = values.detach().view(-1)[-1:].view(torch.uint8)
     bits[-1 - bit // 8] ^= 1 << (bit % 8)
 
 
@@ -137,13 +138,14 @@ def _after_next(module: Any, name: str) -> None:
     """Flip a bit in the first argument of the next call of a collective, once that is over."""
     original: Callable[..., Any] = getattr(module, name)
 
+    @wraps(original)
     def once(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         setattr(module, name, original)
         work = original(x, *args, **kwargs)
         if work is not None:
             work.wait()
         with torch.no_grad():
-            flip(x)
+            flip(x.view(-1)[:1])  # the last ones of a bucket may be padding
         return work
 
     setattr(module, name, once)

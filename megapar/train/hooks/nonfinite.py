@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from megapar.config.errors import UserError
 from megapar.train.hooks.hook import Hook, Seen
-from megapar.train.nonfinite import RollBack, first_nonfinite
+from megapar.train.nonfinite import first_nonfinite
+from megapar.train.rollback import RollBack
 
 if TYPE_CHECKING:
     from megapar.train.loop import Loop
@@ -43,7 +44,7 @@ class NonFinite(Hook):
         count = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
         problem = f"step {step}: {count} skipped, as gradients were not finite ({where})"
         if run.on_nonfinite == "rollback":
-            raise RollBack(f"{problem}; run.on_nonfinite=rollback: back to the last verified checkpoint")
+            raise RollBack(f"{problem}; run.on_nonfinite=rollback: back to the newest checkpoint")
         folder = self.loop.folder / "checkpoints"
         raise UserError(f"{problem}; lower optim.lr, or start from an earlier state: checkpoint.load={folder}/step-...")
 

@@ -1,9 +1,9 @@
 """Copies of parameters that must be equal are compared every `run.replicas_every` steps, before a state is saved."""
 
-from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.parallel.replicas import unequal_replicas
 from megapar.train.hooks.hook import Hook
+from megapar.train.rollback import RollBack
 from megapar.train.trainer import Step
 
 
@@ -15,18 +15,15 @@ class Replicas(Hook):
         return config.run.replicas_every > 0 and config.parallel.layout.world > 1
 
     def after(self, step: int, done: Step) -> None:
-        """Raises UserError, on all ranks alike, if copies differ."""
+        """Raises RollBack, on all ranks alike, if copies differ."""
         if step % self.loop.config.run.replicas_every:
             return
         trainer = self.loop.trainer
         buffers = [trainer.buffers] if trainer.frozen is None else [trainer.buffers, trainer.frozen]
         if unequal := unequal_replicas(buffers, trainer.mesh):
             more = f" (and {len(unequal) - 1} more)" if len(unequal) > 1 else ""
-            folder = self.loop.folder / "checkpoints"
             problem = f"step {step}: copies of a parameter differ: {unequal[0].text}{more}"
-            raise UserError(
-                f"{problem}; test that machine, and start from an earlier state: checkpoint.load={folder}/step-..."
-            )
+            raise RollBack(f"{problem}; test that machine, and go back to the newest checkpoint: the same command does")
 
 
 HOOK = Replicas
