@@ -13,7 +13,7 @@ from megapar.config.errors import ConfigError
 SHARED = Path("/dev/shm")
 PREFIX = "megapar-copies-"
 # Reads until the launcher's end of the pipe is closed, by its end however it comes, and removes the folder.
-GUARD = 'trap "" INT TERM HUP QUIT; cat > /dev/null; rm -rf -- "$1"'
+GUARD = 'trap "" INT TERM HUP QUIT USR1 USR2; cat > /dev/null; rm -rf -- "$1"'
 
 
 @contextmanager

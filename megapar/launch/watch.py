@@ -18,7 +18,7 @@ from megapar.trace.board import BEAT_S, Doing, Memory, open_memory
 
 LOOK_S = 0.1
 SILENT_S = 10 * BEAT_S  # without a sign of life: stopped, or nothing of Python can run
-STACKS_S = 1.0  # for the ranks that can to write their stacks
+STACKS_S = 1.5  # for the ranks that can to write their stacks
 BOARD = ".board.json"  # in the run directory: where the board of a live run is
 
 
@@ -88,7 +88,8 @@ def _finding(culprits: list[Doing], reason: str, doing: list[Doing]) -> Finding:
 
 
 class Watch:
-    """Looks for a rank whose operation lasts longer than `job.watchdog_s`, and ends it. finding: the line about it"""
+    """Looks for a rank whose operation lasts longer than `job.watchdog_s`, and ends it; until all ranks are in a step,
+    longer than `job.timeout_s`, if that is more. finding: the line about it"""
 
     def __init__(self, job: Job, memory: Memory | None) -> None:
         self.job, self.memory = job, memory
@@ -130,7 +131,10 @@ class Watch:
             looked = now
             doing = [self.memory.read(rank) for rank in range(self.job.ranks)]
             there = [one for one in doing if one.pid]
-            late = {(one.rank, one.count) for one in there if now - max(one.since, since) > self.job.watchdog_s}
+            limit = self.job.watchdog_s
+            if len(there) < self.job.ranks or not all(one.step for one in there):
+                limit = max(limit, self.job.timeout_s)  # processes start, models are built, kernels compiled
+            late = {(one.rank, one.count) for one in there if now - max(one.since, since) > limit}
             if late & before:  # the same operation at two looks
                 self._end(there, now)
                 return
@@ -144,7 +148,7 @@ class Watch:
             self.memory.ask_for_stacks(one.rank)
         deadline = now + STACKS_S
         while time.monotonic() < deadline and any(
-            self.memory.has_asked(one.rank) for one in doing if one not in finding.culprits
+            self.memory.has_asked(one.rank) for one in doing if now - one.beat < SILENT_S
         ):
             time.sleep(BEAT_S / 4)
         self.finding = self.out_of_step() + describe(finding, now, self.job)

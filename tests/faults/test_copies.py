@@ -32,6 +32,12 @@ def left(pid: int) -> list[str]:
     return [path.name for path in SHARED.glob(f"{PREFIX}{pid}-*")]
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in lines if line.startswith("SigIgn:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.more
 def test_every_rank_dies_and_the_run_goes_on_from_memory(runs: Runs) -> None:
     """With nothing on disk until the last step; and from disk where that is newer."""
@@ -69,8 +75,10 @@ def test_a_shell_removes_what_a_killed_process_has_left() -> None:
     assert owner.stdout is not None
     folder = Path(owner.stdout.readline().strip())
     assert (folder / "x").exists() and folder.stat().st_mode & 0o777 == 0o700
-    for child in children_of(owner.pid):
-        os.kill(child, signal.SIGTERM)
+    [shell] = children_of(owner.pid)
+    assert wait_for(lambda: ignores(shell, signal.SIGTERM), HANG_S)
+    for one in (shell, *children_of(shell)):
+        os.kill(one, signal.SIGTERM)
     owner.kill()
     owner.wait()
     assert wait_for(lambda: not folder.exists(), HANG_S)
