@@ -81,7 +81,8 @@ REFUSED = {
     "export run.dir=/no/where hf=x": ["/no/where/config.yaml", "no such file"],
     "train model.num_layers=1": ["model.num_layers=1", "did you mean model.layers?"],
     "train tensor_parallel=2": ["tensor_parallel=2", "did you mean parallel.tp?"],
-    "generate replicas=1": ["replicas=1", "unknown key", "--info config"],
+    "generate replicas=1": ["replicas=1", "unknown key", "did you mean checkpoint.replicate?"],
+    "generate zebras=1": ["zebras=1", "unknown key", "--info config"],
     # grammar
     "train train.steps": ["train.steps", "key=value"],
     "train train.steps=[": ["train.steps=[", "key=value", "quotes"],
