@@ -22,6 +22,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megapar.config.errors import UserError
+from megapar.launch import guard
 from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import Job, run
 
@@ -43,6 +44,8 @@ class Place:
     port: int
     agent_store: bool  # torchrun's agent already serves a store at host:port
     attempt: str  # tells this start from earlier ones and from other jobs
+    node: int  # which of the hosts this is
+    nodes: int
 
 
 def place(situation: str, env: Mapping[str, str] | None = None) -> Place:
@@ -67,6 +70,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Place:
         port=int(env["MASTER_PORT"]),
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        node=int(env.get("GROUP_RANK", "0")),
+        nodes=int(env.get("GROUP_WORLD_SIZE", "1")),
     )
 
 
@@ -83,6 +88,8 @@ def _from_srun(env: Mapping[str, str]) -> Place:
         port=int(env.get("MEGAPAR_MASTER_PORT") or 20000 + (job * 31 + step * 7) % 12000),
         agent_store=False,
         attempt=f"{job}.{step}",
+        node=int(env.get("SLURM_NODEID", "0")),
+        nodes=int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")),
     )
 
 
@@ -142,8 +149,29 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
     stop_at = job.stop_at if here.rank == 0 else None  # of rank 0's clock
     job = replace(job, threads=threads_per_rank(here.local_world_size), stop_at=stop_at)
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
-    run(job, here.rank, here.world_size, store)
+    tied = _tie(store, here, job)
+    if tied is None:
+        run(job, here.rank, here.world_size, store)
+    else:
+        run(replace(job, board=tied.board), here.rank, here.world_size, store, tied.end)
     return 0
+
+
+def _tie(store: Any, here: Place, job: Job) -> guard.Tie | None:
+    """Have this host's guard watch this rank; the first rank here starts it. None: nobody watches."""
+    if job.watchdog_s is None or not hasattr(os, "memfd_create"):
+        return None
+    if here.local_rank == 0:
+        name = here.host if here.node == 0 else socket.gethostname()
+        store.set(f"guard/{here.node}", guard.start(here.nodes, name))
+    mine, first = (_wait(store, f"guard/{node}", MEET_S) for node in (here.node, 0))
+    try:
+        return guard.tie(guard.address(mine), guard.address(first), here.rank, job)
+    except OSError as error:
+        print(
+            f"rank {here.rank} is not watched: its host's guard does not answer ({error})", file=sys.stderr, flush=True
+        )
+        return None
 
 
 def die_with_torchrun() -> None:

@@ -22,7 +22,7 @@ from megapar.config.errors import UserError
 from megapar.console import TYPED
 from megapar.kernels import INTERPRET
 from megapar.launch.failure import GoingOn, RankFailure, Stopped
-from megapar.launch.machine import out_of_memory_kills, threads_per_rank
+from megapar.launch.machine import out_of_memory_kills, threads_per_rank, who_kills
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 from megapar.launch.signals import ENDING, Signals, kept
 from megapar.launch.watch import Watch, board_of
@@ -154,7 +154,7 @@ def _raise_cause(job: Job, error: Any, killed_before: int | None, watch: Watch) 
         failure = error.failures[rank]
         if rank not in told:
             name = failure.signal_name() if failure.exitcode < 0 else ""
-            hint = _who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
+            hint = who_kills(killed_before, out_of_memory_kills()) if name == "SIGKILL" else ""
             how = f"ended by {name}{hint}" if name else f"exit code {failure.exitcode}"
             line = f"rank {rank} failed: {how}{watch.where(rank)}; logs: {job.log(rank)}"
             raise RankFailure(watch.out_of_step() + line) from None
@@ -165,13 +165,6 @@ def _raise_cause(job: Job, error: Any, killed_before: int | None, watch: Watch) 
 def _ended_by_us(failure: Any) -> bool:
     """Whether a rank ended as those do that torch elastic ends when another one has failed."""
     return bool(failure.exitcode == -signal.SIGTERM)
-
-
-def _who_kills(before: int | None, after: int | None) -> str:
-    """Who sent a SIGKILL, as far as the kernel's count of processes killed for memory tells."""
-    if before is None or after is None:
-        return " (kill -9, or the kernel for want of memory)"
-    return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"
 
 
 def _pass_on(pipe: Path) -> None:

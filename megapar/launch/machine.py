@@ -142,3 +142,10 @@ def _gpu_names() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def who_kills(before: int | None, after: int | None) -> str:
+    """Who sent a SIGKILL, as far as `out_of_memory_kills` before and after it tells."""
+    if before is None or after is None:
+        return " (kill -9, or the kernel for want of memory)"
+    return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"

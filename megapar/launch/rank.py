@@ -88,10 +88,13 @@ class Report:
     time: float
 
 
-def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
+def run(
+    job: Job, rank: int, world_size: int, store: Any = None, ends: Callable[[str], None] = lambda how: None
+) -> None:
     """Run a job's entry as one rank. On a failure write its report and exit: 2 for a UserError, 1 for anything else.
 
     store: a torch.distributed store to meet over; None: the one that the environment names
+    ends: told how the rank ends, right before: `done`, or `said`, when it has said itself what went wrong
     """
     os.environ[WORKER] = "1"
     keep_freed_memory()
@@ -106,12 +109,16 @@ def run(job: Job, rank: int, world_size: int, store: Any = None) -> None:
         set_typed(os.open(Path(str(job.reports)) / TYPED, os.O_RDONLY))
     try:
         _run_entry(job, rank, world_size, store)
+        board().end()
+        ends("done")
         if job.reports is None and stop_request().answered():
             _exit(STOPPED)
     except KeyboardInterrupt:
+        ends("said")
         _exit(130)
     except BaseException as error:
         code = _fail(job, rank, error, terminal, store)
+        ends("said")
         # Not through the interpreter's exit: tearing down a process group whose peers hang may never return.
         _exit(code)
     for stream in (sys.stdout, sys.stderr, terminal):

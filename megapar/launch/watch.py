@@ -3,9 +3,10 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +25,41 @@ BOARD = ".board.json"  # in the run directory: where the board of a live run is
 
 @contextmanager
 def board_of(job: Job) -> Iterator[Memory | None]:
-    """The board of a job's ranks, for as long as they run; `read_board` finds it by the run directory. None where the
-    system has no such memory."""
+    """The board of a job's ranks, for as long as they run; None where the system has no such memory."""
     memory = Memory.create(job.ranks)
     if memory is None:
         yield None
         return
-    path = Path(job.folder) / BOARD
-    if job.watchdog_s is not None:
-        write_atomic(path, json.dumps({"path": memory.path, "pid": os.getpid()}) + "\n")
     try:
-        yield memory
+        with showing(job, memory):
+            yield memory
     finally:
-        if job.watchdog_s is not None:
-            path.unlink(missing_ok=True)
         memory.close()
 
 
-def read_board(folder: Path) -> list[Doing]:
-    """What each rank of a run is doing; empty where it doesn't run on this machine."""
+@contextmanager
+def showing(job: Job, memory: Memory) -> Iterator[None]:
+    """Have `read_board` find a board by the run directory, for as long as this lasts."""
+    if job.watchdog_s is None:
+        yield
+        return
+    path, shown = Path(job.folder) / BOARD, {"path": memory.path, "pid": os.getpid(), "host": socket.gethostname()}
+    write_atomic(path, json.dumps(shown) + "\n")
     try:
-        memory = open_memory(json.loads((folder / BOARD).read_text(encoding="utf-8"))["path"])
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            if json.loads(path.read_text(encoding="utf-8")) == shown:  # and not of ranks that were started again
+                path.unlink()
+
+
+def read_board(folder: Path) -> list[Doing]:
+    """What each rank of a run is doing; empty where this machine has no board of it."""
+    try:
+        shown = json.loads((folder / BOARD).read_text(encoding="utf-8"))
+        if shown["host"] != socket.gethostname():
+            return []
+        memory = open_memory(shown["path"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
     try:
@@ -70,12 +85,15 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def find(doing: list[Doing], now: float) -> Finding:
+def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda one: state_of(one.pid)) -> Finding:
     """Who is to blame when an operation takes too long. The first of these that there is: ranks without a sign of life;
-    ranks that wait for nobody; ranks that have begun fewer operations than others."""
+    ranks that wait for nobody; all.
+
+    state: of a rank's process, as `state_of`
+    """
     silent = [one for one in doing if one.pid and now - one.beat > SILENT_S]
     if silent:
-        stopped = all(state_of(one.pid) in ("T", "t") for one in silent)
+        stopped = all(state(one) in ("T", "t") for one in silent)
         return _finding(silent, "stopped by a signal" if stopped else "no sign of life", doing)
     at_work = [one for one in doing if not one.waiting]
     if at_work:
@@ -136,23 +154,36 @@ class Watch:
                 limit = max(limit, self.job.timeout_s)  # processes start, models are built, kernels compiled
             late = {(one.rank, one.count) for one in there if now - max(one.since, since) > limit}
             if late & before:  # the same operation at two looks
-                self._end(there, now)
+                self._stuck(there, now)
                 return
             before = late
 
-    def _end(self, doing: list[Doing], now: float) -> None:
+    def _stuck(self, doing: list[Doing], now: float) -> None:
         """Name who is stuck, have the stacks written, and end the run."""
         assert self.memory is not None
-        finding = find(doing, now)
-        for one in doing:
-            self.memory.ask_for_stacks(one.rank)
+        finding = find(doing, now, self.state)
+        self.ask(doing)
         deadline = now + STACKS_S
         while time.monotonic() < deadline and any(
             self.memory.has_asked(one.rank) for one in doing if now - one.beat < SILENT_S
         ):
             time.sleep(BEAT_S / 4)
-        self.finding = self.out_of_step() + describe(finding, now, self.job)
-        for one in doing if len(finding.culprits) == len(doing) else finding.culprits:
+        self.end(self.out_of_step() + describe(finding, now, self.job), finding.culprits)
+
+    def state(self, one: Doing) -> str:
+        """Of a rank's process, as `state_of`."""
+        return state_of(one.pid)
+
+    def ask(self, doing: list[Doing]) -> None:
+        """Have ranks write their stacks."""
+        assert self.memory is not None
+        for one in doing:
+            self.memory.ask_for_stacks(one.rank)
+
+    def end(self, line: str, culprits: list[Doing]) -> None:
+        """Say who is stuck, and end them."""
+        self.finding = line
+        for one in culprits:
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
 

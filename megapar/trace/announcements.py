@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megapar.trace.board import PAGE, Board, Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _AT = 1024  # bytes of a slot, up to its end
 _RECORD = struct.Struct("=QQ64s48s")  # key of over whom, number from 1, what, over whom
@@ -103,7 +105,7 @@ def _difference(over: str, number: int, what: dict[int, bytes]) -> str:
     return f"ranks are out of step in operation {number} over {over}: {have}"
 
 
-def described(operation: str, *operands: Tensor) -> str:
+def described(operation: str, *operands: "Tensor") -> str:
     """An operation with the shapes and dtypes of what it works on."""
     return " ".join([operation, *(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in operands)])
 

@@ -94,9 +94,22 @@ class Memory:
         operation, within = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
         return Doing(slot, pid, step, operation or "not started", within, waiting, since, beat, count)
 
+    def show(self, doing: Doing) -> None:
+        """Write what a rank of another host does, as it said there."""
+        at, texts = doing.rank * PAGE, (doing.operation.encode(), doing.within.encode())
+        _BEAT.pack_into(self.map, at + _BEAT_AT, doing.beat, doing.pid)
+        _HEAD.pack_into(self.map, at + _HEAD_AT, doing.count, doing.since, doing.step, doing.waiting, *texts)
+
+    def clear(self, slot: int) -> None:
+        """A rank has ended: it is no longer there."""
+        _BEAT.pack_into(self.map, slot * PAGE + _BEAT_AT, 0.0, 0)
+
     def ask_for_stacks(self, slot: int) -> None:
         """Have a rank's thread write the Python stacks of all its threads, see `Board.beat`."""
         self.map[slot * PAGE + _ASKED_AT] = 1
+
+    def stacks_written(self, slot: int) -> None:
+        self.map[slot * PAGE + _ASKED_AT] = 0
 
     def has_asked(self, slot: int) -> bool:
         """Whether a rank has not yet written the stacks that it was asked for."""
@@ -117,7 +130,7 @@ class Board:
     def __init__(self, memory: Memory | None = None, slot: int = 0) -> None:
         self.memory, self.slot = memory, slot
         self.step = 0
-        self._at, self._count = slot * PAGE, 0
+        self._at, self._count, self._over = slot * PAGE, 0, False
         self._stack: list[tuple[bytes, bool]] = []
 
     @contextmanager
@@ -165,14 +178,20 @@ class Board:
     def _beats(self, stacks: str) -> None:
         memory = self.memory
         assert memory is not None
-        while True:
+        while not self._over:
             self._beat()
             if memory.has_asked(self.slot):
                 with open(stacks, "a", encoding="utf-8") as file:
                     print(f"rank of process {os.getpid()}: {memory.read(self.slot).text}", file=file, flush=True)
                     faulthandler.dump_traceback(file, all_threads=True)
-                memory.map[self._at + _ASKED_AT] = 0
+                memory.stacks_written(self.slot)
             time.sleep(BEAT_S)
+
+    def end(self) -> None:
+        """This rank has done its work; whatever its process still does is nobody's concern."""
+        if self.memory is not None:
+            self._over = True
+            self.memory.clear(self.slot)
 
     def _beat(self) -> None:
         assert self.memory is not None

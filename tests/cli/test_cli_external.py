@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HERE, clean_environment
 
 from megapar.config import UserError
 from megapar.launch.external import _difference, first_host, open_store, place
 from megapar.launch.situation import situation
+from tests.cli.conftest import HERE, clean_environment
 
 SRUN = {
     "SLURM_JOB_ID": "70000",

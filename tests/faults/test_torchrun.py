@@ -1,17 +1,27 @@
-"""Ranks that torchrun has started: a signal stops all of them behind the same step, and none outlives torchrun."""
+"""Ranks that torchrun has started: a signal stops all of them behind the same step, none outlives torchrun, and a guard
+on each host names who died or is stuck."""
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megapar.cli import main
+from megapar.launch import guard
+from megapar.launch.rank import Job
+from megapar.launch.watch import BOARD, read_board
+from megapar.trace.board import Doing
 from tests.cli.conftest import clean_environment
+from tests.cli.test_cli_external import free_port
 from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
 from tests.faults.runs import Runs, fault, hydra
 
@@ -21,14 +31,21 @@ def runs(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("torchrun"), tokens, ["parallel=dp2", "train.steps=8"])
 
 
-class Torchrun:
-    """torchrun with two ranks in `folder`, held for some seconds in step 3."""
+HELD = fault(0, 3, "opt", "delay", seconds=4.0)
 
-    def __init__(self, runs: Runs, folder: Path, *overrides: str) -> None:
+
+class Torchrun:
+    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both"""
+
+    def __init__(
+        self, runs: Runs, folder: Path, *overrides: str, plan: Any = HELD, host: tuple[int, int] | None = None
+    ) -> None:
         self.folder = folder
-        plan = f"fault.plan={hydra([fault(0, 3, 'opt', 'delay', seconds=4.0)])}"
-        words = [*runs.words, "checkpoint.every=0", f"run.dir={folder}", plan, *overrides]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        words = [*runs.words, "checkpoint.every=0", f"run.dir={folder}", f"fault.plan={hydra([plan])}", *overrides]
+        meet = ["--standalone"]
+        if host is not None:
+            meet = ["--nnodes=2", f"--node-rank={host[0]}", "--master-addr=127.0.0.1", f"--master-port={host[1]}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node=2"]
         self.process = subprocess.Popen(
             [*command, "-m", "megapar.cli", *words],
             env=clean_environment() | {"OMP_NUM_THREADS": "1"},
@@ -47,8 +64,8 @@ class Torchrun:
 def start(runs: Runs, tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
     started: list[Torchrun] = []
 
-    def start(*overrides: str) -> Torchrun:
-        started.append(Torchrun(runs, tmp_path / "run", *overrides))
+    def start(*overrides: str, **of: Any) -> Torchrun:
+        started.append(Torchrun(runs, tmp_path / "run", *overrides, **of))
         return started[-1]
 
     yield start
@@ -78,3 +95,97 @@ def test_no_rank_outlives_torchrun(start: Callable[..., Torchrun]) -> None:
     torchrun.process.kill()
     torchrun.process.wait()
     assert wait_for(lambda: not any(map(alive, ranks)), HANG_S)
+
+
+@pytest.mark.more
+def test_a_killed_rank_is_named(start: Callable[..., Torchrun]) -> None:
+    torchrun = start(plan=fault(1, 3, "bwd", "sigkill"))
+    said, _ = torchrun.process.communicate(timeout=HANG_S)
+    assert re.search(r"^rank 1 failed: ended by SIGKILL.* in step 3, 0B\d+ in pipeline; logs: ", said, re.MULTILINE), (
+        said
+    )
+    assert "rank 0 lost its peer" in said
+    assert not (torchrun.folder / BOARD).exists()
+    assert wait_for(lambda: not guards(), HANG_S)
+
+
+@pytest.mark.more
+def test_two_hosts(start: Callable[..., Torchrun], tmp_path: Path) -> None:
+    """Rank 0's host shows what all do, and names who is stuck, wherever it is; the others' stacks are there."""
+    port = free_port()
+    overrides = ("parallel=tp2dp2", "run.watchdog_s=4")
+    first, second = (start(*overrides, plan=fault(3, 3, "bwd", "sigstop"), host=(host, port)) for host in (0, 1))
+    assert wait_for(lambda: [one.pid > 0 for one in read_board(first.folder)] == 4 * [True], HANG_S)
+    assert main(["status", str(first.folder), f"out={tmp_path / 'status.json'}"]) == 0
+    rows = json.loads((tmp_path / "status.json").read_text())["ranks"]
+    assert {row["pid"] for row in rows if row["rank"] < 2} == set(children_of(first.process.pid))
+    said, _ = first.process.communicate(timeout=HANG_S)
+    line = next(line for line in said.splitlines() if line.startswith("stuck: "))
+    assert re.search(r"stuck: rank 3 for [4-9]\.\d s in step 3, 0B\d+ in pipeline \(stopped by a signal\)", line), line
+    assert "rank 2 waits in step 3, all_reduce over tp of ranks 2, 3" in line
+    assert sorted(path.name for path in (first.folder / "logs").glob("stacks-*")) == [
+        "stacks-0.txt",
+        "stacks-1.txt",
+        "stacks-2.txt",
+    ]
+    assert "ended by" not in second.process.communicate(timeout=HANG_S)[0]
+    assert wait_for(lambda: not guards(), HANG_S)
+
+
+@pytest.mark.more
+def test_a_host_that_says_nothing_ends_the_run(start: Callable[..., Torchrun]) -> None:
+    """Stopped as a whole, ranks and guard, it is as one that the network has lost: both sides end."""
+    port = free_port()
+    overrides = ("parallel=tp2dp2", "run.watchdog_s=4", "train.steps=1000000")
+    first, second = (start(*overrides, plan=fault(0, 3, "opt", "delay"), host=(host, port)) for host in (0, 1))
+    assert wait_for(lambda: min([one.step for one in read_board(first.folder)], default=0) > 3, HANG_S)
+    [away] = [pid for pid, host in guards().items() if host != "127.0.0.1"]
+    stopped = [*children_of(second.process.pid), away]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    said, _ = first.process.communicate(timeout=HANG_S)
+    assert re.search(r"stuck: rank 2 for .*; rank 3 for .* \((no sign of life|stopped by a signal)\)", said), said
+    for pid in stopped:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    said, _ = second.process.communicate(timeout=HANG_S)
+    assert wait_for(lambda: not guards(), HANG_S)
+
+
+def test_who_does_not_know_the_token_tells_a_guard_nothing(tmp_path: Path) -> None:
+    """A guard whose one rank is this process: it shows what another host's guard tells, and ends with its rank."""
+    mine = guard.address(guard.start(2, "127.0.0.1"))
+    job = Job("", "", "", str(tmp_path), "cpu", 60.0, 2, watchdog_s=60.0)
+    tied = guard.tie(mine, mine, 0, job)
+    told = {"pages": {"1": page(pid=7, step=5)}}
+    for token, there in (("x", 0), ("", 0), (mine.token, 7)):
+        with socket.create_connection(("127.0.0.1", mine.port)) as link:
+            for message in ({"token": token, "host": "b", "ranks": [1]}, told):
+                link.sendall(json.dumps(message).encode() + b"\n")
+            assert wait_for(lambda: len(read_board(tmp_path)) == 2, HANG_S)
+            if there:
+                assert wait_for(lambda: read_board(tmp_path)[1].pid == 7, HANG_S)
+            else:
+                assert link.recv(1 << 16).replace(b'{"alive": true}\n', b"") == b""  # it hangs up
+                assert read_board(tmp_path)[1].pid == 0
+    tied.end("done")
+    tied.connection.close()
+    assert wait_for(lambda: not guards(), HANG_S)
+    assert not (tmp_path / BOARD).exists()
+
+
+def page(**other: Any) -> dict[str, Any]:
+    shown = Doing(1, 0, 0, "forward", "", False, 0.0, 0.0, 1).__dict__ | other
+    del shown["rank"], shown["since"], shown["beat"]
+    return shown | {"state": "R", "seconds": 1.0, "silent_s": 0.1}
+
+
+def guards() -> dict[int, str]:
+    """Processes of guards that live, and the hosts that they were told they are on."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_text().split("\0")
+            if "megapar.launch.guard" in words:
+                found[int(path.parent.name)] = words[-2]
+    return found
