@@ -21,6 +21,11 @@ class CheckpointConfig:
         False, "also keep the state in shared memory, which restarts go on from without a disk", identity=False
     )
     replicate_every: int = option(1, "steps between such copies", at_least=1, identity=False)
+    on_error: Literal["stop", "warn"] = option(
+        "stop",
+        "of one that can't be written: end the run, or say so and train on; the last one always ends it",
+        identity=False,
+    )
     keep: int = option(0, "newest checkpoints to keep, of all that the run has written; 0: all", at_least=0)
     load: str | None = option(None, "checkpoint folder to start from, written in any layout", verbatim=True, path=True)
     weights: str | None = option(

@@ -2,10 +2,13 @@
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapar.checkpoint import HostCopies, Saving, keep_newest, load, load_weights
+from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_say
 from megapar.train.metrics import MetricsWriter
@@ -78,6 +81,18 @@ class Saver:
         if wait:
             self.settle()
         return self._last[1]
+
+    @contextmanager
+    def kept_going(self, config: TrainConfig, writer: MetricsWriter | None) -> Iterator[None]:
+        """Where `checkpoint.on_error` is warn, what can't be written in here is said, and no error. writer: rank 0's"""
+        try:
+            yield
+        except UserError as error:
+            if config.checkpoint.on_error == "stop":
+                raise
+            self._last = None  # should this state be asked for once more
+            if writer is not None:
+                writer.say(f"checkpoint: {error}; the run goes on without it")
 
     def look(self) -> None:
         """End the save that is under way if every rank's file is written, or could not be. Raises as `save` does."""

@@ -50,3 +50,25 @@ def test_a_full_disk_keeps_what_was_there(rank: int, point: str, runs: Runs) -> 
     assert "step-00000003" in complete(runs.folder / name)
     assert runs.start(name)[0] == 0
     runs.compare(runs.folder / name)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_run_may_go_on_without_one_that_cannot_be_written(waits: bool, runs: Runs) -> None:
+    """It says which is missing, and writes the next one; but not without its last, which says what is to be done."""
+    name = f"without {waits}"
+    keys = ["checkpoint.on_error=warn", f"checkpoint.async_save={str(not waits).lower()}", "checkpoint.keep=0"]
+    plan = [
+        fault(1, 4, "save", "disk_full", point="'tensor of a file'"),
+        fault(0, 8, "save", "disk_full", point="latest"),
+    ]
+    plan = plan if waits else plan[1:]
+    code, said = runs.start(name, f"fault.plan={hydra(plan)}", *keys)
+    assert code == 0, said
+    missing = [4] if waits else []
+    found = [int(step.removeprefix("step-")) for step in complete(runs.folder / name)]
+    assert set(range(1, 11)) - set(found) == set(missing)
+    runs.compare(runs.folder / name)
+    plan = [fault(0, 10, "save", "disk_full", point="manifest")]
+    code, said = runs.start(f"{name} last", f"fault.plan={hydra(plan)}", *keys, "checkpoint.async_save=false")
+    assert code == 2 and "No space left on device" in said[-1], said

@@ -32,7 +32,8 @@ class Replicate(Hook):
         if step % config.checkpoint.replicate_every or step == config.train.steps:
             return
         self.loop.settle()
-        self.saver.save(step, self.loop.trainer, config)
+        with self.saver.kept_going(config, self.loop.writer):
+            self.saver.save(step, self.loop.trainer, config)
         if self.loop.trainer.mesh.rank == 0:
             keep_newest(self.saver.folder, 1)
 

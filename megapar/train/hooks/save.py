@@ -27,10 +27,16 @@ class Save(Hook):
     def after(self, step: int, done: Step) -> None:
         loop, config = self.loop, self.loop.config.checkpoint
         last = step == loop.config.train.steps
-        loop.saver.look()
-        if last or (config.every and step % config.every == 0) or (config.every_minutes and self._time_is_up()):
+        due = last or (config.every and step % config.every == 0) or (config.every_minutes and self._time_is_up())
+        with loop.saver.kept_going(loop.config, loop.writer):
+            (loop.saver.settle if due else loop.saver.look)()
+        if due:
             loop.settle()
-            loop.save(step, wait=last or not config.async_save)
+            if last:
+                loop.save(step)
+                return
+            with loop.saver.kept_going(loop.config, loop.writer):
+                loop.save(step, wait=not config.async_save)
             self._saved = self.clock()
 
     def _time_is_up(self) -> bool:
