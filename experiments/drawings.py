@@ -57,13 +57,13 @@ class Thing:
 
 def draw_things(draw: np.random.Generator, split: str, counts: Sequence[int]) -> list[Thing]:
     """Things in their order of place, as many as one of `counts`. None of a scene of `train` has a held-out pair, at
-    least one of a scene of `valid` has."""
+    least one of a scene of `valid` has; those of `any` are drawn from all pairs."""
     count = int(draw.choice(counts))
     places = np.sort(draw.choice(len(PLACES), count, replace=False))
     chosen = int(draw.integers(count))  # which of them is held out, if any is
     things = []
     for number, place in enumerate(places):
-        among = SEEN if split == "train" else HELD_OUT if number == chosen else PAIRS
+        among = SEEN if split == "train" else HELD_OUT if split == "valid" and number == chosen else PAIRS
         colour, shape = among[draw.integers(len(among))]
         things.append(Thing(("small", "large")[draw.integers(2)], colour, shape, int(place)))
     return things

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PEOPLE = ("cook", "baker", "doctor", "farmer", "teacher", "pilot")
-OBJECTS = ("lamp", "key", "ball", "book", "cup", "coat")
-ROOMS = ("kitchen", "garden", "hall", "attic", "cellar", "shed")
+PEOPLE: tuple[str, ...] = ("cook", "baker", "doctor", "farmer", "teacher", "pilot", "sailor", "painter")
+PEOPLE += ("singer", "tailor", "miller", "hunter", "actor", "nurse", "guard", "clerk")
+OBJECTS: tuple[str, ...] = ("lamp", "key", "ball", "book", "cup", "coat", "hat", "rope")
+OBJECTS += ("map", "drum", "knife", "ring", "box", "flag", "pen", "clock")
+ROOMS: tuple[str, ...] = ("kitchen", "garden", "hall", "attic", "cellar", "shed", "barn", "tower")
+ROOMS += ("library", "office", "chapel", "stable", "market", "studio", "school", "harbour")
 HELD_OUT = frozenset(  # of who has what, who is where, and where what is
     pair
     for one, other in ((PEOPLE, OBJECTS), (PEOPLE, ROOMS), (OBJECTS, ROOMS))

@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.drawings import HELD_OUT, SEEN, Thing
+from experiments.drawings import PAIRS, Thing
 from experiments.question_answering import baselines, data, passages, scenes
 from experiments.question_answering.passages import OBJECTS, PEOPLE, ROOMS, World
 from tests.experiments.tools import built, texts
@@ -26,20 +27,26 @@ def test_the_samples(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_of_scenes() -> None:
-    """Of training no picture, no question and no answer has it; what is held out is in all that is asked."""
+    """No picture of training has two things that are held out; a held-out question is about one of two such."""
     draw = np.random.default_rng(0)
-    names = [f"{colour} {shape}" for colour, shape in HELD_OUT]
-    seen = set()
-    for _ in range(500):
-        things, question = scenes.draw_question(draw, "train")
-        assert not {thing.pair for thing in things} & set(HELD_OUT)
-        assert not any(name in f"{question.text} {question.answer}" for name in names)
-        seen |= {thing.pair for thing in things}
-    assert seen == set(SEEN)
+    seen: Counter[frozenset[tuple[str, str]]] = Counter()
+    for _ in range(3000):
+        things, _question = scenes.draw_question(draw, "train")
+        for one, other in combinations([thing.pair for thing in things], 2):
+            assert not scenes.held_out(one, other)
+            seen[frozenset((one, other))] += 1
+    couples = list(combinations_with_replacement(PAIRS, 2))
+    out = [couple for couple in couples if scenes.held_out(*couple)]
+    assert len(couples) == 300 and 0.18 < len(out) / len(couples) < 0.22
+    assert len(seen) + len(out) == len(couples)
+    for pair in PAIRS:
+        assert 3 <= sum(pair in couple for couple in out) <= 7
+        assert scenes.held_out(pair, PAIRS[0]) == scenes.held_out(PAIRS[0], pair)
     for _ in range(200):
         things, question = scenes.draw_question(draw, "valid")
-        assert set(question.about) & set(HELD_OUT)
-        assert set(question.about) <= {thing.pair for thing in things} or question.answer == "no"
+        there = {thing.pair for thing in things}
+        assert set(question.about) <= there and scenes.unseen(things) <= there
+        assert set(question.about) & scenes.unseen(things) or (question.answer == "no" and scenes.unseen(things))
 
 
 def test_answers_about_scenes() -> None:
@@ -67,11 +74,13 @@ def test_answers_about_scenes() -> None:
     asked = {}
     for _ in range(1000):
         for ask in scenes.FORMS:
-            if question := ask(things, [("red", "star"), ("white", "star")], draw.random(), draw):
+            if question := ask(things, draw.random(), draw):
                 asked[question.text] = question.answer
     assert right.items() <= asked.items()
     rest = {text: answer for text, answer in asked.items() if text not in right}
-    assert set(rest.values()) == {"nothing"}
+    assert {answer for text, answer in rest.items() if not text.startswith("is there")} == {"nothing"}
+    there = {f"is there a {thing.colour} {thing.shape}?" for thing in things}
+    assert {text for text, answer in asked.items() if answer == "yes"} == there
 
 
 def test_answers_are_alike_often() -> None:
@@ -84,9 +93,9 @@ def test_answers_are_alike_often() -> None:
 
 
 def test_what_is_held_out_of_passages() -> None:
-    assert len(passages.HELD_OUT) == 18
+    assert len(passages.HELD_OUT) == 48
     for one, other in ((PEOPLE, OBJECTS), (PEOPLE, ROOMS), (OBJECTS, ROOMS)):
-        assert len({pair for pair in passages.HELD_OUT if pair[0] in one and pair[1] in other}) == 6
+        assert len({pair for pair in passages.HELD_OUT if pair[0] in one and pair[1] in other}) == 16
     draw = np.random.default_rng(0)
     for _ in range(500):
         assert not relations_told(passages.draw_passage(draw, "train")[0]) & passages.HELD_OUT
