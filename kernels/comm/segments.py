@@ -25,6 +25,10 @@ class Segments(Protocol):
     own: Tensor
     table: Tensor
 
+    def of(self, rank: int) -> Tensor:
+        """That of a rank of the group, bytes, which the host can write to."""
+        ...
+
 
 class PosixSegments:
     """POSIX shared memory of processes on one host. Its files have no name any more once all have mapped them: from
@@ -44,6 +48,9 @@ class PosixSegments:
         self._mapped = segments
         self.own = segments[dist.get_rank(group)]
         self.table = torch.tensor([segment.data_ptr() for segment in segments], dtype=torch.int64)
+
+    def of(self, rank: int) -> Tensor:
+        return self._mapped[rank]
 
     @staticmethod
     def _refuse(made: list[tuple[str, str]], group: dist.ProcessGroup) -> None:
@@ -88,6 +95,10 @@ class TorchSegments:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         self._refuse(problem, group)
         self.table = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+
+    def of(self, rank: int) -> Tensor:
+        buffer: Tensor = self._handle.get_buffer(rank, (self.own.numel(),), torch.uint8)
+        return buffer
 
     @staticmethod
     def _refuse(problem: str, group: dist.ProcessGroup) -> None:

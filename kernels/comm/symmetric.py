@@ -42,6 +42,7 @@ from megapar.kernels.comm.segments import NoSharedMemory, PosixSegments, Segment
 OPERATIONS = ("all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
 ALIGNMENT = 256  # bytes
 FLAG_BYTES = 8
+LEFT = (1 << 32) - 4096  # in place of a checksum: with the rank that has left, see `Channel.leave`
 # How often a wait looks in a second, at the least: its limit is counted, not timed. compiled: a poll is a round trip to
 # the second-level cache, about a microsecond (not measured). interpret: 100 us of interpretation, measured, and a nap.
 POLLS_PER_S = {"compiled": 1_000_000, "interpret": 5_000}
@@ -165,7 +166,25 @@ class Channel:
     @property
     def flags_at(self) -> int:
         """Where the flags of the current epoch's half begin."""
-        return aligned(self.ranks * FLAG_BYTES) + self.epoch % 2 * aligned(self.num_flags * FLAG_BYTES)
+        return self.flags_of(self.epoch)
+
+    def flags_of(self, epoch: int) -> int:
+        """Where the flags of an epoch's half begin."""
+        return aligned(self.ranks * FLAG_BYTES) + epoch % 2 * aligned(self.num_flags * FLAG_BYTES)
+
+    def leave(self, rank: int) -> None:
+        """Have every peer that waits in the next epoch see a mark that is not its own: this rank's call needs more
+        memory than is here, and it will not come. Peers that need more, too, look at none of this any more."""
+        at = self.flags_of(self.epoch + 1)
+        for peer in range(self.ranks):
+            flags = self.segments.of(peer)[at:][: self.num_flags * FLAG_BYTES].view(torch.int64)
+            flags.fill_((self.epoch + 1) << 32 | LEFT + rank)
+
+    def left(self, epoch: int) -> int | None:
+        """The rank that has left an epoch, if one has."""
+        flags = self.segments.own[self.flags_of(epoch) :][: self.num_flags * FLAG_BYTES].view(torch.int64)
+        found = flags[flags >= epoch << 32 | LEFT]
+        return int(found[0]) - (epoch << 32 | LEFT) if len(found) else None
 
     @property
     def data_at(self) -> int:
@@ -285,6 +304,8 @@ class SymmetricMemory:
         self.empty_calls[operation] += 1
 
     def _make(self, operation: str, num_flags: int, half: int, call: str) -> Channel:
+        if (old := self.channels.get(operation)) is not None:
+            old.leave(self.rank)
         calls = [""] * self.ranks
         dist.all_gather_object(calls, call, group=self.group)
         for peer, other in zip(self.peers, calls, strict=True):
@@ -292,8 +313,8 @@ class SymmetricMemory:
                 raise PeersDiffer(
                     f"rank {self.peers[self.rank]}: {operation} (symmetric) of {call}, on rank {peer} of {other}"
                 )
-        old = self.channels.pop(operation, None)
         if old is not None:
+            del self.channels[operation]
             num_flags, half = max(num_flags, old.num_flags), max(half, old.half)
         half = aligned(half)
         kind = TorchSegments if self.device.type == "cuda" else PosixSegments
@@ -333,6 +354,10 @@ class SymmetricMemory:
         epoch, operation = divmod(word, 16)
         where = f"in {OPERATIONS[operation]} (symmetric, use {epoch}) over ranks {', '.join(map(str, self.peers))}"
         if differs:
+            channel = self.channels[OPERATIONS[operation]]
+            if (left := channel.left(epoch)) is not None:
+                what = f"rank {self.peers[left]}'s matrix alone needs more memory than any before"
+                return PeersDiffer(f"rank {self.peers[rank]}: {what} {where}")
             what = f"rank {self.peers[peer]} has a matrix of another shape or dtype"
             return PeersDiffer(f"rank {self.peers[rank]}: {what} {where}")
         what = f"no word from rank {self.peers[peer]} within the limit of {self.timeout_s:g} s"
@@ -364,7 +389,7 @@ def described_use(arch: str, ranks: int, num_flags: int, half: int) -> Use:
 
 def mark_of(epoch: int, call: str) -> int:
     """What flags are set to: see the top of this file."""
-    return epoch << 32 | zlib.crc32(call.encode())
+    return epoch << 32 | zlib.crc32(call.encode()) % LEFT
 
 
 def aligned(size: int) -> int:

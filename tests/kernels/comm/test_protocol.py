@@ -237,6 +237,32 @@ def test_ranks_that_do_not_agree(form: str, ranks: WorkerPool) -> None:
     assert all(said.startswith(f"PeersDiffer: rank {me}: {operation} (symmetric) of [") for me, said in enumerate(told))
 
 
+def larger_alone(rank: int, ranks: int, form: str) -> str:
+    """What this rank is told where rank 1 alone needs more memory than before."""
+    with small_tiles():
+        memory = memory_of()
+        assert is_exact(form, SMALL, 1, memory)
+        x, w = operands(form, LARGE if rank == 1 else SMALL, 2, rank, ranks)
+        try:
+            FORMS[form](x, w, memory)
+        except PeersDiffer as error:
+            if rank == 0:  # a run ends here; rank 1 would, when it misses its peer
+                dist.all_gather_object([""] * ranks, "nothing", group=memory.group)
+            return str(error)
+    return "a result"
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "idle" not in form])
+def test_one_rank_alone_that_needs_more_memory(form: str, ranks: WorkerPool) -> None:
+    """Its peer, which waits for it, is told at once, and not after the limit of a wait."""
+    operation, told = form.split()[0], ranks.run(larger_alone, 2, form)
+    differs = (
+        f"rank 1's matrix alone needs more memory than any before in {operation} (symmetric, use 2) over ranks 0, 1"
+    )
+    assert told[0] == f"rank 0: {differs}"
+    assert told[1].startswith(f"rank 1: {operation} (symmetric) of [") and told[1].endswith(" on rank 0 of nothing")
+
+
 def empty_alone(rank: int, ranks: int, form: str, at_first: bool) -> list[str]:
     """What a rank is told in each call. Rank 0 has one more before the others' first, of an empty matrix."""
     told = []
