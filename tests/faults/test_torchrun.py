@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,24 @@ HELD = fault(0, 3, "opt", "delay", seconds=4.0)
 
 
 class Torchrun:
-    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both"""
+    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both;
+    options: of torchrun"""
 
     def __init__(
-        self, runs: Runs, folder: Path, *overrides: str, plan: Any = HELD, host: tuple[int, int] | None = None
+        self,
+        runs: Runs,
+        folder: Path,
+        *overrides: str,
+        plan: Any = HELD,
+        host: tuple[int, int] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         words = [*runs.words, "checkpoint.every=0", f"run.dir={folder}", f"fault.plan={hydra([plan])}", *overrides]
         meet = ["--standalone"]
         if host is not None:
             meet = ["--nnodes=2", f"--node-rank={host[0]}", "--master-addr=127.0.0.1", f"--master-port={host[1]}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node=2"]
+        command = [sys.executable, "-m", "torch.distributed.run", *meet, *options, "--nproc-per-node=2"]
         self.process = subprocess.Popen(
             [*command, "-m", "megapar.cli", *words],
             env=clean_environment() | {"OMP_NUM_THREADS": "1"},
@@ -107,6 +114,17 @@ def test_a_killed_rank_is_named(start: Callable[..., Torchrun]) -> None:
     assert "rank 0 lost its peer" in said
     assert not (torchrun.folder / BOARD).exists()
     assert wait_for(lambda: not guards(), HANG_S)
+
+
+@pytest.mark.more
+def test_it_starts_again_from_a_copy_in_memory(start: Callable[..., Torchrun], runs: Runs) -> None:
+    """Which outlives the ranks, and goes with torchrun."""
+    torchrun = start("checkpoint.replicate=true", plan=fault(1, 6, "bwd", "sigkill"), options=["--max-restarts=1"])
+    said, _ = torchrun.process.communicate(timeout=HANG_S)
+    assert torchrun.process.returncode == 0, said
+    assert re.search(r"^run: goes on from step 5 of 8, which /dev/shm/megapar-copies-", said, re.MULTILINE), said
+    runs.compare(torchrun.folder)
+    assert wait_for(lambda: not list(Path("/dev/shm").glob(f"megapar-copies-{torchrun.process.pid}-*")), HANG_S)
 
 
 @pytest.mark.more

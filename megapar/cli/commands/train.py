@@ -83,14 +83,14 @@ def plan(
     from megapar.convert import keep_origin
     from megapar.kernels import select_backends
     from megapar.launch import resume, rundir
+    from megapar.launch.copies import copies_of_torchrun
     from megapar.launch.rank import Job, name_of
     from megapar.train.states import COPIES
 
     config = finish(config, world_size)
     refuse_untrained(config)
     if config.checkpoint.replicate and world_size is not None:
-        problem = "copies are in the memory of megapar's own launcher; leave it out under torchrun and srun"
-        raise ConfigError("checkpoint.replicate", True, problem)
+        memory = copies_of_torchrun()
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     resume.decide(config)  # what is refused is refused before a directory is made
     config = rundir.claim(config, claims)
