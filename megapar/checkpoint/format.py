@@ -214,9 +214,13 @@ def _ints(values: list[Any]) -> tuple[int, ...]:
 
 def _overlap(boxes: Sequence[Box]) -> bool:
     """Whether two boxes have an element in common."""
-    near: list[Box] = []  # those that reach, along the first dim, as far as the next one's beginning
-    for box in sorted(boxes, key=lambda box: box.offset):
-        near = [other for other in near if not box.offset or other.offset[0] + other.shape[0] > box.offset[0]]
+    if len(boxes) < 2 or not boxes[0].offset:
+        return len(boxes) > 1
+    # Along the dim that tells most of them apart.
+    dim = max(range(len(boxes[0].offset)), key=lambda dim: len({box.offset[dim] for box in boxes}))
+    near: list[Box] = []  # those that reach, along it, as far as the next one's beginning
+    for box in sorted(boxes, key=lambda box: box.offset[dim]):
+        near = [other for other in near if other.offset[dim] + other.shape[dim] > box.offset[dim]]
         if any(box.overlap(other) is not None for other in near):
             return True
         near.append(box)
@@ -281,12 +285,13 @@ def hash_of(file: BufferedReader) -> str:
 def find_checkpoint(path: str | Path) -> Path:
     """The step folder that a path names: itself, the newest of a folder of checkpoints, or of a run directory.
 
-    The newest is what `latest` says (which may be named, too); where that is missing or names nothing that is there, it
-    is the one of most steps. What a folder holds decides, and its own name only if it holds nothing. Raises UserError.
+    The newest is the one of most steps. A path may also end in `latest`, which then says which one it is, if that is
+    there. What a folder holds decides, and its own name only if it holds nothing. Raises UserError.
     """
     path = Path(path)
     if path.name == LATEST and path.is_file():
-        path = path.parent
+        named = next((entry for entry in newest_first(path.parent) if entry.name == latest_name(path.parent)), None)
+        path = named or path.parent
     if UNFINISHED_FOLDER.fullmatch(path.name) and not (path / "checkpoints").is_dir():
         raise UserError(f"{path}: an unfinished checkpoint; use a finished one, such as the newest in {path.parent}")
     if (path / MANIFEST).exists():
@@ -305,13 +310,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The step folders in a folder of checkpoints: the one that `latest` names, then the others, most steps first."""
+    """The step folders in a folder of checkpoints, most steps first."""
     steps = [entry for entry in folder.glob("step-*") if STEP_FOLDER.fullmatch(entry.name)]
-    latest = _latest(folder)
-    return sorted(steps, key=lambda entry: (entry.name == latest, int(entry.name[5:])), reverse=True)
+    return sorted(steps, key=lambda entry: int(entry.name[5:]), reverse=True)
 
 
-def _latest(folder: Path) -> str:
+def latest_name(folder: Path) -> str:
+    """What `latest` says, in a folder of checkpoints; empty where it says nothing."""
     try:
         with _open_plain(folder / LATEST) as file:
             return file.read(1 << 10).decode().strip()

@@ -27,6 +27,7 @@ from megapar.checkpoint.format import (
     StoredParameter,
     find_checkpoint,
     key,
+    latest_name,
     manifest_text,
     newest_first,
     read_manifest,
@@ -208,7 +209,7 @@ def keep_newest(folder: Path, count: int) -> list[str]:
     """
     problems = []
     steps = sorted(filter(_whole, newest_first(folder)), key=lambda path: int(path.name[5:]))
-    for path in sorted(set(steps[:-count]) - set(newest_first(folder)[:1])):
+    for path in (path for path in steps[:-count] if path.name != latest_name(folder)):
         nameless = folder / f"{path.name}{UNFINISHED}{secrets.token_hex(4)}-former"
         try:
             os.rename(path, nameless)

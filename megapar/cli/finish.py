@@ -19,6 +19,9 @@ from megapar.launch.machine import memory_bytes, num_gpus
 T = TypeVar("T", TrainConfig, VerifyConfig)
 
 
+LOOKS = 10  # at run.slots_file
+
+
 def slots(config: TrainConfig) -> int | None:
     """How many ranks of an elastic run may be there, by `run.slots_file`. Raises ConfigError."""
     path = config.run.slots_file
@@ -26,15 +29,16 @@ def slots(config: TrainConfig) -> int | None:
         return None
     if not config.run.elastic:
         raise ConfigError("run.slots_file", path, "has no effect here; it is used only with run.elastic=true")
-    try:
-        for _ in range(10):
-            if (text := Path(path).read_text(encoding="ascii")).strip():
-                break
-            time.sleep(0.05)  # somebody writes it
-        return int(text)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a whole number"
-        raise ConfigError("run.slots_file", path, f"{reason}; write how many ranks may run into it") from None
+    for look in range(LOOKS):
+        try:
+            return int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            if look < LOOKS - 1:  # somebody may be writing it
+                time.sleep(0.05)
+                continue
+            reason = getattr(error, "strerror", None) or "not a whole number"
+            raise ConfigError("run.slots_file", path, f"{reason}; write how many ranks may run into it") from None
+    return None
 
 
 def finish(config: T, world_size: int | None = None) -> T:

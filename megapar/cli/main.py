@@ -219,9 +219,10 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
 
     claims = ExitStack()  # of rank 0, for as long as it lives
 
-    def plan(world_size: int) -> "Job | None":
+    def plan(world_size: int, folder: str | None) -> "Job | None":
         from megapar.cli.command import Call
         from megapar.cli.compose import compose, split
+        from megapar.config.keys import changed
 
         if not arguments:
             raise UserError(f"{where}: no command; start the ranks with one, such as train")
@@ -229,6 +230,10 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
         assert command.plan is not None
         overrides = split(words)
         config = compose(command.name, overrides)
+        if folder is not None:
+            config = changed(
+                config, {"run.dir": folder} | ({"train.resume": "auto"} if hasattr(config, "train") else {})
+            )
         return command.plan(config, Call(overrides.as_list(), entry), claims, world_size=world_size)
 
     with claims:

@@ -77,7 +77,7 @@ def resolve(
         config = with_layout(config, _auto(config, ranks))
     config = _derive_sizes(config, ranks)
     if config.run.elastic and world_size is None:
-        layout = elastic_layout(config, slots or gpus or config.parallel.layout.world)
+        layout = elastic_layout(config, (gpus or config.parallel.layout.world) if slots is None else slots)
         return with_layout(changed(config, {"devices": None}), layout)
     return config
 

@@ -1,41 +1,58 @@
 """Copies of a run's state in shared memory of the launcher, ours or torchrun's: they outlive every rank, and end with
 the launcher."""
 
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megapar.config.errors import ConfigError
 
 SHARED = Path("/dev/shm")
 PREFIX = "megapar-copies-"
-# Reads until the launcher's end of the pipe is closed, by its end however it comes, and removes the folder.
-GUARD = 'trap "" INT TERM HUP QUIT USR1 USR2; cat > /dev/null; rm -rf -- "$1"'
+HELD = ".held"  # in such a folder, locked for as long as it is somebody's
+DEAF = 'trap "" INT TERM HUP QUIT USR1 USR2'
+# Reads a line that the launcher writes at its end; where it was killed, the pipe is closed without one.
+GUARD = f'{DEAF}; read -r line || rm -rf -- "$@"'
 # The same where the launcher is torchrun, which holds no pipe for us: looks whether it is still there.
-TORCHRUN_GUARD = f'{GUARD.partition(";")[0]}; while kill -0 "$2" 2> /dev/null; do sleep 0.5; done; rm -rf -- "$1"'
+TORCHRUN_GUARD = f'{DEAF}; agent=$1; shift; while kill -0 "$agent" 2> /dev/null; do sleep 0.5; done; rm -rf -- "$@"'
+
+
+@contextmanager
+def removed_if_killed(*folders: str | Path, holds: int | None = None) -> Iterator[None]:
+    """Have folders removed if this process is killed meanwhile: a shell does it then. holds: descriptor of a lock for
+    the shell to hold, too"""
+    command = ["/bin/sh", "-c", GUARD, "sh", *map(str, folders)]
+    fds = () if holds is None else (holds,)
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=fds)
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            guard.stdin.write(b"done\n")
+            guard.stdin.close()
+        guard.wait()
 
 
 @contextmanager
 def copies() -> Iterator[Path]:
-    """A folder in shared memory for as long as this process lives. A process of its own, a shell that waits for a pipe
-    to close, removes it if this one is killed. Raises ConfigError where there is no shared memory."""
+    """A folder in shared memory for as long as this process lives. Raises ConfigError where there is no shared
+    memory."""
     sweep()
     folder = SHARED / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-    _make(folder)
-    command = ["/bin/sh", "-c", GUARD, "sh", str(folder)]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, close_fds=True)
-    assert guard.stdin is not None
+    held = _make(folder)
     try:
-        yield folder
+        with removed_if_killed(folder, holds=held):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        guard.stdin.close()
-        guard.wait()
+        os.close(held)
 
 
 def copies_of_torchrun() -> Path:
@@ -49,24 +66,35 @@ def copies_of_torchrun() -> Path:
     agent = str(os.getppid())
     folder = SHARED / f"{PREFIX}{agent}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
     if not folder.exists():
-        _make(folder)
-        command = ["/bin/sh", "-c", TORCHRUN_GUARD, "sh", str(folder), agent]
-        nothing = subprocess.DEVNULL
-        subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+        held, nothing = _make(folder), subprocess.DEVNULL
+        command = ["/bin/sh", "-c", TORCHRUN_GUARD, "sh", agent, str(folder)]
+        subprocess.Popen(
+            command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True, pass_fds=(held,)
+        )
+        os.close(held)
     return folder
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path) -> int:
+    """Make a folder. Returns the descriptor of its lock, which is held."""
     try:
         folder.mkdir(mode=0o700)
+        held = os.open(folder / HELD, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         problem = f"{SHARED} can't be written ({error.strerror}); leave it out"
         raise ConfigError("checkpoint.replicate", True, problem) from None
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held
 
 
 def sweep() -> None:
-    """Remove what launchers of this user have left whose guards were killed, too."""
+    """Remove what launchers of this user have left whose guards were killed, too. Of one that lives the lock is held:
+    its number says nothing, as containers that share this memory number their processes each for itself."""
     for folder in SHARED.glob(f"{PREFIX}*-*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            held = os.open(folder / HELD, os.O_WRONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)

@@ -60,18 +60,19 @@ def place(situation: str, env: Mapping[str, str] | None = None) -> Place:
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Place:
-    world = int(env["WORLD_SIZE"])
+    world, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
+    on_host = int(env.get("LOCAL_WORLD_SIZE", world))
     return Place(
-        rank=int(env["RANK"]),
+        rank=rank,
         world_size=world,
-        local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", world)),
+        local_rank=int(env.get("LOCAL_RANK", rank)),
+        local_world_size=on_host,
         host=env["MASTER_ADDR"],
         port=int(env["MASTER_PORT"]),
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        node=int(env.get("GROUP_RANK", "0")),
-        nodes=int(env.get("GROUP_WORLD_SIZE", "1")),
+        node=int(env.get("GROUP_RANK", rank // on_host)),
+        nodes=int(env.get("GROUP_WORLD_SIZE", -(-world // on_host))),
     )
 
 
@@ -114,11 +115,11 @@ def first_host(nodes: str) -> str:
         raise UserError(f"{problem}; set MEGAPAR_MASTER_ADDR to the first host") from None
 
 
-def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) -> int:
+def launch(situation: str, plan: Callable[[int, str | None], Job | None], words: list[str]) -> int:
     """Be one rank of a run that torchrun or srun started. Returns the exit code: 2 when the run was refused.
 
-    plan: called on global rank 0 only, with the number of ranks; makes the job (None: there is nothing to do)
-        or raises UserError
+    plan: called on global rank 0 only, with the number of ranks, and the run directory if torchrun has started them
+        again; makes the job (None: there is nothing to do) or raises UserError
     words: of the command line, which must be the same on all ranks
     """
     here = place(situation)
@@ -130,7 +131,7 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
     if here.rank == 0:
         try:
             refuse_other_commands(store, here)
-            planned = plan(here.world_size)
+            planned = plan(here.world_size, earlier_folder(store))
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
             return _leave(store, here, {"refusal": str(error)})
@@ -140,6 +141,7 @@ def launch(situation: str, plan: Callable[[int], Job | None], words: list[str]) 
         if planned is None:
             return _leave(store, here, {"done": True})
         job = planned
+        keep_folder(store, job.folder)
         store.set("plan", json.dumps({"job": asdict(job)}))
     else:
         plan_text = json.loads(_wait(store, "plan", PLAN_S))
@@ -167,7 +169,7 @@ def _tie(store: Any, here: Place, job: Job) -> guard.Tie | None:
     mine, first = (_wait(store, f"guard/{node}", MEET_S) for node in (here.node, 0))
     try:
         return guard.tie(guard.address(mine), guard.address(first), here.rank, job)
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(
             f"rank {here.rank} is not watched: its host's guard does not answer ({error})", file=sys.stderr, flush=True
         )
@@ -178,10 +180,29 @@ def die_with_torchrun() -> None:
     """Have the kernel end this process when torchrun's agent, which is its parent, has gone. Who sets the variables by
     hand may start ranks from a shell that does not stay, so it is for torchrun's own alone."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    parent = os.getppid()  # 1 where torchrun is all that a container runs
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() == 1 and os.getpid() != 1:  # it had gone before
+    if os.getppid() != parent:  # it has gone meanwhile
         os._exit(1)
+
+
+def earlier_folder(store: Any) -> str | None:
+    """The run directory of the ranks that torchrun's agent started before these; None: these are the first."""
+    kept = _of_all_attempts(store)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return kept.get("folder").decode() if restarted and kept.check(["folder"]) else None
+
+
+def keep_folder(store: Any, folder: str) -> None:
+    """Leave a run directory for ranks that the same agent starts again."""
+    _of_all_attempts(store).set("folder", folder)
+
+
+def _of_all_attempts(store: Any) -> Any:
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"megapar/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store.underlying_store)
 
 
 def compare(store: Any, here: Place, words: list[str]) -> None:

@@ -7,7 +7,10 @@ class RankFailure(Exception):
     """A rank failed. `str` is the traceback of the rank at fault, if it left one, then a line naming rank and log.
 
     line: that line
+    asked: the run had been asked to stop, and is not to start again
     """
+
+    asked = False
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import struct
@@ -69,16 +70,19 @@ def start(hosts: int, host: str) -> bytes:
     host: the name of this one, by which others reach it
     """
     words = [sys.executable, "-m", "megapar.launch.guard", str(hosts), host]
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    except OSError:
+        return b""
     assert process.stdout is not None
     with process.stdout as pipe:
-        return pipe.readline()
+        return pipe.readline() if select.select([pipe], [], [], TIE_S)[0] else b""
 
 
 def address(line: bytes) -> Address:
@@ -131,6 +135,7 @@ class Guard:
         self.watch: Watch | None = None
         self.up: asyncio.StreamWriter | None = None
         self.killed_before = out_of_memory_kills()
+        self.looking: asyncio.Task[None] | None = None
         self.tasks: list[asyncio.Task[None]] = []
 
     async def tied(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -166,7 +171,7 @@ class Guard:
         self.job = job
         self.watch = _Watch(job, self.memory, self)
         if first == self.address:
-            self.tasks.append(asyncio.create_task(self._look()))
+            self.looking = asyncio.create_task(self._look())
         else:
             self.tasks.append(asyncio.create_task(self._tell(first)))
 
@@ -182,7 +187,7 @@ class Guard:
     async def linked(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """On rank 0's host: what another host's guard tells."""
         hello = await _read(reader)
-        if hello is None or not hmac.compare_digest(str(hello.get("token")), self.address.token):
+        if hello is None or not hmac.compare_digest(str(hello.get("token")).encode(), self.address.token.encode()):
             writer.close()
             return
         ranks = self.links[writer] = set(hello["ranks"])
@@ -243,6 +248,8 @@ class Guard:
                 return
             if message is None or "over" in message:
                 self.up = None
+                if message is None and self.ranks and not self.ending:
+                    self._say(f"ranks {_listed(self.ranks)} are no longer watched: rank 0's guard has gone")
                 return
             for rank in message.get("kill", []):
                 self._kill(rank)
@@ -400,8 +407,9 @@ async def main(hosts: int, host: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     guard.loop.call_later(ALONE_S, lambda: None if guard.memory is not None else guard.over.set())
     await guard.over.wait()
-    if guard.memory is not None:
-        await asyncio.sleep(TELL_S + 0.1)  # the last word to other hosts
+    if guard.looking is not None:
+        await guard.looking
+    await asyncio.sleep(TELL_S)  # for the last word to other hosts
     os._exit(0)  # there may be others' sockets, which are of no use any more
 
 

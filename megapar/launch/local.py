@@ -21,8 +21,9 @@ from typing import Any
 from megapar.config.errors import UserError
 from megapar.console import TYPED
 from megapar.kernels import INTERPRET
+from megapar.launch.copies import removed_if_killed
 from megapar.launch.failure import GoingOn, RankFailure, Stopped
-from megapar.launch.machine import out_of_memory_kills, threads_per_rank, who_kills
+from megapar.launch.machine import allow_open_files, out_of_memory_kills, threads_per_rank, who_kills
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 from megapar.launch.signals import ENDING, Signals, kept
 from megapar.launch.watch import Watch, board_of
@@ -66,6 +67,7 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.addHandler(logging.NullHandler())
+    allow_open_files(job.ranks)
     # A process that forks from the server has imported the kernels. Where the job changes how they are imported, each
     # starts afresh, which takes seconds.
     afresh = INTERPRET in job.env
@@ -77,6 +79,7 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
         kept(),
         _no_names_asked_for(),
         environment_with(variables),
+        removed_if_killed(scratch, multiprocessing.util.get_temp_dir()),
         board_of(job) as memory,
         ExitStack() as stack,
     ):
@@ -105,7 +108,11 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
         try:
             elastic_launch(settings, run_elastic)(job)
         except ChildFailedError as error:
-            _raise_cause(job, error, killed_before, watch)
+            try:
+                _raise_cause(job, error, killed_before, watch)
+            except RankFailure as failure:
+                failure.asked = request.asked() and not signals.going_on
+                raise
         except SignalException as error:
             by = signals.ended_by or error.sigval
             if by == signal.SIGINT:

@@ -34,7 +34,7 @@ from megapar.trace.board import Board, board, open_memory, set_board
 # What gloo, NCCL and the store say in a rank whose peer has gone. Such a rank is a victim and not the cause.
 LOST_PEER = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|timed out waiting|socket timeout"
-    r"|remote process exited|communicator was aborted|heartbeat|failed to (recv|send)|end of file",
+    r"|remote process exited|wait timeout|communicator was aborted|heartbeat|failed to (recv|send)|end of file",
     re.IGNORECASE,
 )
 ONE_LINE = ("user", "rollback")  # kinds of reports that are said without a traceback
@@ -112,7 +112,7 @@ def run(
         board().end()
         ends("done")
         if job.reports is None and stop_request().answered():
-            _exit(STOPPED)
+            _exit(0 if _would_be_started_again() else STOPPED)
     except KeyboardInterrupt:
         ends("said")
         _exit(130)
@@ -123,6 +123,12 @@ def run(
         _exit(code)
     for stream in (sys.stdout, sys.stderr, terminal):
         stream.flush()
+
+
+def _would_be_started_again() -> bool:
+    """Whether torchrun takes any exit code but 0 for a failure, after which it starts all ranks once more."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count < most
 
 
 def run_elastic(job: Job) -> None:
@@ -175,7 +181,11 @@ def write_board(job: Job, rank: int) -> None:
     """Write what this rank does where the launcher looks, and give it signs of life."""
     if job.board is None:
         return
-    own = Board(open_memory(job.board), rank)
+    try:
+        own = Board(open_memory(job.board), rank)
+    except OSError as error:
+        print(f"rank {rank} is not watched: its board can't be opened ({error})", file=sys.stderr, flush=True)
+        return
     set_board(own)
     own.at_step(0)
     own.live(str(Path(job.folder) / "logs" / f"stacks-{rank}.txt"))

@@ -33,7 +33,7 @@ def launch_until_done(
         try:
             return launch(job, quiet, None if changed is None else partial(changed, job.ranks))
         except RankFailure as failure:
-            if len(events) == restarts:
+            if failure.asked or len(events) == restarts:
                 raise
             events.append({"time": time.time(), "restart": len(events) + 1, "failure": failure.line})
             say(str(failure))

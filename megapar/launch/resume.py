@@ -214,6 +214,9 @@ def _without_checkpoint(folder: Path, config: TrainConfig, saved: TrainConfig | 
             return Start("done", config.train.steps, said=_done(folder, config, saved))
         problem = f"{folder} is finished and has no checkpoint left to go on from; {ELSEWHERE}"
         raise ConfigError("train.steps", config.train.steps, problem)
+    if (folder / "checkpoints" / LATEST).exists():
+        problem = f"its checkpoints are gone, though checkpoints/{LATEST} names one; bring them back, {ELSEWHERE}"
+        raise ConfigError("run.dir", folder, problem)
     start = _from_origin("anew", config)
     said = f"run: {folder}: was interrupted before its first checkpoint, so it starts anew"
     return Start("anew", start.step, start.load, [said, *_changes(config, saved)])
@@ -252,20 +255,21 @@ def _newest(folder: Path, copies: Path | None) -> tuple[Path | None, dict[Path, 
             break
     if in_memory is None:
         return _newest_on_disk(folder)
-    try:
-        on_disk, damaged = _newest_on_disk(folder)
-    except ConfigError:
-        return in_memory, {}
-    if on_disk is None or int(on_disk.name[5:]) < int(in_memory.name[5:]):
-        return in_memory, {}
-    return on_disk, damaged
+    damaged: dict[Path, str] = {}
+    for path in newest_first(folder / "checkpoints"):
+        if int(path.name[5:]) < int(in_memory.name[5:]):
+            break  # no more is read of these
+        try:
+            _verify(path)
+            return path, damaged
+        except UserError as error:
+            damaged[path] = str(error)
+    return in_memory, damaged
 
 
 def _newest_on_disk(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose every file has its SHA-256, None where there is no checkpoint; and what is wrong with
     those before it, a line each. Raises ConfigError where all are damaged.
-
-    The one that `latest` names comes before newer ones.
     """
     damaged: dict[Path, str] = {}
     for path in newest_first(folder / "checkpoints"):

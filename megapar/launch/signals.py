@@ -54,17 +54,21 @@ class Signals:
     def _handle(self, number: int, frame: object) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
-        if not self.request.ask():
+        by = signal.Signals(number)
+        first, self.going_on = self.request.ask() or self.going_on, False  # `changed` asked, and now it is for good
+        if not first:
             self.request.end()
-            self.ended_by = signal.Signals(number)
+            self.ended_by = by
             # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
             raise SignalException("ended", signal.SIGTERM)
-        by = signal.Signals(number)
         self._asked("" if by == signal.SIGINT else f"{by.name}: ", by)
 
-    def _asked(self, why: str, by: signal.Signals = signal.SIGTERM) -> None:
+    def _say(self, why: str) -> None:
         with suppress(OSError):  # print is not reentrant
             os.write(2, f"{why}{self.said}".encode())
+
+    def _asked(self, why: str, by: signal.Signals = signal.SIGTERM) -> None:
+        self._say(why)
         if self.grace_s is not None:
             self._after(self.grace_s, lambda: os.kill(os.getpid(), by))
 
@@ -76,16 +80,20 @@ class Signals:
 
     def _look(self) -> None:
         assert self.changed is not None
+        if self.request.asked():
+            return
         why = self.changed()
-        if why is not None and self.request.ask():
-            self.going_on = True
-            self._asked(f"{why}: ")
-        elif not self.request.asked():
-            self._after(LOOK_S, self._look)
+        if why is not None:
+            self.going_on = True  # before a signal can come that finds it asked
+            if self.request.ask():
+                self._say(f"{why}: ")
+                return
+            self.going_on = False
+        self._after(LOOK_S, self._look)
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         if not self._over:
-            self._timers.append(in_time(seconds, then))
+            self._timers = [timer for timer in self._timers if timer.is_alive()] + [in_time(seconds, then)]
 
 
 @contextmanager

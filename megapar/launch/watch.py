@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def read_board(folder: Path) -> list[Doing]:
         shown = json.loads((folder / BOARD).read_text(encoding="utf-8"))
         if shown["host"] != socket.gethostname():
             return []
-        memory = open_memory(shown["path"])
+        memory = open_memory(str(shown["path"]), write=False)
     except (OSError, ValueError, KeyError, TypeError):
         return []
     try:
@@ -86,12 +87,14 @@ def state_of(pid: int) -> str:
 
 
 def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda one: state_of(one.pid)) -> Finding:
-    """Who is to blame when an operation takes too long. The first of these that there is: ranks without a sign of life;
-    ranks that wait for nobody; all.
+    """Who is to blame when an operation takes too long. The first of these that there is: ranks that have not started;
+    ranks without a heartbeat; ranks that wait for nobody; all.
 
     state: of a rank's process, as `state_of`
     """
-    silent = [one for one in doing if one.pid and now - one.beat > SILENT_S]
+    if absent := [one for one in doing if not one.pid]:
+        return _finding(absent, "it has begun no operation", doing)
+    silent = [one for one in doing if now - one.beat > SILENT_S]
     if silent:
         stopped = all(state(one) in ("T", "t") for one in silent)
         return _finding(silent, "stopped by a signal" if stopped else "no sign of life", doing)
@@ -140,7 +143,7 @@ class Watch:
 
     def _watch(self) -> None:
         assert self.memory is not None and self.job.watchdog_s is not None
-        looked = since = time.monotonic()
+        looked = since = started = time.monotonic()
         before: set[tuple[int, int]] = set()
         while not self._over.wait(LOOK_S):
             now = time.monotonic()
@@ -149,8 +152,10 @@ class Watch:
             looked = now
             doing = [self.memory.read(rank) for rank in range(self.job.ranks)]
             there = [one for one in doing if one.pid]
+            absent = [replace(one, since=started) for one in doing if not one.pid and not one.count]
+            there += absent
             limit = self.job.watchdog_s
-            if len(there) < self.job.ranks or not all(one.step for one in there):
+            if absent or not all(one.step for one in there):
                 limit = max(limit, self.job.timeout_s)  # processes start, models are built, kernels compiled
             late = {(one.rank, one.count) for one in there if now - max(one.since, since) > limit}
             if late & before:  # the same operation at two looks
@@ -183,14 +188,24 @@ class Watch:
     def end(self, line: str, culprits: list[Doing]) -> None:
         """Say who is stuck, and end them."""
         self.finding = line
-        for one in culprits:
+        assert self.memory is not None
+        there = [one for one in map(self.memory.read, range(self.job.ranks)) if one.pid]
+        ended = [one for one in there if one.rank in [culprit.rank for culprit in culprits]] or there
+        for one in ended:
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
+        if not ended:  # nobody is there yet
+            print(line, file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def describe(finding: Finding, now: float, job: Job) -> str:
     """A line that names the ranks that are stuck, what in, and who waits where."""
-    stuck = "; ".join(f"rank {one.rank} for {now - one.since:.1f} s in {one.text}" for one in finding.culprits)
+
+    def place(one: Doing) -> str:
+        return one.text if one.pid else "its start-up"
+
+    stuck = "; ".join(f"rank {one.rank} for {now - one.since:.1f} s in {place(one)}" for one in finding.culprits)
     waits: dict[str, list[int]] = {}
     for one in finding.waiting:
         waits.setdefault(one.text, []).append(one.rank)

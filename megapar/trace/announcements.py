@@ -48,7 +48,7 @@ class Announcements:
         number = self._numbers[over]
         at = self.rank * PAGE + _AT + self._next * _RECORD.size
         self._next = (self._next + 1) % _RECORDS
-        _RECORD.pack_into(self.memory.map, at, _key(over), number, what.encode(), over.encode())
+        _RECORD.pack_into(self.memory.map, at, _key(over), number, _cut(what), over.encode())
         return number
 
     def expect(self, over: str) -> int:
@@ -61,7 +61,7 @@ class Announcements:
 
         One that has announced so many since that the record is gone has been compared by its other peers.
         """
-        mine = what.encode()[:_WHAT]
+        mine = _cut(what)
         for rank in ranks:
             if rank == self.rank:
                 continue
@@ -108,6 +108,13 @@ def _difference(over: str, number: int, what: dict[int, bytes]) -> str:
 def described(operation: str, *operands: "Tensor") -> str:
     """An operation with the shapes and dtypes of what it works on."""
     return " ".join([operation, *(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in operands)])
+
+
+@lru_cache(1024)
+def _cut(what: str) -> bytes:
+    """As much as a record holds; of a longer text its beginning and a checksum of it all."""
+    text = what.encode()
+    return text if len(text) <= _WHAT else text[: _WHAT - 9] + b"~" + blake2b(text, digest_size=4).hexdigest().encode()
 
 
 @lru_cache(1024)

@@ -12,14 +12,16 @@ clock; step; process; texts.
 import faulthandler
 import mmap
 import os
+import re
 import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 NAME = "megapar-board"
+PATH = re.compile(r"/proc/\d+/fd/\d+")  # of such memory
 PAGE = 4096
 BEAT_S = 0.2  # between signs of life
 _HEAD = struct.Struct("=Qdq?192s192s")  # operations begun, since, step, waiting, operation, the one around it
@@ -56,9 +58,9 @@ class Doing:
 class Memory:
     """The slots of a host's ranks, by local rank."""
 
-    def __init__(self, descriptor: int, ranks: int) -> None:
+    def __init__(self, descriptor: int, ranks: int, write: bool = True) -> None:
         self.descriptor, self.ranks = descriptor, ranks
-        self.map = mmap.mmap(descriptor, ranks * PAGE)
+        self.map = mmap.mmap(descriptor, ranks * PAGE, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
 
     @classmethod
     def create(cls, ranks: int) -> "Memory | None":
@@ -116,12 +118,13 @@ class Memory:
         return self.map[slot * PAGE + _ASKED_AT] == 1
 
 
-def open_memory(path: str) -> Memory:
+def open_memory(path: str, write: bool = True) -> Memory:
     """The memory of another process. Raises OSError when that process has ended."""
-    if NAME not in os.readlink(path):  # a number of a process that has ended is used again
+    # A number of a process that has ended is used again; and who wrote the path may be a stranger.
+    if not PATH.fullmatch(path) or not os.readlink(path).startswith(f"/memfd:{NAME}"):
         raise FileNotFoundError(path)
-    descriptor = os.open(path, os.O_RDWR)
-    return Memory(descriptor, os.fstat(descriptor).st_size // PAGE)
+    descriptor = os.open(path, os.O_RDWR if write else os.O_RDONLY)
+    return Memory(descriptor, os.fstat(descriptor).st_size // PAGE, write)
 
 
 class Board:
@@ -131,6 +134,7 @@ class Board:
         self.memory, self.slot = memory, slot
         self.step = 0
         self._at, self._count, self._over = slot * PAGE, 0, False
+        self._thread: threading.Thread | None = None
         self._stack: list[tuple[bytes, bool]] = []
 
     @contextmanager
@@ -173,7 +177,8 @@ class Board:
         if self.memory is None:
             return
         self._beat()
-        threading.Thread(target=self._beats, args=(stacks,), name="signs-of-life", daemon=True).start()
+        self._thread = threading.Thread(target=self._beats, args=(stacks,), name="heartbeat", daemon=True)
+        self._thread.start()
 
     def _beats(self, stacks: str) -> None:
         memory = self.memory
@@ -181,7 +186,7 @@ class Board:
         while not self._over:
             self._beat()
             if memory.has_asked(self.slot):
-                with open(stacks, "a", encoding="utf-8") as file:
+                with suppress(OSError), open(stacks, "a", encoding="utf-8") as file:
                     print(f"rank of process {os.getpid()}: {memory.read(self.slot).text}", file=file, flush=True)
                     faulthandler.dump_traceback(file, all_threads=True)
                 memory.stacks_written(self.slot)
@@ -191,6 +196,8 @@ class Board:
         """This rank has done its work; whatever its process still does is nobody's concern."""
         if self.memory is not None:
             self._over = True
+            if self._thread is not None:
+                self._thread.join(BEAT_S + 1.0)  # or it would write once more
             self.memory.clear(self.slot)
 
     def _beat(self) -> None:

@@ -54,7 +54,7 @@ class Loop:
         for hook in self.hooks:
             with self._doing(hook):
                 hook.start()
-        if self.config.run.check_collectives and board().slot == self.trainer.mesh.rank:  # all ranks are on this host
+        if self.config.run.check_collectives and board().slot == self.trainer.mesh.rank:
             self.trainer.mesh.timeline.announcements = Announcements.on(board())
         for step in range(self.start.step, self.config.train.steps + 1):
             board().at_step(step)

@@ -4,12 +4,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
 
+from megapar.config.errors import UserError
 from megapar.config.layout import AXES, INSIDE_STAGES, RANK_ORDER
 from megapar.config.schema import TrainConfig
 from megapar.mesh import Mesh
@@ -165,7 +167,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Have the rows so far on disk, as before a checkpoint that a run goes on from without them."""
-        os.fsync(self._file.fileno())
+        with _writing(self._file.name):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._bar is not None:
@@ -175,10 +178,19 @@ class MetricsWriter:
             sink.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-        self._file.flush()
+        with _writing(self._file.name):
+            self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            self._file.flush()
         for sink in self._sinks:
             sink.log(row)
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or use another run.dir") from None
 
 
 def rows_before(folder: Path, step: int, figure: str) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_say
 from megapar.train.metrics import MetricsWriter
+from megapar.train.rollback import RollBack, refuse_unequal_replicas
 from megapar.train.trainer import Trainer
 
 COPIES = "MEGAPAR_COPIES"  # in a rank's environment: the folder of the launcher's shared memory
@@ -60,7 +61,11 @@ class Saver:
         way ends first. Raises the same UserError on all ranks where one of the two can't be written.
         """
         if self._last is None or self._last[0] != step:
-            self.settle()
+            with self.kept_going(config, self.writer):  # of the one before
+                self.settle()
+            run = config.run
+            if run.replicas_every and step % run.replicas_every and trainer.mesh["world"].size > 1:
+                refuse_unequal_replicas(trainer, step)
             saving = Saving(
                 self.folder,
                 trainer.optimizer,
@@ -87,6 +92,8 @@ class Saver:
         """Where `checkpoint.on_error` is warn, what can't be written in here is said, and no error. writer: rank 0's"""
         try:
             yield
+        except RollBack:
+            raise
         except UserError as error:
             if config.checkpoint.on_error == "stop":
                 raise

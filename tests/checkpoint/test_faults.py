@@ -8,16 +8,18 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from megapar.checkpoint import load, read_manifest, save
-from megapar.checkpoint.format import manifest_text
+from megapar.checkpoint import find_checkpoint, load, read_manifest, save
+from megapar.checkpoint.format import _overlap, manifest_text
 from megapar.config.errors import UserError
 from megapar.launch.pool import PoolError, WorkerPool
+from megapar.parallel.boxes import Box
 from megapar.train.trainer import Trainer
 from tests.checkpoint import jobs
 from tests.tiny import tiny_config
@@ -289,6 +291,14 @@ def test_latest_that_names_nothing(trainer: Trainer, step: Path, latest: str | N
     assert load(step.parent, trainer.optimizer, trainer.config).step == 2
 
 
+def test_a_stale_latest_is_no_reason_to_take_an_earlier_step(trainer: Trainer, step: Path) -> None:
+    """A run may have ended between the name of a checkpoint and `latest`, which counts only where it is asked for."""
+    shutil.copytree(step, step.parent / "step-00000003")
+    assert (step.parent / "latest").read_text() == "step-00000002\n"
+    assert find_checkpoint(step.parent).name == "step-00000003"
+    assert find_checkpoint(step.parent / "latest") == step
+
+
 def test_every_rank_refuses_alike(pool: WorkerPool, tokens: str, step: Path) -> None:
     """Only one rank reads the damaged file of its own part; the other must not go on alone."""
     data = bytearray((step / SECOND).read_bytes())
@@ -349,3 +359,13 @@ def test_nothing_is_pickled(step: Path) -> None:
                 assert all(key.count("/") == 2 for key in file.keys())  # noqa: SIM118 (no dict)
     manifest = read_manifest(step)
     assert manifest_text(manifest) == (step / MANIFEST).read_text()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_many_boxes_of_a_stranger_take_no_time(dim: int) -> None:
+    """They are compared with their neighbours alone, whichever dim tells them apart."""
+    boxes = [Box(tuple(4 * number * (one == dim) for one in (0, 1)), (4, 4)) for number in range(500)]
+    with mock.patch.object(Box, "overlap", autospec=True, side_effect=Box.overlap) as compared:
+        assert not _overlap(boxes)
+    assert compared.call_count < len(boxes)
+    assert _overlap([*boxes, boxes[7]])

@@ -250,6 +250,10 @@ def test_a_run_without_a_checkpoint_starts_anew_and_says_so(typed: Typed, tmp_pa
     assert code == 2 and "is finished and has no checkpoint left to go on from" in said[-1]
     (folder / "summary.json").unlink()
     code, said = typed(folder, "train.steps=2", "checkpoint.every=0")
+    assert code == 2 and "its checkpoints are gone, though checkpoints/latest names one" in said[-1]
+    assert steps(folder) == [1, 2]
+    (folder / "checkpoints/latest").unlink()
+    code, said = typed(folder, "train.steps=2", "checkpoint.every=0")
     assert code == 0 and f"run: {folder}: was interrupted before its first checkpoint, so it starts anew" in said
     assert steps(folder) == [1, 2]
 

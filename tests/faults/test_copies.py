@@ -1,19 +1,21 @@
 """Copies in memory: every rank may die and no disk is read; nothing is left when the launcher ends, however it does."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megapar.config.file import load
 from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
-from megapar.launch.copies import PREFIX, SHARED, copies, sweep
-from megapar.launch.resume import decide
+from megapar.launch.copies import HELD, PREFIX, SHARED, copies, sweep
+from megapar.launch.resume import _verify, decide
 from tests.cli.conftest import clean_environment
 from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
 from tests.faults.runs import Runs, causes, fault, hydra
@@ -85,12 +87,17 @@ def test_a_shell_removes_what_a_killed_process_has_left() -> None:
 
 
 def test_what_is_left_without_a_shell_goes_with_the_next_start() -> None:
-    dead, mine = SHARED / f"{PREFIX}999999999-0", SHARED / f"{PREFIX}{os.getpid()}-0"
-    for folder in (dead, mine):
+    """What is held is somebody's, also where its process has a number that is nobody's here."""
+    dead, other = SHARED / f"{PREFIX}{os.getpid()}-0", SHARED / f"{PREFIX}999999999-0"
+    for folder in (dead, other):
         folder.mkdir()
+        (folder / HELD).touch()
+    with open(other / HELD) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sweep()
+        assert not dead.exists() and other.exists()
     sweep()
-    assert not dead.exists() and mine.exists()
-    mine.rmdir()
+    assert not other.exists()
     with copies() as folder:
         assert folder.is_dir()
     assert not folder.exists()
@@ -105,7 +112,16 @@ def test_a_damaged_copy_is_not_gone_on_from(runs: Runs, tmp_path: Path) -> None:
     shutil.move(folder / "checkpoints/step-00000008", memory / "checkpoints")
     (folder / "checkpoints/latest").write_text("step-00000007\n")
     config = changed(load(TrainConfig, folder / "config.yaml"), {"run.dir": str(folder), "train.steps": 9})
-    assert decide(config, memory).step == 8 and decide(config).step == 7
+    assert decide(config).step == 7
+    with mock.patch("megapar.launch.resume._verify", wraps=_verify) as verify:
+        assert decide(config, memory).step == 8
+    assert [call.args[0].parent for call in verify.mock_calls] == [memory / "checkpoints"]  # no disk is read
+    newest = folder / "checkpoints/step-00000007"
+    damaged = next(newest.glob("rank-*"))
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"x")
+    assert decide(config, memory).step == 8
+    damaged.write_bytes(good)
     file = next((memory / "checkpoints/step-00000008").glob("rank-*"))
     content = bytearray(file.read_bytes())
     content[-5] ^= 4

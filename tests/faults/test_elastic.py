@@ -45,6 +45,33 @@ def test_the_layout_for_what_is_left(wanted: str, slots: int, expected: str) -> 
     assert str(elastic_layout(config_of(wanted), slots)) == expected
 
 
+def test_a_number_of_none_is_not_no_number() -> None:
+    config = changed(config_of("dp2"), {"run.elastic": True, "run.slots_file": "slots"})
+    with pytest.raises(ConfigError, match=r"run\.slots_file=slots: leaves 0 ranks; give 1 or more"):
+        resolve(config, slots=0)
+    assert resolve(config, slots=1).parallel.dp == 1 and resolve(config).parallel.dp == 2
+
+
+@pytest.mark.more
+def test_where_no_rank_may_run_it_stops(tokens: str, tmp_path: Path) -> None:
+    """With a checkpoint and the exit code of a run that was asked to; the same command goes on."""
+    runs = Runs(tmp_path, tokens, ["parallel=dp2", "train.steps=5"])
+    slots, folder = tmp_path / "slots", tmp_path / "run"
+    slots.write_text("2")
+    elastic = ["run.elastic=true", f"run.slots_file={slots}", "checkpoint.every=0"]
+
+    def change() -> None:
+        wait_for(lambda: min((one.step for one in read_board(folder)), default=0) >= 2, HANG_S)
+        slots.write_text("0")
+
+    with meanwhile(change):
+        code, said = runs.start("run", f"fault.plan={hydra([fault(0, 2, 'opt', 'delay', seconds=2.0)])}", *elastic)
+    assert code == 85, said
+    slots.write_text("2")
+    assert runs.start("run", *elastic)[0] == 0
+    runs.compare(folder)
+
+
 def test_no_ranks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"run\.slots_file=null: leaves 0 ranks; give 1 or more"):
         elastic_layout(config_of("dp2"), 0)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore, PrefixStore
 
 from megapar.cli import main
 from megapar.launch import guard
+from megapar.launch.external import earlier_folder, keep_folder
 from megapar.launch.rank import Job
 from megapar.launch.watch import BOARD, read_board
 from megapar.trace.board import Doing
@@ -125,6 +127,43 @@ def test_it_starts_again_from_a_copy_in_memory(start: Callable[..., Torchrun], r
     assert re.search(r"^run: goes on from step 5 of 8, which /dev/shm/megapar-copies-", said, re.MULTILINE), said
     runs.compare(torchrun.folder)
     assert wait_for(lambda: not list(Path("/dev/shm").glob(f"megapar-copies-{torchrun.process.pid}-*")), HANG_S)
+
+
+def test_ranks_that_are_started_again_have_the_same_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, folders = HashStore(), []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for attempt, folder in enumerate(("runs/a", "runs/b")):
+        store = PrefixStore(f"megapar/x/{attempt}", agent)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        folders.append(earlier_folder(store))
+        keep_folder(store, folder)
+    assert folders == [None, "runs/a"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "y")
+    assert earlier_folder(PrefixStore("megapar/y/1", agent)) is None
+
+
+@pytest.mark.more
+def test_a_stop_is_no_failure_to_start_again_from(start: Callable[..., Torchrun], runs: Runs) -> None:
+    torchrun = start(options=["--max-restarts=3"])
+    ranks = torchrun.ranks_in_step_3()
+    os.kill(ranks[0], signal.SIGUSR1)
+    said, _ = torchrun.process.communicate(timeout=HANG_S)
+    assert torchrun.process.returncode == 0 and said.count("run: ") == 1, said
+    assert [path.name for path in (torchrun.folder / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+@pytest.mark.more
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes a namespace of processes")
+def test_torchrun_may_be_the_first_process_of_a_container(runs: Runs, tmp_path: Path) -> None:
+    words = [*runs.words, f"run.dir={tmp_path}/run", "checkpoint.every=0"]
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "torch.distributed.run"]
+    options = ["--standalone", "--nproc-per-node=2", "-m", "megapar.cli"]
+    environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options, *words], env=environment, capture_output=True, text=True, timeout=HANG_S)
+    if "unshare failed" in done.stderr:
+        pytest.skip("this machine does not allow it")
+    assert done.returncode == 0, done.stderr
+    runs.compare(tmp_path / "run")
 
 
 @pytest.mark.more

@@ -61,6 +61,14 @@ def test_what_is_no_failure_of_a_rank_ends_it(end: BaseException, run: Callable[
         run([end], 5)
 
 
+def test_a_run_that_was_to_stop_does_not_start_again(run: Callable[..., Any]) -> None:
+    """A rank died before it had stopped."""
+    asked = RankFailure("rank 1 failed: x")
+    asked.asked = True
+    with pytest.raises(RankFailure, match="x"):
+        run([asked, None], 5)
+
+
 def test_the_last_failure_is_raised(run: Callable[..., Any]) -> None:
     with pytest.raises(RankFailure, match="third"):
         run([RankFailure("first"), RankFailure("second"), RankFailure("third")], 2)

@@ -25,6 +25,14 @@ def test_a_rank_without_a_sign_of_life_comes_first_whatever_it_was_doing() -> No
     assert [one.rank for one in found.culprits] == [2] and found.reason == "no sign of life"
 
 
+def test_a_rank_that_has_not_started_comes_before_all_others() -> None:
+    absent = Doing(3, 0, 0, "not started", "", False, NOW - 20, 0.0, 0)
+    found = find([WAITS, WORKS, replace(WAITS, rank=2, beat=NOW - 5), absent], NOW)
+    assert [one.rank for one in found.culprits] == [3] and len(found.waiting) == 3
+    line = describe(found, NOW, Job("", "", "", "run", "cpu", 1.0, 4))
+    assert line.startswith("stuck: rank 3 for 20.0 s in its start-up (it has begun no operation); ranks 0, 2 wait")
+
+
 def test_where_all_wait_all_are_named() -> None:
     found = find([WAITS, replace(WAITS, rank=1, operation="all_gather over tp of ranks 0, 1")], NOW)
     assert len(found.culprits) == 2 and "all wait" in found.reason

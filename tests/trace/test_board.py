@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megapar.trace.announcements import Announcements, Desynchronised, described, out_of_step
-from megapar.trace.board import Board, Memory, open_memory
+from megapar.trace.board import BEAT_S, Board, Memory, open_memory
 from tests.cli.test_cli_launch import wait_for
 
 
@@ -49,6 +49,37 @@ def test_texts_are_cut_and_may_hold_anything(memory: Memory) -> None:
     Board(memory, 0).enter("\u00e9" * 200)
     assert memory.read(0).operation == "\u00e9" * 96  # 192 bytes
     assert memory.read(1).pid == 0
+
+
+def test_a_path_that_is_no_board_is_not_opened(memory: Memory, tmp_path: Path) -> None:
+    """It comes from a file in a run directory, which may be a stranger's."""
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    (tmp_path / "megapar-board").symlink_to(tmp_path / "secret")
+    for path in (tmp_path / "megapar-board", tmp_path / "secret", f"/proc/{os.getpid()}/fd/0"):
+        with pytest.raises(OSError):
+            open_memory(str(path))
+    looking = open_memory(memory.path, write=False)
+    with pytest.raises(TypeError):
+        looking.clear(0)
+    looking.close()
+
+
+def test_one_that_has_ended_stays_so(memory: Memory, tmp_path: Path) -> None:
+    board = Board(memory, 1)
+    board.live(str(tmp_path / "stacks.txt"))
+    assert memory.read(1).pid == os.getpid()
+    board.end()
+    time.sleep(3 * BEAT_S)
+    assert memory.read(1).pid == 0
+
+
+def test_long_texts_that_differ_at_their_end_are_told_apart(memory: Memory) -> None:
+    mine, theirs = Announcements(memory, 0), Announcements(memory, 1)
+    long = "gradient reduction of bucket 0 with a name that is longer than a record"
+    theirs.announce("dp", f"{long} float32")
+    number = mine.announce("dp", f"{long} bfloat16")
+    with pytest.raises(Desynchronised):
+        mine.compare("dp", number, f"{long} bfloat16", [0, 1])
 
 
 def test_what_is_half_written_is_never_read(memory: Memory) -> None:

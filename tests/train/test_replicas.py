@@ -88,3 +88,11 @@ def test_equal_copies_are_silent(
 ) -> None:
     config = config_of(tokens, tmp_path, layout, **values)
     assert set(pool.run(run_flipped, config.parallel.layout.world, config, "", -1)) == {None}
+
+
+def test_a_state_whose_copies_differ_is_never_saved(pool: WorkerPool, tokens: str, tmp_path: Path) -> None:
+    """Whatever `replicas_every` is: a run goes back to what was saved."""
+    config = config_of(tokens, tmp_path, "dp2", **{"run.replicas_every": 1000, "checkpoint.every": 1})
+    said = pool.run(run_flipped, 2, config, "layers.0.mlp.down.weight", 1)
+    assert said[0] is not None and said[0].startswith("step 2: copies of a parameter differ: layers.0.mlp.down.weight")
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000001"]

@@ -37,9 +37,14 @@ def run(config: TrainConfig, call: Call) -> int:
 
 
 def going_on(config: TrainConfig, call: Call, folder: str, memory: Path | None = None) -> "Job | None":
-    """The job that goes on with a run in its directory, which the caller holds; None: it is finished."""
+    """The job that goes on with a run in its directory, which the caller holds; None: it is finished. Raises Stopped
+    where no rank may run."""
+    from megapar.cli.finish import slots
     from megapar.config.keys import changed
+    from megapar.launch.failure import Stopped
 
+    if slots(config) == 0:
+        raise Stopped
     return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None, memory=memory)
 
 
@@ -54,7 +59,8 @@ def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
 
     def changed(ranks: int) -> str | None:
         try:
-            count = slots(config)
+            if (count := slots(config)) == 0:
+                return "run.slots_file: no rank may run"
             if count not in better:
                 better[count] = check_early(config, num_gpus()).parallel.layout.world
         except UserError:  # half written, or a number for which there is no layout: it may be another soon
@@ -92,7 +98,7 @@ def plan(
     if config.checkpoint.replicate and world_size is not None:
         memory = copies_of_torchrun()
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
-    resume.decide(config)  # what is refused is refused before a directory is made
+    resume.decide(config, memory)  # what is refused is refused before a directory is made
     config = rundir.claim(config, claims)
     start = resume.decide(config, memory)
     for line in start.said:

@@ -32,7 +32,10 @@ class NonFinite(Hook):
             return {}
         self.in_a_row += 1
         found = first_nonfinite(self.loop.trainer)
-        where = found.text if found is not None else "every gradient is finite, and the sum of their squares is not"
+        nothing = "every gradient is finite, and the sum of their squares is not"
+        if self.loop.trainer.mesh.device.type == "cuda":
+            nothing = "by now every gradient is finite: these are the next step's"
+        where = nothing if found is None else found.text
         if self.in_a_row >= self.loop.config.run.nonfinite_limit:
             self._give_up(seen.step, where)
         if self.loop.writer is not None:

@@ -1,9 +1,8 @@
-"""Copies of parameters that must be equal are compared every `run.replicas_every` steps, before a state is saved."""
+"""Copies of parameters that must be equal are compared every `run.replicas_every` steps, and before each save."""
 
 from megapar.config.schema import TrainConfig
-from megapar.parallel.replicas import unequal_replicas
 from megapar.train.hooks.hook import Hook
-from megapar.train.rollback import RollBack
+from megapar.train.rollback import refuse_unequal_replicas
 from megapar.train.trainer import Step
 
 
@@ -18,12 +17,7 @@ class Replicas(Hook):
         """Raises RollBack, on all ranks alike, if copies differ."""
         if step % self.loop.config.run.replicas_every:
             return
-        trainer = self.loop.trainer
-        buffers = [trainer.buffers] if trainer.frozen is None else [trainer.buffers, trainer.frozen]
-        if unequal := unequal_replicas(buffers, trainer.mesh):
-            more = f" (and {len(unequal) - 1} more)" if len(unequal) > 1 else ""
-            problem = f"step {step}: copies of a parameter differ: {unequal[0].text}{more}"
-            raise RollBack(f"{problem}; test that machine, and go back to the newest checkpoint: the same command does")
+        refuse_unequal_replicas(self.loop.trainer, step)
 
 
 HOOK = Replicas
