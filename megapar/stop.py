@@ -1,4 +1,4 @@
-"""Ranks of a run are asked to stop behind the step, or the token, that they are in: by the launcher, which leaves files
+"""Ranks of a run are asked to stop after the step, or the token, that they are in: by the launcher, which leaves files
 in a folder that they share, or, where torchrun or srun started them, by a signal to any of them. Rank 0 says that it
 listens while it walks the steps; all ranks look, and agree with the figures of a step."""
 

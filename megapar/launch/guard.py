@@ -385,7 +385,7 @@ async def _ended_by(pid: int) -> str:
             status = int(fields[49])
             return signal.Signals(status & 127).name if status & 127 else f"exit code {status >> 8}"
         await asyncio.sleep(0.002)
-    return "it has gone"
+    return "ended, by what is not known"
 
 
 def _listed(ranks: Iterable[int]) -> str:

@@ -62,7 +62,7 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)  # set in a rank where not set yet
     schedules: dict[str, str] = field(default_factory=dict)  # found by a search, see `megapar.schedule.build`
     typed: bool = False  # rank 0 reads what the launcher's standard input gives, see `megapar.console.typed`
-    stopping: str = "stopping behind this step, with a checkpoint; Ctrl-C again: at once\n"  # said at the first Ctrl-C
+    stopping: str = "stopping after this step, with a checkpoint; Ctrl-C again: at once\n"  # said at the first Ctrl-C
     ignored: tuple[str, ...] = ()  # names of signals that the launcher was started with ignored, or minds for all
     grace_s: float | None = None  # from a request to stop until the ranks are ended; None: Ctrl-C alone asks
     stop_at: float | None = None  # of the launcher's monotonic clock: when the ranks are asked to stop
@@ -178,7 +178,7 @@ def redirect_output(log: Path) -> TextIO:
 
 
 def write_board(job: Job, rank: int) -> None:
-    """Write what this rank does where the launcher looks, and give it signs of life."""
+    """Write what this rank does where the launcher looks, and give it heartbeats."""
     if job.board is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Signals to the launcher. The first one asks ranks that listen to stop behind their step and save; the next one, the
+"""Signals to the launcher. The first one asks ranks that listen to stop after their step and save; the next one, the
 end of `grace_s`, or the first where none listens, ends them."""
 
 import os
@@ -75,7 +75,7 @@ class Signals:
     def _time_is_over(self) -> None:
         if self.request.ask():
             self._asked("run.time_limit_s: ")
-        elif not self.request.asked():  # nobody listens yet: a run stops behind its first step
+        elif not self.request.asked():  # nobody listens yet: a run stops after its first step
             self._after(LOOK_S, self._time_is_over)
 
     def _look(self) -> None:

@@ -19,7 +19,7 @@ from megapar.trace.announcements import out_of_step
 from megapar.trace.board import BEAT_S, Doing, Memory, open_memory
 
 LOOK_S = 0.1
-SILENT_S = 10 * BEAT_S  # without a sign of life: stopped, or nothing of Python can run
+SILENT_S = 10 * BEAT_S  # without a heartbeat: stopped, or nothing of Python can run
 STACKS_S = 1.5  # for the ranks that can to write their stacks
 BOARD = ".board.json"  # in the run directory: where the board of a live run is
 
@@ -97,7 +97,7 @@ def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda 
     silent = [one for one in doing if now - one.beat > SILENT_S]
     if silent:
         stopped = all(state(one) in ("T", "t") for one in silent)
-        return _finding(silent, "stopped by a signal" if stopped else "no sign of life", doing)
+        return _finding(silent, "stopped by a signal" if stopped else "no heartbeat", doing)
     at_work = [one for one in doing if not one.waiting]
     if at_work:
         return _finding(at_work, "the others wait for it", doing)
@@ -223,7 +223,7 @@ def stacks(job: Job, rank: object) -> Path:
 
 
 def table(doing: list[Doing], now: float) -> list[dict[str, Any]]:
-    """A row for every rank. seconds: in the operation; silent_s: since the last sign of life; both None before the rank
+    """A row for every rank. seconds: in the operation; silent_s: since the last heartbeat; both None before the rank
     is there. operations: begun so far."""
     return [
         {

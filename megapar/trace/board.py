@@ -5,7 +5,7 @@ outlives a rank that is killed or stopped. The memory belongs to whoever started
 and goes with that process, however it ends: it has no name in any file system.
 
 A slot of a rank has a page: a byte, odd while the rank writes (one byte is written at once, as no larger number is);
-operations begun; when this one began and when the rank's thread last gave a sign of life, both of the host's monotonic
+operations begun; when this one began and when the rank's thread last gave a heartbeat, both of the host's monotonic
 clock; step; process; texts.
 """
 
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 NAME = "megapar-board"
 PATH = re.compile(r"/proc/\d+/fd/\d+")  # of such memory
 PAGE = 4096
-BEAT_S = 0.2  # between signs of life
+BEAT_S = 0.2  # between heartbeats
 _HEAD = struct.Struct("=Qdq?192s192s")  # operations begun, since, step, waiting, operation, the one around it
-_BEAT = struct.Struct("=dq")  # sign of life, process
+_BEAT = struct.Struct("=dq")  # heartbeat, process
 _ASKED_AT, _BEAT_AT, _HEAD_AT = 1, 8, 24  # bytes of a slot behind the odd or even one; asked: for Python stacks
 
 
@@ -172,7 +172,7 @@ class Board:
         memory[at] = 2 * count & 255
 
     def live(self, stacks: str) -> None:
-        """Give signs of life from a thread from now on. When asked, it writes the stacks of all threads to the file
+        """Give heartbeats from a thread from now on. When asked, it writes the stacks of all threads to the file
         `stacks`: a thread can while the others wait, and needs no signal."""
         if self.memory is None:
             return

@@ -32,7 +32,7 @@ def run(config: TrainConfig, rank: int, world_size: int) -> None:
 class Loop:
     """The steps of a run. Every rank walks it alike; rank 0 also writes. What happens around a step is in hooks.
 
-    stopping: asked by Ctrl-C to stop behind this step; the same on all ranks
+    stopping: asked by Ctrl-C to stop after this step; the same on all ranks
     """
 
     def __init__(self, config: TrainConfig, rank: int) -> None:

@@ -45,7 +45,7 @@ class Saver:
     """Writes checkpoints into the run's directory, each state once. writer: rank 0's. Every method is collective.
 
     Where a save is not waited for, a thread writes this rank's file from a copy of the state; the ranks meet, and the
-    checkpoint gets its name, behind a later step. One is under way at a time.
+    checkpoint gets its name, after a later step. One is under way at a time.
     """
 
     def __init__(self, folder: Path, writer: MetricsWriter | None) -> None:

@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(typed: Typed, whole: Path, tmp_p
 @pytest.mark.more
 @pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("dp2", "pp2")])
 def test_it_goes_on_in_any_layout(first: str, then: str, typed: Typed, tmp_path: Path) -> None:
-    """All ranks stop behind the same step. In the same layout bits are the same, in another one the losses."""
+    """All ranks stop after the same step. In the same layout bits are the same, in another one the losses."""
     assert typed(tmp_path / "whole", f"parallel={first}")[0] == 0
     folder = tmp_path / "run"
     assert typed(folder, f"parallel={first}", entry=STOPS)[0] == 85
@@ -131,7 +131,7 @@ def test_ctrl_c_writes_a_checkpoint(tokens: str, tmp_path: Path, monkeypatch: py
     done = read_manifest(find_checkpoint(folder)).step
     assert steps(folder) == list(range(1, done + 1)) and f"step {done:>6}  interrupted; " in out
     said = err.splitlines()
-    assert said[-3:-1] == ["stopping behind this step, with a checkpoint; Ctrl-C again: at once", "interrupted"]
+    assert said[-3:-1] == ["stopping after this step, with a checkpoint; Ctrl-C again: at once", "interrupted"]
     words = shlex.split(said[-1])
     assert (
         words[:2] == ["megapar", "train"]

@@ -258,7 +258,7 @@ def main() -> int:
     left = leaks(chaos, shared)
     steps = len(trajectory(chaos.run))
     clean = chaos.folder / "clean"
-    # Of the same train.steps, which the learning rate depends on; it stops behind the step that the run came to.
+    # Of the same train.steps, which the learning rate depends on; it stops after the step that the run came to.
     plan = f"fault.plan=[{{rank: 0, step: {steps}, phase: opt, kind: ask}}]"
     done = subprocess.run(
         chaos.command(clean, "train.steps=1000000", plan), env=clean_environment() | {"OMP_NUM_THREADS": "1"}

@@ -76,7 +76,7 @@ def test_a_run_that_is_asked_to_stop_goes_on(number: Any, start: Start, runs: Ru
     assert launcher.returncode == 85, err
     assert said[-2] == "interrupted" and said[-1].startswith("megapar train ") and f"run.dir={tmp_path}/run" in said[-1]
     asked = "run.time_limit_s" if number == "time" else number.name
-    assert any(line.startswith(f"{asked}: stopping behind this step") for line in said), err
+    assert any(line.startswith(f"{asked}: stopping after this step") for line in said), err
     saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")]
     assert saved == ["step-00000001" if number == "time" else "step-00000003"]
     assert not ours(tmp_path / "tmp")

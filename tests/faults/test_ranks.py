@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_is_named_and_not_who_waits(tp2pp2: Runs) -> None:
         fault(0, 6, "data", "hang"),
     ]
     said = tp2pp2.with_faults("hangs", plan, "run.watchdog_s=6")
-    reasons = ["stopped by a signal", "no sign of life", "the others wait for it", "stopped by a signal"]
+    reasons = ["stopped by a signal", "no heartbeat", "the others wait for it", "stopped by a signal"]
     for line, one, reason in zip(causes(said), plan, [*reasons, "the others wait for it"], strict=True):
         culprit, _, waiting = line.partition(f"({reason})")
         assert culprit.startswith(f"stuck: rank {one['rank']} for ") and f" in step {one['step']}, " in culprit, line

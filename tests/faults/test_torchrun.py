@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started: a signal stops all of them behind the same step, none outlives torchrun, and a guard
+"""Ranks that torchrun has started: a signal stops all of them after the same step, none outlives torchrun, and a guard
 on each host names who died or is stuck."""
 
 import json
@@ -201,7 +201,7 @@ def test_a_host_that_says_nothing_ends_the_run(start: Callable[..., Torchrun]) -
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     said, _ = first.process.communicate(timeout=HANG_S)
-    assert re.search(r"stuck: rank 2 for .*; rank 3 for .* \((no sign of life|stopped by a signal)\)", said), said
+    assert re.search(r"stuck: rank 2 for .*; rank 3 for .* \((no heartbeat|stopped by a signal)\)", said), said
     for pid in stopped:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

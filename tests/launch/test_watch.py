@@ -19,10 +19,10 @@ def test_a_rank_that_waits_is_not_blamed_for_one_that_works() -> None:
     assert [one.rank for one in found.culprits] == [1] and found.reason == "the others wait for it"
 
 
-def test_a_rank_without_a_sign_of_life_comes_first_whatever_it_was_doing() -> None:
+def test_a_rank_without_a_heartbeat_comes_first_whatever_it_was_doing() -> None:
     silent = replace(WAITS, rank=2, beat=NOW - 5)
     found = find([WAITS, WORKS, silent], NOW)
-    assert [one.rank for one in found.culprits] == [2] and found.reason == "no sign of life"
+    assert [one.rank for one in found.culprits] == [2] and found.reason == "no heartbeat"
 
 
 def test_a_rank_that_has_not_started_comes_before_all_others() -> None:

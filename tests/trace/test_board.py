@@ -83,7 +83,7 @@ def test_long_texts_that_differ_at_their_end_are_told_apart(memory: Memory) -> N
 
 
 def test_what_is_half_written_is_never_read(memory: Memory) -> None:
-    """A rank that was ended in the middle of it: its last sign of life counts."""
+    """A rank that was ended in the middle of it: its last heartbeat counts."""
     board = Board(memory, 0)
     board.enter("something")
     board._beat()

@@ -1,4 +1,4 @@
-"""A signal, or its time is over: the run stops behind this step, with a checkpoint; see `megapar/stop.py`."""
+"""A signal, or its time is over: the run stops after this step, with a checkpoint; see `megapar/stop.py`."""
 
 from megapar.stop import stop_request
 from megapar.train.hooks.hook import Hook
