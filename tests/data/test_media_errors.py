@@ -260,6 +260,8 @@ def test_samples_that_the_context_does_not_hold(tmp_path: Path) -> None:
     tokens = found.records.tokens(found.model).tolist()
     text, target = found.records.lengths.T
     assert tokens == [8 + 5 + int(text[0]) - 2 + int(target[0]) - 1, 16 + int(text[1]) - 1 + int(target[1]) - 1]
+    of_images = found.records.tokens(found.model, ["image"]).tolist()
+    assert of_images == [8 + int(target[0]) - 1, 16 + int(target[1]) - 1]
     most = {"train.seq_length": tokens[0]}
     with pytest.raises(UserError, match=rf"a.tar:b: {tokens[1]} tokens, of which at most {tokens[0]} fit"):
         opened(ready, **keys, **most)

@@ -1,11 +1,12 @@
 """The index of media: what a rank knows of a sample without opening a file, and how it reads one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from megapar.config.errors import UserError
 from megapar.config.schema import ModelConfig
+from megapar.config.stacks import MEDIA, TEXT
 from megapar.data.media.decode import pixels, sound
 from megapar.data.media.files import OpenFiles
 from megapar.data.media.read import INDEX, digest_of
@@ -65,12 +66,16 @@ class MediaRecords(Records):
         of_sounds = np.maximum(1, -(-first // (model.audio.frames * model.audio.hop)))
         return np.where(self.read_by(model), np.where(self.kinds == IMAGE, of_images, of_sounds), 0)
 
-    def tokens(self, model: ModelConfig) -> np.ndarray:
-        """Tokens of the model's context that each record takes, int64 [records]: of its target all but the last."""
+    def tokens(self, model: ModelConfig, modalities: Sequence[str] = (*MEDIA, TEXT)) -> np.ndarray:
+        """Tokens of the model's context that each record takes, int64 [records]: of its target all but the last.
+
+        modalities: that are read of it
+        """
         text, target = self.lengths.T
+        read = np.where(self.kinds == IMAGE, "image" in modalities, "audio" in modalities)
+        media = np.bincount(self.owners, self.tokens_of_media(model) * read, len(self)).astype(np.int64)
         marks = np.bincount(self.owners, minlength=len(self))
-        media = np.bincount(self.owners, self.tokens_of_media(model), len(self)).astype(np.int64)
-        return text - marks + media + np.maximum(target - 1, 0)
+        return (text - marks) * (TEXT in modalities) + media + np.maximum(target - 1, 0)
 
     def images(self, record: int, channels: int) -> tuple[np.ndarray, ...]:
         """The images of a record, uint8 [height, width, channels] each. Raises UserError."""

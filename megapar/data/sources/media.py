@@ -139,7 +139,8 @@ def _fitting(records: MediaRecords, chosen: np.ndarray, config: TrainConfig) -> 
     UserError or ConfigError."""
     if config.data.too_long == "truncate":
         raise ConfigError("data.too_long", "truncate", "images and sounds can't be cut short; use refuse or skip")
-    tokens, most = records.tokens(config.model), config.train.seq_length
+    read = config.task.modalities or [*media(config.model), TEXT]
+    tokens, most = records.tokens(config.model, read), config.train.seq_length
     too_long = np.isin(np.arange(len(records)), chosen) & (tokens > most)
     return fitting(records, too_long, config.data, most, lengths=tokens)
 
