@@ -32,6 +32,7 @@ KINDS = {
     "desync": "a collective that no other rank takes part in",
     "disk_full": "a file can't be written",
     "nonfinite": "a gradient that is not a number",
+    "flip_file": "one bit of a file of the newest checkpoint",
     "flip_memory": "one bit of a parameter",
     "flip_message": "one bit of what the next all-reduce gives this rank",
     "flip_matmul": "one bit of what the next matmul gives this rank",
@@ -41,8 +42,11 @@ FIELDS = ("rank", "step", "phase", "kind", "nth", "point", "seconds")
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, which strikes once in a run. nth: of the operations of this phase in the step, from 0. point: a part of
-    the operation's name. seconds: of a delay."""
+    """A fault, which strikes once in a run.
+
+    point: a part of the operation's name; nth: of the operations of this phase in the step that have it, from 0;
+    seconds: of a delay
+    """
 
     rank: int
     step: int

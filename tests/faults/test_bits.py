@@ -29,6 +29,15 @@ def test_a_bit_of_a_weight_or_of_a_reduced_gradient(kind: str, phase: str, runs:
 
 
 @pytest.mark.more
+def test_a_bit_of_a_file(runs: Runs) -> None:
+    """Of the newest checkpoint, before a rank dies: the run goes on from the one before it, and says what was wrong."""
+    said = runs.with_faults("file", [fault(1, 4, "fwd", "flip_file"), fault(1, 4, "bwd", "sigkill")])
+    assert len(causes(said)) == 1
+    assert any("step-00000003/rank-" in line and "changed, its SHA-256 is not the one" in line for line in said), said
+    assert any("goes on from step 2 of 6" in line for line in said), said
+
+
+@pytest.mark.more
 def test_a_bit_of_a_matmul(runs: Runs) -> None:
     """The step is computed again at once: no restart, and the rank and the place are in its row."""
     said = runs.with_faults("matmul", [fault(1, 4, "fwd", "flip_matmul")])

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megapar.checkpoint import find_checkpoint, read_manifest
 from megapar.config.faults import PHASES, Fault, faults
 from megapar.config.schema import TrainConfig
 from megapar.parallel.collectives import all_reduce
@@ -45,12 +47,12 @@ class FaultInjector(Hook):
         self._mine = [(index, fault) for index, fault in planned if fault.rank == mesh.rank]
         self._struck = loop.folder / ".faults"
         self._struck.mkdir(exist_ok=True)
-        self._step, self._seen = 0, dict.fromkeys(PHASES, 0)
+        self._step, self._seen = 0, Counter[int]()
         self._flipping: _FlipMatmul | None = None
         mesh.timeline.listeners.append(self._operation)
 
     def before(self, step: int) -> None:
-        self._step, self._seen = step, dict.fromkeys(PHASES, 0)
+        self._step, self._seen = step, Counter()
 
     def after(self, step: int, done: "Step") -> None:
         if self._flipping is not None:
@@ -59,15 +61,11 @@ class FaultInjector(Hook):
 
     def _operation(self, kind: str, name: str) -> None:
         """An operation begins."""
-        for phase, kinds in PHASES.items():
-            if kind not in kinds:
-                continue
-            for index, fault in self._mine:
-                if (fault.step, fault.phase) != (self._step, phase) or fault.point not in name:
-                    continue
-                if fault.nth == self._seen[phase] or fault.point:
+        for index, fault in self._mine:
+            if fault.step == self._step and kind in PHASES[fault.phase] and fault.point in name:
+                self._seen[index] += 1
+                if self._seen[index] == fault.nth + 1:
                     self._strike(index, fault, name)
-            self._seen[phase] += 1
 
     def _strike(self, index: int, fault: Fault, name: str) -> None:
         try:
@@ -115,6 +113,13 @@ class FaultInjector(Hook):
 
     def _nonfinite(self, fault: Fault) -> None:
         self.loop.trainer.buffers.buckets[0].grads[0] = float("nan")
+
+    def _flip_file(self, fault: Fault) -> None:
+        newest = find_checkpoint(self.loop.folder)
+        file = newest / min(read_manifest(newest).files)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
 
     def _flip_memory(self, fault: Fault) -> None:
         with torch.no_grad():
