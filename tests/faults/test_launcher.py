@@ -101,6 +101,16 @@ def test_a_run_that_does_not_stop_is_ended(way: str, start: Start, tmp_path: Pat
 
 
 @pytest.mark.more
+def test_a_rank_that_hangs_when_it_is_to_stop_is_no_reason_to_start_again(start: Start, tmp_path: Path) -> None:
+    launcher = start(f"fault.plan={hydra([fault(1, 2, 'opt', 'hang')])}", "run.watchdog_s=3", "run.max_restarts=9")
+    ranks = in_step(tmp_path / "run", 2)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=HANG_S)
+    assert launcher.returncode == 1 and "stuck: rank 1" in err and "run: restart" not in err, err
+    assert wait_for(lambda: not any(map(alive, ranks)), HANG_S)
+
+
+@pytest.mark.more
 def test_nothing_is_left_of_a_killed_launcher(start: Start, runs: Runs, tmp_path: Path) -> None:
     """No process, no file in the temporary folder, no shared memory; the same command goes on to the same bits."""
     launcher = start(f"fault.plan={hydra([fault(0, 4, 'bwd', 'hang')])}")
