@@ -42,13 +42,12 @@ def figures(runs: list[Run]) -> str:
     if not fused:
         raise UserError("none of the runs has learned from all three; give one that has")
     sets = list(accuracies(next(iter(fused.values()))[0]))
-    lines = [
-        f"| what is read | {' | '.join(f'one model, {layout}' for layout in fused)} | trained on that alone |",
-        "|---" * (len(fused) + 2) + "|",
-    ]
+    heads = ["what is read", *(f"one model, {layout}" for layout in fused)] + ["trained on that alone"] * bool(alone)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in sets:
         cells = [share_of([accuracies(run)[name] for run in found]) for found in fused.values()]
-        cells.append(share_of([accuracies(run)[name] for run in alone[name]]) if name in alone else "")
+        if alone:
+            cells.append(share_of([accuracies(run)[name] for run in alone[name]]) if name in alone else "")
         lines.append(f"| {called(name)} | {' | '.join(cells)} |")
     seeds = {", ".join(str(run.config.train.seed) for run in found) for found in (*fused.values(), *alone.values())}
     first = next(iter(fused.values()))[0]
