@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
-from megapar.checkpoint.format import LATEST, newest_first, verify_files
+from megapar.checkpoint.format import LATEST, STEP_FOLDER, latest_name, newest_first, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_optimizer, refuse_other_order
 from megapar.checkpoint.save import data_hashes
@@ -214,8 +214,8 @@ def _without_checkpoint(folder: Path, config: TrainConfig, saved: TrainConfig | 
             return Start("done", config.train.steps, said=_done(folder, config, saved))
         problem = f"{folder} is finished and has no checkpoint left to go on from; {ELSEWHERE}"
         raise ConfigError("train.steps", config.train.steps, problem)
-    if (folder / "checkpoints" / LATEST).exists():
-        problem = f"its checkpoints are gone, though checkpoints/{LATEST} names one; bring them back, {ELSEWHERE}"
+    if STEP_FOLDER.fullmatch(newest := latest_name(folder / "checkpoints")):
+        problem = f"its checkpoints are gone, though checkpoints/{LATEST} names {newest}; bring them back, {ELSEWHERE}"
         raise ConfigError("run.dir", folder, problem)
     start = _from_origin("anew", config)
     said = f"run: {folder}: was interrupted before its first checkpoint, so it starts anew"

@@ -250,7 +250,7 @@ def test_a_run_without_a_checkpoint_starts_anew_and_says_so(typed: Typed, tmp_pa
     assert code == 2 and "is finished and has no checkpoint left to go on from" in said[-1]
     (folder / "summary.json").unlink()
     code, said = typed(folder, "train.steps=2", "checkpoint.every=0")
-    assert code == 2 and "its checkpoints are gone, though checkpoints/latest names one" in said[-1]
+    assert code == 2 and "its checkpoints are gone, though checkpoints/latest names step-00000002" in said[-1]
     assert steps(folder) == [1, 2]
     (folder / "checkpoints/latest").unlink()
     code, said = typed(folder, "train.steps=2", "checkpoint.every=0")
