@@ -352,6 +352,10 @@ class _Watch(Watch):
         super().__init__(job, memory)
         self.guard = guard
 
+    def absent(self, doing: list[Doing], started: float) -> list[Doing]:
+        """None: hosts whose guards can't be reached have ranks, too, and others wait for each other at the store."""
+        return []
+
     def state(self, one: Doing) -> str:
         return self.guard.states.get(one.rank) or super().state(one)
 

@@ -153,12 +153,18 @@ def who_kills(before: int | None, after: int | None) -> str:
     return " (the kernel's out-of-memory killer)" if after > before else " (kill -9: the kernel killed none for memory)"
 
 
+OPEN_FILES = 1 << 16  # more would slow down programs that close all that there might be
+
+
 def allow_open_files(ranks: int) -> None:
-    """Have as many open files allowed as the system grants this process, and those that it starts. Raises UserError
-    where that is too few for so many ranks on one machine."""
+    """Have as many open files allowed as the system grants this process, and those that it starts, up to OPEN_FILES.
+
+    Raises UserError where that is too few for so many ranks on one machine.
+    """
     least = 64 + 16 * ranks  # measured: pp2 needs more than 40, tp2pp2dp2 more than 64
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < least:
         raise UserError(f"{most} open files are allowed, which is too few for {ranks} ranks; allow {least}: ulimit -n")
-    if now != most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    enough = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+    if now != resource.RLIM_INFINITY and now < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))

@@ -152,7 +152,7 @@ class Watch:
             looked = now
             doing = [self.memory.read(rank) for rank in range(self.job.ranks)]
             there = [one for one in doing if one.pid]
-            absent = [replace(one, since=started) for one in doing if not one.pid and not one.count]
+            absent = self.absent(doing, started)
             there += absent
             limit = self.job.watchdog_s
             if absent or not all(one.step for one in there):
@@ -174,6 +174,10 @@ class Watch:
         ):
             time.sleep(BEAT_S / 4)
         self.end(self.out_of_step() + describe(finding, now, self.job), finding.culprits)
+
+    def absent(self, doing: list[Doing], started: float) -> list[Doing]:
+        """Ranks that have begun no operation since the launcher started them."""
+        return [replace(one, since=started) for one in doing if not one.pid and not one.count]
 
     def state(self, one: Doing) -> str:
         """Of a rank's process, as `state_of`."""

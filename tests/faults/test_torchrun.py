@@ -20,8 +20,8 @@ from megapar.cli import main
 from megapar.launch import guard
 from megapar.launch.external import earlier_folder, keep_folder
 from megapar.launch.rank import Job
-from megapar.launch.watch import BOARD, read_board
-from megapar.trace.board import Doing
+from megapar.launch.watch import BOARD, Watch, read_board
+from megapar.trace.board import Doing, Memory
 from tests.cli.conftest import clean_environment
 from tests.cli.test_cli_external import free_port
 from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
@@ -229,6 +229,19 @@ def test_who_does_not_know_the_token_tells_a_guard_nothing(tmp_path: Path) -> No
     tied.connection.close()
     assert wait_for(lambda: not guards(), HANG_S)
     assert not (tmp_path / BOARD).exists()
+
+
+def test_ranks_of_a_host_that_cannot_be_reached_are_not_missed() -> None:
+    """They are there, though not watched; our own launcher's ranks are all on its host."""
+    job, nothing = (
+        Job("", "", "", "", "cpu", 1.0, 2),
+        [Doing(rank, 0, 0, "", "", False, 0.0, 0.0, 0) for rank in (0, 1)],
+    )
+    assert [one.since for one in Watch(job, None).absent(nothing, 5.0)] == [5.0, 5.0]
+    memory = Memory.create(2)
+    assert memory is not None
+    assert guard._Watch(job, memory, None).absent(nothing, 5.0) == []  # type: ignore[arg-type]
+    memory.close()
 
 
 def page(**other: Any) -> dict[str, Any]:

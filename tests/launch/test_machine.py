@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from megapar.config.errors import UserError
-from megapar.launch.machine import allow_open_files
+from megapar.launch.machine import OPEN_FILES, allow_open_files
 
 
 def test_too_few_open_files_are_refused_before_a_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,8 @@ def test_too_few_open_files_are_refused_before_a_rank_starts(monkeypatch: pytest
 
 def test_as_many_as_the_system_grants_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda what, limits: given.append(limits))
-    allow_open_files(8)
-    assert given == [(4096, 4096)]
+    for limits in ((64, 4096), (64, resource.RLIM_INFINITY), (1 << 20, 1 << 20)):
+        monkeypatch.setattr(resource, "getrlimit", lambda what, limits=limits: limits)
+        allow_open_files(8)
+    assert given == [(4096, 4096), (OPEN_FILES, resource.RLIM_INFINITY)]  # and never fewer than before
