@@ -18,6 +18,7 @@ from megapar.checkpoint.format import (
     find_checkpoint,
     key,
     read_manifest,
+    shard,
 )
 from megapar.checkpoint.hf.adapters import export_adapters
 from megapar.checkpoint.hf.family import Family, families, in_full, to_model
@@ -127,7 +128,7 @@ def _write_checkpoint(
             del out
 
     for number, part in enumerate(shards(entries, SHARD)):
-        path = folder / f"rank-{number:05d}.safetensors"
+        path = folder / shard(number)
         files[path.name] = write_tensors(path, part, values(part), {})
         for entry in part:
             name = names[entry.name]

@@ -97,6 +97,11 @@ class Manifest:
         return self.carried.get(kind, self.parameters)
 
 
+def shard(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def key(kind: str, name: str, box: Box) -> str:
     """The name of a tensor in its file."""
     return f"{kind}/{name}/{'.'.join(map(str, box.offset))}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, find_checkpoint, key, read_manifest, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
+from megapar.checkpoint.hosts import Hosts, told, understood
 from megapar.checkpoint.save import StatefulOptimizer, base_hash, data_hashes
 from megapar.checkpoint.slices import Slices
 from megapar.config.errors import ConfigError, UserError, show
@@ -114,11 +115,15 @@ def _open(path: str | Path, buffers: StageBuffers) -> tuple[Path, Manifest]:
     Every file is hashed by one rank: rank 0 of R takes the first, the R-th after it, and so on.
     """
     world, device = buffers.mesh["world"], buffers.mesh.device
-    found = ""
+    found, folder, copies = "", Path(), False
     with all_or_none(world, device):
         if buffers.mesh.rank == 0:
-            found = str(find_checkpoint(path))
-    folder = Path(gather_texts(found, world, device)[0])
+            found = told(find_checkpoint(path))
+    found = gather_texts(found, world, device)[0]
+    with all_or_none(world, device):
+        folder, copies = understood(found)
+    if copies and (hosts := Hosts(folder.parents[1], buffers.mesh)).count > 1:
+        return folder, hosts.complete(folder, buffers)
     with all_or_none(world, device):
         manifest = read_manifest(folder)
     with all_or_none(world, device):

@@ -7,7 +7,7 @@ import platform
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,11 @@ from megapar.checkpoint.format import (
     manifest_text,
     newest_first,
     read_manifest,
+    shard,
 )
 from megapar.checkpoint.hf.folder import is_hf_folder
 from megapar.checkpoint.hf.write import Entry, stream_tensors
+from megapar.checkpoint.hosts import Hosts
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
@@ -85,7 +87,8 @@ class Saving:
     """A checkpoint that is being written. All is collective but `write`, which may run in another thread.
 
     Making one takes hold of the state after training step `step`; host: memory for a copy of it, and the state may
-    change from then on; None: it is written as it stands. See `save` for the others. Raises as `save` does.
+    change from then on; None: it is written as it stands. hosts: with folders of copies, `folder` is that of this
+    rank's, and each file is also given to the next host. See `save` for the others. Raises as `save` does.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Saving:
         sync: GradSync | None = None,
         tokens: int | None = None,
         host: HostCopies | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.mesh = optimizer.buffers.mesh
         self.world, self.device = self.mesh["world"], self.mesh.device
@@ -106,12 +110,15 @@ class Saving:
         self.temporary = folder / f"{self.final.name}{UNFINISHED}{nonce}"
         self._problem: Exception | None = None
         self._facts: StoredFile | None = None
+        self._hosts = hosts if hosts is not None and hosts.count > 1 else None
+        self._leads = self.mesh.rank == 0 if self._hosts is None else self._hosts.leads
         with self._abandoned(), all_or_none(self.world, self.device):
-            if self.mesh.rank == 0:
+            if self._leads:
                 begin(folder, self.temporary, self._pass)
         self._part = part = _Part(optimizer, sync)
         dtype = DTYPES[optimizer.buffers.context.wide_dtype]
         kinds = dict.fromkeys(optimizer.state(), dtype)
+        self._config = config
         self._manifest = partial(_manifest, kinds=kinds, dtype=dtype, config=config, step=step, tokens=tokens)
         self._values = part.tensors if host is None else host.of(part.tensors)
         self._copied = None
@@ -125,7 +132,7 @@ class Saving:
             if self._copied is not None:
                 self._copied.synchronize()
             if self._values:
-                path = self.temporary / f"rank-{self.mesh.rank:05d}.safetensors"
+                path = self.temporary / shard(self.mesh.rank)
                 with writing(path):
                     self._pass("begin of a file")
                     self._facts = write_file(path, self._values, self._pass)
@@ -138,14 +145,23 @@ class Saving:
         if self._problem is not None and not isinstance(self._problem, UserError):
             raise self._problem
         with self._abandoned():
+            part = self._part.facts | {"file": None if self._facts is None else vars(self._facts)}
             with all_or_none(self.world, self.device):
                 if self._problem is not None:
                     raise self._problem
-            part = self._part.facts | {"file": None if self._facts is None else vars(self._facts)}
+                if self.mesh.rank == 0:  # what every host's manifest says
+                    data = data_hashes(self._config.data.prefix) | base_hash(self._config)
+                    part |= {"environment": environment(), "data": data}
             parts = [json.loads(text) for text in gather_texts(json.dumps(part), self.world, self.device)]
+            elsewhere: set[str] = set()
+            if self._hosts is not None:
+                self._pass("copies to the next host")
+                files = {part["rank"]: StoredFile(**part["file"]) for part in parts if part["file"]}
+                self._hosts.to_neighbours({rank: (shard(rank), facts) for rank, facts in files.items()}, self.temporary)
+                elsewhere = {shard(rank) for rank in files if not self._hosts.keeps(rank)}
             with all_or_none(self.world, self.device):
-                if self.mesh.rank == 0:
-                    finish(self.temporary, self.final, self._manifest(parts), self._pass)
+                if self._leads:
+                    finish(self.temporary, self.final, self._manifest(parts), self._pass, elsewhere)
         return self.final
 
     def _pass(self, point: str) -> None:
@@ -159,7 +175,7 @@ class Saving:
         try:
             yield
         except UserError:
-            if self.mesh.rank == 0:
+            if self._leads:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
@@ -200,15 +216,16 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], at: Callable[[str], No
     return stream_tensors(path, entries, values(), {})
 
 
-def keep_newest(folder: Path, count: int) -> list[str]:
+def keep_newest(folder: Path, count: int, spread: bool = False) -> list[str]:
     """Remove all but the newest `count` whole step folders, and never the one that `latest` names. Returns what failed.
 
     Called behind a save: `latest` names what this run has just written, hashed on the way. Whole: the manifest is good
     and each file has its size. What is damaged doesn't count, and stays. A folder first loses its name, so that what
-    has a name is whole; the next save sweeps what a crash leaves of it.
+    has a name is whole; the next save sweeps what a crash leaves of it. spread: files may also be on other hosts.
     """
     problems = []
-    steps = sorted(filter(_whole, newest_first(folder)), key=lambda path: int(path.name[5:]))
+    whole = newest_first(folder) if spread else filter(_whole, newest_first(folder))
+    steps = sorted(whole, key=lambda path: int(path.name[5:]))
     for path in (path for path in steps[:-count] if path.name != latest_name(folder)):
         nameless = folder / f"{path.name}{UNFINISHED}{secrets.token_hex(4)}-former"
         try:
@@ -284,7 +301,7 @@ def _manifest(
     parameters: dict[str, StoredParameter] = {}
     carried: dict[str, dict[str, StoredParameter]] = {}
     for part in parts:
-        file = f"rank-{part['rank']:05d}.safetensors"
+        file = shard(part["rank"])
         rows = [(parameters, row) for row in part["boxes"]]
         rows += [(carried.setdefault(kind, {}), row) for kind, *row in part["carried"]]
         for table, (name, shape, offset, size) in rows:
@@ -297,11 +314,11 @@ def _manifest(
         seed=config.train.seed,
         layout=str(config.parallel.layout),
         config=to_dict(config),
-        environment=environment(),
+        environment=parts[0]["environment"],
         kinds={**kinds, **dict.fromkeys(carried, dtype)},
         parameters=parameters,
-        files={f"rank-{part['rank']:05d}.safetensors": StoredFile(**part["file"]) for part in parts if part["file"]},
-        data=data_hashes(config.data.prefix) | base_hash(config),
+        files={shard(part["rank"]): StoredFile(**part["file"]) for part in parts if part["file"]},
+        data=parts[0]["data"],
         tokens=tokens,
         carried=carried,
     )
@@ -312,10 +329,18 @@ def environment() -> dict[str, str]:
     return {"megapar": megapar.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def finish(temporary: Path, final: Path, manifest: Manifest, at: Callable[[str], None] = _nothing) -> None:
+def finish(
+    temporary: Path,
+    final: Path,
+    manifest: Manifest,
+    at: Callable[[str], None] = _nothing,
+    elsewhere: Container[str] = (),
+) -> None:
     """Write the manifest, give the folder its final name, point `latest` to it: each durable before the next. at: told
-    where it is."""
+    where it is; elsewhere: files that need not be in the folder."""
     for name, facts in manifest.files.items():
+        if name in elsewhere:
+            continue
         path = temporary / name
         if not path.exists() or path.stat().st_size != facts.size:
             raise UserError(f"{path}: written by another rank but not seen by rank 0; use a folder all machines share")

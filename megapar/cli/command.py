@@ -29,6 +29,7 @@ class Call:
     overrides: list[str]  # as they could be typed again
     entry: str | None = None  # "module:function" to call in each rank instead of the command's own
     start: float = field(default_factory=time.monotonic)  # when, by the monotonic clock
+    copies: Sequence[dict[str, Any]] = ()  # what hosts have of the run in memory, see `megapar.launch.copies.held`
 
 
 class Plan(Protocol):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megapar.cli.command import Command
@@ -219,7 +219,7 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
 
     claims = ExitStack()  # of rank 0, for as long as it lives
 
-    def plan(world_size: int, folder: str | None) -> "Job | None":
+    def plan(world_size: int, folder: str | None, copies: list[dict[str, Any]]) -> "Job | None":
         from megapar.cli.command import Call
         from megapar.cli.compose import compose, split
         from megapar.config.keys import changed
@@ -234,7 +234,7 @@ def _external(where: str, arguments: list[str], entry: str | None) -> int:
             config = changed(
                 config, {"run.dir": folder} | ({"train.resume": "auto"} if hasattr(config, "train") else {})
             )
-        return command.plan(config, Call(overrides.as_list(), entry), claims, world_size=world_size)
+        return command.plan(config, Call(overrides.as_list(), entry, copies=copies), claims, world_size=world_size)
 
     with claims:
         return external.launch(where, plan, arguments)

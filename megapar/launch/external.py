@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 
 from megapar.config.errors import UserError
 from megapar.launch import guard
+from megapar.launch.copies import Held, copies_of_torchrun, held
 from megapar.launch.machine import threads_per_rank
 from megapar.launch.rank import Job, run
 
@@ -30,6 +32,9 @@ MEET_S = 300.0  # until rank 0 has opened the store
 PLAN_S = 4 * 3600.0  # until rank 0 has prepared data and published the job
 RESOLVE_S = 8.0  # until the first host's name has an address
 REFUSAL_S = 4.0  # until every rank has read a refusal
+
+
+Planner = Callable[[int, str | None, list[Held]], Job | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Place:
     host: str
     port: int
     agent_store: bool  # torchrun's agent already serves a store at host:port
-    attempt: str  # tells this start from earlier ones and from other jobs
+    job: str  # tells this one from others that may use the same store
     node: int  # which of the hosts this is
     nodes: int
 
@@ -70,7 +75,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Place:
         host=env["MASTER_ADDR"],
         port=int(env["MASTER_PORT"]),
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        job=env.get("TORCHELASTIC_RUN_ID", ""),
         node=int(env.get("GROUP_RANK", rank // on_host)),
         nodes=int(env.get("GROUP_WORLD_SIZE", -(-world // on_host))),
     )
@@ -88,7 +93,7 @@ def _from_srun(env: Mapping[str, str]) -> Place:
         # Every rank derives the same port; steps and jobs that share a node get different ones.
         port=int(env.get("MEGAPAR_MASTER_PORT") or 20000 + (job * 31 + step * 7) % 12000),
         agent_store=False,
-        attempt=f"{job}.{step}",
+        job=f"{job}.{step}",
         node=int(env.get("SLURM_NODEID", "0")),
         nodes=int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")),
     )
@@ -115,23 +120,32 @@ def first_host(nodes: str) -> str:
         raise UserError(f"{problem}; set MEGAPAR_MASTER_ADDR to the first host") from None
 
 
-def launch(situation: str, plan: Callable[[int, str | None], Job | None], words: list[str]) -> int:
+def launch(situation: str, plan: Planner, words: list[str]) -> int:
     """Be one rank of a run that torchrun or srun started. Returns the exit code: 2 when the run was refused.
 
-    plan: called on global rank 0 only, with the number of ranks, and the run directory if torchrun has started them
-        again; makes the job (None: there is nothing to do) or raises UserError
+    plan: called on global rank 0 only, with the number of ranks, the run directory if torchrun has started them again,
+        and what hosts have of the run in memory; makes the job (None: there is nothing to do) or raises UserError
     words: of the command line, which must be the same on all ranks
     """
     here = place(situation)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_torchrun()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(here.local_world_size)))
-    store = open_store(here)
+    of_all = open_store(here)
+    from torch.distributed import PrefixStore
+
+    name = ask(of_all, here)
+    store = PrefixStore(f"megapar/{here.job}/{name}", of_all)
+    if here.local_rank == 0 and here.nodes > 1:
+        store.set(f"copies/{here.node}", json.dumps(held()))
     compare(store, here, words)
     if here.rank == 0:
         try:
+            answer(of_all, here, name)
             refuse_other_commands(store, here)
-            planned = plan(here.world_size, earlier_folder(store))
+            hosts = range(here.nodes if here.nodes > 1 else 0)
+            copies = [json.loads(_wait(store, f"copies/{node}", MEET_S)) for node in hosts]
+            planned = plan(here.world_size, earlier_folder(store), copies)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
             return _leave(store, here, {"refusal": str(error)})
@@ -150,6 +164,8 @@ def launch(situation: str, plan: Callable[[int, str | None], Job | None], words:
         job = Job(**plan_text["job"])
     stop_at = job.stop_at if here.rank == 0 else None  # of rank 0's clock
     job = replace(job, threads=threads_per_rank(here.local_world_size), stop_at=stop_at)
+    if here.node != 0 and job.copies is not None:
+        job = replace(job, copies=_copies(store, here))
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
     tied = _tie(store, here, job)
     if tied is None:
@@ -157,6 +173,20 @@ def launch(situation: str, plan: Callable[[int, str | None], Job | None], words:
     else:
         run(replace(job, board=tied.board), here.rank, here.world_size, store, tied.end)
     return 0
+
+
+def _copies(store: Any, here: Place) -> str:
+    """The folder of copies on this host, another than rank 0's; its first rank makes it. Raises UserError."""
+    key = f"copies/{here.node}/folder"
+    if here.local_rank == 0:
+        try:
+            store.set(key, str(copies_of_torchrun().folder))
+        except UserError:
+            store.set(key, "")
+            raise
+    if not (folder := _wait(store, key, MEET_S).decode()):
+        raise UserError(f"checkpoint.replicate: no copies can be had on host {here.node}")
+    return folder
 
 
 def _tie(store: Any, here: Place, job: Job) -> guard.Tie | None:
@@ -190,8 +220,7 @@ def die_with_torchrun() -> None:
 def earlier_folder(store: Any) -> str | None:
     """The run directory of the ranks that torchrun's agent started before these; None: these are the first."""
     kept = _of_all_attempts(store)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return kept.get("folder").decode() if restarted and kept.check(["folder"]) else None
+    return kept.get("folder").decode() if kept.check(["folder"]) else None
 
 
 def keep_folder(store: Any, folder: str) -> None:
@@ -227,13 +256,8 @@ def _difference(first: list[str], mine: list[str]) -> str:
 
 
 def refuse_other_commands(store: Any, here: Place) -> None:
-    """On rank 0: wait for all ranks, and raise UserError if one has another command line."""
-    deadline = time.monotonic() + MEET_S
-    while (there := store.add("compared", 0)) < here.world_size - 1:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{there + 1} of {here.world_size} ranks came within {MEET_S:.0f} s; see what ended the others"
-            )
+    """On rank 0: raise UserError if a rank has another command line."""
+    while store.add("compared", 0) < here.world_size - 1:
         time.sleep(0.02)
     if store.check(["different"]):
         raise UserError(store.get("different").decode())
@@ -260,14 +284,14 @@ def refuse_unknown_host(host: str) -> None:
 
 
 def open_store(here: Place) -> Any:
-    """The store that all ranks share, served by torchrun's agent or by rank 0."""
+    """The store that all ranks share: of rank 0, or torchrun's agent's, which earlier starts have used, too."""
     refuse_unknown_host(here.host)
-    from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+    from torch.distributed import DistNetworkError, TCPStore
 
     serve = here.rank == 0 and not here.agent_store
     wait = timedelta(seconds=MEET_S)
     try:
-        store = TCPStore(here.host, here.port, is_master=serve, timeout=wait, wait_for_workers=False)
+        return TCPStore(here.host, here.port, is_master=serve, timeout=wait, wait_for_workers=False)
     except DistNetworkError as error:
         if not serve:
             raise UserError(
@@ -277,7 +301,37 @@ def open_store(here: Place) -> Any:
         raise UserError(
             f"port {here.port}: can't be served ({reason}); set MEGAPAR_MASTER_PORT to a free one"
         ) from None
-    return PrefixStore(f"megapar/{here.attempt}", store)
+
+
+def ask(store: Any, here: Place) -> str:
+    """A name of this start that all of its ranks know, and none of an earlier one; rank 0 makes it. torchrun's agents
+    have none: each counts its own restarts, and one that took a lost host's place begins at 0, with the store of all.
+
+    A rank asks with a word of its own, which `answer` answers.
+    """
+    if here.rank == 0:
+        return secrets.token_hex(8)
+    word = secrets.token_hex(8)
+    store.set(f"megapar/{here.job}/asks/{here.rank}", word)
+    name = _wait(store, f"megapar/{here.job}/answer/{word}", MEET_S).decode()
+    store.add(f"megapar/{here.job}/{name}/came", 1)
+    return name
+
+
+def answer(store: Any, here: Place, name: str) -> None:
+    """On rank 0: tell all ranks the name of this start. Raises UserError where one does not come."""
+    answered: set[bytes] = set()  # words of ranks that have gone, too
+    deadline = time.monotonic() + MEET_S
+    while (came := store.add(f"megapar/{here.job}/{name}/came", 0)) < here.world_size - 1:
+        if time.monotonic() > deadline:
+            problem = f"{came + 1} of {here.world_size} ranks came within {MEET_S:.0f} s"
+            raise UserError(f"{problem}; see what ended the others")
+        for rank in range(1, here.world_size):
+            asks = f"megapar/{here.job}/asks/{rank}"
+            if store.check([asks]) and (word := store.get(asks)) not in answered:
+                answered.add(word)
+                store.set(f"megapar/{here.job}/answer/{word.decode()}", name)
+        time.sleep(0.02)
 
 
 def _wait(store: Any, key: str, seconds: float) -> bytes:

@@ -67,6 +67,7 @@ class Job:
     grace_s: float | None = None  # from a request to stop until the ranks are ended; None: Ctrl-C alone asks
     stop_at: float | None = None  # of the launcher's monotonic clock: when the ranks are asked to stop
     watchdog_s: float | None = None  # an operation that takes longer is stuck; None: no limit
+    copies: str | None = None  # the folder of copies in this host's memory, see `megapar.checkpoint.hosts`
     board: str | None = None  # the memory in which the ranks write what they do, see `megapar.trace.board`
 
     def log(self, rank: int) -> Path:
@@ -275,6 +276,8 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from megapar.checkpoint.hosts import set_copies_folder
+
     torch.set_num_threads(job.threads)
     config: Any = loads(load_named(job.kind), job.config)
     if job.device == "cuda":
@@ -283,6 +286,7 @@ def _run_entry(job: Job, rank: int, world_size: int, store: Any) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     hand_over(job.schedules)
+    set_copies_folder(job.copies)
     entry: Callable[..., Any] = load_named(job.entry)
     spare_garbage_collector()
     if world_size == 1:

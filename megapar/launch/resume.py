@@ -5,6 +5,7 @@ written. What its directory holds decides, read under the directory's lock, befo
 """
 
 import shutil
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megapar.config.schema import TrainConfig
 from megapar.config.stages import num_stages
 from megapar.files import write_atomic
 from megapar.launch import rundir
+from megapar.launch.copies import Copies
 from megapar.optim.schedule import learning_rate
 from megapar.train.metrics import rows_before
 
@@ -50,10 +52,10 @@ class Start:
     partition: list[int] | None = None
 
 
-def decide(config: TrainConfig, copies: Path | None = None) -> Start:
+def decide(config: TrainConfig, copies: Copies | None = None) -> Start:
     """How a finished config starts. Only reads. Raises UserError where it can't.
 
-    copies: folder of the run's copies in memory, which count if they have done more steps than what is on disk
+    copies: the run's in memory, which count if they have done more steps than what is on disk
     """
     folder = None if config.run.dir is None else Path(config.run.dir)
     if folder is None or not _holds_run(folder):
@@ -245,12 +247,13 @@ def _saved(folder: Path) -> TrainConfig | None:
         raise ConfigError("run.dir", folder, f"holds a run of another kind ({error}); {rundir.ANOTHER}") from None
 
 
-def _newest(folder: Path, copies: Path | None) -> tuple[Path | None, dict[Path, str]]:
+def _newest(folder: Path, copies: Copies | None) -> tuple[Path | None, dict[Path, str]]:
     """The newest on disk or in memory, and what is wrong with those on disk before it. Raises ConfigError."""
     in_memory = None
-    for path in newest_first(copies / "checkpoints") if copies is not None else []:
+    elsewhere = {} if copies is None else copies.elsewhere
+    for path in [] if copies is None else newest_first(copies.folder / "checkpoints"):
         with suppress(UserError):
-            _verify(path)
+            _verify(path, elsewhere.get(path.name, frozenset()))
             in_memory = path
             break
     if in_memory is None:
@@ -287,18 +290,19 @@ def _newest_on_disk(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 _verified: set[tuple[object, ...]] = set()
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, elsewhere: Set[str] = frozenset()) -> None:
     """Hash the files of a checkpoint, unless this process has hashed them and they have not changed since: a start is
-    decided twice, without and with the directory's lock. Raises UserError."""
+    decided twice, without and with the directory's lock. elsewhere: files that another host has. Raises UserError."""
     manifest = read_manifest(path)
+    names = [name for name in manifest.files if name not in elsewhere]
     stamps = []
-    for name in manifest.files:
+    for name in names:
         with suppress(OSError):
             facts = (path / name).lstat()
             stamps.append((name, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
     seen = (path.resolve(), repr(manifest.files), *stamps)
     if seen not in _verified:
-        verify_files(path, manifest)
+        verify_files(path, manifest, names)
         _verified.add(seen)
 
 

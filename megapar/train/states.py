@@ -1,6 +1,5 @@
 """The states of a run on disk: the one that it starts from, and those that it leaves."""
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapar.checkpoint import HostCopies, Saving, keep_newest, load, load_weights
+from megapar.checkpoint.hosts import Hosts, copies_folder
 from megapar.config.errors import UserError
 from megapar.config.schema import TrainConfig
 from megapar.parallel.agreement import all_say
 from megapar.train.metrics import MetricsWriter
 from megapar.train.rollback import RollBack, refuse_unequal_replicas
 from megapar.train.trainer import Trainer
-
-COPIES = "MEGAPAR_COPIES"  # in a rank's environment: the folder of the launcher's shared memory
 
 
 @dataclass(frozen=True)
@@ -30,26 +28,27 @@ class Start:
 def load_start(config: TrainConfig, trainer: Trainer) -> Start:
     """Read what the run goes on from, if anything. Collective."""
     assert config.run.dir is not None
-    step, skipped = 1, 0
+    step, skipped, origin = 1, 0, None
+    own = [folder for folder in (Path(config.run.dir) / "checkpoints", copies_folder()) if folder is not None]
     if config.checkpoint.load is not None:
         resumed = load(config.checkpoint.load, trainer.optimizer, config, sync=trainer.sync)
-        step, skipped = resumed.step + 1, resumed.skipped
+        step, skipped, origin = resumed.step + 1, resumed.skipped, resumed.folder
     elif config.checkpoint.weights is not None:
         load_weights(config.checkpoint.weights, trainer.optimizer, config)
-    own = [Path(config.run.dir) / "checkpoints", *(Path(path) for path in [os.environ.get(COPIES)] if path)]
-    origin = Path(config.checkpoint.load or "/").resolve()
-    return Start(step, skipped, any(origin.is_relative_to(folder.resolve()) for folder in own))
+    goes_on = origin is not None and any(origin.resolve().is_relative_to(folder.resolve()) for folder in own)
+    return Start(step, skipped, goes_on)
 
 
 class Saver:
-    """Writes checkpoints into the run's directory, each state once. writer: rank 0's. Every method is collective.
+    """Writes checkpoints into the run's directory, each state once. writer: rank 0's; hosts: those whose folders of
+    copies they are written into instead. Every method is collective.
 
     Where a save is not waited for, a thread writes this rank's file from a copy of the state; the ranks meet, and the
     checkpoint gets its name, after a later step. One is under way at a time.
     """
 
-    def __init__(self, folder: Path, writer: MetricsWriter | None) -> None:
-        self.folder, self.writer = folder / "checkpoints", writer
+    def __init__(self, folder: Path, writer: MetricsWriter | None, hosts: Hosts | None = None) -> None:
+        self.folder, self.writer, self.hosts = folder / "checkpoints", writer, hosts
         self._last: tuple[int, Path] | None = None
         self._host = HostCopies()
         self._under_way: tuple[Saving, threading.Thread, int] | None = None
@@ -74,6 +73,7 @@ class Saver:
                 sync=trainer.sync,
                 tokens=step * trainer.task.tokens_per_step,
                 host=None if wait else self._host,
+                hosts=self.hosts,
             )
             self._last = step, saving.final
             if wait:

@@ -14,7 +14,7 @@ import pytest
 from megapar.config.file import load
 from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
-from megapar.launch.copies import HELD, PREFIX, SHARED, copies, sweep
+from megapar.launch.copies import HELD, PREFIX, SHARED, Copies, copies, sweep
 from megapar.launch.resume import _verify, decide
 from tests.cli.conftest import clean_environment
 from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
@@ -71,8 +71,8 @@ def test_nothing_is_left_of_a_killed_launcher(runs: Runs, tmp_path: Path) -> Non
 
 def test_a_shell_removes_what_a_killed_process_has_left() -> None:
     """Without any rank, and whatever signals the shell gets before."""
-    code = "import time; from megapar.launch.copies import copies\nwith copies() as folder:\n"
-    code += "    (folder / 'x').write_text('x'); print(folder, flush=True); time.sleep(600)"
+    code = "import time; from megapar.launch.copies import copies\nwith copies() as made:\n"
+    code += "    (made.folder / 'x').write_text('x'); print(made.folder, flush=True); time.sleep(600)"
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     folder = Path(owner.stdout.readline().strip())
@@ -98,9 +98,9 @@ def test_what_is_left_without_a_shell_goes_with_the_next_start() -> None:
         assert not dead.exists() and other.exists()
     sweep()
     assert not other.exists()
-    with copies() as folder:
-        assert folder.is_dir()
-    assert not folder.exists()
+    with copies() as made:
+        assert made.folder.is_dir()
+    assert not made.folder.exists()
 
 
 def test_a_damaged_copy_is_not_gone_on_from(runs: Runs, tmp_path: Path) -> None:
@@ -114,16 +114,16 @@ def test_a_damaged_copy_is_not_gone_on_from(runs: Runs, tmp_path: Path) -> None:
     config = changed(load(TrainConfig, folder / "config.yaml"), {"run.dir": str(folder), "train.steps": 9})
     assert decide(config).step == 7
     with mock.patch("megapar.launch.resume._verify", wraps=_verify) as verify:
-        assert decide(config, memory).step == 8
+        assert decide(config, Copies(memory)).step == 8
     assert [call.args[0].parent for call in verify.mock_calls] == [memory / "checkpoints"]  # no disk is read
     newest = folder / "checkpoints/step-00000007"
     damaged = next(newest.glob("rank-*"))
     good = damaged.read_bytes()
     damaged.write_bytes(b"x")
-    assert decide(config, memory).step == 8
+    assert decide(config, Copies(memory)).step == 8
     damaged.write_bytes(good)
     file = next((memory / "checkpoints/step-00000008").glob("rank-*"))
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(content)
-    assert decide(config, memory).step == 7
+    assert decide(config, Copies(memory)).step == 7

@@ -18,6 +18,7 @@ from torch.distributed import HashStore, PrefixStore
 
 from megapar.cli import main
 from megapar.launch import guard
+from megapar.launch.copies import PREFIX, SHARED
 from megapar.launch.external import earlier_folder, keep_folder
 from megapar.launch.rank import Job
 from megapar.launch.watch import BOARD, Watch, read_board
@@ -33,12 +34,22 @@ def runs(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("torchrun"), tokens, ["parallel=dp2", "train.steps=8"])
 
 
+# Without it the agents of torch 2.13 that stay never tell one that comes later where their store is.
+NEW_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+FOUR = ["parallel=tp2dp2", "parallel.zero=1", "train.micro_batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("four"), tokens, ["train.steps=8", *FOUR])
+
+
 HELD = fault(0, 3, "opt", "delay", seconds=4.0)
 
 
 class Torchrun:
-    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both;
-    options: of torchrun"""
+    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both, or None
+    for one that is to find the other there; options: of torchrun"""
 
     def __init__(
         self,
@@ -46,18 +57,21 @@ class Torchrun:
         folder: Path,
         *overrides: str,
         plan: Any = HELD,
-        host: tuple[int, int] | None = None,
+        host: tuple[int | None, int] | None = None,
         options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         words = [*runs.words, "checkpoint.every=0", f"run.dir={folder}", f"fault.plan={hydra([plan])}", *overrides]
         meet = ["--standalone"]
-        if host is not None:
+        if host is not None and host[0] is None:
+            soon = "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=60"
+            meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{host[1]}", soon]
+        elif host is not None:
             meet = ["--nnodes=2", f"--node-rank={host[0]}", "--master-addr=127.0.0.1", f"--master-port={host[1]}"]
         command = [sys.executable, "-m", "torch.distributed.run", *meet, *options, "--nproc-per-node=2"]
         self.process = subprocess.Popen(
             [*command, "-m", "megapar.cli", *words],
-            env=clean_environment() | {"OMP_NUM_THREADS": "1"},
+            env=clean_environment() | {"OMP_NUM_THREADS": "1"} | (NEW_STORES if host and host[0] is None else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,14 +146,13 @@ def test_it_starts_again_from_a_copy_in_memory(start: Callable[..., Torchrun], r
 def test_ranks_that_are_started_again_have_the_same_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, folders = HashStore(), []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    for attempt, folder in enumerate(("runs/a", "runs/b")):
-        store = PrefixStore(f"megapar/x/{attempt}", agent)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    for name, folder in (("first", "runs/a"), ("second", "runs/b")):
+        store = PrefixStore(f"megapar/x/{name}", agent)
         folders.append(earlier_folder(store))
         keep_folder(store, folder)
     assert folders == [None, "runs/a"]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "y")
-    assert earlier_folder(PrefixStore("megapar/y/1", agent)) is None
+    assert earlier_folder(PrefixStore("megapar/y/third", agent)) is None
 
 
 @pytest.mark.more
@@ -187,6 +200,45 @@ def test_two_hosts(start: Callable[..., Torchrun], tmp_path: Path) -> None:
     ]
     assert "ended by" not in second.process.communicate(timeout=HANG_S)[0]
     assert wait_for(lambda: not guards(), HANG_S)
+
+
+@pytest.mark.more
+def test_two_hosts_start_again_from_copies_in_memory(start: Callable[..., Torchrun], four_ranks: Runs) -> None:
+    """Each has those of its own ranks and of the other's, and both go with their torchrun."""
+    port = free_port()
+    hosts = [
+        start(
+            *FOUR,
+            "checkpoint.replicate=true",
+            plan=fault(3, 6, "bwd", "sigkill"),
+            host=(host, port),
+            options=["--max-restarts=1"],
+        )
+        for host in (0, 1)
+    ]
+    said = [one.process.communicate(timeout=HANG_S)[0] for one in hosts]
+    assert [one.process.returncode for one in hosts] == [0, 0], said
+    assert "run: goes on from step 5 of 8, which /dev/shm/megapar-copies-" in said[0], said[0]
+    four_ranks.compare(hosts[0].folder)
+    pids = [one.process.pid for one in hosts]
+    assert wait_for(lambda: not any(list(SHARED.glob(f"{PREFIX}{pid}-*")) for pid in pids), HANG_S)
+
+
+@pytest.mark.more
+def test_another_host_takes_the_place_of_a_lost_one(start: Callable[..., Torchrun], four_ranks: Runs) -> None:
+    """And its ranks go on with what the lost host had given to its neighbour: nothing is on disk."""
+    port = free_port()
+    of_all: dict[str, Any] = {"host": (None, port), "options": ["--max-restarts=1", "--rdzv-id=x"]}
+    of_all |= {"plan": fault(0, 6, "opt", "delay", seconds=600.0)}
+    stays = start(*FOUR, "checkpoint.replicate=true", **of_all)
+    lost = start(*FOUR, "checkpoint.replicate=true", **of_all)
+    assert wait_for(lambda: [one.step for one in read_board(stays.folder)] == 4 * [6], HANG_S)
+    os.killpg(lost.process.pid, signal.SIGKILL)
+    another = start(*FOUR, "checkpoint.replicate=true", **of_all)
+    said = [one.process.communicate(timeout=HANG_S)[0] for one in (stays, another)]
+    assert [one.process.returncode for one in (stays, another)] == [0, 0], said
+    assert "run: goes on from step 5 of 8, which /dev/shm/megapar-copies-" in said[0], said[0]
+    four_ranks.compare(stays.folder)
 
 
 @pytest.mark.more

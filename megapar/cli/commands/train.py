@@ -14,6 +14,7 @@ from megapar.config.tasks import has_reference
 
 if TYPE_CHECKING:
     from megapar.cli.compose import Overrides
+    from megapar.launch.copies import Copies
     from megapar.launch.rank import Job
 
 ENTRY = "megapar.train.loop:run"
@@ -36,7 +37,7 @@ def run(config: TrainConfig, call: Call) -> int:
     return 0
 
 
-def going_on(config: TrainConfig, call: Call, folder: str, memory: Path | None = None) -> "Job | None":
+def going_on(config: TrainConfig, call: Call, folder: str, memory: "Copies | None" = None) -> "Job | None":
     """The job that goes on with a run in its directory, which the caller holds; None: it is finished. Raises Stopped
     where no rank may run."""
     from megapar.cli.finish import slots
@@ -76,11 +77,11 @@ def plan(
     claims: ExitStack | None,
     *,
     world_size: int | None = None,
-    memory: Path | None = None,
+    memory: "Copies | None" = None,
 ) -> "Job | None":
     """The job for the ranks, the run directory being made, see `Plan`; None: the run is finished. Raises UserError.
 
-    memory: the folder of copies in shared memory
+    memory: the run's copies in shared memory
     """
     from megapar.cli.finish import finish, rank_environment
     from megapar.cli.output import say
@@ -91,12 +92,11 @@ def plan(
     from megapar.launch import resume, rundir
     from megapar.launch.copies import copies_of_torchrun
     from megapar.launch.rank import Job, name_of
-    from megapar.train.states import COPIES
 
     config = finish(config, world_size)
     refuse_untrained(config)
     if config.checkpoint.replicate and world_size is not None:
-        memory = copies_of_torchrun()
+        memory = copies_of_torchrun(call.copies)
     backends = select_backends(config.kernels.backend, config.train.device, config.train.dtype)
     resume.decide(config, memory)  # what is refused is refused before a directory is made
     config = rundir.claim(config, claims)
@@ -130,8 +130,9 @@ def plan(
         grace_s=config.run.grace_s,
         stop_at=None if config.run.time_limit_s is None else call.start + config.run.time_limit_s,
         watchdog_s=config.run.watchdog_s or config.train.timeout.total_seconds(),
-        env=rank_environment(config.kernels.backend) | ({COPIES: str(memory)} if memory is not None else {}),
+        env=rank_environment(config.kernels.backend),
         schedules=schedules_for(ranks),
+        copies=None if memory is None else str(memory.folder),
     )
 
 

@@ -1,13 +1,12 @@
-"""A copy of the state in the launcher's shared memory every `checkpoint.replicate_every` steps."""
+"""A copy of the state in launchers' shared memory every `checkpoint.replicate_every` steps."""
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapar.checkpoint import keep_newest
+from megapar.checkpoint.hosts import Hosts, copies_folder
 from megapar.config.schema import TrainConfig
 from megapar.train.hooks.hook import Hook
-from megapar.train.states import COPIES, Saver
+from megapar.train.states import Saver
 from megapar.train.trainer import Step
 
 if TYPE_CHECKING:
@@ -15,17 +14,21 @@ if TYPE_CHECKING:
 
 
 class Replicate(Hook):
-    """Written as a checkpoint is, hashes and all, so it is read as one, in any layout. One is kept, the newest."""
+    """Written as a checkpoint is, hashes and all, so it is read as one, in any layout. One is kept, the newest; of
+    several hosts each has what its ranks and those of the host before it have written."""
 
     order = 31
 
     def __init__(self, loop: "Loop") -> None:
         super().__init__(loop)
-        self.saver = Saver(Path(os.environ[COPIES]), None)
+        folder = copies_folder()
+        assert folder is not None
+        self.hosts = Hosts(folder, loop.trainer.mesh)
+        self.saver = Saver(folder, None, self.hosts)
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:
-        return config.checkpoint.replicate and COPIES in os.environ
+        return config.checkpoint.replicate and copies_folder() is not None
 
     def after(self, step: int, done: Step) -> None:
         config = self.loop.config
@@ -34,8 +37,8 @@ class Replicate(Hook):
         self.loop.settle()
         with self.saver.kept_going(config, self.loop.writer):
             self.saver.save(step, self.loop.trainer, config)
-        if self.loop.trainer.mesh.rank == 0:
-            keep_newest(self.saver.folder, 1)
+            if self.hosts.leads:  # all hosts have it by now
+                keep_newest(self.saver.folder, 1, spread=self.hosts.count > 1)
 
 
 HOOK = Replicate
