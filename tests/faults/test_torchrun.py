@@ -48,8 +48,8 @@ HELD = fault(0, 3, "opt", "delay", seconds=4.0)
 
 
 class Torchrun:
-    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both, or None
-    for one that is to find the other there; options: of torchrun"""
+    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both; None:
+    one that finds the other there; options: of torchrun"""
 
     def __init__(
         self,
