@@ -18,7 +18,9 @@ class CheckpointConfig:
         False, "train on while a checkpoint is written, from a copy of the state in the host's memory", identity=False
     )
     replicate: bool = option(
-        False, "also keep the state in shared memory, which restarts go on from without a disk", identity=False
+        False,
+        "also keep the state in shared memory of this host and the next, which restarts go on from without a disk",
+        identity=False,
     )
     replicate_every: int = option(1, "steps between such copies", at_least=1, identity=False)
     on_error: Literal["stop", "warn"] = option(

@@ -47,9 +47,21 @@ def four_ranks(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 HELD = fault(0, 3, "opt", "delay", seconds=4.0)
 
 
+def static(host: int, port: int) -> list[str]:
+    """One of two hosts."""
+    return ["--nnodes=2", f"--node-rank={host}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+
+
+def dynamic(serves: bool, port: int) -> list[str]:
+    """One of two hosts, of which another may take the place, unless it `serves` what they meet over."""
+    options = f"is_host={int(serves)},keep_alive_interval=1,keep_alive_max_attempt=2"
+    where = [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={options}"]
+    return ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=x", *where]
+
+
 class Torchrun:
-    """torchrun with two ranks in `folder`, and what is to happen to them. host: which of two, at a port of both; None:
-    one that finds the other there; options: of torchrun"""
+    """torchrun with two ranks in `folder`, and what is to happen to them. meet: how it finds that of another host;
+    options: more of torchrun's"""
 
     def __init__(
         self,
@@ -57,28 +69,22 @@ class Torchrun:
         folder: Path,
         *overrides: str,
         plan: Any = HELD,
-        host: tuple[int | None, int] | None = None,
+        meet: Sequence[str] = ("--standalone",),
         options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         words = [*runs.words, "checkpoint.every=0", f"run.dir={folder}", f"fault.plan={hydra([plan])}", *overrides]
-        meet = ["--standalone"]
-        if host is not None and host[0] is None:
-            soon = "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=60"
-            meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{host[1]}", soon]
-        elif host is not None:
-            meet = ["--nnodes=2", f"--node-rank={host[0]}", "--master-addr=127.0.0.1", f"--master-port={host[1]}"]
         command = [sys.executable, "-m", "torch.distributed.run", *meet, *options, "--nproc-per-node=2"]
         self.process = subprocess.Popen(
             [*command, "-m", "megapar.cli", *words],
-            env=clean_environment() | {"OMP_NUM_THREADS": "1"} | (NEW_STORES if host and host[0] is None else {}),
+            env=clean_environment() | {"OMP_NUM_THREADS": "1"} | (NEW_STORES if "--rdzv-backend=c10d" in meet else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def ranks_in_step_3(self) -> list[int]:
+    def ranks_held(self) -> list[int]:
         assert wait_for(lambda: any((self.folder / ".faults").glob("*")), HANG_S)
         return children_of(self.process.pid)
 
@@ -101,7 +107,7 @@ def start(runs: Runs, tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
 @pytest.mark.more
 def test_a_signal_to_one_rank_stops_all_behind_the_step(start: Callable[..., Torchrun], runs: Runs) -> None:
     torchrun = start()
-    ranks = torchrun.ranks_in_step_3()
+    ranks = torchrun.ranks_held()
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGUSR1)
     said, _ = torchrun.process.communicate(timeout=HANG_S)
@@ -114,7 +120,7 @@ def test_a_signal_to_one_rank_stops_all_behind_the_step(start: Callable[..., Tor
 @pytest.mark.more
 def test_no_rank_outlives_torchrun(start: Callable[..., Torchrun]) -> None:
     torchrun = start("train.steps=1000000")
-    ranks = torchrun.ranks_in_step_3()
+    ranks = torchrun.ranks_held()
     torchrun.process.kill()
     torchrun.process.wait()
     assert wait_for(lambda: not any(map(alive, ranks)), HANG_S)
@@ -158,7 +164,7 @@ def test_ranks_that_are_started_again_have_the_same_folder(monkeypatch: pytest.M
 @pytest.mark.more
 def test_a_stop_is_no_failure_to_start_again_from(start: Callable[..., Torchrun], runs: Runs) -> None:
     torchrun = start(options=["--max-restarts=3"])
-    ranks = torchrun.ranks_in_step_3()
+    ranks = torchrun.ranks_held()
     os.kill(ranks[0], signal.SIGUSR1)
     said, _ = torchrun.process.communicate(timeout=HANG_S)
     assert torchrun.process.returncode == 0 and said.count("run: ") == 1, said
@@ -184,7 +190,7 @@ def test_two_hosts(start: Callable[..., Torchrun], tmp_path: Path) -> None:
     """Rank 0's host shows what all do, and names who is stuck, wherever it is; the others' stacks are there."""
     port = free_port()
     overrides = ("parallel=tp2dp2", "run.watchdog_s=4")
-    first, second = (start(*overrides, plan=fault(3, 3, "bwd", "sigstop"), host=(host, port)) for host in (0, 1))
+    first, second = (start(*overrides, plan=fault(3, 3, "bwd", "sigstop"), meet=static(host, port)) for host in (0, 1))
     assert wait_for(lambda: [one.pid > 0 for one in read_board(first.folder)] == 4 * [True], HANG_S)
     assert main(["status", str(first.folder), f"out={tmp_path / 'status.json'}"]) == 0
     rows = json.loads((tmp_path / "status.json").read_text())["ranks"]
@@ -205,13 +211,13 @@ def test_two_hosts(start: Callable[..., Torchrun], tmp_path: Path) -> None:
 @pytest.mark.more
 def test_two_hosts_start_again_from_copies_in_memory(start: Callable[..., Torchrun], four_ranks: Runs) -> None:
     """Each has those of its own ranks and of the other's, and both go with their torchrun."""
-    port = free_port()
+    port, killed = free_port(), fault(3, 6, "save", "sigkill", point="to the next host")
     hosts = [
         start(
             *FOUR,
             "checkpoint.replicate=true",
-            plan=fault(3, 6, "bwd", "sigkill"),
-            host=(host, port),
+            plan=killed,
+            meet=static(host, port),
             options=["--max-restarts=1"],
         )
         for host in (0, 1)
@@ -227,14 +233,13 @@ def test_two_hosts_start_again_from_copies_in_memory(start: Callable[..., Torchr
 @pytest.mark.more
 def test_another_host_takes_the_place_of_a_lost_one(start: Callable[..., Torchrun], four_ranks: Runs) -> None:
     """And its ranks go on with what the lost host had given to its neighbour: nothing is on disk."""
-    port = free_port()
-    of_all: dict[str, Any] = {"host": (None, port), "options": ["--max-restarts=1", "--rdzv-id=x"]}
-    of_all |= {"plan": fault(0, 6, "opt", "delay", seconds=600.0)}
-    stays = start(*FOUR, "checkpoint.replicate=true", **of_all)
-    lost = start(*FOUR, "checkpoint.replicate=true", **of_all)
-    assert wait_for(lambda: [one.step for one in read_board(stays.folder)] == 4 * [6], HANG_S)
+    port, waits = free_port(), fault(0, 6, "opt", "delay", seconds=600.0)
+    words = [*FOUR, "checkpoint.replicate=true"]
+    stays = start(*words, meet=dynamic(True, port), plan=waits, options=["--max-restarts=1"])
+    lost = start(*words, meet=dynamic(False, port), plan=waits)
+    stays.ranks_held()
     os.killpg(lost.process.pid, signal.SIGKILL)
-    another = start(*FOUR, "checkpoint.replicate=true", **of_all)
+    another = start(*words, meet=dynamic(False, port), plan=waits)
     said = [one.process.communicate(timeout=HANG_S)[0] for one in (stays, another)]
     assert [one.process.returncode for one in (stays, another)] == [0, 0], said
     assert "run: goes on from step 5 of 8, which /dev/shm/megapar-copies-" in said[0], said[0]
@@ -246,7 +251,7 @@ def test_a_host_that_says_nothing_ends_the_run(start: Callable[..., Torchrun]) -
     """Stopped as a whole, ranks and guard, it is as one that the network has lost: both sides end."""
     port = free_port()
     overrides = ("parallel=tp2dp2", "run.watchdog_s=4", "train.steps=1000000")
-    first, second = (start(*overrides, plan=fault(0, 3, "opt", "delay"), host=(host, port)) for host in (0, 1))
+    first, second = (start(*overrides, plan=fault(0, 3, "opt", "delay"), meet=static(host, port)) for host in (0, 1))
     assert wait_for(lambda: min([one.step for one in read_board(first.folder)], default=0) > 3, HANG_S)
     [away] = [pid for pid, host in guards().items() if host != "127.0.0.1"]
     stopped = [*children_of(second.process.pid), away]
