@@ -1,5 +1,6 @@
 """All ranks on this machine, through torch elastic."""
 
+import errno
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -107,6 +108,12 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
         killed_before = out_of_memory_kills()
         try:
             elastic_launch(settings, run_elastic)(job)
+        except OSError as error:  # of semaphores between processes
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(
+                "/dev/shm: no room for what processes share; make some (df /dev/shm says how much)"
+            ) from None
         except ChildFailedError as error:
             try:
                 _raise_cause(job, error, killed_before, watch)
