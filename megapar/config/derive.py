@@ -20,8 +20,10 @@ from megapar.config.run_schema import ForwardConfig
 from megapar.config.schema import ModelConfig, PipelineConfig, TrainConfig, VerifyConfig
 from megapar.config.stacks import STACKS, medium, prefix, stack_layers, stacks
 from megapar.config.stacks import media as media_of
+from megapar.config.stages import make_schedule, stage_costs
 from megapar.schedule.actions import ScheduleError
 from megapar.schedule.build import CSV, default_chunks, table_ranks
+from megapar.schedule.simulate import simulate
 
 C = TypeVar("C", bound=TrainConfig | ForwardConfig)
 F = TypeVar("F", bound=ForwardConfig)
@@ -77,29 +79,52 @@ def resolve(
         config = with_layout(config, _auto(config, ranks))
     config = _derive_sizes(config, ranks)
     if config.run.elastic and world_size is None:
-        layout = elastic_layout(config, (gpus or config.parallel.layout.world) if slots is None else slots)
-        return with_layout(changed(config, {"devices": None}), layout)
+        there = (gpus or config.parallel.layout.world) if slots is None else slots
+        return for_ranks(changed(config, {"devices": None}), there)
     return config
 
 
-def elastic_layout(config: TrainConfig, slots: int) -> Layout:
-    """The best layout of at most `slots` ranks for a resolved config: its own if that fits, else the one of most ranks
-    (and no more than its own) that holds no more of the model on a rank; of these the most alike. If there is none of
-    these, one that holds more. Samples and global batch stay. Raises ConfigError where no rank may run.
+def for_ranks(config: TrainConfig, slots: int) -> TrainConfig:
+    """A resolved config for at most `slots` ranks. Samples and global batch stay. Raises ConfigError where no rank may
+    run.
+
+    Its own layout if that fits; else of those that hold no more of the model on a rank (if there is none: as little
+    more as can be), and whose tp is no wider, the one whose step the simulator finds shortest, and of equals the most
+    alike. Where the pipeline gets another length, a list of layers gives way to what the partitioner finds.
     """
     wanted = config.parallel.layout
     if slots < 1:
         raise ConfigError("run.slots_file", config.run.slots_file, f"leaves {slots} ranks; give 1 or more")
     if wanted.world <= slots:
-        return wanted
-    for divided in (_model_parts(wanted), 1):
-        for ranks in range(slots, 0, -1):
-            there = [layout for layout in layouts_of(ranks) if _model_parts(layout) >= divided]
-            if fitting := [layout for layout in there if why_not(config, layout) is None]:
-                return max(
-                    fitting, key=lambda layout: tuple(layout[name] == wanted[name] for name in ("tp", "pp", "dp"))
-                )
-    raise ConfigError("run.elastic", True, f"no layout of {slots} ranks or fewer divides this model and batch")
+        return config
+
+    def changed_to(layout: Layout) -> TrainConfig:
+        partition = config.pipeline.partition
+        given = "balanced" if isinstance(partition, list) and layout["pp"] != wanted["pp"] else partition
+        return with_layout(changed(config, {"pipeline.partition": given}), layout)
+
+    def seconds(there: TrainConfig) -> float:
+        """In units of the costs; three digits of it, as they are estimates."""
+        time = simulate(make_schedule(there), stage_costs(there)).step_time
+        return float(f"{time / there.parallel.tp:.3g}")
+
+    least = seconds(changed_to(Layout()))
+    best: tuple[Any, TrainConfig] | None = None
+    for ranks in range(slots, 0, -1):
+        divided = min(ranks, _model_parts(wanted))
+        if best is not None and (divided, -least / ranks) < best[0]:
+            break  # however well fewer ranks went together
+        for layout in layouts_of(ranks):
+            if layout["tp"] > wanted["tp"] or why_not(config, layout) is not None:
+                continue
+            there = changed_to(layout)
+            alike = tuple(layout[name] == wanted[name] for name in ("tp", "pp", "dp"))
+            worth = min(_model_parts(layout), _model_parts(wanted)), -seconds(there), alike
+            if best is None or worth > best[0]:
+                best = worth, there
+    if best is None:
+        raise ConfigError("run.elastic", True, f"no layout of {slots} ranks or fewer divides this model and batch")
+    return best[1]
 
 
 def _model_parts(layout: Layout) -> int:

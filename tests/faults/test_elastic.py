@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megapar.config import resolve
-from megapar.config.derive import elastic_layout
+from megapar.config.derive import for_ranks
 from megapar.config.errors import ConfigError
 from megapar.config.keys import changed
 from megapar.config.layout import Layout
 from megapar.config.schema import TrainConfig
 from megapar.launch.watch import read_board
+from megapar.schedule.simulate import simulate
 from tests.cli.test_cli_launch import HANG_S, wait_for
 from tests.faults.runs import Runs, fault, hydra, trajectory
 
@@ -36,13 +38,36 @@ def config_of(layout: str, **values: object) -> TrainConfig:
         ("tp2pp2dp2", 4, "tp2pp2"),  # no more of the model on a rank, and as it was
         ("tp2pp2dp2", 7, "tp2pp3"),  # more ranks before the same division
         ("tp2pp2dp2", 3, "pp3"),  # fewer than the model was divided among: it is divided less
-        ("dp4", 3, "pp3"),  # three replicas don't divide the batch
+        (
+            "dp4",
+            3,
+            "dp2",
+        ),  # three replicas don't divide the batch, and three stages of four layers are no faster than two
+        ("pp4dp2", 5, "pp4"),
+        ("tp4dp2", 5, "tp4"),
         ("dp4", 2, "dp2"),
         ("tp4", 1, "single"),
     ],
 )
 def test_the_layout_for_what_is_left(wanted: str, slots: int, expected: str) -> None:
-    assert str(elastic_layout(config_of(wanted), slots)) == expected
+    assert str(for_ranks(config_of(wanted), slots).parallel.layout) == expected
+
+
+def test_the_partitioner_is_asked_for_another_pipeline() -> None:
+    """A list of layers is for the pipeline that it was written for; what stays as long keeps it."""
+    config = config_of("pp2dp2", **{"pipeline.partition": [3, 1]})
+    assert for_ranks(config, 2).pipeline.partition == [3, 1]
+    fewer = for_ranks(config_of("pp4", **{"pipeline.partition": [1, 1, 1, 1]}), 3)
+    assert (str(fewer.parallel.layout), fewer.pipeline.partition) == ("pp3", "balanced")
+
+
+def test_few_are_tried_of_a_whole_host() -> None:
+    """Those that even without a bubble would be slower than the best so far are not; and 48 ranks beat 56 here."""
+    config = config_of("tp8pp2dp4", **{"model.layers": 32, "model.heads": 16, "model.hidden": 64})
+    counted = mock.Mock(wraps=simulate)
+    with mock.patch("megapar.config.derive.simulate", counted):
+        assert str(for_ranks(config, 63).parallel.layout) == "tp8pp3dp2"
+    assert counted.call_count < 30
 
 
 def test_a_number_of_none_is_not_no_number() -> None:
@@ -74,7 +99,7 @@ def test_where_no_rank_may_run_it_stops(tokens: str, tmp_path: Path) -> None:
 
 def test_no_ranks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"run\.slots_file=null: leaves 0 ranks; give 1 or more"):
-        elastic_layout(config_of("dp2"), 0)
+        for_ranks(config_of("dp2"), 0)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,12 +34,12 @@ def runs(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def train(
-    runs: Runs, folder: Path, *overrides: str, before: Sequence[str] = (), **options: object
+    runs: Runs, folder: Path, *overrides: str, before: Sequence[str] = (), **options: Any
 ) -> "subprocess.CompletedProcess[str]":
     """Run the command as a process of its own. before: the words in front of it"""
     command = [*before, sys.executable, "-m", "megapar.cli", *runs.words, f"run.dir={folder}", *overrides]
     more = {"env": clean_environment(), "timeout": HANG_S} | options
-    return subprocess.run(command, capture_output=True, text=True, **more)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, **more)  # type: ignore[call-overload]
 
 
 KILLED = [f"fault.plan={hydra([fault(1, 4, 'bwd', 'sigkill')])}", "run.max_restarts=1"]
@@ -67,7 +68,7 @@ def test_without_rights_or_a_home(runs: Runs, tmp_path: Path) -> None:
         folder.mkdir(mode=0o555)
     without = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
     environment = {name: value for name, value in clean_environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    alike = {"before": without, "env": environment, "cwd": cwd, "umask": 0o077}
+    alike: dict[str, Any] = {"before": without, "env": environment, "cwd": cwd, "umask": 0o077}
     done = train(runs, run, *KILLED, **alike)
     assert done.returncode == 0, done.stderr
     runs.compare(run)
