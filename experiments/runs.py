@@ -89,8 +89,9 @@ def share_of(shares: Sequence[float]) -> str:
     return f"{mean(shares):.1%}" + (f" ± {stdev(shares):.1%}" if len(shares) > 1 else "")
 
 
-def agreements(runs: Sequence[Run], figure: str, unit: str) -> list[str]:
-    """How far apart losses, and a figure at the end, are of runs that differ in nothing but their layout."""
+def agreements(runs: Sequence[Run], figure: str, unit: str, per: str = "token") -> list[str]:
+    """How far apart losses, in nats per what is said, and a figure at the end, are of runs that differ in nothing but
+    their layout."""
     lines = []
     for one, two in combinations(runs, 2):
         if one.layout == two.layout or _without_layout(one) != _without_layout(two):
@@ -99,7 +100,7 @@ def agreements(runs: Sequence[Run], figure: str, unit: str) -> list[str]:
         apart = [abs(first["loss"] - second["loss"]) for first, second in pairs]
         lines.append(
             f"Seed {one.config.train.seed}, {one.layout} beside {two.layout}: losses of the first {len(apart[:EARLY])} "
-            f"steps differ by at most {max(apart[:EARLY]):.1e} nats/token, of all {len(apart)} by {max(apart):.1e}, "
+            f"steps differ by at most {max(apart[:EARLY]):.1e} nats/{per}, of all {len(apart)} by {max(apart):.1e}, "
             f"{unit} at the end by {abs(one.last(figure) - two.last(figure)):.1e}."
         )
     return [*lines, ""] if lines else []

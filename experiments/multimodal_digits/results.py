@@ -53,9 +53,20 @@ def figures(runs: list[Run]) -> str:
     first = next(iter(fused.values()))[0]
     steps, weights = first.config.train.steps, model_weights(first.config) / 1e6
     minutes = mean(run.minutes for run in runs)
-    said = f"{steps:,} steps, {weights:.2f} M weights, {minutes:.1f} minutes a run; seeds {'; '.join(sorted(seeds))}."
+    seeds_of = "seed" if len(seeds) == 1 and "," not in "".join(seeds) else "seeds"
+    said = (
+        f"{steps:,} steps, {weights:.2f} M weights, {minutes:.1f} minutes a run; {seeds_of} {'; '.join(sorted(seeds))}."
+    )
     return "\n".join(
-        [*lines, "", said, *margins(fused, alone), "", *agreements(runs, "val_loss", "losses"), *commands(runs)]
+        [
+            *lines,
+            "",
+            said,
+            *margins(fused, alone),
+            "",
+            *agreements(runs, "val_loss", "losses", "sample"),
+            *commands(runs),
+        ]
     )
 
 
