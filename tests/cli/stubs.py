@@ -115,6 +115,10 @@ def rows(config: Any, rank: int, world_size: int, steps: Sequence[int] = (1, 2))
     with open(folder / "metrics.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
     print("a line of the log", config.optim.lr)
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()  # as in any run: who is done first does not leave while another still connects to it
 
 
 def rows_then_sleeps(config: Any, rank: int, world_size: int) -> None:
