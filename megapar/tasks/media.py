@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class MediaTask(SampledTask):
         self.modalities = config.task.modalities or [*media(config.model), TEXT]
         self.granule = context.tp.size if context.splits_tokens else 1
         self.read = media_read_here(config, context)
+        self._flops = cache(partial(medium_flops, config.model))  # of a medium, and its tokens: a few, asked for often
 
     @abstractmethod
     def sequence(self, sample: MediaSample) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +67,7 @@ class MediaTask(SampledTask):
             }
             there = [name for name in self.modalities if (sizes.text if name == TEXT else tokens[name])]
             kept = self._kept(split, number, there)
-            costs[at] = sum(medium_flops(model, name, tokens[name]) for name in kept if name != TEXT)
+            costs[at] = sum(self._flops(name, tuple(tokens[name])) for name in kept if name != TEXT)
         return costs
 
     def _kept(self, split: Split, number: int, there: list[str]) -> list[str]:
