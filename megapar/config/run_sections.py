@@ -117,6 +117,12 @@ class TrainRunConfig(RunConfig):
     replicas_every: int = option(
         0, "steps between comparisons of parameters that several ranks hold; 0: none", at_least=0, identity=False
     )
+    samples_every: int = option(
+        0,
+        "steps between comparisons of the samples that several ranks read, with a hash of all in the row; 0: none",
+        at_least=0,
+        identity=False,
+    )
     preflight: bool = option(
         False, "before the first step, test arithmetic, memory, disk, clocks and links of all ranks", identity=False
     )

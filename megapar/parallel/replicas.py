@@ -7,7 +7,7 @@ parameters and heads that tensor parallelism doesn't divide, and tied weights of
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,19 @@ from megapar.parallel.digest import digest
 
 @dataclass(frozen=True)
 class Unequal:
-    """A piece of a parameter whose copies differ. odd: the ranks outside the majority, or all, if there is none."""
+    """What has copies that differ. odd: the ranks outside the majority, or all, if there is none."""
 
     name: str
     ranks: list[int]
     odd: list[int]
+
+    @classmethod
+    def of(cls, name: str, copies: Mapping[int, Hashable]) -> "Unequal":
+        """copies: by rank, or digests of them"""
+        most, count = Counter(copies.values()).most_common(1)[0]
+        return cls(
+            name, list(copies), [rank for rank, copy in copies.items() if copy != most or 2 * count <= len(copies)]
+        )
 
     @property
     def text(self) -> str:
@@ -64,13 +72,8 @@ def unequal_replicas(buffers: Sequence[StageBuffers], mesh: Mesh) -> list[Unequa
     found = []
     for key in differ:
         of_ranks = dict(zip(everyones[keys == key].tolist(), digests[keys == key].tolist(), strict=True))
-        found.append(Unequal(name_of[key], list(of_ranks), _odd(of_ranks)))
+        found.append(Unequal.of(name_of[key], of_ranks))
     return sorted(found, key=lambda one: one.name)
-
-
-def _odd(digests: dict[int, int]) -> list[int]:
-    most, count = Counter(digests.values()).most_common(1)[0]
-    return [rank for rank, value in digests.items() if value != most or 2 * count <= len(digests)]
 
 
 def _key(held: Held) -> int:

@@ -14,18 +14,19 @@ from tests.tiny import VOCABULARY
 
 TINY = ["model.layers=2", "model.hidden=16", "model.heads=4", f"model.vocab_size={VOCABULARY}", "data.split=0.2"]
 TINY += ["train.seq_length=8", "train.global_batch_size=8", "train.micro_batch_size=2", "checkpoint.every=1"]
-TINY += ["logger=disabled", "optim.lr=1e-2", "task.sample_tokens=0"]
+TINY += ["logger=disabled", "optim.lr=1e-2", "task.sample_tokens=0", "run.samples_every=1"]
 FIGURES = ("loss", "grad_norm", "lr", "tokens", "skipped_steps")
 RESTART = re.compile(r"run: restart (\d+) of \d+")
 
 
 def trajectory(folder: Path) -> list[tuple[int, list[str]]]:
-    """Step and figures of every row of the metrics, in the order written, each float as the hexadecimal of its bits."""
+    """Step, figures and hash of the samples of every row of the metrics, in the order written, each float as the
+    hexadecimal of its bits."""
     found = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if "loss" in row:
-            found.append((row["step"], [float(row[key]).hex() for key in FIGURES]))
+            found.append((row["step"], [row["samples"], *(float(row[key]).hex() for key in FIGURES)]))
     return found
 
 

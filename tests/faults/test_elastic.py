@@ -131,7 +131,8 @@ def test_ranks_go_and_come_back(tokens: str, tmp_path: Path) -> None:
     assert layouts == ["pp2dp2", "pp2", "pp2dp2"], said
     rows, clean = trajectory(folder), trajectory(runs.clean)
     assert [step for step, _ in rows] == list(range(1, STEPS + 1))
-    for (_, figures), (_, expected) in zip(rows, clean, strict=True):
+    for (_, (samples, *figures)), (_, (others, *expected)) in zip(rows, clean, strict=True):
+        assert samples == others
         assert [float.fromhex(x) for x in figures] == pytest.approx([float.fromhex(x) for x in expected], rel=1e-9)
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
 

@@ -69,7 +69,7 @@ def test_a_run_with_an_empty_stage_leaves_everything(
 
 def test_every_hook_is_found_and_has_its_own_place() -> None:
     kinds = hook_kinds()
-    names = "FaultInjector Preflight Record NonFinite Spikes Recheck SlowRanks Interpret Replicas Evaluate Save"
+    names = "FaultInjector Preflight Record NonFinite Spikes Recheck SlowRanks Interpret Replicas Samples Evaluate Save"
     names += " Replicate Trace Rebalance Sample"
     assert [kind.__name__ for kind in kinds] == [*names.split(), "Interrupt"]
     assert len({kind.order for kind in kinds}) == len(kinds)
