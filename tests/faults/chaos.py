@@ -2,8 +2,8 @@
 
     python -m tests.faults.chaos [--seconds 600] [--every 60] [--seed 1] [--out runs/chaos] [--write FILE]
 
-From outside, at times by the seed: a rank is killed or stopped, the launcher is killed or asked to stop, a bit of the
-newest checkpoint flips before the launcher is killed. From inside, at steps by the seed: a gradient that is not finite,
+From outside, at times by the seed, each kind as often as the others: a rank is killed or stopped, the launcher is killed
+or asked to stop, a bit of the newest checkpoint flips before the launcher is killed. From inside, at steps by the seed: a gradient that is not finite,
 which the run rolls back from, and a disk without room for a checkpoint. The command is typed again when it has ended;
 ranks alone go on from copies in memory. In the end the run is asked to stop, and compared with a run of as many steps
 that nothing happens to: figures of every step and the last state, to the bit. That run takes about as long again.
@@ -131,18 +131,26 @@ class Chaos:
         begin = time.monotonic()
         self.start()
         self._until(lambda: self.step() > 1, LONG_S)
-        while time.monotonic() < begin + seconds:
-            time.sleep(min(self.random.expovariate(1 / self.every), max(0.0, begin + seconds - time.monotonic())))
-            if time.monotonic() < begin + seconds:
-                self.strike(self.random.choice(KINDS))
+        for at, kind in self._from_outside(seconds):
+            time.sleep(max(0.0, begin + at - time.monotonic()))
+            self.strike(kind)
+        time.sleep(max(0.0, begin + seconds - time.monotonic()))
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(LONG_S)
         assert code == 85, f"exit code {code} where it was asked to stop: {self.said[-3:]}"
         return time.monotonic() - begin
 
+    def _from_outside(self, seconds: float) -> list[tuple[float, str]]:
+        """When, and what kind. One that is due before the run is back from the one before it waits for that."""
+        count = int(seconds / self.every)
+        rounds = [self.random.sample(KINDS, len(KINDS)) for _ in range(0, count, len(KINDS))]
+        times = sorted(self.random.uniform(0, seconds) for _ in range(count))
+        return list(zip(times, sum(rounds, []), strict=False))
+
     def strike(self, kind: str) -> None:
         assert self.process is not None
+        self._until(lambda: self.step() > 0, LONG_S)  # it may be on its way back from one from inside
         ranks = self.ranks()
         event = Event(kind, time.monotonic(), min(one.step for one in ranks))
         victim = self.random.choice(ranks).pid
