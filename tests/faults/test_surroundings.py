@@ -47,13 +47,16 @@ KILLED = [f"fault.plan={hydra([fault(1, 4, 'bwd', 'sigkill')])}", "run.max_resta
 
 @pytest.mark.more
 def test_a_clock_that_jumps_changes_nothing(runs: Runs, tmp_path: Path) -> None:
-    """No false alarm of the watchdog, and what is newest is no question of when it was written."""
+    """The watchdog finds a rank that is stopped and no other, and what is newest is no question of when it was written."""
     (tmp_path / "sitecustomize.py").write_text(CLOCK)
     jumps = clean_environment() | {"PYTHONPATH": str(tmp_path)}
     code = "import time; print(abs(time.time() - time.time()) > 100000)"
     assert subprocess.run([sys.executable, "-c", code], env=jumps, capture_output=True).stdout == b"True\n"
-    done = train(runs, tmp_path / "run", *KILLED, "run.watchdog_s=5", env=jumps)
-    assert done.returncode == 0 and done.stderr.count("failed") == 1 and "stuck" not in done.stderr, done.stderr
+    plan = hydra([fault(1, 4, "bwd", "sigkill"), fault(0, 5, "fwd", "sigstop")])
+    done = train(runs, tmp_path / "run", f"fault.plan={plan}", "run.max_restarts=2", "run.watchdog_s=4", env=jumps)
+    assert done.returncode == 0 and done.stderr.count("failed: ") == 1 and done.stderr.count("stuck: ") == 1, (
+        done.stderr
+    )
     runs.compare(tmp_path / "run")
     os.utime(tmp_path / "run/checkpoints/step-00000002", (2e9, 2e9))
     config = changed(load(TrainConfig, tmp_path / "run/config.yaml"), {"train.steps": 7})
