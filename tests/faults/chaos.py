@@ -2,11 +2,12 @@
 
     python -m tests.faults.chaos [--seconds 600] [--every 60] [--seed 1] [--out runs/chaos] [--write FILE]
 
-From outside, at times by the seed, each kind as often as the others: a rank is killed or stopped, the launcher is killed
-or asked to stop, a bit of the newest checkpoint flips before the launcher is killed. From inside, at steps by the seed: a gradient that is not finite,
-which the run rolls back from, and a disk without room for a checkpoint. The command is typed again when it has ended;
-ranks alone go on from copies in memory. In the end the run is asked to stop, and compared with a run of as many steps
-that nothing happens to: figures of every step and the last state, to the bit. That run takes about as long again.
+From outside, at times by the seed, each kind as often as the others: a rank is killed or stopped, the launcher is
+killed or asked to stop, a bit of the newest checkpoint flips before the launcher is killed. From inside, at steps by
+the seed: a gradient that is not finite, which the run rolls back from, and a disk without room for a checkpoint. The
+command is typed again when it has ended; ranks alone go on from copies in memory. In the end the run is asked to stop,
+and compared with a run of as many steps that nothing happens to: figures of every step and the last state, to the bit.
+That run takes about as long again.
 
 It ends with 1 if anything is left behind, or a goal is missed.
 """
@@ -144,9 +145,9 @@ class Chaos:
     def _from_outside(self, seconds: float) -> list[tuple[float, str]]:
         """When, and what kind. One that is due before the run is back from the one before it waits for that."""
         count = int(seconds / self.every)
-        rounds = [self.random.sample(KINDS, len(KINDS)) for _ in range(0, count, len(KINDS))]
         times = sorted(self.random.uniform(0, seconds) for _ in range(count))
-        return list(zip(times, sum(rounds, []), strict=False))
+        kinds = [kind for _ in range(0, count, len(KINDS)) for kind in self.random.sample(KINDS, len(KINDS))]
+        return list(zip(times, kinds, strict=False))
 
     def strike(self, kind: str) -> None:
         assert self.process is not None

@@ -47,7 +47,7 @@ KILLED = [f"fault.plan={hydra([fault(1, 4, 'bwd', 'sigkill')])}", "run.max_resta
 
 @pytest.mark.more
 def test_a_clock_that_jumps_changes_nothing(runs: Runs, tmp_path: Path) -> None:
-    """The watchdog finds a rank that is stopped and no other, and what is newest is no question of when it was written."""
+    """The watchdog finds a rank that is stopped, no other; and when a state was written does not say how new it is."""
     (tmp_path / "sitecustomize.py").write_text(CLOCK)
     jumps = clean_environment() | {"PYTHONPATH": str(tmp_path)}
     code = "import time; print(abs(time.time() - time.time()) > 100000)"

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.distributed import HashStore, PrefixStore
 from megapar.cli import main
 from megapar.launch import guard
 from megapar.launch.copies import PREFIX, SHARED
-from megapar.launch.external import earlier_folder, keep_folder
+from megapar.launch.external import Place, answer, ask, earlier_folder, keep_folder
 from megapar.launch.rank import Job
 from megapar.launch.watch import BOARD, Watch, read_board
 from megapar.trace.board import Doing, Memory
@@ -264,6 +266,29 @@ def test_a_host_that_says_nothing_ends_the_run(start: Callable[..., Torchrun]) -
             os.kill(pid, signal.SIGCONT)
     said, _ = second.process.communicate(timeout=HANG_S)
     assert wait_for(lambda: not guards(), HANG_S)
+
+
+def test_a_start_has_one_name_though_a_rank_of_it_comes_anew() -> None:
+    """What a rank that has gone asked is answered, and so is its successor, alike; the next start has another name."""
+    store, first, other = (
+        HashStore(),
+        Place(0, 2, 0, 2, "", 0, True, "job", 0, 1),
+        Place(1, 2, 1, 2, "", 0, True, "job", 0, 1),
+    )
+    names = []
+    for gone in ("gone", "gone, too"):
+        store.set("megapar/job/asks/1", gone)
+        names.append(ask(store, first))
+        answering = threading.Thread(target=answer, args=(store, first, names[-1]), daemon=True)
+        answering.start()
+        store.wait([f"megapar/job/answer/{gone}"], timedelta(seconds=HANG_S))
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(ask(store, other)), daemon=True)  # noqa: B023
+        asking.start()
+        for thread in (asking, answering):
+            thread.join(HANG_S)
+        assert found == [names[-1]] and not answering.is_alive()
+    assert names[0] != names[1]
 
 
 def test_who_does_not_know_the_token_tells_a_guard_nothing(tmp_path: Path) -> None:
