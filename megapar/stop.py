@@ -25,6 +25,15 @@ class StopRequest:
         elif self.folder is not None:
             (self.folder / "listens").unlink(missing_ok=True)
 
+    def finish(self) -> None:
+        """Rank 0: the last step is done. What is left to do is done anyway."""
+        self.listen(False)
+        if self.folder is not None:
+            (self.folder / "finishing").touch()
+
+    def finishing(self) -> bool:
+        return self.folder is not None and (self.folder / "finishing").exists()
+
     def answer(self) -> None:
         """Each rank: the run has stopped, and its state is saved."""
         self.done.set()
@@ -32,8 +41,10 @@ class StopRequest:
             (self.folder / "stopped").touch()
 
     def ask(self) -> bool:
-        """The launcher: ask for it. Whether anybody listens, and was not asked before."""
-        if self.folder is None or not (self.folder / "listens").exists() or self._left():
+        """The launcher: ask for it. Whether anybody listens, or is at the end anyway, and was not asked before."""
+        if self.folder is None or self._left():
+            return False
+        if not (self.folder / "listens").exists() and not self.finishing():
             return False
         (self.folder / "stop").touch()
         return True

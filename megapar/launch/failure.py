@@ -1,6 +1,8 @@
 """How runs end whose ranks had started, besides being done."""
 
-STOPPED = 85  # exit code of a run that was asked to stop, and whose state is saved: start it again to go on
+STOPPED = (
+    85  # exit code of a run that was asked to stop, and whose state, if it has one, is saved: start it again to go on
+)
 
 
 class RankFailure(Exception):
@@ -18,7 +20,7 @@ class RankFailure(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The ranks have stopped as they were asked to, and saved their state."""
+    """The ranks have stopped as they were asked to, and saved their state, if there was any to save."""
 
 
 class GoingOn(Stopped):

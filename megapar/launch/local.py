@@ -121,6 +121,8 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
                 failure.asked = request.asked() and not signals.going_on
                 raise
         except SignalException as error:
+            if signals.early:
+                raise Stopped from None
             by = signals.ended_by or error.sigval
             if by == signal.SIGINT:
                 raise KeyboardInterrupt from None

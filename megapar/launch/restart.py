@@ -11,6 +11,7 @@ from megapar.launch.failure import GoingOn, RankFailure
 from megapar.launch.local import launch
 from megapar.launch.rank import Job
 from megapar.launch.rundir import RESTARTS
+from megapar.launch.signals import stopped_between
 
 
 def launch_until_done(
@@ -25,7 +26,20 @@ def launch_until_done(
 
     again: the job that goes on in a run directory, which is held; None: the run is done. May raise UserError.
     changed: of an elastic run: what has changed so that another layout than this one of so many ranks is better
+    A signal that asks to stop while no ranks run raises Stopped, as it does where they have begun no step.
     """
+    with stopped_between():
+        _until_done(job, restarts, again, say, quiet, changed)
+
+
+def _until_done(
+    job: Job,
+    restarts: int,
+    again: Callable[[str], Job | None],
+    say: Callable[[str], None],
+    quiet: bool,
+    changed: Callable[[int], str | None] | None,
+) -> None:
     following: Job | None = job
     events: list[dict[str, Any]] = []
     while following is not None:

@@ -1,5 +1,5 @@
 """Signals to the launcher. The first one asks ranks that listen to stop after their step and save; the next one, the
-end of `grace_s`, or the first where none listens, ends them."""
+end of `grace_s`, or the first where none listens yet, ends them."""
 
 import os
 import signal
@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from megapar.launch.failure import Stopped
 from megapar.stop import StopRequest, in_time
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch elastic ends the ranks at these
 STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
+EARLY = "no step has begun, so there is no state to save\n"
+FINISHING = "the last step is done; the run ends by itself\n"
 LOOK_S = 0.2  # between two looks whether the ranks listen by now, and whether the slots have changed
 
 
@@ -19,7 +22,8 @@ class Signals:
 
     grace_s: seconds after a request to stop, after which the ranks are ended; None: Ctrl-C alone asks, and has no end
     said: printed at a request. changed: looked at every LOOK_S: what has changed so that the ranks are to stop and go
-    on; None: nothing. ended_by: the signal that ended the ranks, if one did. going_on: `changed` asked them to stop
+    on; None: nothing. ended_by: the signal that ended the ranks, if one did. going_on: `changed` asked them to stop.
+    early: a request to stop came before ranks had anything to save, and ended them
     """
 
     def __init__(
@@ -27,7 +31,7 @@ class Signals:
     ) -> None:
         self.request, self.grace_s, self.said, self.changed = request, grace_s, said, changed
         self.ended_by: signal.Signals | None = None
-        self.going_on = self._over = False
+        self.going_on = self.early = self._over = False
         self.taken: list[signal.Signals] = []
         self._timers: list[threading.Timer] = []
 
@@ -42,14 +46,15 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             ours = STOPPING if self.grace_s is not None else (signal.SIGINT,)
             self.taken = [one for one in ours if signal.getsignal(one) != signal.SIG_IGN]
-            for one in self.taken:
-                signal.signal(one, self._handle)
+        before = {one: signal.signal(one, self._handle) for one in self.taken}
         try:
             yield
         finally:
             self._over = True
             for timer in self._timers:
                 timer.cancel()
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -57,18 +62,21 @@ class Signals:
         by = signal.Signals(number)
         first, self.going_on = self.request.ask() or self.going_on, False  # `changed` asked, and now it is for good
         if not first:
+            if self.grace_s is not None and not self.request.asked():
+                self.early = True
+                self._say(f"{by.name}: {EARLY}")
             self.request.end()
             self.ended_by = by
             # Torch elastic ends the ranks by this signal. They ignore Ctrl-C, which a terminal sends to them, too.
             raise SignalException("ended", signal.SIGTERM)
         self._asked("" if by == signal.SIGINT else f"{by.name}: ", by)
 
-    def _say(self, why: str) -> None:
+    def _say(self, text: str) -> None:
         with suppress(OSError):  # print is not reentrant
-            os.write(2, f"{why}{self.said}".encode())
+            os.write(2, text.encode())
 
     def _asked(self, why: str, by: signal.Signals = signal.SIGTERM) -> None:
-        self._say(why)
+        self._say(why + (FINISHING if self.request.finishing() else self.said))
         if self.grace_s is not None:
             self._after(self.grace_s, lambda: os.kill(os.getpid(), by))
 
@@ -80,13 +88,13 @@ class Signals:
 
     def _look(self) -> None:
         assert self.changed is not None
-        if self.request.asked():
+        if self.request.asked() or self.request.finishing():
             return
         why = self.changed()
         if why is not None:
             self.going_on = True  # before a signal can come that finds it asked
             if self.request.ask():
-                self._say(f"{why}: ")
+                self._say(f"{why}: {self.said}")
                 return
             self.going_on = False
         self._after(LOOK_S, self._look)
@@ -94,6 +102,21 @@ class Signals:
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         if not self._over:
             self._timers = [timer for timer in self._timers if timer.is_alive()] + [in_time(seconds, then)]
+
+
+@contextmanager
+def stopped_between() -> Iterator[None]:
+    """Inside, where no ranks run that have their own `Signals`, STOPPING raise Stopped: there is nothing to save."""
+    with kept():
+        if threading.current_thread() is threading.main_thread():
+            for one in STOPPING:
+                if signal.getsignal(one) != signal.SIG_IGN:
+                    signal.signal(one, _stopped)
+        yield
+
+
+def _stopped(number: int, frame: object) -> None:
+    raise Stopped
 
 
 @contextmanager

@@ -85,6 +85,27 @@ def test_a_run_that_is_asked_to_stop_goes_on(number: Any, start: Start, runs: Ru
 
 
 @pytest.mark.more
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_run_that_has_no_state_yet_stops_at_once(number: int, start: Start, runs: Runs, tmp_path: Path) -> None:
+    """While its ranks start: with the same code and the command, which then starts."""
+    launcher = start("checkpoint.every=0")
+    assert wait_for(lambda: len(read_board(tmp_path / "run")) > 0, HANG_S)
+    ranks = children_of(launcher.pid)
+    launcher.send_signal(number)
+    _, err = launcher.communicate(timeout=HANG_S)
+    said = err.strip().splitlines()
+    assert launcher.returncode == 85, err
+    assert said[-3:-1] == [
+        f"{signal.Signals(number).name}: no step has begun, so there is no state to save",
+        "interrupted",
+    ]
+    assert said[-1].startswith("megapar train ") and f"run.dir={tmp_path}/run" in said[-1]
+    assert wait_for(lambda: not any(map(alive, ranks)), HANG_S) and not ours(tmp_path / "tmp")
+    assert main([*runs.words, f"run.dir={tmp_path}/run"]) == 0
+    runs.compare(tmp_path / "run")
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("way", ["again", "grace"])
 def test_a_run_that_does_not_stop_is_ended(way: str, start: Start, tmp_path: Path) -> None:
     """By a second signal, or at the end of run.grace_s."""

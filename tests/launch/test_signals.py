@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from megapar.launch.signals import LOOK_S, Signals
+from megapar.launch.failure import Stopped
+from megapar.launch.signals import LOOK_S, STOPPING, Signals, stopped_between
 from megapar.stop import StopRequest
 from tests.cli.test_cli_launch import HANG_S, wait_for
 
@@ -37,6 +38,40 @@ def test_a_change_of_slots_has_all_the_time_it_needs(request_of_ranks: StopReque
     with signals.handled():
         assert wait_for(lambda: signals.going_on, HANG_S)
         assert not wait_for(lambda: signals.ended_by is not None, 3 * LOOK_S)
+
+
+def test_a_run_whose_last_step_is_done_ends_by_itself(
+    request_of_ranks: StopRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At the first signal; the next one ends it."""
+    signals = Signals(request_of_ranks, "stopping\n", 1000.0, lambda: "fewer may run")
+    request_of_ranks.finish()
+    with signals.handled():
+        assert not wait_for(lambda: signals.going_on, 3 * LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.ended_by is None and not signals.early and request_of_ranks.asked()
+        assert capfd.readouterr().err == "SIGTERM: the last step is done; the run ends by itself\n"
+        with pytest.raises(SignalException):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.ended_by == signal.SIGTERM and not signals.early
+
+
+@pytest.mark.parametrize("grace_s", [1000.0, None])
+def test_nothing_is_to_be_saved_before_ranks_listen(grace_s: float | None, tmp_path: Path) -> None:
+    """Of commands that save nothing at all Ctrl-C is what it always is."""
+    signals = Signals(StopRequest(tmp_path), "", grace_s)
+    with signals.handled(), pytest.raises(SignalException):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signals.ended_by == signal.SIGINT and signals.early == (grace_s is not None)
+
+
+def test_between_two_starts_a_run_stops_at_once() -> None:
+    """As while its newest checkpoint is hashed; what was handled before is handled again behind it."""
+    before = [signal.getsignal(one) for one in STOPPING]
+    for number in STOPPING:
+        with pytest.raises(Stopped), stopped_between():
+            os.kill(os.getpid(), number)
+    assert [signal.getsignal(one) for one in STOPPING] == before
 
 
 def test_looks_leave_nothing_behind(tmp_path: Path) -> None:

@@ -160,13 +160,14 @@ def schedules_for(config: TrainConfig) -> dict[str, str]:
 
 @contextmanager
 def saying_how_to_go_on(job: "Job", overrides: list[str]) -> Iterator[None]:
-    """Give an interruption the command that goes on with the run, if it has a checkpoint to go on from."""
+    """Give an interruption the command that goes on with the run, if it has a checkpoint, or was asked to stop."""
+    from megapar.launch.failure import Stopped
     from megapar.launch.resume import has_checkpoint
 
     try:
         yield
     except KeyboardInterrupt as interruption:
-        if has_checkpoint(Path(job.folder)):
+        if isinstance(interruption, Stopped) or has_checkpoint(Path(job.folder)):
             raise type(interruption)(command_line(overrides, job.folder)) from None
         raise
 

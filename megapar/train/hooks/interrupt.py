@@ -17,7 +17,7 @@ class Interrupt(Hook):
     def after(self, step: int, done: Step) -> None:
         loop, last = self.loop, step == self.loop.config.train.steps
         if last and loop.writer is not None:
-            stop_request().listen(False)
+            stop_request().finish()
         if last or not loop.stopping:
             return
         loop.settle()
