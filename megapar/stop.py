@@ -2,11 +2,14 @@
 in a folder that they share, or, where torchrun or srun started them, by a signal to any of them. Rank 0 says that it
 listens while it walks the steps; all ranks look, and agree with the figures of a step."""
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import TIMEOUT_MAX, Event, Timer
+
+STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
 
 
 @dataclass(frozen=True)

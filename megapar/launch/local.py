@@ -28,7 +28,7 @@ from megapar.launch.machine import allow_open_files, out_of_memory_kills, thread
 from megapar.launch.rank import Job, Report, failure_text, read_reports, run_elastic
 from megapar.launch.signals import ENDING, Signals, kept
 from megapar.launch.watch import Watch, board_of
-from megapar.stop import StopRequest
+from megapar.stop import STOPPING, StopRequest
 
 # Ranks of one machine meet over the loopback, whatever the host's name resolves to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -43,8 +43,9 @@ def start_fork_server(ranks: int = 1) -> None:
         # joblib's workers have a start method of their own, which children inherit by name and do not know.
         multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["megapar.launch.preload"])
-    resource_tracker.ensure_running()
-    with environment_with({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}), _sigint_blocked():
+    with _blocked():
+        resource_tracker.ensure_running()  # it unblocks those that it ignores, and not the others
+    with environment_with({"OMP_NUM_THREADS": str(threads_per_rank(ranks))}), _blocked():
         forkserver.ensure_running()
 
 
@@ -192,9 +193,10 @@ def _pass_on(pipe: Path) -> None:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """A process that starts meanwhile does not see Ctrl-C until it unblocks it, as `preload` does."""
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _blocked() -> Iterator[None]:
+    """A process that starts meanwhile does not see what asks a run to stop until it unblocks it, as `preload` does: a
+    terminal, `timeout` and a scheduler send it to every process, and the launcher alone is to mind it."""
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:

@@ -5,11 +5,13 @@ import signal
 from contextlib import suppress
 
 from megapar.launch.machine import spare_garbage_collector
+from megapar.stop import STOPPING
 
-# Ctrl-C reaches every process of the terminal. It must not end these imports with a traceback: the launcher, which
-# has blocked the signal for us so far, says what happened.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+# Ctrl-C reaches every process of the terminal, and others send TERM, USR1 and USR2 to all. None may end these imports,
+# or the parent of ranks that are to save: the launcher, which has blocked them for us so far, says what happens.
+for _one in STOPPING:
+    signal.signal(_one, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 # torch._dynamo: torch.optim imports it when the first optimizer is made, in every rank at once.
 for _name in ("torch", "torch.distributed", "torch._dynamo", "numpy", "yaml", "megapar.train.loop"):

@@ -137,6 +137,7 @@ def run_elastic(job: Job) -> None:
     die_with_parent(job.scratch)
     # Ctrl-C reaches every process of the terminal: the launcher says what happens then, and tells the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN if "SIGINT" in job.ignored else signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the fork server ignores, and `mind_signals` takes
     run(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 

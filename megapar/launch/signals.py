@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from megapar.launch.failure import Stopped
-from megapar.stop import StopRequest, in_time
+from megapar.stop import STOPPING, StopRequest, in_time
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch elastic ends the ranks at these
-STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
 EARLY = "no step has begun, so there is no state to save\n"
 FINISHING = "the last step is done; the run ends by itself\n"
 LOOK_S = 0.2  # between two looks whether the ranks listen by now, and whether the slots have changed

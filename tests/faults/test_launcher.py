@@ -85,6 +85,30 @@ def test_a_run_that_is_asked_to_stop_goes_on(number: Any, start: Start, runs: Ru
 
 
 @pytest.mark.more
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_every_process_is_one_to_the_launcher(
+    number: int, start: Start, runs: Runs, tmp_path: Path
+) -> None:
+    """As a terminal, `timeout` and a scheduler send it: the fork server, its ranks' parent, and trackers stay."""
+    launcher = start(held_in(3), "checkpoint.every=0", "checkpoint.replicate=true")
+    ranks = in_step(tmp_path / "run", 3)
+    for process in [*descendants(launcher.pid), launcher.pid]:
+        os.kill(process, number)
+    _, err = launcher.communicate(timeout=HANG_S)
+    said = err.strip().splitlines()
+    assert launcher.returncode == 85 and said[-2] == "interrupted", err
+    assert len(said) == 4 and "stopping after this step" in said[1], err  # and nothing of Python's or torch's own
+    assert wait_for(lambda: not any(map(alive, ranks)), HANG_S) and not ours(tmp_path / "tmp")
+    assert main([*runs.words, f"run.dir={tmp_path}/run"]) == 0
+    runs.compare(tmp_path / "run")
+
+
+def descendants(pid: int) -> list[int]:
+    found = children_of(pid)
+    return found + [below for child in found for below in descendants(child)]
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_run_that_has_no_state_yet_stops_at_once(number: int, start: Start, runs: Runs, tmp_path: Path) -> None:
     """While its ranks start: with the same code and the command, which then starts."""

@@ -8,8 +8,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapar.launch.failure import Stopped
-from megapar.launch.signals import LOOK_S, STOPPING, Signals, stopped_between
-from megapar.stop import StopRequest
+from megapar.launch.signals import LOOK_S, Signals, stopped_between
+from megapar.stop import STOPPING, StopRequest
 from tests.cli.test_cli_launch import HANG_S, wait_for
 
 
