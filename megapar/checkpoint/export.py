@@ -13,6 +13,7 @@ from megapar.checkpoint.format import read_manifest
 from megapar.checkpoint.hf.folder import INDEX, SINGLE, TORCH_DTYPES
 from megapar.checkpoint.hf.write import Entry, index_of, new_folder, shards, write_tensors
 from megapar.checkpoint.load import CheckpointReader
+from megapar.config.errors import UserError
 from megapar.parallel.boxes import Box
 
 
@@ -81,5 +82,10 @@ def to_dcp(whole: Whole, target: Path) -> int:
     with new_folder(target) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is a single process, which is said by no_dist already
         writer = FileSystemWriter(temporary, single_file_per_rank=False)
-        save(plan, storage_writer=writer, planner=Planner(), no_dist=True)
+        try:
+            save(plan, storage_writer=writer, planner=Planner(), no_dist=True)
+        except OSError as error:
+            raise UserError(
+                f"{target}: can't be written ({error.strerror}); make room, or name another folder"
+            ) from None
     return len(plan)

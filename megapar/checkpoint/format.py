@@ -30,6 +30,8 @@ from megapar.parallel.boxes import Box
 
 FORMAT = "megapar-checkpoint"
 VERSION = 1
+MOST = 1 << 62  # of what is counted
+SECTIONS = ("model", "train", "optim", "parallel", "pipeline", "data", "task")  # of a config that are read from one
 MANIFEST = "manifest.json"
 LATEST = "latest"
 UNFINISHED = ".tmp-"
@@ -144,9 +146,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{path}: format {body['format']} version {body['version']}; this megapar reads {FORMAT} {VERSION}"
             )
-        return _parse(body)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a valid manifest ({type(error).__name__}: {error}); {RESAVE}") from None
+        manifest = _parse(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}" if str(error).isprintable() else type(error).__name__
+        raise UserError(f"{path}: not a valid manifest ({problem}); {RESAVE}") from None
+    if STEP_FOLDER.fullmatch(folder.name) and int(folder.name[5:]) != manifest.step:
+        raise UserError(f"{folder}: renamed, its state is that of step {manifest.step}; {RESAVE}")
+    return manifest
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,18 +183,37 @@ def _parse(body: dict[str, Any]) -> Manifest:
     for name, size in least.items():
         if size > files[name].size:
             raise ValueError(f"{name!r} of {files[name].size} bytes can't hold {size}")
-    fields: dict[str, Any] = {name: int(body[name]) for name in ("step", "optimizer_steps", "samples", "seed")}
-    fields |= {name: dict(body[name]) for name in ("config", "environment", "data")}
-    tokens = body.get("tokens")
+    fields: dict[str, Any] = {name: _count(body, name) for name in ("step", "optimizer_steps", "samples", "seed")}
+    fields |= {
+        name: {_text(key): _text(value) for key, value in body[name].items()} for name in ("environment", "data")
+    }
+    config = {_text(name): value for name, value in body["config"].items()}
+    if wrong := [name for name in SECTIONS if not isinstance(config.get(name, {}), dict)]:
+        raise TypeError(f"config.{wrong[0]} is no group of keys")
     return Manifest(
         **fields,
+        config=config,
         kinds=kinds,
-        layout=str(body["layout"]),
+        layout=_text(body["layout"]),
         parameters=parameters,
         files=files,
-        tokens=None if tokens is None else int(tokens),
+        tokens=None if body.get("tokens") is None else _count(body, "tokens"),
         carried=carried,
     )
+
+
+def _count(body: dict[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or not 0 <= value < MOST:
+        raise ValueError(f"{name} is no number of something")
+    return value
+
+
+def _text(value: Any) -> str:
+    """As a terminal may show it."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise TypeError("what is to be a word is none")
+    return value
 
 
 def _name(text: str) -> str:
@@ -201,6 +226,8 @@ def _parse_parameters(body: dict[str, Any], files: dict[str, StoredFile]) -> dic
     parameters = {}
     for name, stored in body.items():
         shape = _ints(stored["shape"])
+        if 0 in shape:
+            raise ValueError(f"{name} has no values")
         boxes = [StoredBox(file, Box(_ints(offset), _ints(size))) for file, offset, size in stored["boxes"]]
         for one in boxes:
             if one.file not in files or not one.box.fits(shape):

@@ -158,8 +158,7 @@ def refuse_other_base(manifest: Manifest, config: TrainConfig, folder: Path) -> 
     """Raise ConfigError where adapters were trained beside other weights than those of `model.lora.base`."""
     then, now = (manifest.data.get("base"), base_hash(config).get("base"))
     if then != now:
-        problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8})"
-        problem += "; give those (of a trained run: checkpoint.base=FOLDER)"
+        problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8}); give those"
         raise ConfigError("model.lora.base", config.model.lora.base, problem)
 
 
@@ -276,15 +275,15 @@ class CheckpointReader:
 
     def has(self, kind: str, name: str) -> bool:
         """Whether a parameter has state of this kind: of some optimizers' not every one has. Raises UserError."""
-        if kind not in self.manifest.kinds:
+        if kind not in self.manifest.kinds or name not in self.manifest.table(kind):
             return False
         first = self.manifest.table(kind)[name].boxes[0]
         return key(kind, name, first.box) in self._file(first.file)
 
     def read(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` [box.shape] with a box of a parameter. Raises UserError."""
-        if kind not in self.manifest.kinds:
-            raise UserError(f"{self.folder}: holds no {kind} of the parameters; {RESAVE}")
+        if kind not in self.manifest.kinds or name not in self.manifest.table(kind):
+            raise UserError(f"{self.folder}: holds no {kind} of {name}; {RESAVE}")
         missing = box.numel
         for stored in self.manifest.table(kind)[name].boxes:
             common = box.overlap(stored.box)

@@ -53,7 +53,8 @@ def listed(folder: Path) -> Listed:
         verify_files(folder, manifest)
     except UserError as error:
         problem = str(error).removesuffix(f"; {RESAVE}")
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    size = sum(path.stat().st_size for path in entries if path.is_file() and not path.is_symlink())
     marker = folder / MANIFEST
     changed = marker.lstat().st_mtime if marker.exists() else 0.0
     digits = folder.name.removeprefix("step-")

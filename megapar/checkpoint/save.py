@@ -114,7 +114,7 @@ class Saving:
         self._leads = self.mesh.rank == 0 if self._hosts is None else self._hosts.leads
         with self._abandoned(), all_or_none(self.world, self.device):
             if self._leads:
-                begin(folder, self.temporary, self._pass)
+                begin(folder, self.temporary, self._pass, parents=hosts is None)
         self._part = part = _Part(optimizer, sync)
         dtype = DTYPES[optimizer.buffers.context.wide_dtype]
         kinds = dict.fromkeys(optimizer.state(), dtype)
@@ -168,6 +168,8 @@ class Saving:
         """Say where this save is. The board is the main thread's."""
         if threading.current_thread() is threading.main_thread():
             self.mesh.timeline.passing("save", point)
+        else:
+            self.mesh.timeline.tell("save", point)
 
     @contextmanager
     def _abandoned(self) -> Iterator[None]:
@@ -244,11 +246,12 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def begin(folder: Path, temporary: Path, at: Callable[[str], None] = _nothing) -> None:
-    """Sweep what crashes have left behind and make the folder to write to."""
+def begin(folder: Path, temporary: Path, at: Callable[[str], None] = _nothing, *, parents: bool = True) -> None:
+    """Sweep what crashes have left behind and make the folder to write to. parents: those of `folder`, too, which may
+    not come back where they are removed as a launcher is gone."""
     with writing(temporary):
         at("sweep")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=parents, exist_ok=True)
         for left_over in folder.glob(f"step-*{UNFINISHED}*"):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
@@ -347,7 +350,7 @@ def finish(
     with writing(temporary):
         at("manifest")
         _write(temporary / MANIFEST, manifest_text(manifest))
-        _sync(temporary)
+        sync(temporary)
         at("rename")
         if final.exists():  # of a run that went this way before: step aside, and away with it
             former = temporary.with_name(f"{temporary.name}-former")
@@ -356,13 +359,13 @@ def finish(
             shutil.rmtree(former, ignore_errors=True)
         else:
             os.rename(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
     with writing(final.parent / LATEST):
         at("latest")
         pointer = final.parent / f"{LATEST}{UNFINISHED}{temporary.name[-8:]}"
         _write(pointer, final.name + "\n")
         os.replace(pointer, final.parent / LATEST)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def _write(path: Path, text: str) -> None:
@@ -372,7 +375,7 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:

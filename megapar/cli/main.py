@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 refused (one line says why), 85 stopped as asked
 on), 130 interrupted. Nothing is imported before a command needs it: `megapar --help` answers in a tenth of a second.
 """
 
+import errno
 import io
 import os
 import sys
@@ -59,7 +60,10 @@ def main(argv: Sequence[str] | None = None, *, entry: str | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"{error.filename}: {error.strerror}; use a shorter one", file=sys.stderr)
+            return 2
         import traceback
 
         traceback.print_exc()

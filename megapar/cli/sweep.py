@@ -17,7 +17,6 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from megapar.files import write_atomic
 from megapar.launch import rundir
 from megapar.launch.failure import RankFailure
 from megapar.launch.machine import num_gpus
-from megapar.launch.restart import launch_until_done
 
 FINISHED = "sweep.csv"  # the table, written when every point is done
 QUIET = {
@@ -102,19 +100,14 @@ class Point:
         from omegaconf import OmegaConf
 
         say(f"point {folder.name}: {' '.join(overrides.as_list())}")
-        job = None
+        ran = False
         try:
             with one_line_errors():
                 plain: Any = OmegaConf.to_container(composed, resolve=True)
             own = {"run.dir": str(folder), "logger.wandb.group": Path(self.parent).resolve().name}
             config = read("train", plain, own | self.verbatim | {"run.dir": str(folder)})
-            job = train.plan(config, Call(overrides.as_list(), self.entry), None)
-            if job is not None:
-                quiet = os.getpid() != self.pid  # side by side, progress bars would overwrite each other
-                call = Call(overrides.as_list(), self.entry)
-                again = partial(train.going_on, config, call)
-                launch_until_done(job, config.run.max_restarts, again, say, quiet)
-                train.draw(job)
+            quiet = os.getpid() != self.pid  # side by side, progress bars would overwrite each other
+            ran = train.train(config, Call(overrides.as_list(), self.entry), None, quiet)
         except (UserError, RankFailure) as error:
             say(str(error))
             return "failed", str(error).splitlines()[-1], True
@@ -123,7 +116,7 @@ class Point:
         except Exception as error:
             traceback.print_exc()
             return "failed", f"{type(error).__name__}: {error}".splitlines()[0], True
-        return "done", None, job is not None
+        return "done", None, ran
 
 
 def sweep(overrides: Overrides, entry: str | None = None) -> int:

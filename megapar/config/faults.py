@@ -37,6 +37,8 @@ KINDS = {
     "flip_message": "one bit of what the next all-reduce gives this rank",
     "flip_matmul": "one bit of what the next matmul gives this rank",
 }
+ONLY = {"nonfinite": ("opt",)}  # earlier, gradients are still to be written
+MOST_S = 1e9
 FIELDS = ("rank", "step", "phase", "kind", "nth", "point", "seconds")
 
 
@@ -80,7 +82,8 @@ def _fault(index: int, entry: dict[str, Any], ranks: int | None) -> Fault:
     unknown = [name for name in entry if name not in FIELDS]
     missing = [name for name in FIELDS[:4] if name not in entry]
     if unknown or missing:
-        raise refuse(f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}; give {', '.join(FIELDS[:4])}")
+        problem = f"has {unknown[0]!r}; may have" if unknown else f"lacks {missing[0]!r}; give"
+        raise refuse(f"{problem} {', '.join(FIELDS if unknown else FIELDS[:4])}")
     if entry["kind"] not in KINDS:
         raise refuse(f"no such kind; use {', '.join(KINDS)}")
     if entry["phase"] not in PHASES:
@@ -89,6 +92,13 @@ def _fault(index: int, entry: dict[str, Any], ranks: int | None) -> Fault:
         value = entry.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise refuse(f"{name} must be a whole number of at least {least}")
+    seconds = entry.get("seconds", 0)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < MOST_S:
+        raise refuse("seconds must be a number of at least 0")
+    if not isinstance(entry.get("point", ""), str):
+        raise refuse("point must be a part of an operation's name")
+    if (phases := ONLY.get(entry["kind"])) and entry["phase"] not in phases:
+        raise refuse(f"{entry['kind']} would change nothing there; use phase {' or '.join(phases)}")
     if ranks is not None and entry["rank"] >= ranks:
         raise refuse(f"there is no rank {entry['rank']} among {ranks}")
     return Fault(**entry)

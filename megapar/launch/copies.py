@@ -21,9 +21,12 @@ PREFIX = "megapar-copies-"
 HELD = ".held"  # in such a folder, locked for as long as it is somebody's
 DEAF = 'trap "" INT TERM HUP QUIT USR1 USR2'
 # Reads a line that the launcher writes at its end; where it was killed, the pipe is closed without one.
-GUARD = f'{DEAF}; read -r line || rm -rf -- "$@"'
+# Ranks that are not yet gone may write while it is removed.
+REMOVE = 'for again in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$@" 2> /dev/null && break; sleep 0.5; done'
+GUARD = f"{DEAF}; read -r line || {{ {REMOVE}; }}"
 # The same where the launcher is torchrun, which holds no pipe for us: looks whether it is still there.
-TORCHRUN_GUARD = f'{DEAF}; agent=$1; shift; while kill -0 "$agent" 2> /dev/null; do sleep 0.5; done; rm -rf -- "$@"'
+TORCHRUN_GUARD = f'{DEAF}; agent=$1; shift; while kill -0 "$agent" 2> /dev/null; do sleep 0.5; done; '
+TORCHRUN_GUARD += REMOVE
 
 
 Held = dict[str, Any]  # see `held`

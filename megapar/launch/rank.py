@@ -27,6 +27,7 @@ from megapar.console import TYPED, set_console, set_typed
 from megapar.launch.failure import STOPPED
 from megapar.launch.machine import keep_freed_memory, spare_garbage_collector
 from megapar.launch.situation import WORKER
+from megapar.redact import redacted
 from megapar.schedule.build import hand_over
 from megapar.stop import StopRequest, in_time, set_stop_request, stop_request
 from megapar.trace.board import Board, board, open_memory, set_board
@@ -313,6 +314,7 @@ def _fail(job: Job, rank: int, error: BaseException, terminal: TextIO, store: An
     kind = own if isinstance(error, UserError) else "victim" if is_lost_peer(error) else "error"
     text = "".join(traceback.format_exception(error))
     line = str(error) if kind in ONE_LINE else one_line(error)
+    line, text = redacted(line), redacted(text)
     report = Report(rank, kind, line, text, time.time())
     shown = failure_text(report, job) if kind != "victim" else f"rank {rank} lost its peer; log: {job.log(rank)}"
     # Started by torchrun or srun, nothing else will show it.

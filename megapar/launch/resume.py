@@ -4,6 +4,7 @@ The same command typed again is the same run: it goes on from its newest checkpo
 written. What its directory holds decides, read under the directory's lock, before a rank is started.
 """
 
+import secrets
 import shutil
 from collections.abc import Set
 from contextlib import suppress
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
-from megapar.checkpoint.format import LATEST, STEP_FOLDER, latest_name, newest_first, verify_files
+from megapar.checkpoint.format import LATEST, STEP_FOLDER, UNFINISHED, latest_name, newest_first, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_optimizer, refuse_other_order
-from megapar.checkpoint.save import data_hashes
+from megapar.checkpoint.save import begin, data_hashes, finish, sync, writing
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import load
 from megapar.config.keys import keys, value_of
@@ -95,8 +96,8 @@ def decide(config: TrainConfig, copies: Copies | None = None) -> Start:
     return Start("back" if later else "on", manifest.step, str(state), said, _moved(manifest, config, saved))
 
 
-def prepare(config: TrainConfig, start: Start) -> None:
-    """Make the run directory, held by the caller, ready for the start."""
+def prepare(config: TrainConfig, start: Start) -> list[str]:
+    """Make the run directory, held by the caller, ready for the start. Returns lines about what is missing there."""
     folder = Path(str(config.run.dir))
     if start.way == "aside":
         rundir.move_aside(folder)
@@ -104,7 +105,25 @@ def prepare(config: TrainConfig, start: Start) -> None:
         rundir.move_aside(folder, after=start.step)
     if start.way in ("on", "back") and is_own(folder, start.load):
         write_atomic(folder / "checkpoints" / LATEST, Path(str(start.load)).name + "\n")
-    rundir.clear(folder, start.step if start.way in ("on", "back") else None, config.train.trace)
+    missing = rundir.clear(folder, start.step if start.way in ("on", "back") else None, config.train.trace)
+    return [f"run: {folder}/{rundir.METRICS}: {missing}, which has been cut or changed"] if missing else []
+
+
+def keep_copy(folder: Path, copies: Copies) -> Path | None:
+    """Write the newest checkpoint in memory to the run directory, where it has done more steps than any that is whole
+    there. Returns where it is; None: there is none to keep. Raises UserError."""
+    state, _ = _newest(folder, copies)
+    if state is None or state.parent != copies.folder / "checkpoints":
+        return None
+    manifest, final = read_manifest(state), folder / "checkpoints" / state.name
+    temporary = final.with_name(f"{final.name}{UNFINISHED}{secrets.token_hex(4)}")
+    begin(final.parent, temporary)
+    for name in manifest.files:
+        with writing(temporary / name):
+            shutil.copyfile(state / name, temporary / name)
+            sync(temporary / name)
+    finish(temporary, final, manifest)
+    return final
 
 
 def copy_summary(config: TrainConfig) -> None:
@@ -119,7 +138,7 @@ def is_own(folder: Path, path: str | None) -> bool:
     if path is None:
         return False
     own, there = folder.resolve(), Path(path).resolve()
-    return there == own or there.is_relative_to(own / "checkpoints")
+    return there == own or there.is_relative_to((own / "checkpoints").resolve())
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -228,7 +247,7 @@ def _has_row(folder: Path, step: int) -> bool:
     """Whether the metrics have this step."""
     try:
         return any(row["step"] == step for row in rows_before(folder, step, "loss"))
-    except (OSError, ValueError, KeyError):  # none, or half a line, as a kill leaves it
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half a line, as a kill leaves it
         return False
 
 
@@ -244,7 +263,11 @@ def _saved(folder: Path) -> TrainConfig | None:
     try:
         return load(TrainConfig, path)
     except UserError as error:
-        raise ConfigError("run.dir", folder, f"holds a run of another kind ({error}); {rundir.ANOTHER}") from None
+        problem = f"holds a run of another kind ({error}); {rundir.ANOTHER}"
+        if has_checkpoint(folder):
+            problem = f"has checkpoints, and a config.yaml that can't be read ({error}); "
+            problem += "remove that file alone, and the run goes on from them, if nothing else has changed"
+        raise ConfigError("run.dir", folder, problem) from None
 
 
 def _newest(folder: Path, copies: Copies | None) -> tuple[Path | None, dict[Path, str]]:

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -162,35 +161,60 @@ def move_aside(folder: Path, after: int | None = None) -> None:
             shutil.copyfile(folder / METRICS, aside / METRICS)
     for name in names:
         if (folder / name).exists():
-            os.rename(folder / name, aside / name)
+            try:
+                shutil.move(folder / name, aside / name)  # also to another device, where checkpoints/ is a link to one
+            except OSError as error:
+                problem = f"can't be moved to {aside} ({error.strerror}); make room, or {ANOTHER}"
+                raise ConfigError("run.dir", folder / name, problem) from None
 
 
-def clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> None:
+def clear(folder: Path, going_on_after: int | None, trace: list[int] | None) -> str:
     """Remove what an earlier start of the run wrote, so that each step is there once. Checkpoints stay.
+
+    Returns which steps the metrics lack of those that are not taken again, in words; empty: none, or it is not known.
 
     going_on_after: steps of which the metrics stay, with the logs; None: the run starts anew
     trace: the steps to trace; where all of them are done, what they left stays
     """
-    stale = [folder / name for name in RESULTS]
+    missing, stale = "", [folder / name for name in RESULTS]
     if going_on_after is None or trace is None or trace[1] > going_on_after:
         stale += [folder / name for name in TRACED]
     if going_on_after is None:
         stale += [folder / METRICS, folder / RESTARTS, *(folder / "logs").glob("rank-*.log")]
     elif (folder / METRICS).exists():
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-        write_atomic(folder / METRICS, "".join(line for line in lines if _stays(line, going_on_after)))
+        rows = list(_rows(folder / METRICS, going_on_after))
+        write_atomic(folder / METRICS, "".join(f"{line}\n" for line, _ in rows))
+        missing = _missing([row["step"] for _, row in rows if "loss" in row], going_on_after)
     for path in stale:
         path.unlink(missing_ok=True)
     for left_over in folder.glob(f"{REFERENCE}*"):
         shutil.rmtree(left_over, ignore_errors=True)
+    return missing
 
 
-def _stays(line: str, steps_done: int) -> bool:
-    """Whether a row of metrics.jsonl is of a step that is not taken again."""
+def _rows(path: Path, steps_done: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, and what they say, of steps that are not taken again. What is no row, such as half a
+    line that a kill has left, is passed over. Raises ConfigError."""
     try:
-        return bool(json.loads(line)["step"] <= steps_done)
-    except (ValueError, KeyError):  # half a line, as a kill leaves it
-        return False
+        text = path.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise ConfigError("run.dir", path, f"can't be read ({error.strerror}); remove it, or {ANOTHER}") from None
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= steps_done:
+            yield line.rstrip("\r"), row
+
+
+def _missing(steps: list[int], last: int) -> str:
+    """What lacks of the steps up to `last`, in words. The run may have begun behind those before the first."""
+    if not steps and last:
+        return f"no row of a step up to {last}"
+    absent = sorted(set(range(min(steps, default=1), last + 1)) - set(steps))
+    more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+    return f"no row of step {', '.join(map(str, absent[:3]))}{more}" if absent else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

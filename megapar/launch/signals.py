@@ -4,6 +4,7 @@ end of `grace_s`, or the first where none listens yet, ends them."""
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -13,6 +14,7 @@ from megapar.stop import STOPPING, StopRequest, in_time
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch elastic ends the ranks at these
 EARLY = "no step has begun, so there is no state to save\n"
 FINISHING = "the last step is done; the run ends by itself\n"
+AGAIN_S = 0.5  # the same signal sooner is no second one: `timeout` and others send it to us, and to all of our group
 LOOK_S = 0.2  # between two looks whether the ranks listen by now, and whether the slots have changed
 
 
@@ -33,6 +35,7 @@ class Signals:
         self.going_on = self.early = self._over = False
         self.taken: list[signal.Signals] = []
         self._timers: list[threading.Timer] = []
+        self._last: tuple[signal.Signals, float] | None = None
 
     @contextmanager
     def handled(self, stop_in: float | None = None) -> Iterator[None]:
@@ -58,7 +61,10 @@ class Signals:
     def _handle(self, number: int, frame: object) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
-        by = signal.Signals(number)
+        by, now = signal.Signals(number), time.monotonic()
+        before, self._last = self._last, (by, now)
+        if before is not None and before[0] == by and now - before[1] < AGAIN_S:
+            return
         first, self.going_on = self.request.ask() or self.going_on, False  # `changed` asked, and now it is for good
         if not first:
             if self.grace_s is not None and not self.request.asked():
@@ -77,7 +83,11 @@ class Signals:
     def _asked(self, why: str, by: signal.Signals = signal.SIGTERM) -> None:
         self._say(why + (FINISHING if self.request.finishing() else self.said))
         if self.grace_s is not None:
-            self._after(self.grace_s, lambda: os.kill(os.getpid(), by))
+            self._after(self.grace_s, lambda: self._grace_is_over(by))
+
+    def _grace_is_over(self, by: signal.Signals) -> None:
+        self._last = None
+        os.kill(os.getpid(), by)
 
     def _time_is_over(self) -> None:
         if self.request.ask():
@@ -116,6 +126,17 @@ def stopped_between() -> Iterator[None]:
 
 def _stopped(number: int, frame: object) -> None:
     raise Stopped
+
+
+@contextmanager
+def finished() -> Iterator[None]:
+    """Inside, where a run is done but for a moment's work, STOPPING change nothing."""
+    with kept():
+        if threading.current_thread() is threading.main_thread():
+            for one in STOPPING:
+                if signal.getsignal(one) != signal.SIG_IGN:
+                    signal.signal(one, lambda number, frame: None)
+        yield
 
 
 @contextmanager

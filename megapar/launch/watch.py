@@ -101,7 +101,9 @@ def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda 
     at_work = [one for one in doing if not one.waiting]
     if at_work:
         return _finding(at_work, "the others wait for it", doing)
-    return _finding(doing, "all wait: they don't take part in the same operations", doing)
+    return _finding(
+        doing, "all wait for each other: their operations differ, or one that all take part in does not end", doing
+    )
 
 
 def _finding(culprits: list[Doing], reason: str, doing: list[Doing]) -> Finding:

@@ -74,13 +74,22 @@ class Timeline:
 
     def passing(self, kind: str, name: str) -> None:
         """A point of an operation, for listeners; on the board for as long as they take."""
-        self._board.leave(self._begin(kind, name, "", False))
+        self._told(kind, name)
 
     def _begin(self, kind: str, name: str, where: str, waiting: bool) -> int:
-        depth = self._board.enter(name + where, waiting)
+        self._told(kind, name, where)  # for as long as that takes, the rank waits for nobody
+        return self._board.enter(name + where, waiting)
+
+    def _told(self, kind: str, name: str, where: str = "") -> None:
+        if self.listeners:
+            depth = self._board.enter(name + where, False)
+            self.tell(kind, name)
+            self._board.leave(depth)
+
+    def tell(self, kind: str, name: str) -> None:
+        """Tell listeners alone, from any thread."""
         for listen in self.listeners:
             listen(kind, name)
-        return depth
 
     def in_flight(self, name: str, start: Callable[[], dist.Work]) -> dist.Work:
         """Start an asynchronous operation and, if detailed, time until it is over, whenever that is waited for."""

@@ -184,11 +184,35 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
         (set_value("kinds", "weight", "O"), "no known dtype"),
         (set_value("carried", {"weight": {}}), "weights are parameters"),
         (set_value("carried", {"factors": {"a": {"shape": [10**15], "boxes": []}}}), "are not its whole"),
+        (set_value("carried", {"exp_avg": {}}), "holds no exp_avg of"),
+        (set_value(*NORM, {"shape": [0], "boxes": []}), "norm.weight has no values"),
+        (set_value("step", float("inf")), "not a valid manifest"),
+        (set_value("step", -1), "step is no number"),
+        (set_value("step", 2.5), "step is no number"),
+        (set_value("step", "2"), "step is no number"),
+        (set_value("optimizer_steps", 10**40), "optimizer_steps is no number"),
+        (set_value("tokens", -5), "tokens is no number"),
+        (set_value("config", {"model": None}), "config.model is no group"),
+        (set_value("config", "train", 5), "config.train is no group"),
+        (set_value("config", []), "not a valid manifest"),
+        (set_value("data", {"tokens": 5}), "not a valid manifest"),
+        (set_value("layout", "\x1b[2Jtp2"), "not a valid manifest"),
+        (set_value("environment", "torch", "\x1b]0;2"), "not a valid manifest"),
     ],
 )
 def test_manifest_that_fits_nothing(trainer: Trainer, step: Path, change: Any, expected: str) -> None:
     rewrite(step, change)
     assert expected in refusal(trainer, step)
+
+
+def test_a_renamed_step_is_not_what_its_name_says(trainer: Trainer, step: Path) -> None:
+    """Nor are two that have changed places; under another name than a step's it may be kept."""
+    shutil.copytree(step, step.parent / "step-00000009")
+    assert refusal(trainer, step.parent).startswith(
+        f"{step.parent}/step-00000009: renamed, its state is that of step 2"
+    )
+    shutil.copytree(step, step.parent / "the best")
+    assert load(step.parent / "the best", trainer.optimizer, trainer.config).step == 2
 
 
 def test_names_that_are_there_twice(trainer: Trainer, step: Path) -> None:
@@ -294,6 +318,7 @@ def test_latest_that_names_nothing(trainer: Trainer, step: Path, latest: str | N
 def test_a_stale_latest_is_no_reason_to_take_an_earlier_step(trainer: Trainer, step: Path) -> None:
     """A run may have ended between the name of a checkpoint and `latest`, which counts only where it is asked for."""
     shutil.copytree(step, step.parent / "step-00000003")
+    rewrite(step.parent / "step-00000003", set_value("step", 3))
     assert (step.parent / "latest").read_text() == "step-00000002\n"
     assert find_checkpoint(step.parent).name == "step-00000003"
     assert find_checkpoint(step.parent / "latest") == step

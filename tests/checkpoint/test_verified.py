@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from io import BufferedReader
@@ -19,6 +20,7 @@ from megapar.config.file import dump
 from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
 from megapar.launch import resume
+from megapar.launch.copies import Copies
 from megapar.launch.pool import WorkerPool
 from megapar.parallel.boxes import owned_boxes
 from megapar.train.trainer import Trainer
@@ -97,6 +99,72 @@ def test_every_damage_is_seen_named_and_passed_over(config: TrainConfig) -> None
         for path, data in good.items():
             path.write_bytes(data)
     assert resume.decide(config).load == str(folder)
+
+
+def test_steps_that_have_changed_places(config: TrainConfig) -> None:
+    """Whatever their names say, the state of step 2 is not taken for that of step 1."""
+    first, second = step_folder(config, 1), step_folder(config, 2)
+    between = first.with_name("between")
+    for one, name in ((first, between), (second, first), (between, second)):
+        one.rename(name)
+    with pytest.raises(UserError, match=f"{second}: renamed, its state is that of step 1"):
+        resume.decide(config)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"null", b"17", b"[1, 2]", b'{"step": "2"}', b'{"step": null}', b"\xff", b'{"st', b""]
+)
+def test_what_is_no_row_is_not_gone_on_from(config: TrainConfig, garbage: bytes) -> None:
+    """Rows of steps up to the checkpoint stay, each as it is; those that lack are said."""
+    path = Path(str(config.run.dir)) / "metrics.jsonl"
+    rows = [b'{"step": 1, "loss": 0.5}', b'{"step": 2, "val_loss": 1}', b'{"step": 3, "loss": 0.5}']
+    path.write_bytes(b"\n".join([rows[0], garbage, *rows[1:]]) + b"\n")
+    said = resume.prepare(config, resume.decide(config))
+    assert path.read_bytes() == b"\n".join(rows[:2]) + b"\n"
+    assert said == [f"run: {path}: no row of step 2, which has been cut or changed"]
+
+
+def test_metrics_that_are_no_file(config: TrainConfig) -> None:
+    path = Path(str(config.run.dir)) / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl: can't be read \(Is a directory\); remove it"):
+        resume.prepare(config, resume.decide(config))
+
+
+def test_checkpoints_on_another_device(config: TrainConfig, tmp_path: Path) -> None:
+    """Through a link: what is damaged is moved aside, and its own are its own."""
+    folder = Path(str(config.run.dir))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        shutil.move(folder / "checkpoints", f"{elsewhere}/there")
+        (folder / "checkpoints").symlink_to(f"{elsewhere}/there")
+        assert resume.is_own(folder, str(step_folder(config, 1)))
+        flip(step_folder(config, 2) / SECOND, 999, 1)
+        resume.prepare(config, resume.decide(config))
+        assert (folder / "before-1" / "checkpoints" / "step-00000002" / SECOND).exists()
+        assert resume.decide(config).load == str(step_folder(config, 1))
+
+
+def test_a_config_that_is_damaged_is_no_reason_to_lose_checkpoints(config: TrainConfig) -> None:
+    path = Path(str(config.run.dir)) / "config.yaml"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="remove that file alone, and the run goes on from them"):
+        resume.decide(config)
+    path.unlink()
+    assert resume.decide(config).step == 2
+
+
+def test_what_is_in_memory_is_kept_on_disk(config: TrainConfig, tmp_path: Path) -> None:
+    """Where it has done more steps; it is then gone on from, to the bit."""
+    folder, memory = Path(str(config.run.dir)), Copies(tmp_path / "memory")
+    (memory.folder / "checkpoints").mkdir(parents=True)
+    shutil.copytree(step_folder(config, 1), memory.folder / "checkpoints" / "step-00000001")
+    assert resume.keep_copy(folder, memory) is None
+    shutil.move(step_folder(config, 2), memory.folder / "checkpoints" / "step-00000002")
+    assert resume.keep_copy(folder, memory) == step_folder(config, 2)
+    assert resume.decide(config).load == str(step_folder(config, 2))
+    for path in (memory.folder / "checkpoints" / "step-00000002").iterdir():
+        assert path.read_bytes() == (step_folder(config, 2) / path.name).read_bytes()
 
 
 def test_what_is_damaged_is_moved_aside(config: TrainConfig) -> None:

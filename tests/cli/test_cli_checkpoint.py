@@ -1,6 +1,8 @@
 """`megapar checkpoint`: lists, verifies, shows, compares and converts, whatever layout wrote it."""
 
 import json
+import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,17 @@ def test_convert_to_dcp(runs: Run, tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(found) > 30 and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_what_is_no_step_folder(runs: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file or a pipe of such a name is a line of the list."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(runs["single"] / STEP, folder / STEP)
+    (folder / "step-00000098").write_text("no folder")
+    os.mkfifo(folder / "step-00000099")
+    code, out, _ = said(capsys, "ls", folder)
+    assert code == 0 and len(out) == 4 and sum("can't be read (Not a directory)" in line for line in out) == 2, out
+    assert said(capsys, "verify", folder)[0] == 1
+
+
 @pytest.mark.parametrize("to", ["safetensors", "dcp"])
 def test_no_more_than_a_parameter_at_a_time(
     to: str, runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +170,8 @@ def test_no_more_than_a_parameter_at_a_time(
         (["diff", "a", "first=b"], "first=b: a before it is short for first=a; give one of them"),
         (["look"], "checkpoint look: say what to checkpoint: convert, diff, ls, show, verify"),
         (["convert", "nowhere", "to=torch"], "to=torch: "),
+        (["ls", 300 * "x"], f"{300 * 'x'}: File name too long; use a shorter one"),
+        (["show", "nowhere", "out=nowhere/x.json"], "out=nowhere/x.json: "),
     ],
 )
 def test_refusals(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

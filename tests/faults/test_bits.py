@@ -29,6 +29,14 @@ def test_a_bit_of_a_weight_or_of_a_reduced_gradient(kind: str, phase: str, runs:
 
 
 @pytest.mark.more
+def test_a_bit_of_a_weight_that_the_next_update_overwrites(tokens: str, tmp_path: Path) -> None:
+    """With ZeRO-1 each rank gets most of its weights anew in every step; gradients of the others are not used."""
+    runs = Runs(tmp_path, tokens, ["parallel=dp2", "parallel.zero=1", "train.steps=5", "run.replicas_every=1"])
+    [line] = causes(runs.with_faults("zero", [fault(1, 3, "data", "flip_memory")]))
+    assert line.startswith("step 3: copies of a parameter differ: ")
+
+
+@pytest.mark.more
 def test_a_bit_of_a_file(runs: Runs) -> None:
     """Of the newest checkpoint, before a rank dies: the run goes on from the one before it, and says what was wrong."""
     said = runs.with_faults("file", [fault(1, 4, "fwd", "flip_file"), fault(1, 4, "bwd", "sigkill")])

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -89,6 +90,35 @@ def test_where_no_rank_may_run_it_stops(tokens: str, tmp_path: Path) -> None:
     assert code == 85, said
     slots.write_text("2")
     assert runs.start("run", *elastic)[0] == 0
+    runs.compare(folder)
+
+
+@pytest.mark.more
+def test_what_is_in_memory_is_not_lost_where_no_rank_may_run(tokens: str, tmp_path: Path) -> None:
+    """A rank dies, and the slots are written anew, first with what is no number: the run waits for one. It is 0."""
+    runs = Runs(tmp_path, tokens, ["parallel=dp2", "train.steps=5"])
+    slots, folder = tmp_path / "slots", tmp_path / "run"
+    slots.write_text("2")
+    elastic = ["run.elastic=true", f"run.slots_file={slots}", "checkpoint.every=0", "checkpoint.replicate=true"]
+    plan = [fault(0, 3, "fwd", "delay", seconds=2.0), fault(1, 3, "bwd", "sigkill")]
+
+    def change() -> None:
+        wait_for(lambda: min((one.step for one in read_board(folder)), default=0) >= 3, HANG_S)
+        slots.write_text("two")
+        wait_for(lambda: (folder / "restarts.jsonl").exists() or not read_board(folder), HANG_S)
+        time.sleep(1.0)
+        slots.write_text("0")
+
+    with meanwhile(change):
+        code, said = runs.start("run", f"fault.plan={hydra(plan)}", "run.max_restarts=1", *elastic)
+    assert code == 85 and "run.slots_file: no rank may run" in said, said
+    assert any("not a whole number" in line and "waiting for it" in line for line in said), said
+    assert f"run: {folder}/checkpoints/step-00000002 has the state that was in memory" in said, said
+    assert said[-2] == "interrupted" and said[-1].startswith("megapar train "), said
+    assert runs.start("none", *elastic)[0] == 85  # from the first
+    slots.write_text("2")
+    code, said = runs.start("run", *elastic)
+    assert code == 0 and any("goes on from step 2 of 5" in line for line in said), said
     runs.compare(folder)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from megapar.cli import main
+from megapar.launch.signals import AGAIN_S
 from megapar.launch.watch import read_board
 from tests.cli.conftest import clean_environment
 from tests.cli.test_cli_launch import HANG_S, alive, children_of, wait_for
@@ -139,6 +141,7 @@ def test_a_run_that_does_not_stop_is_ended(way: str, start: Start, tmp_path: Pat
     launcher.send_signal(signal.SIGTERM)
     if way == "again":
         assert wait_for(lambda: b"stopping" in os.read(launcher.stderr.fileno(), 4096), HANG_S)  # type: ignore[union-attr]
+        time.sleep(2 * AGAIN_S)
         launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=HANG_S)
     assert launcher.returncode == 143

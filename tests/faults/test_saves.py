@@ -40,6 +40,16 @@ def test_a_rank_is_killed_at_every_step_of_a_save(runs: Runs) -> None:
 
 
 @pytest.mark.more
+def test_a_rank_is_killed_while_a_thread_of_it_writes(runs: Runs) -> None:
+    """What is saved beside the next step; a fault that never came is said."""
+    plan = [fault(step % 2, step, "save", "sigkill", point=f"'{point}'") for step, point in enumerate(OF_WRITERS, 2)]
+    never = fault(0, 4, "save", "sigkill", point="'no such point'")
+    said = runs.with_faults("async", [*plan, never], "checkpoint.async_save=true")
+    assert [line.partition(" failed: ended by SIGKILL")[0] for line in causes(said)] == ["rank 0", "rank 1", "rank 0"]
+    assert complete(runs.folder / "async") == ["step-00000009", "step-00000010"]
+
+
+@pytest.mark.more
 @pytest.mark.parametrize(("rank", "point"), [(0, "sweep"), (1, "tensor of a file"), (0, "manifest"), (0, "latest")])
 def test_a_full_disk_keeps_what_was_there(rank: int, point: str, runs: Runs) -> None:
     """One line that says what can't be written where; and with room, the same command goes on."""

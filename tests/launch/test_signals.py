@@ -21,6 +21,26 @@ def request_of_ranks(tmp_path: Path) -> StopRequest:
     return made
 
 
+@pytest.fixture(autouse=True)
+def twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second signal may come at once."""
+    monkeypatch.setattr("megapar.launch.signals.AGAIN_S", 0.0)
+
+
+def test_the_same_signal_at_once_is_no_second_one(
+    request_of_ranks: StopRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `timeout` sends it, to its child and to the group that this is in. Another one is."""
+    monkeypatch.setattr("megapar.launch.signals.AGAIN_S", HANG_S)
+    signals = Signals(request_of_ranks, "stopping\n", 1000.0)
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request_of_ranks.asked() and signals.ended_by is None
+        with pytest.raises(SignalException):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def test_a_signal_behind_a_change_of_slots_is_the_first(request_of_ranks: StopRequest) -> None:
     """As where a node is taken away: its slots are fewer, then TERM comes. The run stops for good, with a state."""
     signals = Signals(request_of_ranks, "stopping\n", 1000.0, lambda: "fewer may run")

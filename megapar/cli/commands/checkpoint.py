@@ -83,6 +83,7 @@ def show(config: ShowConfig, call: Call) -> int:
     from megapar.checkpoint.format import find_checkpoint, read_manifest
     from megapar.checkpoint.look import described
 
+    _refuse(config.out)
     folder = find_checkpoint(_given("path", config.path))
     facts = described(folder, read_manifest(folder))
     for name in ("folder", "step", "optimizer_steps", "samples", "tokens", "seed", "layout", "config_sha256"):
@@ -102,6 +103,7 @@ def diff(config: DiffConfig, call: Call) -> int:
     from megapar.checkpoint.format import find_checkpoint
     from megapar.checkpoint.look import differences
 
+    _refuse(config.out)
     folders = [find_checkpoint(_given(key, getattr(config, key))) for key in ("first", "second")]
     found = list(differences(*folders))
     for one in found:
@@ -140,14 +142,19 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
+def _refuse(out: str | None) -> None:
+    """Before anything is shown."""
+    from megapar.cli.output import refuse_bad_out
+
+    refuse_bad_out(out, None)
+
+
 def _write(out: str | None, value: Any) -> None:
     import json
 
-    from megapar.cli.output import refuse_bad_out
     from megapar.files import write_atomic
     from megapar.train.metrics import finite
 
-    refuse_bad_out(out, None)
     if out is not None:
         write_atomic(Path(out), json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 

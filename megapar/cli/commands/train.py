@@ -1,6 +1,7 @@
 """`megapar train`: train a model."""
 
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,35 +19,94 @@ if TYPE_CHECKING:
     from megapar.launch.rank import Job
 
 ENTRY = "megapar.train.loop:run"
+NO_SLOTS = "run.slots_file: no rank may run"
+SLOTS_S = 60.0  # that a restart waits for a number of slots
 
 
 def run(config: TrainConfig, call: Call) -> int:
     """Train on ranks of this machine, and draw the run. Returns the exit code."""
+    with ExitStack() as claims:
+        train(config, call, claims)
+    return 0
+
+
+def train(config: TrainConfig, call: Call, claims: ExitStack | None, quiet: bool = False) -> bool:
+    """Train, restart, and draw the run. Returns whether there was anything to do. Raises UserError, RankFailure and
+    KeyboardInterrupt, which has the command that goes on.
+
+    claims: holds the run directory; None: the caller does. quiet: nothing of the ranks on the terminal
+    """
+    from megapar.cli.finish import slots
     from megapar.cli.output import say
     from megapar.launch.copies import copies
+    from megapar.launch.failure import Stopped
     from megapar.launch.restart import launch_until_done
+    from megapar.launch.signals import finished
 
-    with ExitStack() as claims:
-        memory = claims.enter_context(copies()) if config.checkpoint.replicate else None
+    with ExitStack() as held:
+        memory = held.enter_context(copies()) if config.checkpoint.replicate else None
+        if slots(config) == 0:
+            say(NO_SLOTS)
+            raise Stopped
         job = plan(config, call, claims, memory=memory)
-        if job is not None:
-            with saying_how_to_go_on(job, call.overrides):
-                again = partial(going_on, config, call, memory=memory)
-                launch_until_done(job, config.run.max_restarts, again, say, changed=slots_changed(config))
+        if job is None:
+            return False
+        with saying_how_to_go_on(job, call.overrides), keeping_copies(job, memory):
+            again = partial(going_on, config, call, memory=memory)
+            launch_until_done(job, config.run.max_restarts, again, say, quiet, slots_changed(config))
+        with finished():
             draw(job)
-    return 0
+        return True
+
+
+@contextmanager
+def keeping_copies(job: "Job", memory: "Copies | None") -> Iterator[None]:
+    """A run that does not go on by itself keeps what it has in memory, which ends with the launcher: on disk."""
+    from megapar.cli.output import say
+    from megapar.launch.failure import RankFailure, Stopped
+    from megapar.launch.resume import keep_copy
+
+    try:
+        yield
+    except (Stopped, RankFailure, UserError):
+        if memory is not None:
+            try:
+                if (kept := keep_copy(Path(job.folder), memory)) is not None:
+                    say(f"run: {kept} has the state that was in memory")
+            except UserError as error:
+                say(f"run: the state in memory is lost: {error}")
+        raise
 
 
 def going_on(config: TrainConfig, call: Call, folder: str, memory: "Copies | None" = None) -> "Job | None":
     """The job that goes on with a run in its directory, which the caller holds; None: it is finished. Raises Stopped
     where no rank may run."""
     from megapar.cli.finish import slots
+    from megapar.cli.output import say
     from megapar.config.keys import changed
     from megapar.launch.failure import Stopped
 
-    if slots(config) == 0:
+    if _slots_again(config, slots) == 0:
+        say(NO_SLOTS)
         raise Stopped
     return plan(changed(config, {"run.dir": folder, "train.resume": "auto"}), call, None, memory=memory)
+
+
+def _slots_again(config: TrainConfig, look: Callable[[TrainConfig], int | None]) -> int | None:
+    """The slots, waited for where whoever writes the file is not done: a run that has started need not end for that."""
+    from megapar.cli.output import say
+
+    deadline, said = time.monotonic() + SLOTS_S, False
+    while True:
+        try:
+            return look(config)
+        except UserError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not said:
+                say(f"run: {error}; waiting for it, {SLOTS_S:.0f} s")
+            said = True
+            time.sleep(0.2)
 
 
 def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
@@ -61,7 +121,7 @@ def slots_changed(config: TrainConfig) -> Callable[[int], str | None] | None:
     def changed(ranks: int) -> str | None:
         try:
             if (count := slots(config)) == 0:
-                return "run.slots_file: no rank may run"
+                return NO_SLOTS
             if count not in better:
                 better[count] = check_early(config, num_gpus()).parallel.layout.world
         except UserError:  # half written, or a number for which there is no layout: it may be another soon
@@ -106,7 +166,8 @@ def plan(
     if start.way == "done":
         resume.copy_summary(config)
         return None
-    resume.prepare(config, start)
+    for line in resume.prepare(config, start):
+        say(line)
     rundir.write(config, call.overrides, backends)
     for origin in (config.checkpoint.weights, config.checkpoint.load):
         if origin is not None:

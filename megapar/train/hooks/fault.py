@@ -59,6 +59,15 @@ class FaultInjector(Hook):
             self._flipping.__exit__(None, None, None)
             self._flipping = None
 
+    def finish(self) -> dict[str, Any]:
+        """Says which faults have not come: a run that nothing happened to has survived nothing."""
+        if self.loop.writer is not None:
+            struck = {int(path.name.partition("-")[0]) for path in self._struck.iterdir()}
+            for index, fault in enumerate(faults(self.loop.config.fault.plan)):
+                if index not in struck and fault.step <= self._step:
+                    self.loop.writer.say(f"fault.plan: entry {index} never came: {fault}")
+        return {}
+
     def _operation(self, kind: str, name: str) -> None:
         """An operation begins."""
         for index, fault in self._mine:
