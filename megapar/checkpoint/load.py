@@ -12,7 +12,7 @@ from torch import Tensor
 from megapar.checkpoint.format import RESAVE, Manifest, StoredBox, find_checkpoint, key, read_manifest, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.hosts import Hosts, told, understood
-from megapar.checkpoint.save import StatefulOptimizer, base_hash, data_hashes
+from megapar.checkpoint.save import StatefulOptimizer, data_hashes, frozen_hashes
 from megapar.checkpoint.slices import Slices
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.keys import keys, value_of
@@ -156,7 +156,7 @@ def refuse_other_model(manifest: Manifest, config: TrainConfig, folder: Path, we
 
 def refuse_other_base(manifest: Manifest, config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError where adapters were trained beside other weights than those of `model.lora.base`."""
-    then, now = (manifest.data.get("base"), base_hash(config).get("base"))
+    then, now = (manifest.data.get("base"), frozen_hashes(config).get("base"))
     if then != now:
         problem = f"{folder} has adapters of other weights ({then or 'none':.8} -> {now or 'none':.8}); give those"
         raise ConfigError("model.lora.base", config.model.lora.base, problem)

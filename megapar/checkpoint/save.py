@@ -8,7 +8,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ from megapar.checkpoint.hosts import Hosts
 from megapar.config.errors import UserError
 from megapar.config.parse import to_dict
 from megapar.config.schema import TrainConfig
+from megapar.config.tasks import has_reference
 from megapar.parallel.agreement import all_or_none, gather_texts
 from megapar.parallel.boxes import Box, PerBucket, owned_boxes
 from megapar.parallel.buffers import StageBuffers
@@ -150,7 +151,7 @@ class Saving:
                 if self._problem is not None:
                     raise self._problem
                 if self.mesh.rank == 0:  # what every host's manifest says
-                    data = data_hashes(self._config.data.prefix) | base_hash(self._config)
+                    data = data_hashes(self._config.data.prefix) | frozen_hashes(self._config)
                     part |= {"environment": environment(), "data": data}
             parts = [json.loads(text) for text in gather_texts(json.dumps(part), self.world, self.device)]
             elsewhere: set[str] = set()
@@ -395,16 +396,27 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def base_hash(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of what describes the frozen weights of a model with adapters: a checkpoint's manifest, which has its
-    files' hashes; of a Hugging Face folder names, sizes and config.json. Empty where there are none."""
-    path = config.model.lora.base if config.model.lora.rank else None
-    if path is None:
-        return {}
+def frozen_hashes(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of what describes weights that are never trained: `base` of adapters, `reference` of the model beside. Of
+    a checkpoint its manifest, which has its files' hashes; of a Hugging Face folder names, sizes and config.json. Of
+    those that can't be read, as where they have moved, none."""
+    paths = {
+        "base": config.model.lora.base if config.model.lora.rank else None,
+        "reference": config.task.reference if has_reference(config) else None,
+    }
+    found = {}
+    for kind, path in paths.items():
+        if path is not None:
+            with suppress(UserError, OSError):
+                found[kind] = hashlib.sha256(_description(path)).hexdigest()
+    return found
+
+
+def _description(path: str) -> bytes:
     if not is_hf_folder(path):
-        return {"base": hashlib.sha256((find_checkpoint(path) / MANIFEST).read_bytes()).hexdigest()}
+        return (find_checkpoint(path) / MANIFEST).read_bytes()
     files = sorted((file.name, file.stat().st_size) for file in Path(path).glob("*.safetensors"))
-    return {"base": hashlib.sha256(repr(files).encode() + (Path(path) / "config.json").read_bytes()).hexdigest()}
+    return repr(files).encode() + (Path(path) / "config.json").read_bytes()
 
 
 def data_hashes(prefix: str | None) -> dict[str, str]:

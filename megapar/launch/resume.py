@@ -16,7 +16,7 @@ from megapar.checkpoint import Manifest, find_checkpoint, read_manifest
 from megapar.checkpoint.format import LATEST, STEP_FOLDER, UNFINISHED, latest_name, newest_first, verify_files
 from megapar.checkpoint.hf.folder import is_hf_folder, open_weights
 from megapar.checkpoint.load import head_anew, refuse_other_model, refuse_other_optimizer, refuse_other_order
-from megapar.checkpoint.save import begin, data_hashes, finish, sync, writing
+from megapar.checkpoint.save import begin, data_hashes, finish, frozen_hashes, sync, writing
 from megapar.config.errors import ConfigError, UserError, show
 from megapar.config.file import load
 from megapar.config.keys import keys, value_of
@@ -30,6 +30,7 @@ from megapar.train.metrics import rows_before
 
 ELSEWHERE = "choose another run.dir, or train.resume=never, which moves what is there aside"
 MOST = 6  # differences that are named
+FROZEN = ("base", "reference")  # of a manifest's data: weights that are never trained
 ORIGINS = ("load", "weights")  # keys of `checkpoint`: where a run comes from before it has state of its own
 
 
@@ -158,12 +159,15 @@ def refuse_other_run(folder: Path, config: TrainConfig, saved: TrainConfig | Non
     if saved is None:
         return
     then, now = manifest.data if manifest is not None else {}, data_hashes(config.data.prefix)
-    then = {kind: digest for kind, digest in then.items() if kind != "base"}
+    frozen = {kind: then[kind] for kind in FROZEN if kind in then}
+    then = {kind: digest for kind, digest in then.items() if kind not in FROZEN}
     same_data = bool(now) and now == then
+    same_reference = "reference" in frozen and frozen_hashes(config).get("reference") == frozen["reference"]
     different = [
         f"{key} {show(value_of(saved, key))} -> {show(value_of(config, key))}"
         for key, facts in keys(TrainConfig).items()
         if (facts.fixed or (facts.kept and not (same_data and key.startswith("data."))))
+        and not (same_reference and key == "task.reference")
         and value_of(saved, key) != value_of(config, key)
     ]
     for name in ORIGINS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from megapar.trace.board import BEAT_S, Doing, Memory, open_memory
 LOOK_S = 0.1
 SILENT_S = 10 * BEAT_S  # without a heartbeat: stopped, or nothing of Python can run
 STACKS_S = 1.5  # for the ranks that can to write their stacks
+GROUP = re.compile(r" of ranks (\d+(?:, \d+)*)$")  # how the name of a collective ends
 BOARD = ".board.json"  # in the run directory: where the board of a live run is
 
 
@@ -88,7 +90,7 @@ def state_of(pid: int) -> str:
 
 def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda one: state_of(one.pid)) -> Finding:
     """Who is to blame when an operation takes too long. The first of these that there is: ranks that have not started;
-    ranks without a heartbeat; ranks that wait for nobody; all.
+    ranks without a heartbeat; ranks that wait for nobody; ranks of an operation that all of its ranks are in; all.
 
     state: of a rank's process, as `state_of`
     """
@@ -101,9 +103,16 @@ def find(doing: list[Doing], now: float, state: Callable[[Doing], str] = lambda 
     at_work = [one for one in doing if not one.waiting]
     if at_work:
         return _finding(at_work, "the others wait for it", doing)
-    return _finding(
-        doing, "all wait for each other: their operations differ, or one that all take part in does not end", doing
-    )
+    if met := [one for one in doing if _has_met(one, doing)]:
+        return _finding(met, "all of its ranks are in it, and it does not end", doing)
+    return _finding(doing, "all wait for each other: their operations differ", doing)
+
+
+def _has_met(one: Doing, doing: list[Doing]) -> bool:
+    """Whether all ranks of the operation that a rank waits in wait in it."""
+    found = GROUP.search(one.operation)
+    waiting = {other.rank for other in doing if (other.operation, other.within) == (one.operation, one.within)}
+    return found is not None and waiting >= set(map(int, found[1].split(", ")))
 
 
 def _finding(culprits: list[Doing], reason: str, doing: list[Doing]) -> Finding:

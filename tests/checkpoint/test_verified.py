@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from megapar.checkpoint import find_checkpoint, format, read_manifest
 from megapar.checkpoint.load import CheckpointReader, load
+from megapar.checkpoint.save import frozen_hashes
 from megapar.config.errors import ConfigError, UserError
 from megapar.config.file import dump
 from megapar.config.keys import changed
@@ -152,6 +154,20 @@ def test_a_config_that_is_damaged_is_no_reason_to_lose_checkpoints(config: Train
         resume.decide(config)
     path.unlink()
     assert resume.decide(config).step == 2
+
+
+def test_a_reference_that_has_moved_is_the_same(config: TrainConfig, tmp_path: Path) -> None:
+    """Another one is refused, wherever it is."""
+    here, moved, other = tmp_path / "here", tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(step_folder(config, 1), here)
+    shutil.copytree(step_folder(config, 2), other)
+    saved = changed(config, {"task.name": "dpo", "task.reference": str(here)})
+    manifest = replace(read_manifest(step_folder(config, 2)), data=frozen_hashes(saved))
+    here.rename(moved)
+    folder = Path(str(config.run.dir))
+    resume.refuse_other_run(folder, changed(saved, {"task.reference": str(moved)}), saved, manifest)
+    with pytest.raises(UserError, match=f"task.reference {here} -> {other}"):
+        resume.refuse_other_run(folder, changed(saved, {"task.reference": str(other)}), saved, manifest)
 
 
 def test_what_is_in_memory_is_kept_on_disk(config: TrainConfig, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_what_is_left_out() -> None:
     ],
 )
 def test_what_is_no_fault(entry: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError, match="fault.plan") as caught:
+    with pytest.raises(ConfigError, match=r"fault\.plan") as caught:
         faults([GOOD, GOOD | entry], 4)
     assert f"entry 1: {problem}" in str(caught.value)
 

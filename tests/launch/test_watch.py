@@ -35,7 +35,17 @@ def test_a_rank_that_has_not_started_comes_before_all_others() -> None:
 
 def test_where_all_wait_all_are_named() -> None:
     found = find([WAITS, replace(WAITS, rank=1, operation="all_gather over tp of ranks 0, 1")], NOW)
-    assert len(found.culprits) == 2 and "all wait" in found.reason
+    assert len(found.culprits) == 2 and found.reason == "all wait for each other: their operations differ"
+
+
+def test_who_waits_for_an_operation_that_does_not_end_is_not_blamed_for_it() -> None:
+    """Ranks 0 and 1 have met, and ranks 2 and 3 wait for one of them, or for each other's next micro-batch."""
+    met = [WAITS, replace(WAITS, rank=1)]
+    others = [replace(WAITS, rank=rank, operation=f"all_reduce over dp of ranks {rank - 2}, {rank}") for rank in (2, 3)]
+    found = find([*met, *others], NOW)
+    assert [one.rank for one in found.culprits] == [0, 1] and "does not end" in found.reason
+    apart = [WAITS, replace(WAITS, rank=1, within="0B2")]
+    assert len(find([*apart, *others], NOW).culprits) == 4
 
 
 def test_a_line_names_operations_and_groups_who_waits_alike() -> None:
