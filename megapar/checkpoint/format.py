@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
         problem = f"{type(error).__name__}: {error}" if str(error).isprintable() else type(error).__name__
         raise UserError(f"{path}: not a valid manifest ({problem}); {RESAVE}") from None
     if STEP_FOLDER.fullmatch(folder.name) and int(folder.name[5:]) != manifest.step:
-        raise UserError(f"{folder}: renamed, its state is that of step {manifest.step}; {RESAVE}")
+        raise UserError(f"{path}: is of step {manifest.step}, so it was moved, or its folder renamed; {RESAVE}")
     return manifest
 
 

@@ -98,6 +98,8 @@ def test_manifest_of_another_checkpoint(
 ) -> None:
     pool.run(jobs.run, 2, tiny_config(tokens, "tp2"), 1, None, str(tmp_path / "other"))
     shutil.copy(tmp_path / "other" / "step-00000001" / MANIFEST, step / MANIFEST)
+    assert f"{step / MANIFEST}: is of step 1, so it was moved" in refusal(trainer, step)
+    rewrite(step, set_value("step", 2))
     assert f"{step / FIRST}: changed" in refusal(trainer, step)
 
 
@@ -208,8 +210,9 @@ def test_manifest_that_fits_nothing(trainer: Trainer, step: Path, change: Any, e
 def test_a_renamed_step_is_not_what_its_name_says(trainer: Trainer, step: Path) -> None:
     """Nor are two that have changed places; under another name than a step's it may be kept."""
     shutil.copytree(step, step.parent / "step-00000009")
-    assert refusal(trainer, step.parent).startswith(
-        f"{step.parent}/step-00000009: renamed, its state is that of step 2"
+    line = refusal(trainer, step.parent)
+    assert line.startswith(
+        f"{step.parent}/step-00000009/{MANIFEST}: is of step 2, so it was moved, or its folder renamed"
     )
     shutil.copytree(step, step.parent / "the best")
     assert load(step.parent / "the best", trainer.optimizer, trainer.config).step == 2

@@ -109,7 +109,7 @@ def test_steps_that_have_changed_places(config: TrainConfig) -> None:
     between = first.with_name("between")
     for one, name in ((first, between), (second, first), (between, second)):
         one.rename(name)
-    with pytest.raises(UserError, match=f"{second}: renamed, its state is that of step 1"):
+    with pytest.raises(UserError, match=f"{second}/{MANIFEST}: is of step 1, so it was moved"):
         resume.decide(config)
 
 

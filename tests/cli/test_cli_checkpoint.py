@@ -170,7 +170,7 @@ def test_no_more_than_a_parameter_at_a_time(
         (["diff", "a", "first=b"], "first=b: a before it is short for first=a; give one of them"),
         (["look"], "checkpoint look: say what to checkpoint: convert, diff, ls, show, verify"),
         (["convert", "nowhere", "to=torch"], "to=torch: "),
-        (["ls", 300 * "x"], f"{300 * 'x'}: File name too long; use a shorter one"),
+        (["ls", 300 * "x"], f"{300 * 'x'}/manifest.json: File name too long; use a shorter one"),
         (["show", "nowhere", "out=nowhere/x.json"], "out=nowhere/x.json: "),
     ],
 )

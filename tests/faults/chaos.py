@@ -54,7 +54,7 @@ MODEL += [
     "parallel=tp2pp2",
     "optim.lr=1e-3",
 ]
-MODEL += ["checkpoint.every=10", "checkpoint.keep=3", "logger=disabled", "task.sample_tokens=0"]
+MODEL += ["checkpoint.every=10", "checkpoint.keep=3", "logger=disabled", "task.sample_tokens=0", "run.samples_every=1"]
 SURVIVE = ["run.max_restarts=100000", "run.watchdog_s=5", "checkpoint.replicate=true", "checkpoint.replicate_every=5"]
 SURVIVE += ["checkpoint.on_error=warn", "run.on_nonfinite=rollback", "run.nonfinite_limit=1"]
 RANKS = 4

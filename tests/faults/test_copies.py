@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from megapar.cli import main
 from megapar.config.file import load
 from megapar.config.keys import changed
 from megapar.config.schema import TrainConfig
@@ -53,6 +54,16 @@ def test_every_rank_dies_and_the_run_goes_on_from_memory(runs: Runs) -> None:
     plan = [fault(1, 6, "opt", "sigkill")]
     said = runs.with_faults("both", plan, "checkpoint.replicate=true", "checkpoint.replicate_every=2")
     assert any(f"goes on from step 5 of 8, which {runs.folder}" in line for line in said) and not left(os.getpid())
+
+
+@pytest.mark.more
+def test_a_point_of_a_sweep_goes_on_from_memory(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = f"fault.plan={hydra([fault(0, 3, 'bwd', 'sigkill')])}"
+    overrides = ["checkpoint.replicate=true", "checkpoint.every=0", "run.max_restarts=1", "optim.lr=1e-2"]
+    assert main(["train", "-m", *runs.words[1:], plan, *overrides, f"run.dir={tmp_path}/sweep"]) == 0
+    assert "run: goes on from step 2 of 8, which /dev/shm/" in capsys.readouterr().err
+    [row] = (tmp_path / "sweep").glob("*/summary.json")
+    runs.compare(row.parent)
 
 
 @pytest.mark.more
