@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from megapar.generate.requests import Refusal, parse
 from megapar.generate.server import Server
 from megapar.launch.pool import WorkerPool
 from tests.cli.conftest import clean_environment
+from tests.cli.test_cli_launch import wait_for
 from tests.generate import jobs
 from tests.generate.conftest import POISON
 
@@ -204,33 +206,26 @@ def test_a_port_that_another_has(talker: Path, served: Served, capsys: pytest.Ca
 
 
 def test_clients_that_go_free_their_places(served: Served) -> None:
-    """Two are written for minutes, two wait, a fifth is refused; when they have gone, others are answered."""
+    """Two are written for minutes, two wait, what comes then is refused; when they have gone, others are answered."""
     long = {"prompt": "alpha", "max_tokens": 100_000, "temperature": 0}
     opened = [served.stream(**long) for _ in range(2)]
-    assert all(answer.readline() for _, answer in opened)
-    sockets = []
-    for _ in range(2):  # not streamed: nothing is sent that could fail
+    assert all(stream.readline() for _, stream in opened)
+    sockets: list[socket.socket] = []
+    refused: list[socket.socket] = []
+    deadline = time.monotonic() + 60
+    while not refused and time.monotonic() < deadline:  # not streamed: those that wait are sent nothing
         raw = socket.create_connection(("127.0.0.1", served.port))
         body = json.dumps(long).encode()
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         sockets.append(raw)
-    assert until(served, 429)["error"]["type"] == "rate_limit_error"
+        refused = select.select(sockets, [], [], 0.5)[0]
+    assert len(sockets) > 2
+    answer = http.client.HTTPResponse(refused[0])
+    answer.begin()
+    assert answer.status == 429 and json.loads(answer.read())["error"]["type"] == "rate_limit_error"
     for one in [*sockets, *(part for pair in opened for part in pair)]:
         one.close()
-    assert until(served, 200)["choices"]
-
-
-def until(served: Served, status: int) -> Any:
-    """The answer to a short request, when it has this status. One that waits gives up: it may be in the queue before
-    those that fill it."""
-    deadline, found = time.monotonic() + 60, None
-    while time.monotonic() < deadline:
-        with contextlib.suppress(TimeoutError):
-            found = served.ask({"prompt": "x", "max_tokens": 1}, timeout=2)
-            if found[0] == status:
-                return found[1]
-        time.sleep(0.05)
-    raise AssertionError(found)
+    assert wait_for(lambda: served.ask({"prompt": "x", "max_tokens": 1})[0] == 200, 60)
 
 
 @pytest.fixture(scope="module")
