@@ -62,7 +62,7 @@ class Signals:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         by, now = signal.Signals(number), time.monotonic()
-        before, self._last = self._last, (by, now)
+        before, self._last = self._last, None if self.grace_s is None else (by, now)
         if before is not None and before[0] == by and now - before[1] < AGAIN_S:
             return
         first, self.going_on = self.request.ask() or self.going_on, False  # `changed` asked, and now it is for good

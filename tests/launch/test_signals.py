@@ -39,6 +39,12 @@ def test_the_same_signal_at_once_is_no_second_one(
         assert request_of_ranks.asked() and signals.ended_by is None
         with pytest.raises(SignalException):
             os.kill(os.getpid(), signal.SIGUSR1)
+    signals = Signals(request_of_ranks, "", None)  # of a command that saves nothing every Ctrl-C counts, as in a chat
+    with signals.handled():
+        assert request_of_ranks.heard()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert request_of_ranks.heard() and signals.ended_by is None
 
 
 def test_a_signal_behind_a_change_of_slots_is_the_first(request_of_ranks: StopRequest) -> None:
