@@ -91,23 +91,25 @@ def launch(job: Job, quiet: bool = False, changed: Callable[[], str | None] | No
             os.mkfifo(Path(scratch) / TYPED)
             threading.Thread(target=_pass_on, args=(Path(scratch) / TYPED,), daemon=True).start()
         stop_in = None if job.stop_at is None else max(0.0, job.stop_at - time.monotonic())
-        stack.enter_context(signals.handled(stop_in))
-        ignored = tuple(one.name for one in ENDING if signal.getsignal(one) == signal.SIG_IGN or one in signals.taken)
-        job = replace(
-            job,
-            quiet=quiet,
-            threads=threads_per_rank(job.ranks),
-            reports=scratch,
-            scratch=(scratch, multiprocessing.util.get_temp_dir()),
-            env=LOOPBACK | job.env,
-            ignored=ignored,
-            stop_at=None,  # the launcher minds the time
-            board=None if memory is None else memory.path,
-        )
-        watch = stack.enter_context(Watch(job, memory).watching())
-        settings = _settings(job, scratch, "spawn" if afresh else "forkserver")
-        killed_before = out_of_memory_kills()
-        try:
+        try:  # a signal may come as soon as they are handled
+            stack.enter_context(signals.handled(stop_in))
+            ignored = tuple(
+                one.name for one in ENDING if signal.getsignal(one) == signal.SIG_IGN or one in signals.taken
+            )
+            job = replace(
+                job,
+                quiet=quiet,
+                threads=threads_per_rank(job.ranks),
+                reports=scratch,
+                scratch=(scratch, multiprocessing.util.get_temp_dir()),
+                env=LOOPBACK | job.env,
+                ignored=ignored,
+                stop_at=None,  # the launcher minds the time
+                board=None if memory is None else memory.path,
+            )
+            watch = stack.enter_context(Watch(job, memory).watching())
+            settings = _settings(job, scratch, "spawn" if afresh else "forkserver")
+            killed_before = out_of_memory_kills()
             elastic_launch(settings, run_elastic)(job)
         except OSError as error:  # of semaphores between processes
             if error.errno != errno.ENOSPC:
