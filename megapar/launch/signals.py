@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 
 from megapar.launch.failure import Stopped
 from megapar.stop import STOPPING, StopRequest, in_time
@@ -113,15 +114,14 @@ class Signals:
             self._timers = [timer for timer in self._timers if timer.is_alive()] + [in_time(seconds, then)]
 
 
-@contextmanager
-def stopped_between() -> Iterator[None]:
+def stopped_between() -> AbstractContextManager[None]:
     """Inside, where no ranks run that have their own `Signals`, STOPPING raise Stopped: there is nothing to save."""
-    with kept():
-        if threading.current_thread() is threading.main_thread():
-            for one in STOPPING:
-                if signal.getsignal(one) != signal.SIG_IGN:
-                    signal.signal(one, _stopped)
-        yield
+    return _answered(_stopped)
+
+
+def finished() -> AbstractContextManager[None]:
+    """Inside, where a run is done but for a moment's work, STOPPING change nothing."""
+    return _answered(lambda number, frame: None)
 
 
 def _stopped(number: int, frame: object) -> None:
@@ -129,13 +129,12 @@ def _stopped(number: int, frame: object) -> None:
 
 
 @contextmanager
-def finished() -> Iterator[None]:
-    """Inside, where a run is done but for a moment's work, STOPPING change nothing."""
+def _answered(handler: Callable[[int, Any], None]) -> Iterator[None]:
     with kept():
         if threading.current_thread() is threading.main_thread():
             for one in STOPPING:
                 if signal.getsignal(one) != signal.SIG_IGN:
-                    signal.signal(one, lambda number, frame: None)
+                    signal.signal(one, handler)
         yield
 
 
